@@ -1,0 +1,47 @@
+"""Diff-Tuning (NeurIPS 2024) for PyTorch Lightning."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_difftune.data import MemoryBank, MemoryBankDataModule
+    from lightning_difftune.modules import DiffTuningModule, DiTDiffTuningModule
+    from lightning_difftune.objective import DiffTuningObjective, WeightedDiffTuningObjective
+    from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, PowerSchedule, SNRSchedule
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DiTDiffTuningModule": "modules",
+    "DiffTuningModule": "modules",
+    "DiffTuningObjective": "objective",
+    "ForgettingSchedule": "schedules",
+    "MemoryBank": "data",
+    "MemoryBankDataModule": "data",
+    "MirroredPowerSchedule": "schedules",
+    "PowerSchedule": "schedules",
+    "SNRSchedule": "schedules",
+    "WeightedDiffTuningObjective": "objective",
+}
+
+__all__ = [
+    "DiTDiffTuningModule",
+    "DiffTuningModule",
+    "DiffTuningObjective",
+    "ForgettingSchedule",
+    "MemoryBank",
+    "MemoryBankDataModule",
+    "MirroredPowerSchedule",
+    "PowerSchedule",
+    "SNRSchedule",
+    "WeightedDiffTuningObjective",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that importing the package stays quick."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,162 @@
+"""Both streams of a run as one data set of whole batches: batch k is a function of (seed, k) and the rank alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+from lightning_difftune.data.images import check_labels
+from lightning_difftune.draws import seed_of
+from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch
+
+ReadTarget = Callable[[list[int], list[bool]], TargetBatch]
+ReadRetention = Callable[[list[int]], RetentionBatch]
+
+
+class ShuffledStream:
+    """An endless shuffled pass over N samples, cut into global batches that the ranks share.
+
+    Global batch k holds positions [k*B*W, (k+1)*B*W) of the concatenated shuffles, so no sample is dropped at the end
+    of a pass. Rank r takes every W-th of them from r on; together the ranks read what one process would.
+
+    Args:
+        num_samples: N.
+        batch_size: B, samples for one rank and step.
+        seed: Seed of the shuffles.
+        rank: This process, r.
+        world_size: Number of processes, W.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self._shuffle = lru_cache(maxsize=2)(self._shuffle_of_pass)
+
+    def __reduce__(self) -> tuple[type, tuple[int, ...]]:
+        """Pickle without the cached shuffles, for data loader workers."""
+        return type(self), (self.num_samples, self.batch_size, self.seed, self.rank, self.world_size)
+
+    def _shuffle_of_pass(self, number: int) -> npt.NDArray[np.int64]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
+        return torch.randperm(self.num_samples, generator=generator).numpy()
+
+    def indices(self, step: int) -> list[int]:
+        """The B sample indices of this rank at one step."""
+        first = step * self.batch_size * self.world_size + self.rank
+        positions = range(first, first + self.batch_size * self.world_size, self.world_size)
+        return [int(self._shuffle(p // self.num_samples)[p % self.num_samples]) for p in positions]
+
+    def coins(self, step: int) -> list[bool]:
+        """B fair coin tosses of this rank at one step."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, step, 1))
+        tosses = torch.rand(self.batch_size * self.world_size, generator=generator) < 0.5
+        return tosses[self.rank :: self.world_size].tolist()
+
+
+class TrainingBatches(Dataset[DiffTuningBatch]):
+    """Item k is the whole batch of step k: ``{"target": ..., "retention": ...}``.
+
+    Args:
+        read_target: Reads target samples by indices and flips.
+        target: The target's order.
+        read_retention: Reads samples of the memory bank by indices; ``None`` leaves that stream out.
+        retention: The bank's order.
+        horizontal_flip: Whether half of the target samples are mirrored.
+    """
+
+    def __init__(
+        self,
+        read_target: ReadTarget,
+        target: ShuffledStream,
+        read_retention: ReadRetention | None = None,
+        retention: ShuffledStream | None = None,
+        horizontal_flip: bool = False,
+    ) -> None:
+        self.read_target, self.target = read_target, target
+        self.read_retention, self.retention = read_retention, retention
+        self.horizontal_flip = horizontal_flip
+
+    def __len__(self) -> int:
+        """Steps in one pass over the target, at least 1."""
+        return max(1, self.target.num_samples // (self.target.batch_size * self.target.world_size))
+
+    def __getitem__(self, step: int) -> DiffTuningBatch:
+        flips = self.target.coins(step) if self.horizontal_flip else [False] * self.target.batch_size
+        batch: DiffTuningBatch = {"target": self.read_target(self.target.indices(step), flips)}
+        if self.read_retention is not None and self.retention is not None:
+            batch["retention"] = self.read_retention(self.retention.indices(step))
+        return batch
+
+
+class EvaluationBatches(Dataset[DiffTuningBatch]):
+    """Item k is the k-th batch of held-out target samples, in order; the last one may be shorter.
+
+    Args:
+        read_target: Reads target samples by indices and flips.
+        num_samples: How many there are.
+        batch_size: Samples in a batch.
+    """
+
+    def __init__(self, read_target: ReadTarget, num_samples: int, batch_size: int) -> None:
+        self.read_target, self.num_samples, self.batch_size = read_target, num_samples, batch_size
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self.num_samples // self.batch_size)
+
+    def __getitem__(self, step: int) -> DiffTuningBatch:
+        indices = list(range(step * self.batch_size, min(self.num_samples, (step + 1) * self.batch_size)))
+        return {"target": self.read_target(indices, [False] * len(indices))}
+
+
+class StepSampler(DistributedSampler[DiffTuningBatch]):
+    """Yields step numbers, epoch after epoch, and starts in the middle of an epoch when a run is resumed.
+
+    It is a ``DistributedSampler`` so that Lightning leaves it in place.
+
+    Args:
+        dataset: Whole batches; its length is the number of steps in an epoch.
+        start: Steps of the first epoch that are already done.
+        num_replicas: Processes that deal the steps out among themselves; 1 if all of them run every step, each on
+            its share of the batch.
+        rank: This process among those.
+    """
+
+    def __init__(self, dataset: Dataset[DiffTuningBatch], start: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        """Steps of this epoch and rank; the count goes on from epoch to epoch."""
+        steps = len(self.dataset)  # type: ignore[arg-type]
+        first = self.epoch * steps
+        start, self.start = self.start, 0
+        return iter(range(first + start + self.rank, first + steps, self.num_replicas))
+
+    def __len__(self) -> int:
+        """Steps of this rank in a whole epoch."""
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+
+
+class LabelledTargets:
+    """Reads target samples and refuses labels outside the label table.
+
+    Args:
+        read: Reads pictures or cached latents by indices and flips.
+        num_classes: Classes of the target.
+        where: Names picture i in the error.
+    """
+
+    def __init__(self, read: ReadTarget, num_classes: int, where: Callable[[int], str]) -> None:
+        self.read, self.num_classes, self.where = read, num_classes, where
+
+    def __call__(self, indices: list[int], flips: list[bool]) -> TargetBatch:
+        """Target samples (B, ...) at the indices."""
+        batch = self.read(indices, flips)
+        check_labels(batch["class_labels"], self.num_classes, lambda i: self.where(indices[i]))
+        return batch

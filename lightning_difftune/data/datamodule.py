@@ -1,0 +1,251 @@
+"""The data module of Diff-Tuning: the target and the memory bank, interleaved in every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_difftune.data.images import ImageTargets, check_labels
+from lightning_difftune.data.batches import EvaluationBatches, LabelledTargets, ShuffledStream, StepSampler, TrainingBatches
+from lightning_difftune.data.latent_cache import LatentCache
+from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
+from lightning_difftune.data.progress import shard_progress
+from lightning_difftune.draws import seed_of
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.protocols import SupportsBankGeneration
+
+
+class MemoryBankDataModule(L.LightningDataModule):
+    """Target pictures and replayed samples of the pre-trained model, in fixed shares of every batch.
+
+    A batch of B holds ``int(retention_share * B)`` bank samples and target samples for the rest (Algorithm 1; the
+    authors' code has a share of 0.2, the paper 0.5). The batch of a step depends on the seed and the step's number
+    alone: not on workers, nor on how often the run was resumed. With several processes ``batch_size`` is that of one
+    process, and together they read what one process with the whole batch would.
+
+    A bank that is missing is built when ``fit`` starts, by all processes, and picked up where it was left if that was
+    interrupted; ``trainer.predict`` builds it on purpose. The same holds for the latent cache.
+
+    Args:
+        target: Training pictures: any map-style data set of ``(image, label)``, such as torchvision's.
+        num_classes: Classes K of the target; labels outside 0..K-1 are refused.
+        image_size: Side of the pictures in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
+        bank_size: Samples in the bank, if it has yet to be built (5K to 200K in Fig. 6d).
+        retention_share: Share of a batch that comes from the bank.
+        batch_size: Samples of one process and step, both streams together.
+        val_target: Held-out pictures, for the validation loss and as the reference of FID.
+        reference: What FID compares with: the held-out pictures or the training pictures.
+        latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
+        horizontal_flip: Whether half of the target pictures are mirrored.
+        on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
+        build_batch_size: Batch size when a bank or cache is built.
+        num_workers: Worker processes that read the data.
+        seed: Seed of the order, the flips and nothing else.
+
+    Raises:
+        ConfigError: If the shares leave one stream without a sample.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_difftune.data import ArrayImages
+        >>> pictures = ArrayImages(np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 4)
+        >>> data = MemoryBankDataModule(pictures, num_classes=4, image_size=8, channels=1, batch_size=16)
+        >>> next(iter(data.train_dataloader()))["target"]["pixel_values"].shape
+        torch.Size([16, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        target: Dataset,
+        num_classes: int,
+        image_size: int = 256,
+        channels: int = 3,
+        bank: str | Path | None = None,
+        bank_size: int = 50_000,
+        retention_share: float = 0.2,
+        batch_size: int = 32,
+        val_target: Dataset | None = None,
+        reference: Literal["val", "train"] = "val",
+        latent_cache: str | Path | None = None,
+        horizontal_flip: bool = False,
+        on_corrupt: Literal["error", "skip"] = "error",
+        build_batch_size: int = 64,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.channels = num_classes, channels
+        self.target = ImageTargets(target, image_size, channels, on_corrupt)
+        self.val_target = ImageTargets(val_target, image_size, channels, on_corrupt) if val_target is not None else None
+        self.reference = reference
+        self.bank_path = Path(bank) if bank is not None else None
+        self.bank_size = bank_size
+        self.retention_share = retention_share
+        self.batch_size = batch_size
+        self.latent_cache_path = Path(latent_cache) if latent_cache is not None else None
+        self.horizontal_flip = horizontal_flip
+        self.build_batch_size = build_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._check_shares()
+        labels = self.target.labels()
+        if labels is not None:
+            check_labels(labels, num_classes, self.target.describe)
+
+    def _check_shares(self) -> None:
+        if not 0 <= self.retention_share < 1:
+            raise ConfigError(f"retention_share must be in [0, 1), got {self.retention_share}.")
+        if self.bank_path is not None and self.retention_batch_size == 0:
+            raise ConfigError(
+                f"A retention_share of {self.retention_share} leaves int({self.retention_share} * {self.batch_size}) "
+                f"= 0 bank samples in a batch of {self.batch_size}. Raise one of them, or set bank: null for plain "
+                "fine-tuning."
+            )
+        if self.batch_size - self.retention_batch_size < 1:
+            raise ConfigError(f"A batch_size of {self.batch_size} leaves no target sample beside the bank's.")
+
+    @property
+    def retention_batch_size(self) -> int:
+        """Bank samples in a batch: ``int(retention_share * batch_size)``, 0 without a bank."""
+        return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0
+
+    # -- where the run stands ---------------------------------------------------------------------------------------
+
+    @property
+    def _rank(self) -> int:
+        return self.trainer.global_rank if self.trainer is not None else 0
+
+    @property
+    def _world_size(self) -> int:
+        return self.trainer.world_size if self.trainer is not None else 1
+
+    def _barrier(self) -> None:
+        if self.trainer is not None:
+            self.trainer.strategy.barrier()
+
+    def _steps_done_in_epoch(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
+
+    # -- stores -----------------------------------------------------------------------------------------------------
+
+    def open_bank(self) -> MemoryBank | None:
+        """The memory bank, built first if it is missing; ``None`` if the run does not use one.
+
+        Raises:
+            StoreError: If the bank is damaged, unfinished by another setting, or made by another model.
+            ConfigError: If it is missing and nothing here can build it.
+        """
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if self.bank_path is None or not getattr(module, "uses_retention", True):
+            return None
+        if not isinstance(module, SupportsBankGeneration):
+            return MemoryBank(self.bank_path)
+        generator = module.bank_generator()
+        with shard_progress("Memory bank", self._rank) as progress:
+            bank = MemoryBank.build(
+                self.bank_path,
+                generator,
+                self.bank_size,
+                batch_size=self.build_batch_size,
+                rank=self._rank,
+                world_size=self._world_size,
+                barrier=self._barrier,
+                progress=progress,
+            )
+        rank_zero_info(f"Memory bank {self.bank_path}: {len(bank):,} samples of shape {bank.latent_shape}.")
+        return bank
+
+    def open_latent_cache(self) -> LatentCache | None:
+        """The target's latents, encoded first if they are missing; ``None`` if the run does not cache."""
+        if self.latent_cache_path is None:
+            return None
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        autoencoder = getattr(module, "autoencoder", None)
+        if autoencoder is None:
+            raise ConfigError("latent_cache is set, but the model has no autoencoder; pixel models need no cache.")
+        with shard_progress("Latent cache", self._rank) as progress:
+            return LatentCache.build(
+                self.latent_cache_path,
+                self.target,
+                autoencoder.encode,
+                {"autoencoder": autoencoder.fingerprint(), "scaling_factor": autoencoder.scaling_factor},
+                batch_size=self.build_batch_size,
+                rank=self._rank,
+                world_size=self._world_size,
+                barrier=self._barrier,
+                progress=progress,
+            )
+
+    # -- loaders ----------------------------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches ``{"target": ..., "retention": ...}`` of one rank."""
+        cache, bank = self.open_latent_cache(), self.open_bank()
+        read = cache.read if cache is not None else self.target.pixels
+        retained = self.retention_batch_size if bank is not None else 0
+        share = (self._rank, self._world_size)
+        batches = TrainingBatches(
+            LabelledTargets(read, self.num_classes, self.target.describe),
+            ShuffledStream(len(self.target), self.batch_size - retained, seed_of(self.seed, 0), *share),
+            bank.read if bank is not None else None,
+            ShuffledStream(len(bank), retained, seed_of(self.seed, 1), *share) if bank is not None else None,
+            self.horizontal_flip,
+        )
+        return self._loader(batches, StepSampler(batches, self._steps_done_in_epoch()))
+
+    def val_dataloader(self) -> DataLoader | list[Any]:
+        """Held-out target batches, every picture once over all ranks; none without ``val_target``."""
+        if self.val_target is None:
+            return []
+        read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
+        batches = EvaluationBatches(read, len(self.val_target), self.batch_size)
+        return self._loader(batches, StepSampler(batches, 0, self._world_size, self._rank))
+
+    def predict_dataloader(self) -> DataLoader:
+        """Work for ``trainer.predict``: the sample indices that the memory bank still lacks."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        if self.bank_path is None or not isinstance(module, SupportsBankGeneration):
+            raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
+        writer = MemoryBank.writer(self.bank_path, module.bank_generator().bank_spec(), self.bank_size)
+        self.trainer.callbacks.append(MemoryBankWriter(writer))
+        work = bank_work(writer, self.build_batch_size, self._rank, self._world_size)
+        return self._loader(work, StepSampler(work))
+
+    def _loader(self, batches: Dataset, sampler: StepSampler) -> DataLoader:
+        return DataLoader(
+            batches,
+            batch_size=None,  # an item is a whole batch
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    # -- reference pictures, for FID --------------------------------------------------------------------------------
+
+    @property
+    def _reference_targets(self) -> ImageTargets:
+        if self.reference == "train":
+            return self.target
+        if self.val_target is None:
+            raise ConfigError("reference is 'val' but there is no val_target; set one, or reference: train.")
+        return self.val_target
+
+    def reference_images(self) -> Iterator[Tensor]:
+        """The real pictures that generated ones are compared with: batches (B, C, H, W) uint8 in a fixed order."""
+        targets = self._reference_targets
+        for start in range(0, len(targets), self.build_batch_size):
+            yield targets.uint8(range(start, min(len(targets), start + self.build_batch_size)))
+
+    def reference_identity(self) -> str:
+        """Digest of the reference pictures."""
+        return self._reference_targets.identity()

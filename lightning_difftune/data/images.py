@@ -1,0 +1,259 @@
+"""Target images as the data module reads them: cropped, 8-bit, labelled, with a policy on damaged files."""
+
+from __future__ import annotations
+
+import errno
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_difftune.data.pixels import to_pixels
+from lightning_difftune.data.source_facts import (
+    class_names_of,
+    content_digest_of,
+    digest_arrays,
+    labels_of,
+    location_of,
+    transforms_pictures,
+)
+from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.protocols import TargetBatch
+
+# In a row; a disk that is not mounted is a quicker and clearer failure than a hundred thousand warnings.
+_MAX_UNREADABLE_RUN = 100
+# Pictures to look at where a source tells nothing about its content without being read.
+_IDENTITY_SAMPLES = 64
+# What an OSError says about one file; any other errno (too many open files, an unplugged disk) is about the machine.
+_ERRNOS_OF_A_FILE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
+
+
+class TargetItem(NamedTuple):
+    """One picture of the target domain."""
+
+    pixels: Tensor  # (C, H, W) uint8
+    label: int
+    index: int  # the picture that was read: another one than asked for, where that one is damaged and skipped
+
+
+class ImageTargets:
+    """Pictures of an image source at the size the model is trained at.
+
+    Cropping and colour are described at :func:`~lightning_difftune.data.pixels.to_pixels`. A picture that cannot be
+    decoded (truncated, empty, no picture at all, missing, larger than Pillow's bound on decompression bombs) raises an
+    error that names it, or, with ``on_corrupt="skip"``, is replaced by the next readable picture and that one's label:
+    always the same one, so that caches and runs agree. Each is warned about once a process.
+
+    Args:
+        source: A map-style data set of ``(image, label)``, such as any of torchvision's, of
+            :mod:`~lightning_difftune.data.image_files` or of :mod:`~lightning_difftune.data.image_arrays`.
+        image_size: Height and width of the pictures.
+        channels: 1 (grey) or 3 (RGB).
+        on_corrupt: ``"error"`` or ``"skip"``.
+
+    Raises:
+        ConfigError: A setting out of range.
+        DataError: The source is empty.
+
+    Example:
+        >>> targets = ImageTargets([(np.full((8, 12), 255, np.uint8), 3)], image_size=4)
+        >>> batch = targets.pixels([0], flips=[False])
+        >>> batch["pixel_values"].shape, float(batch["pixel_values"].max()), batch["class_labels"].tolist()
+        (torch.Size([1, 3, 4, 4]), 1.0, [3])
+    """
+
+    def __init__(
+        self,
+        source: Dataset[Any],
+        image_size: int,
+        channels: int = 3,
+        on_corrupt: Literal["error", "skip"] = "error",
+    ) -> None:
+        if image_size < 1:
+            raise ConfigError(f"image_size is {image_size}; expected the height and width in pixels, at least 1.")
+        if channels not in (1, 3):
+            raise ConfigError(f"channels is {channels}; expected 1 (grey) or 3 (RGB).")
+        if on_corrupt not in ("error", "skip"):
+            raise ConfigError(f"on_corrupt is {on_corrupt!r}; expected 'error' or 'skip'.")
+        self.source: Any = source
+        self.image_size = image_size
+        self.channels = channels
+        self.on_corrupt = on_corrupt
+        self.skipped: dict[int, str] = {}  # index => why, for the pictures this process has met
+        if len(self) == 0:
+            raise DataError(f"the image source ({type(source).__name__}) is empty; expected at least one picture.")
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def labels(self) -> Tensor | None:
+        """The class indices (N,) int64, where the source knows them without reading its pictures, else None.
+
+        Where a damaged picture is skipped, :meth:`pixels` gives its replacement's label instead.
+        """
+        return labels_of(self.source)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of their indices, where the source has them."""
+        return class_names_of(self.source)
+
+    def pixels(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
+        """A training batch.
+
+        Args:
+            indices: B positions in the source.
+            flips: B times whether to mirror the picture, left to right.
+
+        Returns:
+            ``pixel_values`` (B, C, H, W) float32 in [-1, 1] and ``class_labels`` (B,) int64.
+
+        Raises:
+            DataError: A damaged picture, unless those are skipped; or the source yields no ``(image, label)`` pairs.
+        """
+        items = [self.read(index) for index in indices]
+        pixels = [item.pixels.flip(-1) if flip else item.pixels for item, flip in zip(items, flips, strict=True)]
+        return {
+            "pixel_values": torch.stack(pixels).float() / 127.5 - 1,
+            "class_labels": torch.tensor([item.label for item in items], dtype=torch.int64),
+        }
+
+    def uint8(self, indices: Sequence[int]) -> Tensor:
+        """Pictures (B, C, H, W) uint8, for reference statistics and for looking at them."""
+        return torch.stack([self.read(index).pixels for index in indices])
+
+    def read(self, index: int) -> TargetItem:
+        """One picture, or its replacement.
+
+        Raises:
+            DataError: As in :meth:`pixels`.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} images")
+        for candidate in range(index, index + min(len(self), _MAX_UNREADABLE_RUN)):
+            item = self._load(candidate % len(self))
+            if item is not None:
+                return item
+        raise DataError(
+            f"none of {min(len(self), _MAX_UNREADABLE_RUN)} pictures in a row from {self.describe(index)} could be "
+            f"read, the last because of: {list(self.skipped.values())[-1]}. Check that the disk is there and whole."
+        )
+
+    def describe(self, index: int) -> str:
+        """What to call picture ``index`` in a message: its index and, where known, its file."""
+        location = location_of(self.source, index)
+        return f"image {index}" if location is None else f"image {index} ({location})"
+
+    def identity(self) -> str:
+        """A hash of what the pictures are: the source's content, labels, size, channels and crop.
+
+        It is the key of caches. A source of files counts by names, sizes and modification times, one of arrays by
+        its bytes. Any other source, and any with a ``transform`` of its own, is judged by its length, its labels and
+        64 of its pictures, so changes to others stay unnoticed there.
+        """
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str:
+        content = content_digest_of(self.source)
+        labels = self.labels()
+        parts: list[npt.NDArray[Any] | str] = [
+            f"adm centre crop, {self.image_size} px, {self.channels} channels, {len(self)} images",
+            type(self.source).__name__ if content is None else content,
+            "labels unknown" if labels is None else labels.numpy(),
+        ]
+        if content is None or transforms_pictures(self.source):
+            positions = np.unique(np.linspace(0, len(self) - 1, _IDENTITY_SAMPLES).astype(int))
+            parts.append(self.uint8(positions.tolist()).numpy())
+        return digest_arrays(*parts)
+
+    def _load(self, index: int) -> TargetItem | None:
+        """The picture, or None if it is damaged and skipped."""
+        if index in self.skipped:
+            return None
+        image: Any = None
+        try:
+            entry = self.source[index]
+            if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+                raise DataError(f"the data set yields {type(entry).__name__}; expected pairs (image, label).")
+            image, label = entry
+            return TargetItem(torch.from_numpy(self._to_pixels(image)), _class_index(label), index)
+        except DataError as error:
+            raise DataError(f"{self.describe(index)}: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes
+            if isinstance(error, OSError) and error.errno is not None and error.errno not in _ERRNOS_OF_A_FILE:
+                raise
+            self._refuse_or_skip(index, image, error)
+            return None
+
+    def _to_pixels(self, image: object) -> npt.NDArray[np.uint8]:
+        return to_pixels(image, self.image_size, self.channels)
+
+    def _refuse_or_skip(self, index: int, image: Any, error: Exception) -> None:
+        what = self.describe(index)
+        filename = getattr(image, "filename", "")
+        if filename and str(filename) not in what:  # torchvision's Caltech101 names its files nowhere else
+            what += f" ({filename})"
+        reason = f"{type(error).__name__}: {error}"
+        if self.on_corrupt == "error":
+            raise DataError(
+                f"{what} cannot be read ({reason}). Mend or remove it, or set on_corrupt='skip' to put the next "
+                "readable picture in its place."
+            ) from error
+        self.skipped[index] = f"{what}: {reason}"
+        warnings.warn(
+            f"{what} cannot be read ({reason}); the next readable picture takes its place "
+            f"({len(self.skipped)} skipped so far in this process).",
+            stacklevel=2,
+        )
+
+
+def check_labels(
+    labels: Tensor | Sequence[int] | npt.NDArray[np.integer[Any]], num_classes: int, where: Callable[[int], str]
+) -> None:
+    """Refuse labels without a row in the label table.
+
+    Args:
+        labels: (N,) class indices.
+        num_classes: Classes of the label table, its null row not counted.
+        where: Name of picture i for the message, such as :meth:`ImageTargets.describe`.
+
+    Raises:
+        DataError: A label below 0 or above ``num_classes - 1``; it names the first one.
+
+    Example:
+        >>> check_labels([0, 1, 2], 3, "image {}".format)
+        >>> check_labels([0, 3], 3, "image {}".format)
+        Traceback (most recent call last):
+        lightning_difftune.errors.DataError: label 3 of image 1 is outside the label table, whose 3 classes are 0..2 ...
+    """
+    values = np.asarray(labels, dtype=np.int64)
+    outside = np.flatnonzero((values < 0) | (values >= num_classes))
+    if not len(outside):
+        return
+    first = int(outside[0])
+    cure = (
+        f"set the number of classes to at least {int(values.max()) + 1}"
+        if values.min() >= 0
+        else "give every picture a label from 0"
+    )
+    raise DataError(
+        f"label {int(values[first])} of {where(first)} is outside the label table, whose {num_classes} classes are "
+        f"0..{num_classes - 1} (so are {len(outside)} of {len(values)} labels in all); {cure}, or mend the labels."
+    )
+
+
+def _class_index(label: Any) -> int:
+    try:
+        return operator.index(label)
+    except TypeError as error:
+        raise DataError(f"the label is {label!r} ({type(label).__name__}); expected an integer class index.") from error

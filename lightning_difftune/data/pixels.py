@@ -1,0 +1,123 @@
+"""From whatever a data set yields to 8-bit pixels of the size the model is trained at."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+from lightning_difftune.errors import DataError
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_MODES = {1: "L", 3: "RGB"}
+
+
+def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
+    """Centre-cropped 8-bit pixels of one picture.
+
+    EXIF orientation is applied, transparency is laid on white, colour and grey are converted into each other (ITU-R
+    601-2 luma), 16-bit grey keeps its high byte. An array or tensor that has the size and channels already is passed
+    through untouched.
+
+    Args:
+        image: A ``PIL.Image``, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (H, W) or (1, 3 or 4, H, W); arrays
+            and tensors are uint8, arrays may also be bool or uint16.
+        image_size: Height and width of the result.
+        channels: 1 (grey) or 3 (RGB).
+
+    Returns:
+        (channels, image_size, image_size) uint8.
+
+    Raises:
+        DataError: The data set yields something that is no picture at all. Whatever Pillow raises on damaged bytes
+            comes out as it is.
+        ValueError: A picture without a defined white level (32-bit integer or floating point).
+    """
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().numpy()
+        if image.ndim == 3:
+            image = image.transpose(1, 2, 0)
+    if isinstance(image, np.ndarray):
+        array = _eight_bit_array(image)
+        if array.shape == (image_size, image_size, channels):
+            return np.ascontiguousarray(array.transpose(2, 0, 1))
+        image = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
+    if not isinstance(image, Image.Image):
+        raise DataError(
+            f"the data set yields {type(image).__name__} where a picture is expected: a PIL image, a uint8 array "
+            "(H, W) or (H, W, C), or a uint8 tensor (C, H, W)."
+        )
+    cropped = center_crop(_convert(_upright(image), channels), image_size)
+    return np.ascontiguousarray(np.asarray(cropped).reshape(image_size, image_size, channels).transpose(2, 0, 1))
+
+
+def center_crop(image: Image.Image, image_size: int) -> Image.Image:
+    """The centre crop of Dhariwal & Nichol (2021), which DiT was trained with.
+
+    The picture is halved with a box filter for as long as its shorter side stays at least ``image_size`` afterwards,
+    resized bicubically until that side is ``image_size``, and cropped to the central square.
+
+    Args:
+        image: Any picture of mode ``L`` or ``RGB``.
+        image_size: Height and width of the result, in pixels.
+
+    Raises:
+        ValueError: The sides differ so much that the resized picture would be larger than Pillow's bound on
+            decompression bombs.
+    """
+    while min(image.size) >= 2 * image_size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    if min(image.size) != image_size:
+        scale = image_size / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"a picture of {image.width}x{image.height} pixels would grow to {size[0]}x{size[1]} before the crop"
+            )
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    return image.crop((left, top, left + image_size, top + image_size))
+
+
+def _eight_bit_array(array: npt.NDArray[np.generic]) -> UInt8Array:
+    """Any accepted array => (H, W, C) uint8 with C in 1, 3, 4."""
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or array.dtype not in (np.uint8, np.uint16, np.bool_):
+        raise DataError(
+            f"the data set yields an array of shape {array.shape} and type {array.dtype}; expected uint8 pixels, "
+            "(H, W) or (H, W, 1, 3 or 4) in an array, (1, 3 or 4, H, W) in a tensor. Undo scaling and normalisation "
+            "in the data set's transform: the pictures are scaled to [-1, 1] later."
+        )
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype == np.uint16:
+        return (array.astype(np.uint16) >> 8).astype(np.uint8)
+    return array.astype(np.uint8, copy=False)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # outside the next block: what that swallows must not be about the pixels
+    with contextlib.suppress(Exception):  # damaged EXIF data says nothing about the pixels
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = image.copy()  # the data set may own this one
+            ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("a floating point picture has no defined white level; convert it to 8 or 16 bits a channel")
+    if image.mode.startswith("I"):  # 16-bit grey, which some Pillow versions open as 32-bit integers
+        values = np.asarray(image)
+        if values.size and (values.min() < 0 or values.max() > np.iinfo(np.uint16).max):
+            raise ValueError("a 32-bit integer picture has no defined white level; convert it to 8 or 16 bits")
+        return _convert(Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)), channels)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert(_MODES[channels])

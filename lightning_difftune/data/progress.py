@@ -1,0 +1,23 @@
+"""A progress bar for long builds, on the first process only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def shard_progress(what: str, rank: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield ``progress(done, total)``; the bar appears at the first call that reports unfinished work."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=rank != 0) as bar:
+        tasks = []
+
+        def progress(done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(bar.add_task(what, total=total))
+            bar.update(tasks[0], completed=done)
+
+        yield progress

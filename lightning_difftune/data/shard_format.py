@@ -1,0 +1,320 @@
+"""What a folder of shards says about itself: the plan of a build, the manifest of a finished one, and a shard's header.
+
+Everything read here is untrusted: JSON is checked field by field, names of files are derived and never read, sizes are
+bounded by what lies on the disk, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lightning_difftune.errors import StoreError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+BUILDING = "building.json"
+TAG = "build"  # the one metadata key of a shard; safetensors writes several in a random order
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8, "I64": torch.int64}
+
+_MAX_JSON_BYTES = 64 * 2**20
+_MAX_SAMPLES = 2**40
+_MAX_DIMENSIONS = 8
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One sample's share of a tensor: dtype as safetensors spells it, and shape without the sample axis."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Check the dtype and the shape."""
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if len(self.shape) > _MAX_DIMENSIONS:
+            raise ValueError(f"a tensor has {len(self.shape)} dimensions, more than {_MAX_DIMENSIONS}")
+        for size in self.shape:
+            _check_int(size, "a dimension", 1, 2**31)
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What is decided before the first sample is made.
+
+    Attributes:
+        kind: What the folder holds, such as ``"memory-bank"``.
+        spec: What decides the contents, as plain JSON values; brought to the form in which JSON gives them back.
+        num_samples: Samples in the whole folder.
+        shard_size: Consecutive samples in one shard; the last one may be shorter.
+    """
+
+    kind: str
+    spec: dict[str, Any]
+    num_samples: int
+    shard_size: int
+
+    def __post_init__(self) -> None:
+        """Check the fields and normalise ``spec``."""
+        if type(self.kind) is not str or not self.kind:
+            raise ValueError(f"kind must be a name, found {self.kind!r}")
+        if not isinstance(self.spec, dict):
+            raise ValueError(f"spec must be an object, found {type(self.spec).__name__}")
+        _check_int(self.num_samples, "num_samples", 1, _MAX_SAMPLES)
+        _check_int(self.shard_size, "shard_size", 1, _MAX_SAMPLES)
+        object.__setattr__(self, "spec", json.loads(json.dumps(self.spec, allow_nan=False)))
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        return math.ceil(self.num_samples / self.shard_size)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of everything in the plan; each shard carries it."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def shard_range(self, shard: int) -> range:
+        """The sample indices of a shard."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.num_samples))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": self.kind,
+            "num_samples": self.num_samples,
+            "shard_size": self.shard_size,
+            "spec": self.spec,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> BuildPlan:
+        """Check and take over what :meth:`to_json` made; a ``ValueError`` says what is wrong."""
+        version = value.get("format_version")
+        if version != FORMAT_VERSION or type(version) is not int:
+            raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}, the one this version reads")
+        return cls(*(_field(value, name) for name in ("kind", "spec", "num_samples", "shard_size")))
+
+    @classmethod
+    def load(cls, path: Path) -> BuildPlan:
+        """Read ``building.json``.
+
+        Raises:
+            StoreError: The file is malformed.
+        """
+        return _load(path, cls.from_json)
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest knows of a shard's file: its size in bytes and the sha256 of all of them."""
+
+    bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        _check_int(self.bytes, "the bytes of a shard", 1, 2**62)
+        if type(self.sha256) is not str or not _SHA256.fullmatch(self.sha256):
+            raise ValueError("a shard's sha256 is not 64 lower-case hexadecimal digits")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a finished build: its plan, the layout of its tensors, and each shard's size and hash."""
+
+    plan: BuildPlan
+    tensors: dict[str, TensorLayout]
+    shards: tuple[ShardRecord, ...]
+
+    def to_bytes(self) -> bytes:
+        """The manifest as a JSON file."""
+        tensors = {name: {"dtype": t.dtype, "shape": list(t.shape)} for name, t in self.tensors.items()}
+        shards = [{"bytes": shard.bytes, "sha256": shard.sha256} for shard in self.shards]
+        return dump_json({**self.plan.to_json(), "tensors": tensors, "shards": shards})
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Manifest:
+        """Check and take over what :meth:`to_bytes` wrote; a ``ValueError`` says what is wrong."""
+        plan = BuildPlan.from_json(value)
+        if unknown := value.keys() - plan.to_json().keys() - {"tensors", "shards"}:
+            raise ValueError(f"there is no field {min(unknown)!r}")
+        tensors = {}
+        for name, layout in _typed(value, "tensors", dict).items():
+            layout = _only(layout, f"tensor {name!r}", "dtype", "shape")
+            tensors[name] = TensorLayout(_typed(layout, "dtype", str), tuple(_typed(layout, "shape", list)))
+        records = _typed(value, "shards", list)
+        if len(records) != plan.num_shards:
+            raise ValueError(f"it lists {len(records)} shards where its sizes make {plan.num_shards}")
+        if not tensors:
+            raise ValueError("it lists no tensors")
+        shards = tuple(ShardRecord(**_only(record, "a shard", "bytes", "sha256")) for record in records)
+        return cls(plan, tensors, shards)
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Read ``manifest.json``.
+
+        Raises:
+            StoreError: The file is malformed.
+        """
+        return _load(path, cls.from_json)
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard's file says about itself: whose build and which shard it is, its samples and their layout."""
+
+    tag: str | None
+    num_samples: int
+    tensors: dict[str, TensorLayout]
+
+    @classmethod
+    def load(cls, path: Path) -> ShardHeader:
+        """Read the header alone.
+
+        Raises:
+            StoreError: The file is missing, truncated, or no shard at all.
+        """
+        try:
+            with safe_open(path, framework="np") as file:
+                views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+                tag = (file.metadata() or {}).get(TAG)
+                shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
+                dtypes = {name: view.get_dtype() for name, view in views.items()}
+            lengths = {shape[:1] for shape in shapes.values()}
+            if len(lengths) != 1 or lengths == {()}:
+                raise ValueError("its tensors do not share a sample axis")
+            tensors = {name: TensorLayout(dtypes[name], shape[1:]) for name, shape in shapes.items()}
+        except (OSError, SafetensorError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read as a shard ({error}). {rebuild_shard(path)}") from error
+        return cls(tag, lengths.pop()[0], tensors)
+
+
+def shard_name(shard: int) -> str:
+    """The file of a shard inside its folder."""
+    return f"shard-{shard:05d}.safetensors"
+
+
+def shard_tag(digest: str, shard: int) -> str:
+    """What shard number ``shard`` of the build with this digest must carry in its metadata."""
+    return f"{digest} {shard}"
+
+
+def rebuild_shard(path: Path) -> str:
+    """The cure for a damaged shard, as a sentence of an error."""
+    return f"Delete it and {path.with_name(MANIFEST)}, then build again: the other shards are kept."
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The keys in which two JSON objects differ, nested ones joined by dots, as ``"steps: 50, now 20"``."""
+    before, after = _flatten(old), _flatten(new)
+    keys = sorted(before.keys() | after.keys())
+    return [f"{k}: {_shown(before, k)}, now {_shown(after, k)}" for k in keys if _shown(before, k) != _shown(after, k)]
+
+
+def dump_json(value: dict[str, Any]) -> bytes:
+    """A JSON file whose bytes depend on the value alone."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever kills the process.
+
+    Raises:
+        OSError: The disk is full or refuses; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def discard_temporaries(folder: Path, name: str = "*") -> None:
+    """Delete what killed runs left of the file ``name``, or of any file, on the way to the disk."""
+    for leftover in folder.glob(f".{name}.*-*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _load(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {_MAX_JSON_BYTES // 2**20} MiB")
+        value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+        if type(value) is not dict:
+            raise ValueError(f"an object is wanted, found {type(value).__name__}")
+        return parse(value)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        cure = "Delete it and build again: it is made anew and finished shards are kept."
+        raise StoreError(f"{path} is not a valid file of this format: {error}. {cure}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _field(value: dict[str, Any], name: str) -> Any:
+    if name not in value:
+        raise ValueError(f"the field {name!r} is missing")
+    return value[name]
+
+
+def _typed(value: dict[str, Any], name: str, kind: type[T]) -> T:
+    found = _field(value, name)
+    if type(found) is not kind:  # exactly: True is no number
+        raise ValueError(f"{name!r} must be of type {kind.__name__}, found {type(found).__name__}")
+    return found
+
+
+def _only(value: Any, what: str, *names: str) -> dict[str, Any]:
+    if type(value) is not dict or value.keys() != set(names):
+        raise ValueError(f"{what} must have the fields {', '.join(names)} and no others")
+    return value
+
+
+def _check_int(value: Any, what: str, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{what} must be an integer from {low} to {high}, found {value!r:.40}")
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
+    return flat
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    return f"{flat[key]!r:.100}" if key in flat else "absent"

@@ -1,0 +1,160 @@
+"""What can be known about an image source without decoding it: labels, file names, class names, a content hash.
+
+Sources say it in attributes. torchvision has no common name for them, so its names are looked up here, in one place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+# torchvision: CIFAR, MNIST, ImageFolder; SVHN, STL10; Food101, Flowers102, SUN397, DTD, Aircraft, Pets; Caltech101.
+_LABEL_ATTRIBUTES = ("labels", "targets", "_labels", "y")
+_PATH_ATTRIBUTES = ("paths", "_image_files", "_images")
+# Lists of (path, label): ImageFolder, ImageNet; StanfordCars, GTSRB.
+_SAMPLE_ATTRIBUTES = ("samples", "_samples")
+_CLASS_NAME_ATTRIBUTES = ("class_names", "classes", "categories")
+
+
+def labels_of(source: Any) -> torch.Tensor | None:
+    """Class indices of all pictures, (N,) int64, or None where only reading the pictures would tell.
+
+    ``Subset`` and ``ConcatDataset`` are looked through. A source with a ``target_transform`` changes its labels while
+    it is read, so its are unknown.
+    """
+    if isinstance(source, Subset):
+        inner = labels_of(source.dataset)
+        return None if inner is None else inner[torch.as_tensor(np.asarray(source.indices, dtype=np.int64))]
+    if isinstance(source, ConcatDataset):
+        parts = [labels_of(part) for part in source.datasets]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+    if getattr(source, "target_transform", None) is not None:
+        return None
+    candidates = [getattr(source, name, None) for name in _LABEL_ATTRIBUTES]
+    candidates += [[label for _, label in samples] for samples in _sample_lists(source)]
+    for values in candidates:
+        if _fits(values, len(source)):
+            labels = np.asarray(values)
+            if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer):
+                return torch.from_numpy(labels.astype(np.int64))
+    return None
+
+
+def paths_of(source: Any) -> list[str] | None:
+    """The file of every picture, or None where pictures are not in files of their own or their names are unknown."""
+    if isinstance(source, Subset):
+        inner = paths_of(source.dataset)
+        return None if inner is None else [inner[i] for i in source.indices]
+    if isinstance(source, ConcatDataset):
+        parts = [paths_of(part) for part in source.datasets]
+        known = [part for part in parts if part is not None]
+        return [path for part in known for path in part] if len(known) == len(parts) else None
+    candidates = [getattr(source, name, None) for name in _PATH_ATTRIBUTES]
+    candidates += [[path for path, _ in samples] for samples in _sample_lists(source)]
+    for values in candidates:
+        if _fits(values, len(source)) and all(isinstance(value, (str, Path)) for value in values):
+            return [str(value) for value in values]
+    return None
+
+
+def location_of(source: Any, index: int) -> str | None:
+    """The file, or the entry of a file, that picture ``index`` comes from, for messages."""
+    if isinstance(source, Subset):
+        return location_of(source.dataset, int(source.indices[index]))
+    if hasattr(source, "describe"):
+        return str(source.describe(index))
+    paths = paths_of(source)
+    return None if paths is None else paths[index]
+
+
+def class_names_of(source: Any) -> list[str] | None:
+    """Names of the classes in the order of their indices, or None."""
+    if isinstance(source, Subset):
+        return class_names_of(source.dataset)
+    for name in _CLASS_NAME_ATTRIBUTES:
+        names = getattr(source, name, None)
+        if isinstance(names, Sequence) and not isinstance(names, str) and len(names):
+            return [str(entry) for entry in names]
+    return None
+
+
+def content_digest_of(source: Any) -> str | None:
+    """A hash that changes with the stored pictures, or None where only reading the pictures would tell.
+
+    Files count with their name below the common folder, size and modification time in seconds, so a hundred thousand
+    of them take about a second; arrays count with their bytes.
+    """
+    if hasattr(source, "content_digest"):
+        return str(source.content_digest())
+    paths = paths_of(source)
+    if paths is not None:
+        return _digest_files(paths)
+    if isinstance(source, Subset):
+        inner = content_digest_of(source.dataset)
+        return None if inner is None else digest_arrays(inner, np.asarray(source.indices, dtype=np.int64))
+    if isinstance(source, ConcatDataset):
+        parts = [content_digest_of(part) for part in source.datasets]
+        known = [part for part in parts if part is not None]
+        return digest_arrays(*known) if len(known) == len(parts) else None
+    data = getattr(source, "data", None)  # CIFAR, MNIST, SVHN, STL10, USPS
+    if isinstance(data, (np.ndarray, torch.Tensor)) and len(data) == len(source):
+        return digest_arrays(np.asarray(data))
+    return None
+
+
+def transforms_pictures(source: Any) -> bool:
+    """Whether a torchvision ``transform`` stands between the stored pictures and the yielded ones."""
+    if isinstance(source, Subset):
+        return transforms_pictures(source.dataset)
+    if isinstance(source, ConcatDataset):
+        return any(transforms_pictures(part) for part in source.datasets)
+    return getattr(source, "transform", None) is not None or getattr(source, "transforms", None) is not None
+
+
+def digest_arrays(*parts: npt.NDArray[Any] | str) -> str:
+    """SHA-256 over strings and arrays, shapes and types included."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(f"{len(part)}:{part}".encode())
+        else:
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
+def _digest_files(paths: Sequence[str]) -> str:
+    absolute = [os.path.abspath(path) for path in paths]
+    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    digest = hashlib.sha256()
+    for path in absolute:
+        name = path[len(folder) :].lstrip(os.sep).replace(os.sep, "/")
+        try:
+            status = os.stat(path)
+            facts = f"{status.st_size} {int(status.st_mtime)}"
+        except FileNotFoundError:  # reading it says so, by the policy on damaged pictures
+            facts = "missing"
+        digest.update(f"{name}\0{facts}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _sample_lists(source: Any) -> list[Sequence[tuple[Any, Any]]]:
+    lists = (getattr(source, name, None) for name in _SAMPLE_ATTRIBUTES)
+    return [samples for samples in lists if _fits(samples, len(source)) and all(len(entry) == 2 for entry in samples)]
+
+
+def _fits(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, (Sequence, np.ndarray, torch.Tensor))
+        and not isinstance(values, str)
+        and len(values) == count
+    )

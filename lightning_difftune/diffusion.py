@@ -1,0 +1,79 @@
+"""The forward process: how clean samples become noise, and what its exact reverse would be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_difftune.errors import ConfigError
+
+
+class GaussianDiffusion(nn.Module):
+    """Variance-preserving process with a linear beta schedule (Ho et al., 2020), as DiT was trained with.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Tables are computed in float64 and kept in float32, as buffers that
+    follow the model to its device but never enter a checkpoint.
+
+    Args:
+        num_timesteps: T, the number of discrete steps.
+        beta_start: Variance added by the first step.
+        beta_end: Variance added by the last step.
+
+    Example:
+        >>> process = GaussianDiffusion()
+        >>> x0, noise = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+        >>> round(process.add_noise(x0, noise, torch.tensor([0])).mean().item(), 5)
+        0.99995
+    """
+
+    betas: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    snr: Tensor
+    posterior_mean_x0: Tensor
+    posterior_mean_xt: Tensor
+    posterior_log_variance: Tensor
+    log_betas: Tensor
+
+    def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+        super().__init__()
+        if num_timesteps < 2 or not 0 < beta_start <= beta_end < 1:
+            raise ConfigError(
+                f"A diffusion needs two steps or more and 0 < beta_start <= beta_end < 1; "
+                f"got {num_timesteps} steps, betas {beta_start} to {beta_end}."
+            )
+        self.num_timesteps = num_timesteps
+        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device="cpu")
+        alphas_cumprod = (1 - betas).cumprod(0)
+        previous = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
+        posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
+        posterior_variance[0] = posterior_variance[1]  # it is 0 at t = 0, where its logarithm is wanted
+        tables = {
+            "betas": betas,
+            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+            "snr": alphas_cumprod / (1 - alphas_cumprod),
+            "posterior_mean_x0": betas * previous.sqrt() / (1 - alphas_cumprod),
+            "posterior_mean_xt": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
+            "posterior_log_variance": posterior_variance.log(),
+            "log_betas": betas.log(),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, ...) from clean x0 (B, ...), standard normal noise (B, ...) and t (B,) int64."""
+        return at(self.sqrt_alphas_cumprod, t, x0) * x0 + at(self.sqrt_one_minus_alphas_cumprod, t, x0) * noise
+
+    def predict_x0(self, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The clean sample (B, ...) that x_t and a noise prediction imply."""
+        return (x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise) / at(self.sqrt_alphas_cumprod, t, x_t)
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Mean (B, ...) of q(x_{t-1} | x_t, x_0), Eq. 7 of Ho et al. (2020)."""
+        return at(self.posterior_mean_x0, t, x0) * x0 + at(self.posterior_mean_xt, t, x0) * x_t
+
+
+def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+    """Entries of a table (T,) at t (B,), shaped (B, 1, ...) to multiply ``like`` (B, ...)."""
+    return table[t].view(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,208 @@
+"""What every Diff-Tuned model family shares: the training step, validation, checkpoints and the optimizer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_difftune.draws import Draws
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.modules.presets import describe_preset
+from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.protocols import BankGenerator, DiffTuningBatch, Tuner
+from lightning_difftune.sampling import Sampler
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The authors' optimizer: AdamW without weight decay at a constant learning rate of 1e-4."""
+    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+
+
+class DiffTuningModule(L.LightningModule, ABC):
+    """Base of the Diff-Tuning modules: subclass it for a model family of your own.
+
+    A family supplies :meth:`build`, :meth:`prepare`, :meth:`denoise`, :meth:`decode`, :meth:`trainable_modules`,
+    :meth:`generate` and :meth:`bank_generator`; the rest (both streams in one forward pass, the objective, validation
+    on fixed draws, optimizers, lean checkpoints) is here.
+
+    Timesteps, noise and label dropout depend on ``seed`` and the batch's index alone, so a run that is resumed or
+    spread over more processes sees the numbers of the undisturbed run.
+
+    Args:
+        objective: The loss of Eq. 5; the authors' preset by default.
+        optimizer: Given the trainable parameters, returns an optimizer; AdamW, lr 1e-4, no weight decay by default.
+        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
+        tuner: A parameter-efficient method; ``None`` trains all of :meth:`trainable_modules`.
+        sampler: How pictures are generated for FID and grids.
+        bank_sampler: How the memory bank is generated; like ``sampler`` by default.
+        seed: Seed of training draws, of generated pictures and of the bank.
+    """
+
+    def __init__(
+        self,
+        objective: DiffTuningObjective | None = None,
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        tuner: Tuner | None = None,
+        sampler: Sampler | None = None,
+        bank_sampler: Sampler | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.objective = objective if objective is not None else DiffTuningObjective()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.tuner = tuner
+        self.sampler = sampler if sampler is not None else Sampler()
+        self.bank_sampler = bank_sampler if bank_sampler is not None else self.sampler
+        self.seed = seed
+        self.base_identity: dict[str, Any] = {}
+        self._is_built = False
+
+    # -- what a model family supplies ----------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(self) -> dict[str, Any]:
+        """Create the networks with their pre-trained weights and return the identity of those weights.
+
+        Called once, before the tuner is applied. The identity is a flat dict of plain values with a ``fingerprint``;
+        checkpoints carry it, and a checkpoint of another base is refused.
+        """
+
+    @abstractmethod
+    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Any, Tensor]:
+        """One concatenated batch: x0 (B, c, h, w), its condition, and is_retention (B,) bool; target samples first."""
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """Raw network output (B, c or 2c, h, w) for x_t (B, c, h, w) at t (B,) int64."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def trainable_modules(self) -> list[nn.Module]:
+        """The networks that are trained, or that the tuner is applied to."""
+
+    @abstractmethod
+    def generate(self, indices: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) uint8 for sample indices (B,); picture i depends on the seed and i alone."""
+
+    @abstractmethod
+    def bank_generator(self) -> BankGenerator:
+        """The pre-trained model, untouched by training, as the source of a memory bank."""
+
+    # -- shared ---------------------------------------------------------------------------------------------------
+
+    @property
+    def uses_retention(self) -> bool:
+        """Whether the objective gives the memory bank any weight; false for tau = 0, which is plain fine-tuning."""
+        return self.objective.uses_retention
+
+    def configure_model(self) -> None:
+        """Build the networks and apply the tuner, once."""
+        if self._is_built:
+            return
+        self.base_identity = self.build()
+        if self.tuner is not None:
+            for network in self.trainable_modules():
+                self.tuner.apply(network)
+        self._is_built = True
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Every parameter that the optimizer sees."""
+        parameters = [p for network in self.trainable_modules() for p in network.parameters() if p.requires_grad]
+        if not parameters:
+            raise ConfigError("Nothing is trainable: the tuner froze every parameter.")
+        return parameters
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the trainable parameters and, if asked for, a scheduler stepped every training step."""
+        optimizer = self.optimizer(self.trainable_parameters())
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Say what is about to be trained, and which preset that is."""
+        trained = sum(p.numel() for p in self.trainable_parameters())
+        rank_zero_info(f"Training {trained:,} parameters of {self.base_identity.get('name', 'the model')}.")
+        rank_zero_info(describe_preset(self, getattr(self.trainer, "datamodule", None)))
+
+    def draws(self, step: int) -> Draws:
+        """Random numbers of one step for this process's share of the global batch."""
+        return Draws(self.seed, step, self.device, self.global_rank, self.trainer.world_size)
+
+    def training_step(self, batch: DiffTuningBatch, batch_idx: int) -> Tensor:
+        """One forward pass over both streams; logs the loss and its two terms."""
+        draws = self.draws(self.trainer.fit_loop.total_batch_idx)
+        output = self.objective(self.denoise, *self.prepare(batch, draws), draws)
+        self.log("train/loss", output.loss.detach(), prog_bar=True)
+        self.log("train/reconsolidation", output.reconsolidation.detach())
+        if "retention" in batch:
+            self.log("train/retention", output.retention.detach())
+        return output.loss
+
+    def validation_step(self, batch: DiffTuningBatch, batch_idx: int) -> None:
+        """The loss on held-out target data, at the same timesteps and noise every time."""
+        chunk = batch_idx * self.trainer.world_size + self.global_rank
+        draws = Draws(self.seed, chunk, self.device)
+        x0, condition, is_retention = self.prepare(batch, draws)
+        output = self.objective(self.denoise, x0, condition, is_retention, draws)
+        self.log("val/loss", output.reconsolidation, prog_bar=True, sync_dist=True, batch_size=len(x0))
+
+    def on_predict_start(self) -> None:
+        """Keep one pre-trained copy while ``predict`` fills the memory bank."""
+        self._bank_generator = self.bank_generator()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Samples for the memory bank at ``batch["indices"]``."""
+        return self._bank_generator.generate_bank(batch["indices"])
+
+    def on_predict_end(self) -> None:
+        """Let the pre-trained copy go."""
+        del self._bank_generator
+
+    # -- checkpoints: what is trained, and the identity of the rest -----------------------------------------------
+
+    def frozen_names(self) -> set[str]:
+        """State-dict names of the parameters that are not trained."""
+        return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen weights out and put the identity of the base in."""
+        frozen = self.frozen_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["base_identity"] = self.base_identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base and complete it by the frozen weights of this one.
+
+        Raises:
+            CheckpointError: If the checkpoint was trained from other pre-trained weights.
+        """
+        self.configure_model()
+        saved = checkpoint.get("base_identity", {})
+        if saved.get("fingerprint") != self.base_identity.get("fingerprint"):
+            raise CheckpointError(
+                f"This checkpoint was trained from {saved.get('name', 'an unknown base')} "
+                f"(fingerprint {str(saved.get('fingerprint'))[:12]}), but the model here starts from "
+                f"{self.base_identity.get('name')} (fingerprint {str(self.base_identity.get('fingerprint'))[:12]}). "
+                "Pass the pre-trained model that the run was started from."
+            )
+        current = self.state_dict()
+        for name in self.frozen_names():
+            if name in current:
+                checkpoint["state_dict"].setdefault(name, current[name])

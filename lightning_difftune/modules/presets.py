@@ -1,0 +1,62 @@
+"""The two presets, the authors' released code and the paper to the letter, and which of them a run matches."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.schedules import MirroredPowerSchedule, PowerSchedule
+
+if TYPE_CHECKING:
+    from lightning_difftune.modules.base import DiffTuningModule
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The choices in which the authors' code and the paper differ."""
+
+    retention_share: str
+    retention_weight: float
+    schedule: str
+    loss: str
+    label_table: str
+    guidance_channels: str
+
+
+OFFICIAL = Preset("int(0.2 B)", 0.1, "MirroredPowerSchedule(tau=1)", "hybrid_loss", "keep", "first 3")
+PAPER = Preset("int(0.5 B)", 1.0, "PowerSchedule(tau=1)", "eps_mse_loss", "resize", "all")
+
+
+def active_settings(module: DiffTuningModule, datamodule: Any) -> Preset:
+    """The choices of a run as it is about to start."""
+    share = getattr(datamodule, "retention_share", None) if module.uses_retention else None
+    channels = module.sampler.guidance_channels
+    schedule = module.objective.schedule
+    kind = type(module.objective)
+    return Preset(
+        retention_share="no retention" if share is None else f"int({share:g} B)",
+        retention_weight=module.objective.retention_weight,
+        schedule=repr(schedule) if kind is DiffTuningObjective else f"{schedule!r} in {kind.__name__}",
+        loss=getattr(module.objective.loss, "__name__", repr(module.objective.loss)),
+        label_table=getattr(module, "label_table", "none"),
+        guidance_channels="all" if channels is None else f"first {channels}",
+    )
+
+
+def describe_preset(module: DiffTuningModule, datamodule: Any) -> str:
+    """One paragraph that says which preset is active, and what differs from it."""
+    active = asdict(active_settings(module, datamodule))
+    presets = {"official code": asdict(OFFICIAL), "paper-literal": asdict(PAPER)}
+    differences = {
+        name: {key: value for key, value in active.items() if value != preset[key]} for name, preset in presets.items()
+    }
+    name = min(differences, key=lambda key: len(differences[key]))
+    settings = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in active.items())
+    power = module.objective.schedule
+    if isinstance(power, PowerSchedule | MirroredPowerSchedule) and power.tau == 0:
+        return f"Preset: standard fine-tuning (tau = 0). {settings}."
+    if not differences[name]:
+        return f"Preset: {name}. {settings}."
+    changed = ", ".join(f"{key.replace('_', ' ')} = {value}" for key, value in differences[name].items())
+    return f"Preset: custom; nearest is {name}, with {changed}. {settings}."

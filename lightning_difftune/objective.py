@@ -1,0 +1,158 @@
+"""The Diff-Tuning objective (Eq. 5): sampled timesteps, or a uniform timestep with weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_difftune.diffusion import GaussianDiffusion
+from lightning_difftune.draws import Draws, seed_of
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.losses import hybrid_loss
+from lightning_difftune.protocols import Denoiser
+from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule
+
+
+class ObjectiveOutput(NamedTuple):
+    """The training loss and its parts."""
+
+    loss: Tensor  # scalar, what is minimised
+    reconsolidation: Tensor  # scalar, mean over the target samples (Eq. 4)
+    retention: Tensor  # scalar, mean over the memory bank's samples (Eq. 3); 0 if there are none
+    per_sample: Tensor  # (B,), weighted within its stream, not across streams
+    timesteps: Tensor  # (B,) int64
+
+
+class DiffTuningObjective(nn.Module):
+    """Draw t from psi for target samples and from xi for retained ones, then apply the plain loss (App. B.2).
+
+    loss = mean over target of L(t ~ psi / sum psi) + ``retention_weight`` * mean over bank of L(t ~ xi / sum xi).
+
+    Relation to :class:`WeightedDiffTuningObjective`: with Z_psi = mean_t psi(s_t) and Z_xi = mean_t xi(s_t), its two
+    terms have Z_psi and Z_xi times the expectation of the two terms here.
+
+    The defaults are those of the authors' released code. The forward process and the two distributions are buffers
+    outside the state dict.
+
+    Args:
+        schedule: Psi and xi; ``MirroredPowerSchedule(tau=1)`` by default.
+        loss: Per-sample loss, :func:`~lightning_difftune.losses.hybrid_loss` or
+            :func:`~lightning_difftune.losses.eps_mse_loss`.
+        retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper.
+        diffusion: The forward process; T = 1000 and DiT's linear betas by default.
+
+    Raises:
+        ConfigError: If psi or xi is negative or not finite somewhere, or psi is zero everywhere.
+
+    Example:
+        >>> objective = DiffTuningObjective()
+        >>> is_retention = torch.tensor([False] * 4 + [True])
+        >>> zero_network = lambda x_t, t, condition: torch.zeros(len(x_t), 2, 8, 8)
+        >>> out = objective(zero_network, torch.zeros(5, 1, 8, 8), None, is_retention)
+        >>> out.loss.shape, out.timesteps.shape
+        (torch.Size([]), torch.Size([5]))
+    """
+
+    psi: Tensor
+    xi: Tensor
+    reconsolidation_cdf: Tensor
+    retention_cdf: Tensor
+
+    def __init__(
+        self,
+        schedule: ForgettingSchedule | None = None,
+        loss: Callable[..., Tensor] = hybrid_loss,
+        retention_weight: float = 0.1,
+        diffusion: GaussianDiffusion | None = None,
+    ) -> None:
+        super().__init__()
+        if retention_weight < 0:
+            raise ConfigError(f"retention_weight must be at least 0, got {retention_weight}.")
+        self.schedule = schedule if schedule is not None else MirroredPowerSchedule()
+        self.loss = loss
+        self.retention_weight = retention_weight
+        self.diffusion = diffusion if diffusion is not None else GaussianDiffusion()
+
+        steps = self.diffusion.num_timesteps
+        s = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
+        psi, xi = self.schedule.reconsolidation(s), self.schedule.retention(s)
+        for name, weights in (("reconsolidation", psi), ("retention", xi)):
+            if weights.shape != s.shape or not weights.isfinite().all() or (weights < 0).any():
+                raise ConfigError(
+                    f"{name}(s) of {self.schedule!r} must give finite weights >= 0 of s's shape; "
+                    f"got shape {tuple(weights.shape)}, range {weights.min():.3g} to {weights.max():.3g}."
+                )
+        if not psi.any():
+            raise ConfigError(f"{self.schedule!r} gives the target no weight at any timestep: psi is 0 everywhere.")
+        self.uses_retention = bool(xi.any()) and retention_weight > 0
+        for name, table in {
+            "psi": psi,
+            "xi": xi,
+            "reconsolidation_cdf": (psi / psi.sum()).cumsum(0),
+            "retention_cdf": (xi / xi.sum() if xi.any() else torch.full_like(xi, 1 / steps)).cumsum(0),
+        }.items():
+            self.register_buffer(name, table.float(), persistent=False)
+
+    def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
+        """Timesteps (B,) int64 by inverting the two distributions at uniform numbers (B,) in [0, 1)."""
+        target = torch.searchsorted(self.reconsolidation_cdf, uniform, right=True)
+        retained = torch.searchsorted(self.retention_cdf, uniform, right=True)
+        return torch.where(is_retention, retained, target).clamp_(max=self.diffusion.num_timesteps - 1)
+
+    def weights(self, t: Tensor, is_retention: Tensor) -> Tensor:
+        """Weights (B,) of the samples within their stream: 1, since t was drawn from psi or xi."""
+        return torch.ones_like(t, dtype=torch.float32)
+
+    def forward(
+        self, denoise: Denoiser, x0: Tensor, condition: Any, is_retention: Tensor, draws: Draws | None = None
+    ) -> ObjectiveOutput:
+        """Draw timesteps and noise, then compute the loss of one batch.
+
+        Args:
+            denoise: The network, ``denoise(x_t, t, condition)``.
+            x0: Clean samples (B, C, H, W), target and retained ones in one batch.
+            condition: Their condition, passed to ``denoise`` untouched.
+            is_retention: (B,) bool, which samples come from the memory bank.
+            draws: Where random numbers come from; torch's global generator seeds them by default.
+        """
+        if draws is None:
+            draws = Draws(seed_of(int(torch.randint(2**31, ()))), 0, x0.device)
+        t = self.timesteps(draws.uniform(len(x0)), is_retention)
+        return self.at(denoise, x0, condition, is_retention, t, draws.normal(*x0.shape))
+
+    def at(
+        self, denoise: Denoiser, x0: Tensor, condition: Any, is_retention: Tensor, t: Tensor, noise: Tensor
+    ) -> ObjectiveOutput:
+        """The same loss at given timesteps (B,) int64 and noise (B, C, H, W)."""
+        x_t = self.diffusion.add_noise(x0, noise, t)
+        output = denoise(x_t, t, condition)
+        per_sample = self.loss(output, x0, x_t, noise, t, self.diffusion) * self.weights(t, is_retention)
+        reconsolidation = masked_mean(per_sample, ~is_retention)
+        retention = masked_mean(per_sample, is_retention)
+        loss = reconsolidation + self.retention_weight * retention if self.uses_retention else reconsolidation
+        return ObjectiveOutput(loss, reconsolidation, retention, per_sample, t)
+
+
+class WeightedDiffTuningObjective(DiffTuningObjective):
+    """Draw t uniformly and weight the loss by psi(s) or xi(s): Eqs. 3-5 as they are written.
+
+    Same arguments as :class:`DiffTuningObjective`. The paper reports that it trains less stably (App. B.2). Its two
+    terms have Z_psi = mean_t psi(s_t) and Z_xi = mean_t xi(s_t) times the expectation of the sampled form; both are
+    1/2 in the limit of many steps for tau = 1.
+    """
+
+    def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
+        """Timesteps (B,) int64, uniform over the T steps."""
+        return (uniform * self.diffusion.num_timesteps).long().clamp_(max=self.diffusion.num_timesteps - 1)
+
+    def weights(self, t: Tensor, is_retention: Tensor) -> Tensor:
+        """Psi(s_t) for target samples and xi(s_t) for retained ones, (B,)."""
+        return torch.where(is_retention, self.xi[t], self.psi[t])
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of values (B,) where the mask is set, 0 if it never is; without waiting for the device."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

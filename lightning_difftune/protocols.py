@@ -1,0 +1,100 @@
+"""What the rooms ask of each other: structural types only, so that nobody has to inherit from us.
+
+Convention everywhere: t = 0 is data, t = T is noise, T = 1000 discrete steps indexed 0..T-1, s = (t + 1) / T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+
+from torch import Tensor, nn
+
+
+class TargetBatch(TypedDict):
+    """One batch of the target domain: pictures, or the posterior of their latents."""
+
+    pixel_values: NotRequired[Tensor]  # (B, C, H, W) float32 in [-1, 1]
+    latent_mean: NotRequired[Tensor]  # (B, c, h, w), scaled latents
+    latent_std: NotRequired[Tensor]  # (B, c, h, w), same scale
+    class_labels: Tensor  # (B,) int64
+
+
+class RetentionBatch(TypedDict):
+    """One batch of the memory bank: samples of the pre-trained model, in the space it denoises."""
+
+    latents: Tensor  # (B, c, h, w) float32
+    class_labels: NotRequired[Tensor]  # (B,) int64, the source classes they were drawn for
+
+
+class DiffTuningBatch(TypedDict):
+    """What :class:`MemoryBankDataModule` yields; ``retention`` is absent in plain fine-tuning."""
+
+    target: TargetBatch
+    retention: NotRequired[RetentionBatch]
+
+
+class Denoiser(Protocol):
+    """A network under any condition: noisy input, integer timesteps, condition => raw network output."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """x_t (B, c, h, w), t (B,) int64 in [0, T), condition of B entries => (B, c or 2c, h, w)."""
+        ...
+
+
+@runtime_checkable
+class SupportsGenerate(Protocol):
+    """A model that turns sample indices into pictures; sample i depends on its seed and i alone."""
+
+    def generate(self, indices: Tensor) -> Tensor:
+        """indices (B,) int64 => pictures (B, 1 or 3, H, W) uint8."""
+        ...
+
+
+@runtime_checkable
+class SupportsReferenceImages(Protocol):
+    """A data module that can show the real pictures which generated ones are compared with."""
+
+    def reference_images(self) -> Iterator[Tensor]:
+        """Batches (B, 1 or 3, H, W) uint8 in a fixed order."""
+        ...
+
+    def reference_identity(self) -> str:
+        """A string that changes when the reference pictures do; the key of cached statistics."""
+        ...
+
+
+@runtime_checkable
+class BankGenerator(Protocol):
+    """The pre-trained model as the source of a memory bank."""
+
+    def bank_spec(self) -> dict[str, Any]:
+        """What decides a bank's bytes (weights' fingerprint, sampler, guidance, seed), as plain JSON values."""
+        ...
+
+    def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
+        """indices (B,) int64 => ``{"latents": (B, c, h, w) float32, "class_labels": (B,) int64}`` on the CPU."""
+        ...
+
+
+@runtime_checkable
+class SupportsBankGeneration(Protocol):
+    """A module whose pre-trained model can fill a memory bank."""
+
+    @property
+    def uses_retention(self) -> bool:
+        """Whether training gives the bank any weight."""
+        ...
+
+    def bank_generator(self) -> BankGenerator:
+        """The pre-trained model, untouched by training."""
+        ...
+
+
+@runtime_checkable
+class Tuner(Protocol):
+    """A parameter-efficient method: what to insert into a network and what to train of it."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Insert the method's layers and set ``requires_grad``; the function computed stays the same."""
+        ...
