@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -138,15 +139,16 @@ def _load_npz(path: Path) -> Mapping[str, npt.NDArray[Any]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file; expected an .npz file with pictures.")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} holds a single array (.npy); expected an .npz file with named arrays.")
-            return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.lib.npyio.NpzFile):
+            with file:
+                return {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read as an .npz file ({error}); it is damaged, or holds Python objects, which are never "
             "unpickled; write it again with numpy.savez."
         ) from error
+    raise DataError(f"{path} holds a single array (.npy); expected an .npz file with named arrays.")
 
 
 def _count_raw(images: npt.NDArray[Any], path: Path) -> int:

@@ -241,8 +241,8 @@ def _below(root: str | Path, names: Sequence[str], where: str) -> list[str]:
     paths = [str(Path(root, name)) for name in names]
     if not any(Path(path).is_file() for path in paths[:_PROBED_ROWS]):
         raise DataError(
-            f"the pictures listed in {where} are not below {root}: {paths[0]} does not exist, nor do the next ones. Set "
-            "root to the folder that the listed paths start from."
+            f"the pictures listed in {where} are not below {root}: {paths[0]} does not exist, nor do the next ones. "
+            "Set root to the folder that the listed paths start from."
         )
     return paths
 

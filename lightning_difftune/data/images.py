@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_difftune.data.pixels import to_pixels
+from lightning_difftune.data.pixels import to_pixel_values, to_pixels
 from lightning_difftune.data.source_facts import (
     class_names_of,
     content_digest_of,
@@ -40,7 +40,7 @@ class TargetItem(NamedTuple):
 
     pixels: Tensor  # (C, H, W) uint8
     label: int
-    index: int  # the picture that was read: another one than asked for, where that one is damaged and skipped
+    source_index: int  # the picture that was read: another than asked for, where that one is damaged and skipped
 
 
 class ImageTargets:
@@ -121,7 +121,7 @@ class ImageTargets:
         items = [self.read(index) for index in indices]
         pixels = [item.pixels.flip(-1) if flip else item.pixels for item, flip in zip(items, flips, strict=True)]
         return {
-            "pixel_values": torch.stack(pixels).float() / 127.5 - 1,
+            "pixel_values": to_pixel_values(torch.stack(pixels)),
             "class_labels": torch.tensor([item.label for item in items], dtype=torch.int64),
         }
 
@@ -248,7 +248,7 @@ def check_labels(
     )
     raise DataError(
         f"label {int(values[first])} of {where(first)} is outside the label table, whose {num_classes} classes are "
-        f"0..{num_classes - 1} (so are {len(outside)} of {len(values)} labels in all); {cure}, or mend the labels."
+        f"0..{num_classes - 1} ({len(outside)} of {len(values)} labels are outside); {cure}, or mend the labels."
     )
 
 

@@ -55,6 +55,11 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
     return np.ascontiguousarray(np.asarray(cropped).reshape(image_size, image_size, channels).transpose(2, 0, 1))
 
 
+def to_pixel_values(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape => float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
     """The centre crop of Dhariwal & Nichol (2021), which DiT was trained with.
 

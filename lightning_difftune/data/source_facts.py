@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -152,7 +152,7 @@ def _sample_lists(source: Any) -> list[Sequence[tuple[Any, Any]]]:
     return [samples for samples in lists if _fits(samples, len(source)) and all(len(entry) == 2 for entry in samples)]
 
 
-def _fits(values: Any, count: int) -> bool:
+def _fits(values: Any, count: int) -> TypeGuard[Sequence[Any]]:
     return (
         isinstance(values, (Sequence, np.ndarray, torch.Tensor))
         and not isinstance(values, str)

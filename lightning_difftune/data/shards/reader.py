@@ -1,0 +1,171 @@
+"""Reading a finished folder of shards."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_difftune.data.shards.format import (
+    BUILDING,
+    DTYPES,
+    MANIFEST,
+    BuildPlan,
+    Manifest,
+    ShardHeader,
+    another_build,
+    differences,
+    file_sha256,
+    misfit,
+    rebuild_shard,
+    shard_name,
+    shard_tag,
+)
+from lightning_difftune.errors import StoreError
+
+
+class ShardReader:
+    """A finished folder of shards, read-only and memory-mapped.
+
+    Opening it checks the manifest, and of each shard the size and the header; :meth:`verify` reads every byte. It may
+    be pickled: a worker process maps the shards for itself when it first reads them.
+
+    Args:
+        path: The folder.
+        kind: What it must hold.
+
+    Raises:
+        StoreError: The folder is missing, unfinished, of another kind, or damaged.
+    """
+
+    def __init__(self, path: str | Path, *, kind: str) -> None:
+        self.path = Path(path)
+        self._maps: dict[int, dict[str, NDArray[Any]]] = {}
+        manifest = self.path / MANIFEST
+        if not manifest.exists():
+            state = "is unfinished" if (self.path / BUILDING).exists() else f"holds no {kind}"
+            raise StoreError(f"{self.path} {state}: there is no {manifest}. Build it; finished shards are kept.")
+        self._manifest = Manifest.load(manifest)
+        if self.plan.kind != kind:
+            raise StoreError(f"{manifest} is that of a {self.plan.kind}, but a {kind} is wanted. Name another folder.")
+        for shard in range(self.plan.num_shards):
+            self._check(shard)
+
+    def _check(self, shard: int) -> None:
+        path = self.path / shard_name(shard)
+        expected = self._manifest.shards[shard].bytes
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise StoreError(f"{path} is missing. {rebuild_shard(path)}")
+        if found != expected:
+            raise StoreError(f"{path} has {found} bytes, but the manifest says {expected}. {rebuild_shard(path)}")
+        header = ShardHeader.load(path)
+        if header.tag != shard_tag(self.plan.digest, shard) or header.num_samples != len(self.plan.shard_range(shard)):
+            raise StoreError(
+                f"{path} does not belong to {self.path / MANIFEST}: one of them is another build's or was altered. "
+                "Restore it, or move both away and build again."
+            )
+        if header.tensors != self._manifest.tensors:
+            raise StoreError(f"{misfit(path, header.tensors, self._manifest.tensors)} {rebuild_shard(path)}")
+
+    @property
+    def plan(self) -> BuildPlan:
+        """What was built."""
+        return self._manifest.plan
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What decided the contents."""
+        return self.plan.spec
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in all shards."""
+        return self.plan.num_samples
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample of each tensor."""
+        return {name: layout.shape for name, layout in self._manifest.tensors.items()}
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each tensor."""
+        return {name: DTYPES[layout.dtype] for name, layout in self._manifest.tensors.items()}
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def read(self, indices: Tensor) -> dict[str, Tensor]:
+        """Copy samples out of the shards.
+
+        Args:
+            indices: (B,) integers in [0, num_samples), in any order and with repeats.
+
+        Returns:
+            Each tensor as (B, ...), in the order of ``indices``.
+
+        Raises:
+            IndexError: An index lies outside the folder.
+            StoreError: A shard was damaged after it was opened.
+        """
+        where = indices.numpy()
+        if where.size and not 0 <= where.min() <= where.max() < self.num_samples:
+            raise IndexError(
+                f"{self.path} holds samples 0 to {self.num_samples - 1}; asked for {where.min()} to {where.max()}."
+            )
+        shards, rows = np.divmod(where, self.plan.shard_size)
+        order = np.argsort(shards, kind="stable")
+        cuts = np.flatnonzero(np.diff(shards[order])) + 1
+        result = {name: torch.empty((len(where), *self.shapes[name]), dtype=d) for name, d in self.dtypes.items()}
+        views = {name: tensor.numpy() for name, tensor in result.items()}
+        for start, stop in pairwise([0, *cuts.tolist(), len(where)] if where.size else ()):
+            # A single row is copied several times faster by a plain index than by an array of one.
+            target = order[start:stop] if stop - start > 1 else order[start]
+            source = self._map(int(shards[order[start]]))
+            for name, view in views.items():
+                view[target] = source[name][rows[target]]
+        return result
+
+    def verify(self) -> None:
+        """Read every byte and compare the hashes.
+
+        Raises:
+            StoreError: A shard was altered.
+        """
+        for shard, record in enumerate(self._manifest.shards):
+            path = self.path / shard_name(shard)
+            self._check(shard)
+            if (found := file_sha256(path)) != record.sha256:
+                raise StoreError(
+                    f"{path} was altered: its sha256 is {found[:12]}..., but the manifest says {record.sha256[:12]}... "
+                    f"{rebuild_shard(path)}"
+                )
+
+    def require(self, spec: dict[str, Any]) -> None:
+        """Make sure that the contents are what ``spec`` would make.
+
+        Raises:
+            StoreError: They are not; the message names the keys that differ.
+        """
+        if changed := differences(self.spec, spec):
+            raise StoreError(another_build(self.path / MANIFEST, self.plan.kind, changed))
+
+    def _map(self, shard: int) -> dict[str, NDArray[Any]]:
+        if shard not in self._maps:
+            path = self.path / shard_name(shard)
+            try:
+                self._maps[shard] = {name: tensor.numpy() for name, tensor in load_file(path).items()}
+            except (OSError, SafetensorError) as error:
+                raise StoreError(f"{path} cannot be read ({error}). {rebuild_shard(path)}") from error
+        return self._maps[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}

@@ -1,0 +1,8 @@
+"""The models that are tuned, their checkpoints, and the frozen autoencoder of latent ones."""
+
+from lightning_difftune.models.autoencoder import FrozenAutoencoder
+from lightning_difftune.models.checkpoints import load_dit
+from lightning_difftune.models.dit import DiT
+from lightning_difftune.models.export import export_dit
+
+__all__ = ["DiT", "FrozenAutoencoder", "export_dit", "load_dit"]

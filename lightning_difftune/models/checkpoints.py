@@ -1,0 +1,278 @@
+"""DiT weights from the authors' files, safetensors, diffusers folders and this package; and a model's fingerprint."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.models import diffusers_layout, hub
+from lightning_difftune.models.dit import SIZES, DiT
+
+BUNDLED = Path(__file__).parent / "weights"
+FORMAT_VERSION = 1  # of the safetensors that export_dit writes
+PUBLISHED_HEADS = {(hidden_size, depth): num_heads for hidden_size, depth, num_heads in SIZES.values()}
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds, before it is a model."""
+
+    state: dict[str, Tensor]
+    architecture: dict[str, Any]
+    class_names: list[str] | None
+    file: Path  # that the tensors are in
+
+
+def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str | None = None) -> DiT:
+    """Open a DiT.
+
+    Args:
+        source: One of
+
+            - the name of a bundled model, such as ``"dit-nano-omniglot"``;
+            - a file with the official key names: the authors' ``.pt``, a training checkpoint of their code (its EMA
+              weights are taken), or safetensors; no code in a pickle is ever run;
+            - a diffusers folder: a pipeline's, or its ``transformer`` folder;
+            - a repository on the Hugging Face hub in that layout, ``"facebook/DiT-XL-2-256"``.
+        num_heads: Attention heads. Weights do not tell them, so they are needed for a file that neither states its
+            architecture (as exports do) nor has a published size.
+        revision: Branch, tag or commit of a hub repository.
+
+    Returns:
+        The model on the CPU, in float32 and train mode. It keeps no hold on the file.
+
+    Raises:
+        CheckpointError: If the source is not found, unreadable, or holds another model.
+
+    Example:
+        >>> load_dit("no-such-model")
+        Traceback (most recent call last):
+        ...
+        lightning_difftune.errors.CheckpointError: 'no-such-model' is no file or folder and no bundled model ...
+    """
+    path = locate(source, revision)
+    contents = read_folder(path) if path.is_dir() else read_file(path, num_heads)
+    state, architecture, class_names, file = contents
+    if num_heads is not None and num_heads != architecture["num_heads"]:
+        raise CheckpointError(f"{path} has {architecture['num_heads']} heads by its own account, not {num_heads}.")
+    try:
+        with torch.device("meta"):
+            model = DiT(**architecture, class_names=class_names)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path} describes a DiT that cannot be built: {error}") from error
+    if path.is_dir():
+        check_state(state, diffusers_layout.to_diffusers(model.state_dict(), architecture["depth"]), file)
+        state = diffusers_layout.from_diffusers(state, architecture, file)
+    check_state(state, model.state_dict(), file)
+    # One copy at a time: afterwards the model owns its memory, and nothing depends on the file mapped until then.
+    model.load_state_dict({name: state.pop(name).to(torch.float32, copy=True) for name in list(state)}, assign=True)
+    return model
+
+
+def locate(source: str | Path, revision: str | None = None) -> Path:
+    """The file or folder that a source stands for, downloaded if need be.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    bundled = {file.stem: file for file in sorted(BUNDLED.glob("*.safetensors"))}
+    if isinstance(source, str) and source in bundled:
+        return bundled[source]
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if isinstance(source, str) and hub.is_repo_id(source) and path.suffix not in {".pt", ".pth", ".bin", ".ckpt"}:
+        return hub.fetch(source, ("transformer", ""), revision)
+    raise CheckpointError(
+        f"{str(source)!r} is no file or folder and no bundled model (bundled: {', '.join(bundled) or 'none'}). "
+        "Check the path; a hub repository is written 'owner/name'."
+    )
+
+
+def read_file(file: Path, num_heads: int | None = None) -> Contents:
+    """Read a file with the official key names; its architecture comes from its metadata, or else from the shapes."""
+    if file.suffix != ".safetensors":
+        state = read_torch(file)
+        return Contents(state, infer_architecture(state, num_heads, file), None, file)
+    state, metadata = read_safetensors(file)
+    if "architecture" not in metadata:
+        return Contents(state, infer_architecture(state, num_heads, file), None, file)
+    try:
+        version = int(metadata["format_version"])
+        architecture, class_names = json.loads(metadata["architecture"]), json.loads(metadata["class_names"])
+        architecture["num_heads"]
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: its metadata is incomplete or damaged ({error!r}). Export it again.") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {version}; this release reads up to {FORMAT_VERSION}. Upgrade lightning_difftune."
+        )
+    return Contents(state, architecture, class_names, file)
+
+
+def read_folder(folder: Path) -> Contents:
+    """Read a diffusers folder: a pipeline's, which may name the classes, or that of the transformer itself."""
+    inner = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
+    file = next((inner / name for name in hub.WEIGHT_FILES if (inner / name).exists()), None)
+    if file is None or not (inner / "config.json").exists():
+        raise CheckpointError(
+            f"{folder} is no diffusers folder: it needs config.json and {hub.WEIGHT_FILES[0]}, in it or in its "
+            f"'transformer' folder; found {sorted(entry.name for entry in inner.iterdir())[:8]}."
+        )
+    config = inner / "config.json"
+    architecture = diffusers_layout.to_architecture(read_json(config), config)
+    index = folder / "model_index.json"
+    labels = read_json(index).get("id2label") or {} if index.exists() else {}
+    names = [labels.get(str(i)) for i in range(architecture["num_classes"])]
+    state = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
+    return Contents(state, architecture, None if None in names else names, file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map a safetensors file into memory => tensors, metadata."""
+    try:
+        with safe_open(file, "pt") as content:
+            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
+
+
+def read_torch(file: Path) -> dict[str, Tensor]:
+    """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights."""
+    try:
+        with file.open("rb") as opened:
+            zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 are not, and cannot be mapped
+        # The authors' training script saves its arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise CheckpointError(f"{file} is no readable PyTorch file. Download it again, or check its name.") from error
+        found = str(error).partition("GLOBAL ")[2].split(maxsplit=1)[0]
+        raise CheckpointError(
+            f"{file} holds more than tensors ({found}), and opening that could run code. If you trust it, save its state "
+            "dict alone: torch.save(torch.load(file, weights_only=False)['model'], new_file)."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{file} is truncated or no PyTorch file ({reason}). Download it again.") from error
+    if isinstance(content, dict) and "pytorch-lightning_version" in content:
+        raise CheckpointError(
+            f"{file} is a Lightning checkpoint. Resume from it with ckpt_path, or open the module that wrote it with "
+            "load_from_checkpoint and export its model with export_dit."
+        )
+    for key in ("ema", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{file} holds no state dict, nor one under 'ema' or 'model'; found {found}.")
+    return dict(content)
+
+
+def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file: Path) -> dict[str, Any]:
+    """The architecture that official weights imply by their shapes.
+
+    Raises:
+        CheckpointError: If the weights are no DiT's, or its number of heads is neither given nor published.
+    """
+    try:
+        hidden_size, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+        _, tokens, _ = state["pos_embed"].shape
+        rows, _ = state["y_embedder.embedding_table.weight"].shape
+        outputs, _ = state["final_layer.linear.weight"].shape
+        mlp_width, _ = state["blocks.0.mlp.fc1.weight"].shape
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} holds no DiT under the official key names: {error}. Its keys start with {sorted(state)[:4]}."
+        ) from error
+    if outputs not in {patch_size**2 * channels, 2 * patch_size**2 * channels} or math.isqrt(tokens) ** 2 != tokens:
+        raise CheckpointError(
+            f"{file} is no DiT on square inputs: {tokens} positions and {outputs} outputs a token for patches of "
+            f"{patch_size} x {patch_size} x {channels}."
+        )
+    num_heads = num_heads or PUBLISHED_HEADS.get((hidden_size, depth))
+    if num_heads is None:
+        raise CheckpointError(
+            f"{file} has hidden size {hidden_size} and depth {depth}, which is no published size, so its number of "
+            "attention heads cannot be known. Pass num_heads."
+        )
+    mlp_ratio = mlp_width / hidden_size
+    if int(hidden_size * mlp_ratio) != mlp_width:  # rounded down
+        mlp_ratio = math.nextafter(mlp_ratio, math.inf)
+    return {
+        "input_size": math.isqrt(tokens) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": channels,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "num_heads": num_heads,
+        "mlp_ratio": mlp_ratio,
+        "num_classes": rows - 1,
+        "learn_sigma": outputs == 2 * patch_size**2 * channels,
+    }
+
+
+def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path | str) -> None:
+    """Compare names and shapes of two state dicts.
+
+    Raises:
+        CheckpointError: If they differ; names a few of the missing, unexpected and misshaped tensors.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {shapes[name]} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and shapes[name] != tuple(tensor.shape)
+        ],
+    }
+    parts = [
+        f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if parts:
+        raise CheckpointError(f"{source} does not hold the tensors of this DiT: {'; '.join(parts)}.")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Identity of a module's weights: SHA-256 over its state dict, the same on every device.
+
+    Covers names, dtypes, shapes and values in the order of the names; copies no more than one tensor at a time.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> fingerprint(layer) == fingerprint(layer.double()), len(fingerprint(layer))
+        (False, 64)
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

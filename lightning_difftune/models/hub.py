@@ -1,0 +1,81 @@
+"""Folders of the Hugging Face hub: fetched once, cached, and missed with an error that says what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lightning_difftune.errors import CheckpointError
+
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one there is read
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a string could be ``owner/repository``.
+
+    Example:
+        >>> is_repo_id("facebook/DiT-XL-2-256"), is_repo_id("runs/tuned/model.safetensors")
+        (True, False)
+    """
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None) -> Path:
+    """Download the configuration and weights of one model of a repository, or find them in the cache.
+
+    Args:
+        repo_id: ``owner/repository``.
+        subfolders: Where the model may lie in the repository, the first match counts; ``""`` is its root.
+        revision: Branch, tag or commit.
+
+    Returns:
+        The folder of the repository's snapshot in the hub's cache.
+
+    Raises:
+        CheckpointError: If the repository cannot be reached, does not exist, or holds no such model.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    hub = HfApi()
+    try:
+        info = hub.model_info(repo_id, revision=revision, timeout=10)
+        wanted = choose_files([entry.rfilename for entry in info.siblings or []], subfolders)
+        if not wanted:
+            raise CheckpointError(
+                f"{repo_id} on the Hugging Face hub holds no diffusers model: no config.json with one of "
+                f"{', '.join(WEIGHT_FILES)} in {' or '.join(repr(folder or '/') for folder in subfolders)}."
+            )
+        return Path(hub.snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted))
+    except CheckpointError:
+        raise
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise CheckpointError(
+            f"{repo_id!r} is no local folder, and the Hugging Face hub has no public model of that name"
+            f"{f' at revision {revision!r}' if revision else ''}. Check the spelling, pass a local folder, or log in "
+            "with `hf auth login` if it is private."
+        ) from error
+    except Exception as unreachable:  # offline mode, or whatever the hub's HTTP library raises without a connection
+        try:
+            return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+        except Exception:
+            raise CheckpointError(
+                f"{repo_id!r} is no local folder and not in the Hugging Face cache, and the hub cannot be reached "
+                f"({type(unreachable).__name__}: {unreachable}). Pass a local folder or file; or download it where "
+                "there is a connection, copy the cache and set HF_HOME to it; or unset HF_HUB_OFFLINE if it is set."
+            ) from unreachable
+
+
+def choose_files(names: list[str], subfolders: tuple[str, ...]) -> list[str]:
+    """The files of a repository to download for one model; empty if it holds none.
+
+    Example:
+        >>> choose_files(["vae/config.json", "vae/diffusion_pytorch_model.bin", "README.md"], ("transformer", "vae"))
+        ['vae/config.json', 'vae/diffusion_pytorch_model.bin']
+    """
+    for folder in subfolders:
+        prefix = f"{folder}/" if folder else ""
+        weights = next((prefix + name for name in WEIGHT_FILES if prefix + name in names), None)
+        if weights is not None and f"{prefix}config.json" in names:
+            return [name for name in ("model_index.json", f"{prefix}config.json", weights) if name in names]
+    return []
