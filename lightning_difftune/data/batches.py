@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_difftune.data.images import check_labels
@@ -15,7 +16,7 @@ from lightning_difftune.draws import seed_of
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch
 
 ReadTarget = Callable[[list[int], list[bool]], TargetBatch]
-ReadRetention = Callable[[list[int]], RetentionBatch]
+ReadRetention = Callable[[Tensor], RetentionBatch]
 
 
 class ShuffledStream:
@@ -89,7 +90,7 @@ class TrainingBatches(Dataset[DiffTuningBatch]):
         flips = self.target.coins(step) if self.horizontal_flip else [False] * self.target.batch_size
         batch: DiffTuningBatch = {"target": self.read_target(self.target.indices(step), flips)}
         if self.read_retention is not None and self.retention is not None:
-            batch["retention"] = self.read_retention(self.retention.indices(step))
+            batch["retention"] = self.read_retention(torch.tensor(self.retention.indices(step)))
         return batch
 
 

@@ -17,6 +17,7 @@ from lightning_difftune.data.batches import EvaluationBatches, LabelledTargets, 
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
 from lightning_difftune.data.progress import shard_progress
+from lightning_difftune.data.shards import ShardWork
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import SupportsBankGeneration
@@ -83,6 +84,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shard left to build
         self.num_classes, self.channels = num_classes, channels
         self.target = ImageTargets(target, image_size, channels, on_corrupt)
         self.val_target = ImageTargets(val_target, image_size, channels, on_corrupt) if val_target is not None else None
@@ -210,15 +212,14 @@ class MemoryBankDataModule(L.LightningDataModule):
         batches = EvaluationBatches(read, len(self.val_target), self.batch_size)
         return self._loader(batches, StepSampler(batches, 0, self._world_size, self._rank))
 
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> ShardWork:
         """Work for ``trainer.predict``: the sample indices that the memory bank still lacks."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         if self.bank_path is None or not isinstance(module, SupportsBankGeneration):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
         writer = MemoryBank.writer(self.bank_path, module.bank_generator().bank_spec(), self.bank_size)
         self.trainer.callbacks.append(MemoryBankWriter(writer))
-        work = bank_work(writer, self.build_batch_size, self._rank, self._world_size)
-        return self._loader(work, StepSampler(work))
+        return bank_work(writer, self.build_batch_size, self._rank, self._world_size)
 
     def _loader(self, batches: Dataset, sampler: StepSampler) -> DataLoader:
         return DataLoader(

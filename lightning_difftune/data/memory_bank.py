@@ -22,8 +22,8 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 class MemoryBank:
     """A finished memory bank, opened read-only; cheap to open, to pickle and to read from.
 
-    Sample i is ``x0`` drawn from the pre-trained model with its own seed, so two banks of one generator agree where they
-    overlap. Opening checks the manifest and every shard's size and header; :meth:`verify` reads every byte.
+    Sample i is an ``x0`` drawn from the pre-trained model with its own seed. Opening checks the manifest and every
+    shard's size and header; :meth:`verify` reads every byte.
 
     Args:
         path: The folder.
@@ -32,9 +32,14 @@ class MemoryBank:
         StoreError: There is no finished bank, or it is damaged; the message names the file and the cure.
 
     Example:
-        >>> bank = MemoryBank.build(getfixture("tmp_path") / "bank", getfixture("bank_generator"), 100)
-        >>> bank.read(torch.tensor([7, 3]))["latents"].shape
-        torch.Size([2, 4, 8, 8])
+        >>> class Constant:
+        ...     def bank_spec(self):
+        ...         return {"seed": 0}
+        ...     def generate_bank(self, indices):
+        ...         return {"latents": indices.view(-1, 1, 1, 1).expand(-1, 4, 8, 8).float()}
+        >>> bank = MemoryBank.build(getfixture("tmp_path") / "bank", Constant(), 100)
+        >>> bank.read(torch.tensor([7, 3]))["latents"][:, 0, 0, 0]
+        tensor([7., 3.])
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -217,7 +222,9 @@ class MemoryBankWriter(BasePredictionWriter):
 
 
 def _as_stored(writer: ShardWriter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if "latents" not in tensors or not tensors.keys() <= {"latents", "class_labels"}:
-        raise StoreError(f"A memory bank holds latents and class_labels, but the generator made {', '.join(tensors)}.")
+    made = {name: tensor.dtype for name, tensor in tensors.items()}
+    labels = made.get("class_labels", torch.int64)
+    if not made.keys() <= {"latents", "class_labels"} or "latents" not in made or labels != torch.int64:
+        raise StoreError(f"A memory bank holds latents and int64 class_labels, but the generator made {made}.")
     stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     return {**stored, "latents": stored["latents"].to(_DTYPES[writer.plan.spec["dtype"]])}

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models import diffusers_layout, hub
+from lightning_difftune.models.checkpoint_files import read_json, read_safetensors, read_torch
 from lightning_difftune.models.dit import SIZES, DiT
 
 BUNDLED = Path(__file__).parent / "weights"
@@ -53,18 +51,12 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
 
     Raises:
         CheckpointError: If the source is not found, unreadable, or holds another model.
-
-    Example:
-        >>> load_dit("no-such-model")
-        Traceback (most recent call last):
-        ...
-        lightning_difftune.errors.CheckpointError: 'no-such-model' is no file or folder and no bundled model ...
     """
     path = locate(source, revision)
     contents = read_folder(path) if path.is_dir() else read_file(path, num_heads)
     state, architecture, class_names, file = contents
-    if num_heads is not None and num_heads != architecture["num_heads"]:
-        raise CheckpointError(f"{path} has {architecture['num_heads']} heads by its own account, not {num_heads}.")
+    if num_heads is not None and num_heads != architecture.get("num_heads"):
+        raise CheckpointError(f"{path} says that it has {architecture.get('num_heads')} heads, not {num_heads}.")
     try:
         with torch.device("meta"):
             model = DiT(**architecture, class_names=class_names)
@@ -109,13 +101,13 @@ def read_file(file: Path, num_heads: int | None = None) -> Contents:
         return Contents(state, infer_architecture(state, num_heads, file), None, file)
     try:
         version = int(metadata["format_version"])
-        architecture, class_names = json.loads(metadata["architecture"]), json.loads(metadata["class_names"])
-        architecture["num_heads"]
+        architecture, class_names = dict(json.loads(metadata["architecture"])), json.loads(metadata["class_names"])
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: its metadata is incomplete or damaged ({error!r}). Export it again.") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format version {version}; this release reads up to {FORMAT_VERSION}. Upgrade lightning_difftune."
+            f"{file} has format version {version}; this release reads up to {FORMAT_VERSION}. "
+            "Upgrade lightning_difftune."
         )
     return Contents(state, architecture, class_names, file)
 
@@ -136,60 +128,6 @@ def read_folder(folder: Path) -> Contents:
     names = [labels.get(str(i)) for i in range(architecture["num_classes"])]
     state = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
     return Contents(state, architecture, None if None in names else names, file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no readable JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}.")
-    return content
-
-
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a safetensors file into memory => tensors, metadata."""
-    try:
-        with safe_open(file, "pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
-
-
-def read_torch(file: Path) -> dict[str, Tensor]:
-    """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights."""
-    try:
-        with file.open("rb") as opened:
-            zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 are not, and cannot be mapped
-        # The authors' training script saves its arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
-            raise CheckpointError(f"{file} is no readable PyTorch file. Download it again, or check its name.") from error
-        found = str(error).partition("GLOBAL ")[2].split(maxsplit=1)[0]
-        raise CheckpointError(
-            f"{file} holds more than tensors ({found}), and opening that could run code. If you trust it, save its state "
-            "dict alone: torch.save(torch.load(file, weights_only=False)['model'], new_file)."
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{file} is truncated or no PyTorch file ({reason}). Download it again.") from error
-    if isinstance(content, dict) and "pytorch-lightning_version" in content:
-        raise CheckpointError(
-            f"{file} is a Lightning checkpoint. Resume from it with ckpt_path, or open the module that wrote it with "
-            "load_from_checkpoint and export its model with export_dit."
-        )
-    for key in ("ema", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{file} holds no state dict, nor one under 'ema' or 'model'; found {found}.")
-    return dict(content)
 
 
 def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file: Path) -> dict[str, Any]:

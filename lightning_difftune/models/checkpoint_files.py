@@ -1,0 +1,69 @@
+"""Reading the files that checkpoints consist of: tensors by name, never code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lightning_difftune.errors import CheckpointError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}.")
+    return content
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map a safetensors file into memory => tensors, metadata."""
+    try:
+        with safe_open(file, "pt") as content:
+            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
+
+
+def read_torch(file: Path) -> dict[str, Tensor]:
+    """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights."""
+    try:
+        with file.open("rb") as opened:
+            zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 are not, and cannot be mapped
+        # The authors' training script saves its arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise CheckpointError(f"{file} is no readable PyTorch file. Download it again.") from error
+        found = str(error).partition("GLOBAL ")[2].split(maxsplit=1)[0]
+        raise CheckpointError(
+            f"{file} holds more than tensors ({found}), and opening that could run code. If you trust it, save its "
+            "state dict alone: torch.save(torch.load(file, weights_only=False)['model'], new_file)."
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{file} is truncated or no PyTorch file ({reason}). Download it again.") from error
+    if isinstance(content, dict) and "pytorch-lightning_version" in content:
+        raise CheckpointError(
+            f"{file} is a Lightning checkpoint. Resume from it with ckpt_path, or open the module that wrote it with "
+            "load_from_checkpoint and export its model with export_dit."
+        )
+    for key in ("ema", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{file} holds no state dict, nor one under 'ema' or 'model'; found {found}.")
+    return dict(content)

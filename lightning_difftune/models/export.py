@@ -1,0 +1,229 @@
+"""Writing a DiT for others to open: whole or not at all, and read back before it counts as written."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_difftune import __version__
+from lightning_difftune.errors import CheckpointError
+from lightning_difftune.models.autoencoder import FrozenAutoencoder
+from lightning_difftune.models.checkpoints import FORMAT_VERSION, check_state, load_dit
+from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
+from lightning_difftune.models.dit import DiT
+
+README = """\
+# DiT exported by lightning_difftune {version}
+
+This folder opens with `diffusers.DiTPipeline.from_pretrained`. Three things to know:
+
+1. diffusers' class computes a slightly different timestep embedding from the one that this model was trained with
+   (`downscale_freq_shift` of 1 instead of 0), which changes its output by a few per cent. For the exact function:
+
+   ```python
+   from diffusers import DiTPipeline
+   from lightning_difftune.models.diffusers_layout import make_exact
+
+   pipeline = DiTPipeline.from_pretrained("path/to/this/folder"{vae_argument})
+   make_exact(pipeline.transformer)
+   ```
+
+   `load_exact_transformer("path/to/this/folder")` of the same module opens the transformer alone.
+2. `DiTPipeline` takes class 1000 as "no class" in classifier-free guidance. {null_class}
+3. {vae}
+
+`lightning_difftune.models.load_dit("path/to/this/folder")` reads the folder back without loss.
+"""
+
+
+def export_dit(
+    model: DiT,
+    path: str | Path,
+    format: Literal["safetensors", "diffusers"] = "safetensors",
+    *,
+    autoencoder: FrozenAutoencoder | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model, read it back, and compare outputs and weights before it takes its place.
+
+    Args:
+        model: The model, on any device; it is written in float32.
+        path: A file ending in ``.safetensors``, or a folder for diffusers.
+        format: ``"safetensors"`` keeps the official key names, with the architecture and class names as metadata.
+            ``"diffusers"`` is a folder that ``DiTPipeline`` opens; its README says what that computes differently.
+        autoencoder: Put into the diffusers folder as ``vae``.
+        overwrite: Replace what is at ``path``.
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: If ``path`` is taken or cannot be written, the model has layers beyond a plain DiT's or values
+            that are not finite, or what was written does not read back as the same function. Nothing is left then, and
+            what was at ``path`` stays.
+    """
+    path = Path(path)
+    if format == "safetensors" and path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} must end in .safetensors, so that load_dit knows what it is.")
+    if format == "safetensors" and autoencoder is not None:
+        raise CheckpointError("An autoencoder goes into a diffusers folder; format='safetensors' holds the DiT alone.")
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists. Choose another path, or pass overwrite=True.")
+    with torch.device("meta"):
+        plain = DiT(**model.architecture)
+    check_state(model.state_dict(), plain.state_dict(), "The model to export")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as workspace:
+            draft = Path(workspace) / path.name
+            if format == "safetensors":
+                write_safetensors(model, draft)
+            else:
+                write_diffusers(model, draft, autoencoder)
+            verify(model, draft)
+            put_in_place(draft, path, Path(workspace) / "replaced")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot write {path}: {error}. Is the disk full, or the folder protected?") from error
+    return path
+
+
+def put_in_place(draft: Path, path: Path, replaced: Path) -> None:
+    """Move a draft to its path; what was there goes to ``replaced`` if it is a folder, which has no atomic exchange."""
+    if not path.is_dir():
+        draft.replace(path)
+        return
+    path.rename(replaced)
+    try:
+        draft.rename(path)
+    except OSError:
+        replaced.rename(path)
+        raise
+
+
+def plain_state(model: DiT) -> dict[str, Tensor]:
+    """The model's state dict in float32 on the CPU."""
+    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
+
+
+def write_safetensors(model: DiT, file: Path) -> None:
+    """Write the official layout with the architecture in the metadata."""
+    metadata = {
+        "format": "pt",
+        "format_version": str(FORMAT_VERSION),
+        "library_version": __version__,
+        "architecture": json.dumps(model.architecture),
+        "class_names": json.dumps(model.class_names),
+    }
+    save_file(plain_state(model), file, metadata)
+
+
+def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | None) -> None:
+    """Write a folder that ``DiTPipeline`` opens."""
+    import diffusers
+
+    architecture = model.architecture
+    version = {"_diffusers_version": diffusers.__version__}
+    transformer = folder / "transformer"
+    transformer.mkdir(parents=True)
+    config = {"_class_name": "DiTTransformer2DModel", **version, **to_config(architecture)}
+    write_json(transformer / "config.json", config)
+    state = {name: tensor.clone() for name, tensor in to_diffusers(plain_state(model), architecture["depth"]).items()}
+    save_file(state, transformer / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+    scheduler = diffusers.DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "DiTPipeline",
+        **version,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": [None, None],
+    }
+    if model.class_names is not None:
+        index["id2label"] = {str(i): name for i, name in enumerate(model.class_names)}
+    if autoencoder is not None:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+        autoencoder.autoencoder.save_pretrained(folder / "vae")
+        config_file = folder / "vae" / "config.json"
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        write_json(config_file, {**config, "scaling_factor": autoencoder.scaling_factor})
+    write_json(folder / "model_index.json", index)
+
+    classes = architecture["num_classes"]
+    readme = README.format(
+        version=__version__,
+        null_class="That is right for this model."
+        if classes == 1000
+        else f"This model has {classes} classes and its null class is {classes}, so guidance needs another loop, "
+        "such as `lightning_difftune.sampling.sample`; in the pipeline, use `guidance_scale=1`.",
+        vae="`vae` is the autoencoder that it was trained with."
+        if autoencoder is not None
+        else "It comes without an autoencoder: pass the one that its latents come from as `vae=`. For a model of raw "
+        "pixels there is none, and `DiTPipeline` cannot draw pictures; use `lightning_difftune.sampling.sample`.",
+        vae_argument="" if autoencoder is not None else ", vae=autoencoder",
+    )
+    (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def write_json(file: Path, content: dict[str, object]) -> None:
+    """Write a JSON object."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.inference_mode()
+def verify(model: DiT, draft: Path) -> None:
+    """Read an export back and compare it with the model it was made of.
+
+    Raises:
+        CheckpointError: If a weight differs, or an output: at all for safetensors, by more than 1e-5 of the largest
+            output for diffusers' class.
+    """
+    live = model if all(p.dtype == torch.float32 for p in model.parameters()) else copy.deepcopy(model).float()
+    device = live.pos_embed.device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, *model.sample_shape, generator=generator).to(device)
+    t = torch.tensor([0, 100, 999], device=device)
+    y = torch.tensor([0, model.num_classes // 2, model.null_class], device=device)
+
+    reloaded = load_dit(draft).to(device)
+    theirs = reloaded.state_dict()
+    changed = [name for name, tensor in live.state_dict().items() if not torch.equal(tensor, theirs[name])]
+    if changed:
+        raise CheckpointError(
+            f"Not exported: {len(changed)} tensors do not survive the way to the file and back, {changed[:3]}. "
+            "Position embeddings must be the fixed ones in a diffusers folder, and no value may be NaN."
+        )
+    with exact_arithmetic(device):
+        expected = live(x, t, y)
+        if not expected.isfinite().all():
+            raise CheckpointError("Not exported: the model's outputs are not finite; its training has diverged.")
+        if not torch.equal(reloaded(x, t, y), expected):
+            raise CheckpointError("Not exported: the model computes something else once it is written and read back.")
+        if draft.is_dir():
+            del reloaded, theirs
+            output = load_exact_transformer(draft).to(device)(x, timestep=t, class_labels=y).sample
+            error = (output - expected).abs().max() / expected.abs().max().clamp(min=1)
+            if error > 1e-5:
+                raise CheckpointError(f"Not exported: diffusers' class computes something else, off by {error:.1e}.")
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """Full float32: no autocast, no TF32 or bfloat16 inside matrix products."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
