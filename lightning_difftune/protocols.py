@@ -92,6 +92,19 @@ class SupportsBankGeneration(Protocol):
 
 
 @runtime_checkable
+class SupportsEncode(Protocol):
+    """A module that maps pictures to the latents it denoises."""
+
+    def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixel values (B, C, H, W) on any device => mean and std (B, c, h, w) of their scaled latents."""
+        ...
+
+    def encoder_identity(self) -> str | None:
+        """What decides the latents; ``None`` if the model denoises pixels."""
+        ...
+
+
+@runtime_checkable
 class Tuner(Protocol):
     """A parameter-efficient method: what to insert into a network and what to train of it."""
 

@@ -3,21 +3,25 @@
 from lightning_difftune.data.datamodule import MemoryBankDataModule
 from lightning_difftune.data.digits import HandwrittenDigits
 from lightning_difftune.data.image_arrays import ArrayImages, NpzImages
-from lightning_difftune.data.image_files import ImageFolder
+from lightning_difftune.data.image_files import CUB200, ImageFolder, ListedImages
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter
 from lightning_difftune.data.omniglot import RenderedOmniglot
+from lightning_difftune.data.partition import Partition
 
 __all__ = [
+    "CUB200",
     "ArrayImages",
     "HandwrittenDigits",
     "ImageFolder",
     "ImageTargets",
     "LatentCache",
+    "ListedImages",
     "MemoryBank",
     "MemoryBankDataModule",
     "MemoryBankWriter",
     "NpzImages",
+    "Partition",
     "RenderedOmniglot",
 ]

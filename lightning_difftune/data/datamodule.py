@@ -20,7 +20,7 @@ from lightning_difftune.data.progress import shard_progress
 from lightning_difftune.data.shards import ShardWork
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.protocols import SupportsBankGeneration
+from lightning_difftune.protocols import SupportsBankGeneration, SupportsEncode
 
 
 class MemoryBankDataModule(L.LightningDataModule):
@@ -171,16 +171,16 @@ class MemoryBankDataModule(L.LightningDataModule):
         if self.latent_cache_path is None:
             return None
         module = self.trainer.lightning_module if self.trainer is not None else None
-        autoencoder = getattr(module, "autoencoder", None)
-        if autoencoder is None:
+        if not isinstance(module, SupportsEncode) or module.encoder_identity() is None:
             raise ConfigError("latent_cache is set, but the model has no autoencoder; pixel models need no cache.")
         with shard_progress("Latent cache", self._rank) as progress:
             return LatentCache.build(
                 self.latent_cache_path,
                 self.target,
-                autoencoder.encode,
-                {"autoencoder": autoencoder.fingerprint(), "scaling_factor": autoencoder.scaling_factor},
+                module.encode,
+                {"autoencoder": module.encoder_identity()},
                 batch_size=self.build_batch_size,
+                num_workers=self.num_workers,
                 rank=self._rank,
                 world_size=self._world_size,
                 barrier=self._barrier,

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -71,7 +72,7 @@ class ImageTargets:
 
     def __init__(
         self,
-        source: Dataset[Any],
+        source: Dataset,
         image_size: int,
         channels: int = 3,
         on_corrupt: Literal["error", "skip"] = "error",
@@ -184,7 +185,8 @@ class ImageTargets:
             if not isinstance(entry, (tuple, list)) or len(entry) != 2:
                 raise DataError(f"the data set yields {type(entry).__name__}; expected pairs (image, label).")
             image, label = entry
-            return TargetItem(torch.from_numpy(self._to_pixels(image)), _class_index(label), index)
+            pixels = torch.from_numpy(to_pixels(image, self.image_size, self.channels))
+            return TargetItem(pixels, _class_index(label), index)
         except DataError as error:
             raise DataError(f"{self.describe(index)}: {error}") from error
         except MemoryError:
@@ -195,11 +197,10 @@ class ImageTargets:
             self._refuse_or_skip(index, image, error)
             return None
 
-    def _to_pixels(self, image: object) -> npt.NDArray[np.uint8]:
-        return to_pixels(image, self.image_size, self.channels)
-
     def _refuse_or_skip(self, index: int, image: Any, error: Exception) -> None:
         what = self.describe(index)
+        if isinstance(image, ImageFile):
+            image.close()  # Pillow does so only after the last byte
         filename = getattr(image, "filename", "")
         if filename and str(filename) not in what:  # torchvision's Caltech101 names its files nowhere else
             what += f" ({filename})"

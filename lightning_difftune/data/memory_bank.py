@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +196,10 @@ class MemoryBankWriter(BasePredictionWriter):
     def __init__(self, writer: ShardWriter) -> None:
         super().__init__("batch")
         self.writer = writer
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep Lightning from warning that it cannot tell a batch's samples: ours name theirs."""
+        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
 
     def write_on_batch_end(
         self,

@@ -29,7 +29,7 @@ class Partition(Subset[Any]):
         ConfigError: The sizes are neither counts nor shares, exceed the source, or have no such part.
     """
 
-    def __init__(self, source: Dataset[Any], sizes: Mapping[str, int | float], part: str, seed: int = 0) -> None:
+    def __init__(self, source: Dataset, sizes: Mapping[str, int | float], part: str, seed: int = 0) -> None:
         count = len(source)  # type: ignore[arg-type]
         if part not in sizes:
             raise ConfigError(f"no part {part!r} in the partition; found {', '.join(map(repr, sizes))}.")

@@ -30,7 +30,7 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
         channels: 1 (grey) or 3 (RGB).
 
     Returns:
-        (channels, image_size, image_size) uint8.
+        (channels, image_size, image_size) uint8, a copy.
 
     Raises:
         DataError: The data set yields something that is no picture at all. Whatever Pillow raises on damaged bytes
@@ -44,7 +44,7 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
     if isinstance(image, np.ndarray):
         array = _eight_bit_array(image)
         if array.shape == (image_size, image_size, channels):
-            return np.ascontiguousarray(array.transpose(2, 0, 1))
+            return np.array(array.transpose(2, 0, 1), order="C")
         image = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
     if not isinstance(image, Image.Image):
         raise DataError(
@@ -52,7 +52,7 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
             "(H, W) or (H, W, C), or a uint8 tensor (C, H, W)."
         )
     cropped = center_crop(_convert(_upright(image), channels), image_size)
-    return np.ascontiguousarray(np.asarray(cropped).reshape(image_size, image_size, channels).transpose(2, 0, 1))
+    return np.array(np.asarray(cropped).reshape(image_size, image_size, channels).transpose(2, 0, 1), order="C")
 
 
 def to_pixel_values(pixels: Tensor) -> Tensor:

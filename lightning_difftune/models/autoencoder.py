@@ -14,7 +14,7 @@ from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoints import fingerprint
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+    from diffusers.models import AutoencoderKL
 
 
 class FrozenAutoencoder(nn.Module):
@@ -47,7 +47,9 @@ class FrozenAutoencoder(nn.Module):
         if not scaling_factor > 0:
             raise ConfigError(f"scaling_factor must be positive, got {scaling_factor}.")
         autoencoder = open_autoencoder(source, subfolder or "") if isinstance(source, str | Path) else source
-        autoencoder.requires_grad_(False).eval().to(getattr(torch, dtype))
+        autoencoder.requires_grad_(False).eval()
+        if autoencoder.dtype != getattr(torch, dtype):
+            autoencoder.to(getattr(torch, dtype))
         self.__dict__["autoencoder"] = autoencoder  # past nn.Module's registration
         self.scaling_factor = scaling_factor
         self.training = False
@@ -64,7 +66,7 @@ class FrozenAutoencoder(nn.Module):
     @property
     def downsample(self) -> int:
         """Pixels on one side of a latent's footprint; 8 for Stable Diffusion's."""
-        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        return 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (c, h, w) of the latents of square pictures.
@@ -75,7 +77,7 @@ class FrozenAutoencoder(nn.Module):
         if image_size % self.downsample or image_size <= 0:
             raise ConfigError(f"image_size {image_size} must be a positive multiple of {self.downsample}.")
         side = image_size // self.downsample
-        return self.autoencoder.config.latent_channels, side, side
+        return self.autoencoder.config["latent_channels"], side, side
 
     def fingerprint(self) -> str:
         """Identity of the weights; the key of cached latents, together with ``scaling_factor``."""
@@ -94,7 +96,7 @@ class FrozenAutoencoder(nn.Module):
         Raises:
             DataError: If the pictures have another type or shape.
         """
-        channels = self.autoencoder.config.in_channels
+        channels = self.autoencoder.config["in_channels"]
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % self.downsample or shape[3] % self.downsample:
             raise DataError(
@@ -118,14 +120,14 @@ class FrozenAutoencoder(nn.Module):
 
 def open_autoencoder(source: str | Path, subfolder: str) -> AutoencoderKL:
     """Open an ``AutoencoderKL`` from a local folder or the hub, refusing weights that do not fill it."""
-    from diffusers import AutoencoderKL as Autoencoder
-
     folder = Path(source).expanduser()
     if not folder.exists():
         if not isinstance(source, str) or not hub.is_repo_id(source):
             raise CheckpointError(f"{str(source)!r} is no local folder; a hub repository is written 'owner/name'.")
         folder = hub.fetch(source, (subfolder,))
     folder /= subfolder
+    from diffusers.models import AutoencoderKL as Autoencoder  # slow to import
+
     try:
         # Through a folder whose configuration has another class, diffusers would fill a default autoencoder at random.
         config: dict[str, Any] = Autoencoder.load_config(str(folder), local_files_only=True)

@@ -125,9 +125,10 @@ def read_folder(folder: Path) -> Contents:
     architecture = diffusers_layout.to_architecture(read_json(config), config)
     index = folder / "model_index.json"
     labels = read_json(index).get("id2label") or {} if index.exists() else {}
-    names = [labels.get(str(i)) for i in range(architecture["num_classes"])]
+    classes = [str(i) for i in range(architecture["num_classes"])]
+    names = [labels[i] for i in classes] if labels.keys() >= set(classes) else None
     state = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
-    return Contents(state, architecture, None if None in names else names, file)
+    return Contents(state, architecture, names, file)
 
 
 def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from lightning_difftune.errors import CheckpointError
@@ -46,7 +47,7 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
                 f"{repo_id} on the Hugging Face hub holds no diffusers model: no config.json with one of "
                 f"{', '.join(WEIGHT_FILES)} in {' or '.join(repr(folder or '/') for folder in subfolders)}."
             )
-        return Path(hub.snapshot_download(repo_id, revision=info.sha, allow_patterns=wanted))
+        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except CheckpointError:
         raise
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -56,14 +57,15 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
             "with `hf auth login` if it is private."
         ) from error
     except Exception as unreachable:  # offline mode, or whatever the hub's HTTP library raises without a connection
-        try:
-            return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
-        except Exception:
-            raise CheckpointError(
-                f"{repo_id!r} is no local folder and not in the Hugging Face cache, and the hub cannot be reached "
-                f"({type(unreachable).__name__}: {unreachable}). Pass a local folder or file; or download it where "
-                "there is a connection, copy the cache and set HF_HOME to it; or unset HF_HUB_OFFLINE if it is set."
-            ) from unreachable
+        with suppress(Exception):
+            cached = Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+            if choose_files([file.relative_to(cached).as_posix() for file in cached.rglob("*")], subfolders):
+                return cached
+        raise CheckpointError(
+            f"{repo_id!r} is no local folder and not whole in the Hugging Face cache, and the hub cannot be reached "
+            f"({type(unreachable).__name__}: {unreachable}). Pass a local folder or file; or download it where there "
+            "is a connection, copy the cache and set HF_HOME to it; or unset HF_HUB_OFFLINE if it is set."
+        ) from unreachable
 
 
 def choose_files(names: list[str], subfolders: tuple[str, ...]) -> list[str]:

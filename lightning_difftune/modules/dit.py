@@ -128,7 +128,13 @@ class DiTDiffTuningModule(DiffTuningModule):
         """Pixel values (B, C, H, W) => mean and std (B, c, h, w) of their latents; pixel models have std 0."""
         if self.autoencoder is None:
             return pixel_values, torch.zeros_like(pixel_values)
-        return self.autoencoder.encode(pixel_values)
+        return self.autoencoder.encode(pixel_values.to(self.device))
+
+    def encoder_identity(self) -> str | None:
+        """Fingerprint and scale of the autoencoder; ``None`` for pixel models."""
+        if self.autoencoder is None:
+            return None
+        return f"{self.autoencoder.fingerprint()} x {self.autoencoder.scaling_factor}"
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; pixel models clamp."""

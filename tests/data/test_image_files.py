@@ -60,7 +60,7 @@ def test_empty_folder_says_what_was_found(tmp_path):
 def test_empty_class_folders_are_named(tmp_path):
     save(tmp_path / "rose" / "a.png")
     (tmp_path / "daisy").mkdir()
-    with pytest.raises(DataError, match="1 of the 2 class folders .* hold no pictures: daisy"):
+    with pytest.raises(DataError, match=r"1 of the 2 class folders .* hold no pictures: daisy"):
         ImageFolder(tmp_path)
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from jsonargparse import ArgumentParser
+from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.image_arrays import ArrayImages
@@ -60,6 +62,20 @@ def test_order_of_the_file_system_does_not_matter():
     shuffled = np.random.default_rng(3).permutation(names).tolist()
     a, b = (Partition(Listed(n), {"train": 0.5, "test": 0.5}, "test") for n in (names, shuffled))
     assert [a[i][0] for i in range(25)] == [b[i][0] for i in range(25)]
+
+
+@pytest.mark.parametrize("sizes", [{"a": 4, "b": 1}, {"a": 0.8, "b": 0.2}])
+def test_partition_in_a_configuration_file(tmp_path, sizes):
+    for number in range(5):
+        Image.new("L", (4, 4)).save(tmp_path / f"{number}.png")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--target", type=Dataset)
+    source = {"class_path": "lightning_difftune.data.image_files.ImageFolder", "init_args": {"root": str(tmp_path)}}
+    arguments = {"source": source, "sizes": sizes, "part": "a"}
+    path = "lightning_difftune.data.partition.Partition"
+    config = parser.parse_object({"target": {"class_path": path, "init_args": arguments}})
+    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # renamed in jsonargparse 4.49
+    assert len(instantiate(config).target) == 4
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class ShardWriter:
         self._layout: dict[str, TensorLayout] | None = None
         self._pending: list[dict[str, Tensor]] = []
         self._pending_shard: int | None = None
-        self._pending_count = 0
+        self._pending_samples = 0
         self._open()
 
     def _open(self) -> None:
@@ -112,6 +112,7 @@ class ShardWriter:
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1 to fill {self.path}, got {batch_size}.")
+        self._pending_shard = None  # what an interrupted run left of a shard is generated again
         missing = self.missing_shards(rank, world_size)
         batches = [
             ShardBatch(shard=shard, indices=indices)
@@ -133,8 +134,8 @@ class ShardWriter:
         """
         shard, indices = batch["shard"], batch["indices"].cpu()
         if shard != self._pending_shard:
-            self._pending, self._pending_shard, self._pending_count = [], shard, 0
-        expected = self.indices(shard)[self._pending_count :]
+            self._pending, self._pending_shard, self._pending_samples = [], shard, 0
+        expected = self.indices(shard)[self._pending_samples :]
         if not torch.equal(indices, expected[: len(indices)]):
             raise StoreError(
                 f"{self.path / shard_name(shard)}: sample {int(expected[0])} comes next, but a batch of {len(indices)} "
@@ -146,7 +147,7 @@ class ShardWriter:
                 f"{len(indices)} samples were asked for, but {wrong[0]} has shape {tuple(tensors[wrong[0]].shape)}."
             )
         self._pending.append(tensors)
-        self._pending_count += len(indices)
+        self._pending_samples += len(indices)
         if len(indices) == len(expected):
             parts, self._pending, self._pending_shard = self._pending, [], None
             if any(part.keys() != tensors.keys() for part in parts):
@@ -178,8 +179,13 @@ class ShardWriter:
         Raises:
             StoreError: Shards are missing, do not fit together, or the disk is full.
         """
-        if self.complete:
-            return
+        if not self.complete:
+            self._save(self.path / MANIFEST, self._manifest().to_bytes())
+        if (building := self.path / BUILDING).exists():
+            building.unlink()
+        discard_temporaries(self.path)
+
+    def _manifest(self) -> Manifest:
         if missing := self.missing_shards():
             raise StoreError(
                 f"{self.path} lacks {len(missing)} of {self.plan.num_shards} shards, the first one "
@@ -192,9 +198,7 @@ class ShardWriter:
             if (found := ShardHeader.load(path).tensors) != tensors:
                 raise StoreError(misfit(path, found, tensors) + " Delete the wrong one and build again.")
             records.append(ShardRecord(path.stat().st_size, file_sha256(path)))
-        self._save(self.path / MANIFEST, Manifest(self.plan, tensors, tuple(records)).to_bytes())
-        (self.path / BUILDING).unlink(missing_ok=True)
-        discard_temporaries(self.path)
+        return Manifest(self.plan, tensors, tuple(records))
 
     def _header(self, shard: int) -> ShardHeader | None:
         """A finished shard's header; ``None`` for a damaged file, which the build makes anew."""

@@ -1,0 +1,9 @@
+"""Lightning callbacks for anyone's project: they ask a module for behaviour, never for a class of ours."""
+
+from __future__ import annotations
+
+from lightning_difftune.callbacks.ema import EMA
+from lightning_difftune.callbacks.fid import FID
+from lightning_difftune.callbacks.sample_grid import SampleGrid
+
+__all__ = ["EMA", "FID", "SampleGrid"]

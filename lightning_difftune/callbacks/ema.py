@@ -1,0 +1,247 @@
+"""Exponential moving average of the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError, ConfigError
+
+
+class EMA(Callback):
+    r"""Average the trained weights over the steps, and validate, test and predict with the average.
+
+    After every optimizer step, :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` in float32 for
+    each parameter that requires a gradient when ``fit`` starts; frozen parameters and buffers are left alone and cost
+    nothing. The averages stand in for the weights from ``on_validation_start`` to ``on_validation_end``, and likewise
+    in test and predict; other callbacks find them in ``on_validation_epoch_end``, wherever they stand in the list.
+    A checkpoint always holds the raw weights in ``state_dict`` and the averages in this callback's state, so a resumed
+    run is the same to the bit. (One saved with ``save_weights_only`` has no averages.)
+
+    Args:
+        decay: d. Diff-Tuning's official code has 0.9999 and draws its samples from the average.
+        warmup: Use min(d, (1 + n) / (10 + n)) after n updates, so that short runs forget where they started.
+
+    Raises:
+        ConfigError: If the decay is outside [0, 1).
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[EMA(decay=0.999)], logger=False)
+    """
+
+    def __init__(self, decay: float = 0.9999, warmup: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise ConfigError(f"The decay of EMA must be in [0, 1), found {decay}. The paper's code has 0.9999.")
+        self.decay = decay
+        self.warmup = warmup
+        self.num_updates = 0
+        self._averages: dict[str, Tensor] = {}
+        self._parameters: dict[str, nn.Parameter] = {}  # those the averages are of; empty until a module is seen
+        self._raw: dict[str, Tensor] = {}  # the weights, while the averages stand in for them
+        self._latest_step = 0
+        self._restored = False
+
+    @contextmanager
+    def average_parameters(self, module: nn.Module) -> Iterator[None]:
+        """Let the averages stand in for the weights of ``module`` inside a ``with`` block.
+
+        Do not train inside: the parameters are the averages then.
+
+        Raises:
+            ConfigError: If there are no averages of this module.
+            CheckpointError: If averages that were loaded do not fit it.
+        """
+        if not self._attach(module):
+            raise ConfigError(
+                f"EMA holds no averages of this {type(module).__name__}. Run trainer.fit with it first, or load the "
+                "callback's state from a checkpoint."
+            )
+        if self._raw:  # they already stand in, around a validation
+            yield
+            return
+        self._swap_in()
+        try:
+            yield
+        finally:
+            self._swap_out()
+
+    # -- averaging ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse strategies that hold only a part of each parameter."""
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"EMA averages whole parameters, but {type(trainer.strategy).__name__} shards them. "
+                "Use strategy='ddp' or a single device."
+            )
+        self._restored = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the averages of the checkpoint or of the previous ``fit``, or start from the weights.
+
+        Raises:
+            CheckpointError: If the averages of the checkpoint are not of the parameters that are trained.
+            ConfigError: If nothing is trained.
+        """
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ConfigError("EMA has nothing to average: no parameter of the module requires a gradient.")
+        if self._averages and not self._parameters:  # loaded, from a checkpoint or by hand
+            _require_match(
+                self._averages,
+                trained,
+                set(trained) - set(self._averages),
+                str(trainer.ckpt_path or "the loaded state"),
+            )
+        elif trainer.ckpt_path or not _same_objects(self._parameters, trained):
+            if trainer.ckpt_path:
+                rank_zero_warn(f"{trainer.ckpt_path} holds no averages; EMA starts from its weights.")
+            self._averages = {name: p.detach().clone() for name, p in trained.items()}
+            self.num_updates = 0
+        self._parameters = trained
+        for name, p in trained.items():
+            self._averages[name] = self._averages[name].to(p.device, torch.promote_types(p.dtype, torch.float32))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step that a resumed run continues from."""
+        self._latest_step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the averages if the optimizer has stepped, which with accumulated gradients is not every batch."""
+        if trainer.global_step == self._latest_step:
+            return
+        self._latest_step = trainer.global_step
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
+        averages = list(self._averages.values())
+        weights = [self._parameters[name].detach().to(average.dtype) for name, average in self._averages.items()]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        self.num_updates += 1
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the accelerator together with the module."""
+        for name, p in self._parameters.items():
+            self._averages[name] = self._averages[name].to(p.device)
+
+    # -- standing in ----------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the averages in."""
+        self._stand_in(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the weights back."""
+        self._swap_out()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the averages in."""
+        self._stand_in(trainer, pl_module)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the weights back."""
+        self._swap_out()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the averages in."""
+        self._stand_in(trainer, pl_module)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the weights back."""
+        self._swap_out()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Put the weights back, also before a checkpoint is saved because of the exception."""
+        self._swap_out()
+
+    def _stand_in(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Weights that came from a file without averages must not be replaced by those of an earlier fit.
+        of_other_weights = trainer.state.fn != TrainerFn.FITTING and bool(trainer.ckpt_path) and not self._restored
+        if not of_other_weights and self._attach(pl_module):
+            self._swap_in()
+        else:
+            rank_zero_info("EMA holds no averages of these weights; the weights themselves are used.")
+
+    def _attach(self, module: nn.Module) -> bool:
+        """Whether the averages are of this module, after tying ones that were loaded to its parameters."""
+        named = dict(module.named_parameters())
+        if not self._parameters and self._averages:
+            _require_match(self._averages, named, set(), "the loaded state")
+            self._parameters = {name: named[name] for name in self._averages}
+        return bool(self._parameters) and all(named.get(name) is p for name, p in self._parameters.items())
+
+    def _swap_in(self) -> None:
+        # Under trainer.validate Lightning is in inference mode, whose tensors could not be trained afterwards.
+        with torch.inference_mode(False):
+            self._raw = {name: p.data for name, p in self._parameters.items()}
+            for name, p in self._parameters.items():
+                p.data = self._averages[name].to(p)  # the same memory, unless the weights are of another type
+
+    def _swap_out(self) -> None:
+        for name, weights in self._raw.items():
+            self._parameters[name].data = weights
+        self._raw = {}
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the raw weights into a checkpoint that is saved while the averages stand in."""
+        if self._raw:
+            self._swap_out()
+            try:
+                checkpoint["state_dict"] = trainer.strategy.lightning_module_state_dict()
+            finally:
+                self._swap_in()
+
+    def state_dict(self) -> dict[str, Any]:
+        """``averages`` by parameter name, and ``num_updates``; empty before the first ``fit``."""
+        return {"num_updates": self.num_updates, "averages": dict(self._averages)} if self._averages else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over averages; they are tied to a module's parameters when one is next seen.
+
+        Raises:
+            CheckpointError: If this is not the state of an EMA.
+        """
+        if not {"num_updates", "averages"} <= state_dict.keys():
+            raise CheckpointError(
+                f"The state of EMA holds {sorted(state_dict)}, expected 'averages' and 'num_updates'. "
+                "Pass what this callback's state_dict returned."
+            )
+        self._swap_out()
+        self.num_updates = state_dict["num_updates"]
+        self._averages = dict(state_dict["averages"])
+        self._parameters = {}
+        self._restored = True
+
+
+def _same_objects(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> bool:
+    return ours.keys() == theirs.keys() and all(p is theirs[name] for name, p in ours.items())
+
+
+def _require_match(
+    averages: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], missing: set[str], source: str
+) -> None:
+    """Raise unless there is an average for each parameter that needs one, and a parameter of its shape for each."""
+    unknown = sorted(averages.keys() - parameters.keys())
+    misshaped = sorted(n for n in averages.keys() & parameters.keys() if averages[n].shape != parameters[n].shape)
+    problems = [
+        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in (("without average", sorted(missing)), ("unknown", unknown), ("misshaped", misshaped))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"The weight averages in {source} do not fit the model ({'; '.join(problems)}). Use the model and tuner "
+            "that they were saved with."
+        )

@@ -1,0 +1,124 @@
+"""What the callbacks that look at generated pictures have in common: when they run, and how they ask for pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.protocols import SupportsGenerate
+
+
+class GenerationCallback(Callback, ABC):
+    """Base of callbacks that have pictures generated at the end of a validation, by the weights it was run with.
+
+    Not in Lightning's sanity check or ``fast_dev_run``. The global random state is the same afterwards, so looking at
+    samples more or less often does not change the training.
+
+    Args:
+        num_samples: How many pictures are generated: indices 0 .. num_samples - 1.
+        batch_size: How many at a time.
+        every_n_steps: Optimizer steps that must lie between two runs in ``fit``; ``None`` runs at each validation.
+        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` asks the module's own
+            ``generate``.
+
+    Raises:
+        ConfigError: If a number is not positive or, when the trainer starts, if nothing can generate pictures.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        every_n_steps: int | None,
+        generate: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        for name, number in (
+            ("num_samples", num_samples),
+            ("batch_size", batch_size),
+            ("every_n_steps", every_n_steps),
+        ):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} of {type(self).__name__} must be at least 1, found {number}.")
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.every_n_steps = every_n_steps
+        self.generate = generate
+        self._latest_step: int | None = None
+        self._checkpoint_step: int | None = None
+
+    @abstractmethod
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        """Look at pictures of the weights after ``step`` optimizer steps; called on every process."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say at the start, not after an hour, that nothing can generate pictures."""
+        self._checkpoint_step = self._latest_step = None
+        if stage in ("fit", "validate"):
+            self._generator(pl_module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note how far the weights are trained, which ``trainer.validate(ckpt_path=...)`` would not know."""
+        self._checkpoint_step = checkpoint["global_step"]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Run, if it is time to."""
+        if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        step = trainer.global_step if fitting or self._checkpoint_step is None else self._checkpoint_step
+        last = self._latest_step
+        if fitting and self.every_n_steps is not None and last is not None and step < last + self.every_n_steps:
+            return
+        # Tensors made in the inference mode of trainer.validate could not be added to in a later fit.
+        with torch.inference_mode(False), torch.no_grad(), isolate_rng():
+            self.evaluate(trainer, pl_module, step)
+        self._latest_step = step
+
+    def batches(self) -> list[range]:
+        """The sample indices in fixed batches, the same on every process."""
+        starts = range(0, self.num_samples, self.batch_size)
+        return [range(start, min(start + self.batch_size, self.num_samples)) for start in starts]
+
+    def pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> Tensor:
+        """Pictures (B, 1 or 3, H, W) uint8 for sample indices, generated at the trainer's precision."""
+        generate, maker = self._generator(pl_module)
+        indices = torch.tensor(batch, device=pl_module.device)
+        with trainer.precision_plugin.forward_context():
+            pictures = generate(indices)
+        check_pictures(pictures, maker)
+        if len(pictures) != len(batch):
+            raise DataError(
+                f"{maker} returned {len(pictures)} pictures for {len(batch)} indices; it must return one each."
+            )
+        return pictures
+
+    def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[[Tensor], Tensor], str]:
+        if self.generate is not None:
+            return self.generate, "The function `generate`"
+        if isinstance(pl_module, SupportsGenerate):
+            return pl_module.generate, f"{type(pl_module).__name__}.generate"
+        raise ConfigError(
+            f"{type(self).__name__} needs pictures, but {type(pl_module).__name__} has no method `generate(indices)` "
+            "and the callback was given none. Add the method, or pass `generate=`: a function of indices (B,) that "
+            "returns pictures (B, 1 or 3, H, W) uint8."
+        )
+
+
+def check_pictures(pictures: Any, maker: str) -> None:
+    """Raise :class:`DataError` unless these are pictures (B, 1 or 3, H, W) uint8."""
+    if not isinstance(pictures, Tensor):
+        raise DataError(f"{maker} gave a {type(pictures).__name__}, expected a tensor (B, 1 or 3, H, W) uint8.")
+    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
+        raise DataError(
+            f"{maker} gave {pictures.dtype} {tuple(pictures.shape)}, expected pictures uint8 (B, 1 or 3, H, W). "
+            "Scale [-1, 1] by (x + 1) * 127.5, round, clamp to 0..255 and cast to uint8."
+        )

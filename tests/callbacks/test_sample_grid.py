@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from generating import GeneratingModel, ReferenceData, make_trainer, noise_pictures
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.logger import Logger
+from PIL import Image
+from torch import Tensor
+
+from lightning_difftune.callbacks import EMA, SampleGrid
+from lightning_difftune.errors import ConfigError
+
+PADDING = 2  # of torchvision's make_grid
+
+
+def cell(picture: np.ndarray, row: int, column: int, size: int = 4) -> np.ndarray:
+    top, left = (PADDING + k * (size + PADDING) for k in (row, column))
+    return picture[top : top + size, left : left + size]
+
+
+def test_the_png_shows_every_sample_in_its_place(tmp_path: Path) -> None:
+    grid = SampleGrid(
+        num_samples=7, columns=3, batch_size=2, generate=lambda indices: noise_pictures(indices, 5, channels=3)
+    )
+    make_trainer(tmp_path, grid, max_steps=2).fit(BoringModel())
+    (path,) = (tmp_path / "samples").iterdir()
+    assert path.name == "step-0000002.png"
+    with Image.open(path) as file:
+        assert file.format == "PNG"
+        picture = np.asarray(file)
+    assert picture.shape == (3 * 6 + 2, 3 * 6 + 2, 3)
+    samples = noise_pictures(torch.arange(7), 5, channels=3).permute(0, 2, 3, 1).numpy()
+    for index, sample in enumerate(samples):
+        np.testing.assert_array_equal(cell(picture, *divmod(index, 3)), sample)
+    assert not cell(picture, 2, 1).any()  # the eighth place is empty
+
+
+def test_grey_samples_and_the_same_indices_every_time(tmp_path: Path) -> None:
+    model = GeneratingModel()
+    make_trainer(tmp_path, SampleGrid(num_samples=4, columns=2), max_steps=4).fit(model, ReferenceData())
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
+    assert model.asked == [[0, 1, 2, 3], [0, 1, 2, 3]]
+    picture = np.asarray(Image.open(tmp_path / "samples" / "step-0000002.png"))
+    np.testing.assert_array_equal(picture[..., 0], picture[..., 1])
+
+
+@pytest.mark.parametrize("ema_first", [True, False])
+def test_shows_the_averages(tmp_path: Path, ema_first: bool) -> None:
+    model, ema, grid = GeneratingModel(), EMA(decay=0.7), SampleGrid(num_samples=4)
+    callbacks: list[Callback] = [ema, grid] if ema_first else [grid, ema]
+    make_trainer(tmp_path, *callbacks).fit(model, ReferenceData())
+    with ema.average_parameters(model):
+        assert model.brightness[-1] == model.shift()
+    assert model.brightness[-1] != model.shift()
+
+
+def test_goes_where_it_is_told_or_to_the_logger(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="run")
+    trainer = make_trainer(tmp_path, SampleGrid(num_samples=2), max_steps=2, logger=logger)
+    trainer.fit(GeneratingModel(), ReferenceData())
+    assert (tmp_path / "run" / "version_0" / "samples" / "step-0000002.png").exists()
+    told = SampleGrid(num_samples=2, dirpath=tmp_path / "here")
+    make_trainer(tmp_path, told, max_steps=2).fit(GeneratingModel(), ReferenceData())
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["step-0000002.png"]
+
+
+class QuietLogger(Logger):
+    """Takes nothing."""
+
+    name = "quiet"
+    version = 0
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class BoardLogger(QuietLogger):
+    """Takes images the way TensorBoard does, through its experiment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[str, Tensor, int]] = []
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+    def add_image(self, tag: str, image: Tensor, global_step: int) -> None:
+        self.shown.append((tag, image, global_step))
+
+
+class ImageLogger(QuietLogger):
+    """Takes images the way Weights & Biases does, by a method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[str, list[Any], int]] = []
+
+    def log_image(self, key: str, images: list[Any], step: int) -> None:
+        self.shown.append((key, images, step))
+
+
+def test_loggers_that_take_images_get_them(tmp_path: Path) -> None:
+    board, images = BoardLogger(), ImageLogger()
+    loggers = [board, images, CSVLogger(tmp_path), QuietLogger()]
+    grid = SampleGrid(num_samples=4, columns=2, dirpath=tmp_path / "samples")
+    make_trainer(tmp_path, grid, max_steps=2, logger=loggers).fit(GeneratingModel(), ReferenceData())
+    picture = np.asarray(Image.open(tmp_path / "samples" / "step-0000002.png"))
+    ((tag, image, board_step),) = board.shown
+    ((key, (logged,), image_step),) = images.shown
+    assert (tag, board_step, key, image_step) == ("samples", 2, "samples", 2)
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), picture)
+    np.testing.assert_array_equal(np.asarray(logged), picture)
+
+
+def test_only_the_first_process_generates(tmp_path: Path) -> None:
+    class Second:
+        is_global_zero = False
+
+    model = GeneratingModel()
+    SampleGrid(num_samples=4).evaluate(Second(), model, 0)
+    assert model.asked == []
+
+
+def test_every_n_steps_and_the_step_of_a_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, SampleGrid(num_samples=2, every_n_steps=4), max_steps=6)
+    trainer.fit(GeneratingModel(), ReferenceData())
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0000002.png", "step-0000006.png"]
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    told = SampleGrid(num_samples=2, dirpath=tmp_path / "here")
+    make_trainer(tmp_path, told).validate(
+        GeneratingModel(), ReferenceData(), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["step-0000006.png"]
+
+
+def test_a_picture_that_cannot_be_saved_does_not_stop_the_training(tmp_path: Path) -> None:
+    (tmp_path / "samples").touch()
+    trainer = make_trainer(tmp_path, SampleGrid(num_samples=2))
+    with pytest.warns(UserWarning, match="could not be saved"):
+        trainer.fit(GeneratingModel(), ReferenceData())
+    assert trainer.global_step == 6
+
+
+def test_a_model_that_cannot_generate_is_refused_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="SampleGrid needs pictures"):
+        make_trainer(tmp_path, SampleGrid()).fit(BoringModel())

@@ -1,0 +1,107 @@
+"""Order of the two streams: a function of the seed and the step, whatever the processes and resumes."""
+
+import pickle
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_difftune.data.batches import EvaluationBatches, LabelledTargets, ShuffledStream, StepSampler, TrainingBatches
+from lightning_difftune.errors import DataError
+
+
+def read(indices, flips):
+    return {"pixel_values": torch.tensor(indices, dtype=torch.float32), "class_labels": torch.tensor(indices) % 3}
+
+
+def batches(num_samples=23, batch_size=4, retained=2, rank=0, world_size=1):
+    return TrainingBatches(
+        read,
+        ShuffledStream(num_samples, batch_size, 0, rank, world_size),
+        lambda indices: {"latents": indices.float()},
+        ShuffledStream(7, retained, 1, rank, world_size),
+    )
+
+
+def test_a_pass_reads_every_sample_once_and_drops_none():
+    stream = ShuffledStream(23, 4, seed=0)
+    order = [index for step in range(46) for index in stream.indices(step)]  # 184 = 8 passes over 23
+    passes = [order[i : i + 23] for i in range(0, 184, 23)]
+    assert all(sorted(one) == list(range(23)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 8
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_what_one_process_would_read(world_size):
+    whole = ShuffledStream(23, 6, seed=3)
+    shares = [ShuffledStream(23, 6 // world_size, 3, rank, world_size) for rank in range(world_size)]
+    for step in range(20):
+        for rank, share in enumerate(shares):
+            assert share.indices(step) == whole.indices(step)[rank::world_size]
+            assert share.coins(step) == whole.coins(step)[rank::world_size]
+
+
+def test_every_batch_has_the_exact_shares():
+    data = batches()
+    assert len(data) == 5
+    for step in range(12):
+        assert len(data[step]["target"]["class_labels"]) == 4
+        assert len(data[step]["retention"]["latents"]) == 2
+
+
+def test_a_target_smaller_than_a_batch_wraps_around():
+    data = TrainingBatches(read, ShuffledStream(3, 8, 0))
+    assert len(data) == 1
+    assert set(data[0]["target"]["pixel_values"].tolist()) == {0, 1, 2}
+    assert "retention" not in data[0]
+
+
+def test_coins_are_fair_and_change_from_step_to_step():
+    stream = ShuffledStream(100, 64, seed=0)
+    tosses = [tuple(stream.coins(step)) for step in range(100)]
+    assert len(set(tosses)) == 100
+    assert 0.45 < sum(map(sum, tosses)) / 6400 < 0.55
+
+
+def steps_of(sampler, epochs):
+    steps = []
+    for epoch in epochs:
+        sampler.set_epoch(epoch)
+        steps += list(sampler)
+    return steps
+
+
+def test_steps_count_on_over_epochs_and_resume_in_the_middle():
+    data = batches()
+    assert steps_of(StepSampler(data), range(3)) == list(range(15))
+    assert steps_of(StepSampler(data, start=3), [1, 2]) == list(range(8, 15))
+
+
+def test_evaluation_reads_everything_once_over_all_ranks():
+    data = EvaluationBatches(read, 10, 4)
+    seen = [data[k]["target"]["pixel_values"] for r in range(3) for k in StepSampler(data, 0, 3, r)]
+    assert sorted(torch.cat(seen).tolist()) == list(range(10))
+    assert [len(StepSampler(data, 0, 2, r)) for r in range(2)] == [2, 1]
+
+
+def test_workers_keep_the_order():
+    data = TrainingBatches(read, ShuffledStream(23, 4, 0))
+    orders = []
+    for num_workers in (0, 2):
+        loader = DataLoader(data, batch_size=None, sampler=StepSampler(data), num_workers=num_workers)
+        orders.append([batch["target"]["pixel_values"].tolist() for batch in loader])
+    assert orders[0] == orders[1]
+
+
+def test_streams_pickle_without_their_cache():
+    stream = ShuffledStream(1000, 4, 0)
+    stream.indices(0)
+    copy = pickle.loads(pickle.dumps(stream))
+    assert copy.indices(3) == stream.indices(3)
+
+
+def test_a_label_outside_the_table_names_its_picture():
+    labelled = LabelledTargets(read, 2, "picture-{}.jpg".format)
+    assert len(labelled([0, 1], [False, False])["class_labels"]) == 2
+    with pytest.raises(DataError, match=r"picture-5.jpg.*outside the label table"):
+        labelled([1, 5], [False, False])

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_difftune.data.image_arrays import ArrayImages
+from lightning_difftune.data.image_files import ImageFolder
+from lightning_difftune.data.images import ImageTargets
+from lightning_difftune.data.latent_cache import LatentCache
+from lightning_difftune.data.shards import ShardWriter
+from lightning_difftune.errors import ConfigError, DataError, StoreError
+
+PICTURES = np.random.default_rng(0).integers(0, 256, (23, 16, 16, 3), dtype=np.uint8)
+LABELS = np.arange(23) % 5
+SPEC = {"fingerprint": "abc", "scale": 0.18215}
+
+
+class Encoder(nn.Module):
+    """A small autoencoder's first half; its padding is lopsided, so mirroring does not commute with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, stride=4, padding=1)
+        self.calls = 0
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls += 1
+        mean, log_variance = self.conv(pixel_values).chunk(2, dim=1)
+        return mean, (log_variance / 2).exp()
+
+
+@pytest.fixture
+def targets() -> ImageTargets:
+    return ImageTargets(ArrayImages(PICTURES, LABELS), 16)
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    return Encoder()
+
+
+def make(path: Path, targets: ImageTargets, encode, spec=SPEC, **settings) -> LatentCache:
+    return LatentCache.build(path, targets, encode, spec, **{"batch_size": 4, "shard_size": 8, **settings})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float16", 2**-11)])
+def test_cache_holds_what_the_encoder_says_of_picture_and_mirror_image(tmp_path, targets, encoder, dtype, tolerance):
+    cache = make(tmp_path / "cache", targets, encoder, dtype=dtype)
+    assert len(cache) == 23
+    assert cache.latent_shape == (4, 4, 4)
+    indices, flips = [22, 0, 7, 7, 13], [True, False, True, False, True]
+    batch, pixels = cache.read(indices, flips), targets.pixels(indices, flips)
+    with torch.no_grad():
+        mean, std = encoder(pixels["pixel_values"])
+    torch.testing.assert_close(batch["latent_mean"], mean, rtol=tolerance, atol=1e-6)
+    torch.testing.assert_close(batch["latent_std"], std, rtol=tolerance, atol=1e-6)
+    assert batch["latent_mean"].dtype == batch["latent_std"].dtype == torch.float32
+    assert torch.equal(batch["class_labels"], pixels["class_labels"])
+    # The mirror image's latents are its own, not the picture's mirrored.
+    assert not torch.allclose(batch["latent_mean"][2], batch["latent_mean"][3].flip(-1), atol=1e-2)
+
+
+def test_cache_of_a_diffusers_autoencoder(tmp_path, targets):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
+                        up_block_types=["UpDecoderBlock2D"] * 2).eval()  # fmt: skip
+
+    def encode(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = vae.encode(pixel_values).latent_dist
+        return posterior.mean * 0.18215, posterior.std * 0.18215
+
+    cache = make(tmp_path / "cache", targets, encode)
+    assert cache.latent_shape == (4, 8, 8)
+    batch = cache.read([3, 5], [False, True])
+    with torch.no_grad():
+        mean, std = encode(targets.pixels([3, 5], [False, True])["pixel_values"])
+    torch.testing.assert_close(batch["latent_mean"], mean, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(batch["latent_std"], std, rtol=1e-3, atol=1e-5)
+
+
+def test_finished_cache_is_opened_without_encoding(tmp_path, targets, encoder):
+    make(tmp_path / "cache", targets, encoder)
+    calls = encoder.calls
+    reopened = make(tmp_path / "cache", targets, encoder)
+    assert encoder.calls == calls == 2 * 6  # batches of 4, 4 | 4, 4 | 4, 3, and the mirror images
+    directly = LatentCache(tmp_path / "cache")
+    assert torch.equal(reopened.read([4], [True])["latent_mean"], directly.read([4], [True])["latent_mean"])
+    assert directly.spec["autoencoder"] == SPEC
+    directly.verify()
+
+
+def test_stopped_build_goes_on_at_the_shard_where_it_was(tmp_path, targets, encoder):
+    def killed_in_the_second_shard(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        if encoder.calls == 6:
+            raise KeyboardInterrupt
+        return encoder(pixel_values)
+
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cache", targets, killed_in_the_second_shard)
+    with pytest.raises(StoreError, match="unfinished"):
+        LatentCache(tmp_path / "cache")
+    progress = []
+    cache = make(tmp_path / "cache", targets, encoder, progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(12, 23), (16, 23), (20, 23), (23, 23)]
+    assert encoder.calls == 6 + 2 * 4
+    whole = make(tmp_path / "whole", targets, encoder)
+    everything = range(23)
+    for flips in ([False] * 23, [True] * 23):
+        one, other = cache.read(everything, flips), whole.read(everything, flips)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_workers_and_ranks_do_not_change_the_files(tmp_path, targets, encoder):
+    make(tmp_path / "plain", targets, encoder)
+    make(tmp_path / "workers", targets, encoder, num_workers=2)
+    with ThreadPoolExecutor(2) as pool:
+        barrier = threading.Barrier(2)
+        ranks = [
+            pool.submit(make, tmp_path / "ranks", targets, encoder, rank=rank, world_size=2, barrier=barrier.wait)
+            for rank in range(2)
+        ]
+        assert [len(rank.result(timeout=30)) for rank in ranks] == [23, 23]
+    files = sorted(file.name for file in (tmp_path / "plain").iterdir())
+    for name in ("workers", "ranks"):
+        assert sorted(file.name for file in (tmp_path / name).iterdir()) == files
+        for file in files:
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_other_autoencoder_pictures_or_dtype_are_refused(tmp_path, targets, encoder):
+    make(tmp_path / "cache", targets, encoder)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}
+    with pytest.raises(StoreError, match=r"autoencoder\.fingerprint: .abc., now .xyz.\)\. Use .* or delete"):
+        make(tmp_path / "cache", targets, encoder, {**SPEC, "fingerprint": "xyz"})
+    with pytest.raises(StoreError, match=r"dtype: .float16., now .float32."):
+        make(tmp_path / "cache", targets, encoder, dtype="float32")
+    with pytest.raises(StoreError, match=r"targets\.image_size: 16, now 8"):
+        make(tmp_path / "cache", ImageTargets(targets.source, 8), encoder)
+    altered = PICTURES.copy()
+    altered[3, 0, 0, 0] ^= 255
+    with pytest.raises(StoreError, match=r"targets\.identity"):
+        make(tmp_path / "cache", ImageTargets(ArrayImages(altered, LABELS), 16), encoder)
+    with pytest.raises(StoreError, match=r"num_samples: 46, now 44"):
+        make(tmp_path / "cache", ImageTargets(ArrayImages(PICTURES[:22], LABELS[:22]), 16), encoder)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == before
+
+
+def test_damaged_or_foreign_folders_are_refused(tmp_path, targets, encoder):
+    with pytest.raises(StoreError, match="holds no latent-cache"):
+        LatentCache(tmp_path / "nothing")
+    make(tmp_path / "cache", targets, encoder)
+    shard = tmp_path / "cache" / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(StoreError, match=r"shard-00001\.safetensors has"):
+        make(tmp_path / "cache", targets, encoder)
+    bank = ShardWriter(tmp_path / "bank", kind="memory-bank", spec={}, num_samples=1, shard_size=1)
+    bank.write(0, {"latents": torch.zeros(1, 4)})
+    bank.finish()
+    with pytest.raises(StoreError, match="memory-bank"):
+        LatentCache(tmp_path / "bank")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for number, picture in enumerate(PICTURES[:10]):
+        path = tmp_path / "set" / f"{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    (tmp_path / "set" / "1" / "3.png").write_bytes(b"")
+    return tmp_path / "set"  # in the order 0 2 4 6 8 | 1 3 5 7 9, so the damaged one is picture 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damaged_picture_stops_the_build_with_its_name(tmp_path, folder, encoder, num_workers):
+    with pytest.raises(DataError, match=r"^image 6 \(.*1/3\.png\) cannot be read .*on_corrupt='skip'"):
+        make(tmp_path / "cache", ImageTargets(ImageFolder(folder), 16), encoder, num_workers=num_workers)
+
+
+def test_skipped_picture_is_recorded_and_replaced_as_without_a_cache(tmp_path, folder, encoder):
+    lenient = ImageTargets(ImageFolder(folder), 16, on_corrupt="skip")
+    with pytest.warns(UserWarning, match=r"image 6 .*3\.png") as caught:
+        cache = make(tmp_path / "cache", lenient, encoder)
+    assert "1 of 10 pictures are damaged" in str(caught[-1].message)
+    assert cache.replaced() == {6: 7}
+    replaced, replacement = (cache.read([index], [True]) for index in (6, 7))
+    assert all(torch.equal(replaced[name], replacement[name]) for name in replaced)
+    assert torch.equal(lenient.uint8([6]), lenient.uint8([7]))
+    with pytest.raises(StoreError, match="made with on_corrupt='skip' and replaced 1 damaged pictures"):
+        make(tmp_path / "cache", ImageTargets(ImageFolder(folder), 16), encoder)
+
+
+def test_encoders_that_do_not_return_latents(tmp_path, targets):
+    with pytest.raises(ConfigError, match=r"mean of shape \(4, 3\).*for 4 pictures; expected \(B, c, h, w\)"):
+        make(tmp_path / "a", targets, lambda x: (x.mean((2, 3)), x.std((2, 3))))
+    with pytest.raises(ConfigError, match=r"standard deviation of shape \(4, 1, 16, 16\)"):
+        make(tmp_path / "b", targets, lambda x: (x, x[:, :1]))
+    with pytest.raises(StoreError, match="std is not finite"):
+        make(tmp_path / "c", targets, lambda x: (x, x / 0))
+
+
+def test_cache_travels_to_worker_processes(tmp_path, targets, encoder):
+    cache = make(tmp_path / "cache", targets, encoder)
+    expected = cache.read([1, 22], [False, True])
+    copy = pickle.loads(pickle.dumps(cache)).read([1, 22], [False, True])
+    assert all(torch.equal(copy[name], expected[name]) for name in expected)
+
+
+def test_opening_a_finished_cache_writes_nothing(tmp_path, targets, encoder):
+    make(tmp_path / "cache", targets, encoder)
+    contents = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
+    make(tmp_path / "cache", targets, encoder)
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == contents

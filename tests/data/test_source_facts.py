@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+from lightning_difftune.data.image_arrays import ArrayImages
+from lightning_difftune.data.source_facts import (
+    class_names_of,
+    content_digest_of,
+    digest_arrays,
+    labels_of,
+    location_of,
+    paths_of,
+    transforms_pictures,
+)
+
+
+class Source:
+    """Two items, with the attributes that a test gives it."""
+
+    def __init__(self, **attributes) -> None:
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"labels": np.array([3, 1])},
+        {"targets": [3, 1]},
+        {"targets": torch.tensor([3, 1])},
+        {"_labels": [3, 1]},
+        {"y": [3, 1]},
+        {"_samples": [("a.jpg", 3), ("b.jpg", 1)]},
+        {"samples": [("a.jpg", 3), ("b.jpg", 1)]},
+        {"labels": np.array(["x", "y"]), "targets": [3, 1]},
+    ],
+)
+def test_labels_under_any_of_torchvision_s_names(attributes):
+    labels = labels_of(Source(**attributes))
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"labels": np.zeros((2, 40), int)},  # several attributes a picture, as in CelebA
+        {"targets": [0.5, 1.5]},
+        {"targets": [3, 1, 2]},
+        {"targets": [3, 1], "target_transform": abs},
+    ],
+)
+def test_labels_that_are_unknown(attributes):
+    assert labels_of(Source(**attributes)) is None
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"paths": ["a.jpg", "b.jpg"]},
+        {"_image_files": [Path("a.jpg"), Path("b.jpg")]},
+        {"_images": ["a.jpg", "b.jpg"]},
+        {"_samples": [("a.jpg", 3), ("b.jpg", 1)]},
+    ],
+)
+def test_paths_under_any_of_torchvision_s_names(attributes):
+    assert paths_of(Source(**attributes)) == ["a.jpg", "b.jpg"]
+    assert location_of(Source(**attributes), 1) == "b.jpg"
+
+
+def test_unknown_paths():
+    assert paths_of(Source(_images=[np.zeros(3), np.zeros(3)])) is None
+    assert location_of(Source(), 0) is None
+
+
+def test_class_names():
+    assert class_names_of(Source(classes=["a", "b"])) == ["a", "b"]
+    assert class_names_of(Source(categories=("a",))) == ["a"]
+    assert class_names_of(Source(classes=[])) is None
+
+
+def test_subsets_and_concatenations_are_looked_through():
+    a = Source(paths=["a.jpg", "b.jpg"], labels=[0, 1], classes=["x", "y"])
+    b = Source(paths=["c.jpg", "d.jpg"], labels=[2, 3])
+    both = ConcatDataset([a, b])
+    chosen = Subset(both, [3, 0])
+    assert labels_of(chosen).tolist() == [3, 0]
+    assert paths_of(chosen) == ["d.jpg", "a.jpg"]
+    assert location_of(chosen, 0) == "d.jpg"
+    assert class_names_of(Subset(a, [1])) == ["x", "y"]
+    assert labels_of(ConcatDataset([a, Source()])) is None
+    assert transforms_pictures(Subset(ConcatDataset([a, Source(transform=abs)]), [0]))
+    assert not transforms_pictures(chosen)
+
+
+def test_content_digest_of_subsets_of_arrays():
+    source = ArrayImages(np.arange(32, dtype=np.uint8).reshape(2, 4, 4))
+    digests = {content_digest_of(Subset(source, indices)) for indices in ([0], [1], [0, 1], [1, 0])}
+    assert len(digests) == 4
+    assert None not in digests
+    assert content_digest_of(Source()) is None
+    torchvision_style = Source(data=np.zeros((2, 4, 4), np.uint8))
+    assert content_digest_of(torchvision_style) != content_digest_of(Source(data=np.ones((2, 4, 4), np.uint8)))
+
+
+def test_missing_files_have_a_digest(tmp_path):
+    source = Source(paths=[str(tmp_path / "a.jpg"), str(tmp_path / "b.jpg")])
+    before = content_digest_of(source)
+    (tmp_path / "a.jpg").write_bytes(b"now there")
+    assert content_digest_of(source) != before
+
+
+def test_digest_tells_shapes_types_and_boundaries_apart():
+    zeros = np.zeros(4, np.uint8)
+    parts = [(zeros,), (zeros.reshape(2, 2),), (zeros.view(np.int8),), (zeros[:2], zeros[2:]), ("ab", "c"), ("a", "bc")]
+    assert len({digest_arrays(*part) for part in parts}) == len(parts)

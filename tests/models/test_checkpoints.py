@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError
+from lightning_difftune.models import DiT, checkpoints, export_dit, load_dit
+from lightning_difftune.models.checkpoints import check_state, fingerprint, infer_architecture
+from lightning_difftune.models.dit import SIZES
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "official_dit_tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """The authors' state dict of a DiT with 4 heads of 12 channels."""
+    return {k.removeprefix("model."): v for k, v in load_file(FIXTURE).items() if k.startswith("model.")}
+
+
+@pytest.fixture(scope="module")
+def model(state: dict[str, Tensor]) -> DiT:
+    model = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=3, num_heads=4)
+    model.load_state_dict(state)
+    return model
+
+
+def assert_same_function(ours: DiT, theirs: DiT) -> None:
+    x = torch.randn(3, *theirs.sample_shape)
+    t, y = torch.tensor([0, 100, 999]), torch.tensor([0, 1, theirs.null_class])
+    assert torch.equal(ours(x, t, y), theirs(x, t, y))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_official_weights(tmp_path: Path, state: dict[str, Tensor], model: DiT, suffix: str) -> None:
+    file = tmp_path / f"DiT{suffix}"
+    if suffix == ".pt":
+        torch.save(state, file)
+    else:
+        save_file(state, file)
+    loaded = load_dit(str(file), num_heads=4)
+    assert loaded.architecture == model.architecture
+    assert_same_function(loaded, model)
+    assert loaded.training
+    assert loaded.class_names is None
+    assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == ["pos_embed"]
+
+
+def test_loaded_model_trains_and_keeps_no_hold_on_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    file = tmp_path / "DiT.pt"
+    torch.save(state, file)
+    loaded = load_dit(file, num_heads=4)
+    before = fingerprint(loaded)
+    file.write_bytes(b"\0" * file.stat().st_size)  # in place, where a mapped file would change under the model
+    assert fingerprint(loaded) == before
+    loaded(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.tensor([5])).square().sum().backward()
+    torch.optim.SGD(loaded.parameters(), lr=0.1).step()
+    assert fingerprint(loaded) != before
+
+
+@pytest.mark.parametrize("format", ["safetensors", "diffusers"])
+def test_default_device_does_not_matter(tmp_path: Path, model: DiT, format) -> None:  # type: ignore[no-untyped-def]
+    path = export_dit(model, tmp_path / "DiT.safetensors", format)
+    with torch.device("meta"):
+        loaded = load_dit(path)
+    assert fingerprint(loaded) == fingerprint(model)
+
+
+def test_half_precision_weights_become_float32(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_file({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "half.safetensors")
+    loaded = load_dit(tmp_path / "half.safetensors", num_heads=4)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.pos_embed, state["pos_embed"].bfloat16().float())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_architecture_of_published_sizes_is_known_from_shapes(size: str, patch: int) -> None:
+    with torch.device("meta"):
+        model = DiT.from_size(f"DiT-{size}/{patch}", input_size=64, num_classes=10)
+    assert infer_architecture(model.state_dict(), None, Path("x.pt")) == model.architecture
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"input_size": 28, "patch_size": 7, "in_channels": 1, "hidden_size": 28, "depth": 1, "mlp_ratio": 2.2},
+        {"input_size": 6, "patch_size": 3, "in_channels": 3, "hidden_size": 44, "depth": 2, "mlp_ratio": 49 / 44},
+        {"input_size": 16, "patch_size": 4, "in_channels": 1, "hidden_size": 32, "depth": 11, "learn_sigma": False},
+    ],
+)
+def test_architecture_of_other_sizes_is_known_but_for_the_heads(sizes: dict[str, float]) -> None:
+    model = DiT(**{**sizes, "num_heads": 2, "num_classes": 3})  # type: ignore[arg-type]
+    inferred = infer_architecture(model.state_dict(), 2, Path("x.pt"))
+    check_state(DiT(**inferred).state_dict(), model.state_dict(), "x.pt")
+    assert {k: v for k, v in inferred.items() if k != "mlp_ratio"} == {
+        k: v for k, v in model.architecture.items() if k != "mlp_ratio"
+    }
+    with pytest.raises(CheckpointError, match=r"x\.pt has hidden size .* no published size.*Pass num_heads"):
+        infer_architecture(model.state_dict(), None, Path("x.pt"))
+
+
+def test_published_width_at_another_depth_does_not_tell_the_heads() -> None:
+    with torch.device("meta"):
+        model = DiT(input_size=32, patch_size=2, in_channels=4, hidden_size=384, depth=6, num_heads=8)
+    with pytest.raises(CheckpointError, match="Pass num_heads"):
+        infer_architecture(model.state_dict(), None, Path("x.pt"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("x_embedder.proj.weight"), "no DiT under the official key names.*x_embedder.proj.weight"),
+        (lambda s: s.update(pos_embed=torch.zeros(16, 48)), "no DiT under the official key names"),
+        (lambda s: s.update(pos_embed=torch.zeros(1, 15, 48)), "no DiT on square inputs: 15 positions"),
+        (lambda s: s.pop("blocks.1.attn.qkv.bias"), r"1 missing \(blocks\.1\.attn\.qkv\.bias\)"),
+        (lambda s: s.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
+        (
+            lambda s: s.update({"blocks.1.attn.proj.weight": torch.zeros(48, 47)}),
+            r"1 of another shape \(blocks\.1\.attn\.proj\.weight \(48, 47\) instead of \(48, 48\)\)",
+        ),
+        (lambda s: [s.pop(name) for name in list(s) if "blocks.1." in name], r"10 missing \(.*, .*, .*, \.\.\.\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, state: dict[str, Tensor], change, message) -> None:  # type: ignore[no-untyped-def]
+    altered = dict(state)
+    change(altered)
+    torch.save(altered, tmp_path / "DiT.pt")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_dit(tmp_path / "DiT.pt", num_heads=4)
+    assert str(tmp_path / "DiT.pt") in str(caught.value)
+
+
+def test_heads_that_do_not_divide_the_width_name_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    save_file(state, tmp_path / "DiT.safetensors")
+    with pytest.raises(CheckpointError, match=r"DiT\.safetensors describes a DiT that cannot be built.*num_heads"):
+        load_dit(tmp_path / "DiT.safetensors", num_heads=5)
+
+
+def test_heads_against_a_file_that_knows_them(tmp_path: Path, model: DiT) -> None:
+    file = export_dit(model, tmp_path / "DiT.safetensors")
+    assert load_dit(file, num_heads=4).architecture == model.architecture
+    with pytest.raises(CheckpointError, match="says that it has 4 heads, not 6"):
+        load_dit(file, num_heads=6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": "99"}, "format version 99.*Upgrade"),
+        ({"format_version": "one"}, "metadata is incomplete or damaged"),
+        ({"architecture": "{"}, "metadata is incomplete or damaged"),
+        ({"architecture": "[1]"}, "metadata is incomplete or damaged"),
+        ({"architecture": json.dumps({"width": 3})}, "a DiT that cannot be built"),
+        ({"class_names": json.dumps(["one"])}, "1 class_names were given for num_classes 1000"),
+    ],
+)
+def test_metadata_that_cannot_be_used(
+    tmp_path: Path, state: dict[str, Tensor], model: DiT, changes: dict[str, str], message: str
+) -> None:
+    metadata = {"format_version": "1", "architecture": json.dumps(model.architecture), "class_names": "null"}
+    save_file(state, tmp_path / "DiT.safetensors", {**metadata, **changes})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_dit(tmp_path / "DiT.safetensors")
+    assert "DiT.safetensors" in str(caught.value)
+
+
+def test_bundled_model_by_name(tmp_path: Path, model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    export_dit(model, tmp_path / "dit-small.safetensors")
+    monkeypatch.setattr(checkpoints, "BUNDLED", tmp_path)
+    assert_same_function(load_dit("dit-small"), model)
+    with pytest.raises(CheckpointError, match=r"'dit-smal' is no file.*bundled: dit-small"):
+        load_dit("dit-smal")
+
+
+@pytest.mark.parametrize("source", ["runs/best/model.safetensors", "weights/DiT-XL-2.pt", Path("owner/name")])
+def test_path_that_is_not_there_is_never_looked_up_on_the_hub(source: str | Path) -> None:
+    with pytest.raises(CheckpointError, match="is no file or folder and no bundled model"):
+        load_dit(source)
+
+
+def test_folder_that_holds_no_model(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"no diffusers folder.*config\.json.*found \['notes\.txt'\]"):
+        load_dit(tmp_path)
+
+
+class TestFingerprint:
+    def test_tells_values_names_types_and_shapes_apart(self) -> None:
+        layer = nn.Linear(3, 2)
+        prints = {fingerprint(layer), fingerprint(nn.Sequential(layer))}
+        with torch.no_grad():
+            layer.weight[1, 2] += 1e-3
+        prints.add(fingerprint(layer))
+        prints.add(fingerprint(layer.bfloat16()))
+        layer.weight = nn.Parameter(layer.weight.reshape(3, 2))
+        prints.add(fingerprint(layer))
+        assert len(prints) == 5
+
+    def test_does_not_depend_on_memory_layout_order_or_mode(self) -> None:
+        class Pair(nn.Module):
+            def __init__(self, names: str) -> None:
+                super().__init__()
+                for name in names:
+                    self.register_buffer(name, torch.full((2, 3, 4, 4), float(ord(name))))
+                self.register_buffer("steps", torch.tensor(7))
+
+        expected = fingerprint(Pair("ab"))
+        assert fingerprint(Pair("ba")) == expected
+        assert fingerprint(Pair("ab").to(memory_format=torch.channels_last).eval()) == expected
+
+    def test_is_stable_across_releases(self) -> None:
+        layer = nn.Linear(2, 1)
+        nn.init.constant_(layer.weight, 0.5)
+        nn.init.constant_(layer.bias, -1)
+        assert fingerprint(layer) == "e4be791e10ed958ebde3b21c9105b0f2376fd3178810f173326f600ca30599bc"

@@ -1,0 +1,446 @@
+"""Every file of the config hub, run by the command in its own header on tiny data in the real layouts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor, nn
+
+from lightning_difftune.callbacks import EMA, FID, SampleGrid
+from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.data import MemoryBank, MemoryBankDataModule
+from lightning_difftune.data.source_facts import labels_of
+from lightning_difftune.models import DiT, export_dit
+from lightning_difftune.modules import DiTDiffTuningModule
+from lightning_difftune.modules.presets import OFFICIAL, PAPER, active_settings, describe_preset
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))
+BASE = "configs/dit/base.yaml"
+TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
+    "configs/dit/food101.yaml": ("10.68", "6.05", 101),
+    "configs/dit/sun397.yaml": ("11.01", "7.21", 397),
+    "configs/dit/df20_mini.yaml": ("14.74", "12.57", 182),
+    "configs/dit/caltech101.yaml": ("29.79", "23.79", 101),
+    "configs/dit/cub200.yaml": ("5.32", "3.50", 200),
+    "configs/dit/artbench10.yaml": ("20.59", "13.85", 10),
+    "configs/dit/flowers.yaml": ("16.67", "12.64", 102),
+    "configs/dit/cars.yaml": ("6.04", "5.37", 196),
+}
+OVERLAYS = [file for file in FILES if file.startswith("configs/dit/") and file != BASE]
+# A partition by counts cannot be made of a data set that has twenty pictures.
+SMALL_SIZES = json.dumps({"train": 10, "val": 2, "test": 4})
+SMALLER = {
+    "configs/dit/sun397.yaml": [
+        *("--data.init_args.target.init_args.sizes", SMALL_SIZES),
+        *("--data.init_args.val_target.init_args.sizes", SMALL_SIZES),
+    ]
+}
+
+
+def header(file: str) -> str:
+    """The comment that a file opens with, without its marks."""
+    lines = (CONFIGS.parent / file).read_text().splitlines()
+    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
+
+
+def command(file: str) -> list[str]:
+    """The arguments of the ``difftune fit`` command in a file's header."""
+    joined = header(file).replace("\\\n", " ")
+    (line,) = re.findall(r"^ +difftune (fit .*)$", joined, flags=re.MULTILINE)
+    return shlex.split(line)
+
+
+def settings(file: str) -> Any:
+    return yaml.safe_load((CONFIGS.parent / file).read_text())
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Settings by dotted path; lists count as one setting."""
+    if not isinstance(tree, dict):
+        return {path: tree}
+    return {k: v for name, branch in tree.items() for k, v in leaves(branch, f"{path}.{name}").items()}
+
+
+class Pictures:
+    """Flat grey pictures, a new level each, so that a picture is recognised wherever it turns up."""
+
+    def __init__(self) -> None:
+        self.level = 0
+
+    def __call__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.level += 3
+        # PNG in a file that says .jpg: readers go by the content, and the levels stay exact.
+        Image.new("RGB", (12, 9), (self.level,) * 3).save(path, format="PNG")
+
+
+def make_food101(data: Path, save: Pictures) -> None:
+    folder = data / "food101/food-101"
+    for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
+        names = {dish: [f"{dish}/{number}" for number in numbers] for dish in ("apple_pie", "baby_back_ribs")}
+        for path in sum(names.values(), []):
+            save(folder / "images" / f"{path}.jpg")
+        (folder / "meta").mkdir(exist_ok=True)
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(names))
+
+
+def make_sun397(data: Path, save: Pictures) -> None:
+    folder = data / "sun397/SUN397"
+    for number in range(16):
+        save(folder / ("a/abbey", "b/bow_window/indoor")[number % 2] / f"sun_{number:04d}.jpg")
+    (folder / "ClassName.txt").write_text("/a/abbey\n/b/bow_window/indoor\n")
+
+
+def make_df20_mini(data: Path, save: Pictures) -> None:
+    folder = data / "df20_mini"
+    for split, numbers in {"train": range(6), "public_test": range(6, 10)}.items():
+        rows = ["observationID,image_path,scientificName"]
+        for number in numbers:
+            save(folder / "DF20M" / f"{number}-1.JPG")
+            species = ("Boletus edulis Bull.", '"Amanita muscaria (L.) Lam., 1783"')[number % 2]
+            rows.append(f"{number},{number}-1.JPG,{species}")
+        (folder / f"DF20M-{split}_metadata_PROD.csv").write_text("\n".join(rows))
+
+
+def make_caltech101(data: Path, save: Pictures) -> None:
+    for category in ("BACKGROUND_Google", "Faces", "accordion"):
+        for number in range(1, 11):
+            save(data / "caltech101/101_ObjectCategories" / category / f"image_{number:04d}.jpg")
+
+
+def make_cub200(data: Path, save: Pictures) -> None:
+    folder = data / "cub200/CUB_200_2011"
+    birds = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross"}
+    files = {number: f"{birds[number % 2 + 1]}/{number}.jpg" for number in range(1, 11)}
+    for file in files.values():
+        save(folder / "images" / file)
+    for name, lines in {
+        "images": files,
+        "image_class_labels": {number: number % 2 + 1 for number in files},
+        "train_test_split": {number: int(number <= 6) for number in files},
+        "classes": birds,
+    }.items():
+        (folder / f"{name}.txt").write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
+
+
+def make_artbench10(data: Path, save: Pictures) -> None:
+    for split, count in {"train": 3, "test": 2}.items():
+        for style in ("art_nouveau", "baroque"):
+            for number in range(count):
+                save(data / "artbench-10-imagefolder-split" / split / style / f"{number}.jpg")
+
+
+def make_flowers(data: Path, save: Pictures) -> None:
+    from scipy.io import savemat
+    from torchvision.datasets import Flowers102
+
+    folder = data / "flowers/flowers-102"
+    for number in range(1, 13):
+        save(folder / "jpg" / f"image_{number:05d}.jpg")
+    savemat(folder / "imagelabels.mat", {"labels": np.arange(12) % 2 + 1})
+    savemat(folder / "setid.mat", {"trnid": np.arange(1, 4), "valid": np.arange(4, 7), "tstid": np.arange(7, 13)})
+    for name in ("label", "setid"):  # torchvision checks the sums of the real files
+        file = Flowers102._file_dict[name][0]
+        Flowers102._file_dict[name] = (file, hashlib.md5((folder / file).read_bytes()).hexdigest())
+
+
+def make_cars(data: Path, save: Pictures) -> None:
+    from scipy.io import savemat
+
+    folder = data / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    for split, list_file in {
+        "train": "devkit/cars_train_annos.mat",
+        "test": "cars_test_annos_withlabels.mat",
+    }.items():
+        rows = [(f"{number:05d}.jpg", number % 2 + 1) for number in range(1, 5)]
+        for file, _ in rows:
+            save(folder / f"cars_{split}" / file)
+        savemat(folder / list_file, {"annotations": np.array(rows, dtype=[("fname", "O"), ("class", "O")])})
+    savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype=object)})
+
+
+def make_folder(data: Path, save: Pictures) -> None:
+    for number in range(20):
+        save(data / "pictures" / ("daisy", "rose")[number % 2] / f"{number}.jpg")
+
+
+def make_omniglot(data: Path) -> None:
+    ink = np.full((105, 105), 255, np.uint8)
+    ink[30:70, 50:54] = 0
+    for character in ("character01", "character02"):
+        folder = data / "omniglot/omniglot-py/images_background/Latin" / character
+        folder.mkdir(parents=True)
+        Image.fromarray(ink).convert("1").save(folder / "0001_01.png")
+
+
+DATA_SETS: list[Callable[[Path, Pictures], None]] = [
+    *(make_food101, make_sun397, make_df20_mini, make_caltech101, make_cub200, make_artbench10),
+    *(make_flowers, make_cars, make_folder),
+]
+
+
+def make_models(folder: Path) -> None:
+    """A DiT and an autoencoder that fit each other and the real label table, as checkpoints on disk."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    dit = DiT(input_size=8, patch_size=4, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=1000)
+    export_dit(dit, folder / "dit.safetensors")
+    AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[4] * 4,
+        norm_num_groups=2,
+        latent_channels=4,
+    ).save_pretrained(folder / "vae")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working directory with the hub, every data set where its config looks for it, and tiny models."""
+    from torchvision.datasets import Flowers102
+
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "configs").symlink_to(CONFIGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flowers102, "_file_dict", dict(Flowers102._file_dict))
+        for make in DATA_SETS:
+            make(folder / "data", Pictures())
+        make_omniglot(folder / "data")
+        make_models(folder)
+        patch.chdir(folder)
+        yield folder
+
+
+def tiny(file: str) -> list[str]:
+    """Command-line settings that put the tiny models into a run of ``file``'s command."""
+    if BASE not in command(file):
+        return []
+    return [
+        *("--model.init_args.model", "dit.safetensors"),
+        *("--model.init_args.autoencoder.init_args.source", "vae"),
+        *("--trainer.accelerator", "cpu"),
+        *SMALLER.get(file, []),
+    ]
+
+
+@cache
+def instantiate(file: str) -> DiffTuneCLI:
+    """The objects that a file's command makes, without running it."""
+    return run_lightning([*command(file)[1:], *tiny(file)], run=False)
+
+
+def levels(datamodule: MemoryBankDataModule, which: str) -> list[int]:
+    """The grey levels of all pictures of the target or of the held-out target."""
+    targets = getattr(datamodule, which)
+    pictures = targets.uint8(range(len(targets)))
+    assert pictures.shape == (len(targets), 3, 256, 256)
+    assert (pictures == pictures[:, :1, :1, :1]).all()
+    return pictures[:, 0, 0, 0].tolist()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_header_opens_with_a_command_that_names_the_file(file: str) -> None:
+    args = command(file)
+    named = [args[position + 1] for position, arg in enumerate(args) if arg == "--config"]
+    assert file in named
+    assert all((CONFIGS.parent / name).is_file() for name in named)
+    assert header(file)[:1].isupper(), "a sentence that says what the file is for comes first"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
+    cli = instantiate(file)
+    assert isinstance(cli.model, DiTDiffTuningModule)
+    assert isinstance(cli.datamodule, MemoryBankDataModule)
+    assert cli.model._num_classes == cli.datamodule.num_classes
+    assert cli.model.seed == cli.datamodule.seed == 0
+    assert any(isinstance(callback, EMA) for callback in cli.trainer.callbacks)
+    assert labels_of(cli.datamodule.target.source) is not None, "labels are checked before the run starts"
+    if BASE in command(file):
+        cli.model.configure_model()
+        kept = cli.model.label_table == "keep"
+        assert cli.model.dit.num_classes == (1000 if kept else cli.datamodule.num_classes)
+        assert cli.model.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("file", OVERLAYS)
+def test_training_and_held_out_pictures_are_different_ones(file: str) -> None:
+    datamodule = instantiate(file).datamodule
+    train, held_out = levels(datamodule, "target"), levels(datamodule, "val_target")
+    assert len(set(train)) == len(train) > len(held_out) * 0.9
+    assert not set(train) & set(held_out)
+    for targets in (datamodule.target, datamodule.val_target):
+        assert set(targets.labels().tolist()) == {0, 1}
+
+
+def test_flowers_trains_on_both_small_parts_and_caltech101_leaves_the_background_out() -> None:
+    flowers = instantiate("configs/dit/flowers.yaml").datamodule
+    assert (len(flowers.target), len(flowers.val_target)) == (6, 6)
+    caltech = instantiate("configs/dit/caltech101.yaml").datamodule
+    assert (len(caltech.target), len(caltech.val_target)) == (16, 4)
+    assert caltech.target.class_names == ["Faces", "accordion"]
+
+
+@pytest.mark.parametrize("file", TRANSFERS)
+def test_header_quotes_table_1(file: str) -> None:
+    full, diff_tuning, num_classes = TRANSFERS[file]
+    text = " ".join(header(file).split())
+    assert f"full fine-tuning {full}, Diff-Tuning {diff_tuning}." in text
+    assert instantiate(file).datamodule.num_classes == num_classes
+
+
+def test_base_lists_table_1() -> None:
+    rows = {line.split("  ")[1].strip(): line.split()[-8:] for line in header(BASE).splitlines() if "-uning" in line or "uning  " in line}
+    assert rows["Full fine-tuning"] == [full for full, _, _ in TRANSFERS.values()]
+    assert rows["Diff-Tuning"] == [tuned for _, tuned, _ in TRANSFERS.values()]
+    names = next(line.split() for line in header(BASE).splitlines() if "food101  " in line)
+    assert [f"configs/dit/{name}.yaml" for name in names] == list(TRANSFERS)
+
+
+@pytest.mark.parametrize("file", OVERLAYS)
+def test_overlays_set_only_what_differs(file: str) -> None:
+    base, overlay = leaves(settings(BASE)), leaves(settings(file))
+    assert not {path for path, value in overlay.items() if path in base and base[path] == value}
+    assert overlay.keys() - base.keys(), "an overlay adds the target"
+    written = [line for line in (CONFIGS.parent / file).read_text().splitlines() if not line.startswith("#")]
+    assert len(written) <= 25
+    # What a run writes for one target stays apart from another's; the memory bank is shared.
+    name = Path(file).stem
+    assert overlay[".trainer.default_root_dir"] == f"runs/dit/{name}"
+    assert overlay[".data.init_args.latent_cache"] == f"runs/dit/{name}/latents"
+
+
+def test_base_has_the_settings_of_the_paper() -> None:
+    cli = instantiate("configs/dit/flowers.yaml")
+    trainer, data, module = cli.trainer, cli.datamodule, cli.model
+    assert (trainer.max_steps, trainer.val_check_interval, trainer.precision) == (24_000, 24_000, "32-true")
+    assert (data.batch_size, data.retention_batch_size, data.horizontal_flip) == (32, 6, True)
+    assert (data.target.image_size, data.bank_size, data.reference) == (256, 50_000, "val")
+    (group,) = module.optimizer([nn.Parameter(torch.zeros(1))]).param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-4, 0)
+    assert module.lr_scheduler is None
+    assert settings(BASE)["model"]["init_args"]["model"] == "facebook/DiT-XL-2-256"
+    assert module.autoencoder.scaling_factor == 0.18215
+    for sampler in (module.sampler, module.bank_sampler):
+        sampler.scheduler.set_timesteps(sampler.num_inference_steps)
+        assert sampler.scheduler.timesteps.tolist() == list(range(980, -1, -20))
+        assert (sampler.guidance_scale, sampler.guidance_channels) == (1.5, 3)
+    callbacks = {type(callback): callback for callback in trainer.callbacks}
+    assert callbacks[EMA].decay == 0.9999
+    assert callbacks[FID].num_samples == 10_000
+    assert callbacks[FID].monitor == "fid"
+    assert SampleGrid in callbacks
+
+
+def test_presets_are_what_they_are_called() -> None:
+    described = {
+        file: describe_preset(cli.model, cli.datamodule)
+        for file in FILES
+        if BASE in command(file)
+        for cli in [instantiate(file)]
+    }
+    assert described.pop("configs/presets/full.yaml").startswith("Preset: standard fine-tuning")
+    assert described.pop("configs/presets/paper.yaml").startswith("Preset: paper-literal.")
+    assert all(text.startswith("Preset: official code.") for text in described.values()), described
+
+
+def test_paper_and_official_preset_undo_each_other() -> None:
+    paper = instantiate("configs/presets/paper.yaml")
+    assert active_settings(paper.model, paper.datamodule) == PAPER
+    assert paper.model.bank_sampler.guidance_channels == 3, "the bank is shared"
+    assert type(paper.model.optimizer([nn.Parameter(torch.zeros(1))])) is torch.optim.Adam
+    args = [*command("configs/presets/paper.yaml")[1:], "--config", "configs/presets/official.yaml", *tiny(BASE)]
+    official = run_lightning(args, run=False)
+    assert active_settings(official.model, official.datamodule) == OFFICIAL
+    optimizer = official.model.optimizer([nn.Parameter(torch.zeros(1))])
+    assert type(optimizer) is torch.optim.AdamW
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (1e-4, 0)
+
+
+def test_print_config_shows_the_composed_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run_lightning([*command("configs/presets/paper.yaml"), "--trainer.max_steps", "5", "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["trainer"]["max_steps"] == 5
+    assert printed["trainer"]["default_root_dir"] == "runs/dit/flowers"
+    assert printed["model"]["init_args"]["label_table"] == "resize"
+    assert printed["model"]["init_args"]["autoencoder"]["init_args"]["source"] == "stabilityai/sd-vae-ft-ema"
+    assert printed["data"]["init_args"]["retention_share"] == 0.5
+
+
+class TinyFeatures(nn.Module):
+    """In place of Inception-v3, whose weights are on the internet."""
+
+    name = "FID (test)"
+    num_features = 4
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().flatten(1)[:, :4]
+
+
+@pytest.mark.parametrize("file", ["configs/dit/flowers.yaml", "configs/presets/paper.yaml"])
+def test_two_steps_of_training(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_difftune.callbacks.fid.InceptionV3Features", TinyFeatures)
+    callbacks = settings(BASE)["trainer"]["callbacks"]
+    smaller = {
+        "FID": {"num_samples": 8, "cache_dir": str(tmp_path / "fid")},
+        "SampleGrid": {"num_samples": 4},
+        "ModelCheckpoint": {"every_n_train_steps": 2, "save_last": "link"},
+    }
+    for callback in callbacks:
+        callback.setdefault("init_args", {}).update(smaller.get(callback["class_path"].rsplit(".")[-1], {}))
+    (tmp_path / "smaller.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    few = f"""
+        --config {tmp_path / "smaller.yaml"} --trainer.max_steps 2 --trainer.val_check_interval 2
+        --trainer.default_root_dir {tmp_path / "run"} --trainer.enable_progress_bar false --trainer.logger.class_path
+        lightning.pytorch.loggers.CSVLogger --trainer.logger.init_args.save_dir {tmp_path / "run"}
+        --data.init_args.bank {tmp_path / "bank"} --data.init_args.bank_size 8 --data.init_args.num_workers 0
+        --data.init_args.latent_cache {tmp_path / "latents"} --data.init_args.image_size 64
+        --model.init_args.sampler.num_inference_steps 4 --model.init_args.bank_sampler.num_inference_steps 4
+    """
+    cli = run_lightning([*command(file), *tiny(file), *shlex.split(textwrap.dedent(few).replace("\n", " "))])
+
+    assert cli.trainer.global_step == 2
+    logged = cli.trainer.callback_metrics
+    assert {"train/loss", "train/reconsolidation", "train/retention", "val/loss", "fid"} <= logged.keys()
+    assert all(value.isfinite() for value in logged.values())
+    assert len(MemoryBank(tmp_path / "bank")) == 8
+    (run,) = (tmp_path / "run/lightning_logs").iterdir()
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert (run / "samples/step-0000002.png").is_file()
+    assert (run / "config.yaml").is_file()
+
+
+def test_xl_2_has_the_label_tables_of_both_presets() -> None:
+    with torch.device("meta"):
+        model = DiT.from_size("DiT-XL/2")
+    assert sum(p.numel() for p in model.parameters()) == 675_129_632
+    assert model.y_embedder.embedding_table.weight.shape == (1001, 1152)
+    with torch.device("meta"):
+        model.resize_label_table(101)
+    assert model.y_embedder.embedding_table.weight.shape == (102, 1152)
+    trained = sum(p.numel() for name, p in model.named_parameters() if name != "pos_embed")
+    assert trained == 673_799_072  # Table 1's count, SPEC-style: everything but pos_embed
+    with torch.device("meta"):
+        output = model(torch.zeros(2, 4, 32, 32), torch.zeros(2, dtype=torch.int64), torch.tensor([0, 101]))
+    assert output.shape == (2, 8, 32, 32)
