@@ -47,7 +47,7 @@ class SupportsGenerate(Protocol):
     """A model that turns sample indices into pictures; sample i depends on its seed and i alone."""
 
     def generate(self, indices: Tensor) -> Tensor:
-        """indices (B,) int64 => pictures (B, 1 or 3, H, W) uint8."""
+        """Indices (B,) int64 => pictures (B, 1 or 3, H, W) uint8."""
         ...
 
 
@@ -73,7 +73,7 @@ class BankGenerator(Protocol):
         ...
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
-        """indices (B,) int64 => ``{"latents": (B, c, h, w) float32, "class_labels": (B,) int64}`` on the CPU."""
+        """Indices (B,) int64 => ``{"latents": (B, c, h, w) float32, "class_labels": (B,) int64}`` on the CPU."""
         ...
 
 

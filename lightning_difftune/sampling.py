@@ -36,7 +36,7 @@ class NoiseScheduler(Protocol):
 
 def ddim() -> NoiseScheduler:
     """The paper's sampler: DDIM (eta 0) over DiT's linear betas, "leading" grid {0, 20, ..., 980} at 50 steps."""
-    from diffusers import DDIMScheduler
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(
         num_train_timesteps=1000,

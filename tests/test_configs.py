@@ -6,9 +6,9 @@ import hashlib
 import json
 import re
 import shlex
-import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def make_food101(data: Path, save: Pictures) -> None:
     folder = data / "food101/food-101"
     for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
         names = {dish: [f"{dish}/{number}" for number in numbers] for dish in ("apple_pie", "baby_back_ribs")}
-        for path in sum(names.values(), []):
+        for path in chain(*names.values()):
             save(folder / "images" / f"{path}.jpg")
         (folder / "meta").mkdir(exist_ok=True)
         (folder / "meta" / f"{split}.json").write_text(json.dumps(names))
@@ -286,8 +286,7 @@ def test_training_and_held_out_pictures_are_different_ones(file: str) -> None:
     train, held_out = levels(datamodule, "target"), levels(datamodule, "val_target")
     assert len(set(train)) == len(train) > len(held_out) * 0.9
     assert not set(train) & set(held_out)
-    for targets in (datamodule.target, datamodule.val_target):
-        assert set(targets.labels().tolist()) == {0, 1}
+    assert set(datamodule.target.labels().tolist()) == {0, 1}
 
 
 def test_flowers_trains_on_both_small_parts_and_caltech101_leaves_the_background_out() -> None:
@@ -307,11 +306,10 @@ def test_header_quotes_table_1(file: str) -> None:
 
 
 def test_base_lists_table_1() -> None:
-    rows = {line.split("  ")[1].strip(): line.split()[-8:] for line in header(BASE).splitlines() if "-uning" in line or "uning  " in line}
-    assert rows["Full fine-tuning"] == [full for full, _, _ in TRANSFERS.values()]
-    assert rows["Diff-Tuning"] == [tuned for _, tuned, _ in TRANSFERS.values()]
-    names = next(line.split() for line in header(BASE).splitlines() if "food101  " in line)
-    assert [f"configs/dit/{name}.yaml" for name in names] == list(TRANSFERS)
+    names, full, tuned = (line.split()[-8:] for line in header(BASE).splitlines() if re.match(r" {2}(\w.*)? {4}", line))
+    assert {f"configs/dit/{name}.yaml": row for name, *row in zip(names, full, tuned, strict=True)} == {
+        file: [full_fid, tuned_fid] for file, (full_fid, tuned_fid, _) in TRANSFERS.items()
+    }
 
 
 @pytest.mark.parametrize("file", OVERLAYS)
@@ -389,7 +387,7 @@ def test_print_config_shows_the_composed_settings(capsys: pytest.CaptureFixture[
 class TinyFeatures(nn.Module):
     """In place of Inception-v3, whose weights are on the internet."""
 
-    name = "FID (test)"
+    name = "tiny"
     num_features = 4
 
     def forward(self, images: Tensor) -> Tensor:
@@ -397,9 +395,7 @@ class TinyFeatures(nn.Module):
 
 
 @pytest.mark.parametrize("file", ["configs/dit/flowers.yaml", "configs/presets/paper.yaml"])
-def test_two_steps_of_training(
-    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_steps_of_training(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_difftune.callbacks.fid.InceptionV3Features", TinyFeatures)
     callbacks = settings(BASE)["trainer"]["callbacks"]
     smaller = {
@@ -412,17 +408,16 @@ def test_two_steps_of_training(
     (tmp_path / "smaller.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     few = f"""
         --config {tmp_path / "smaller.yaml"} --trainer.max_steps 2 --trainer.val_check_interval 2
-        --trainer.default_root_dir {tmp_path / "run"} --trainer.enable_progress_bar false --trainer.logger.class_path
-        lightning.pytorch.loggers.CSVLogger --trainer.logger.init_args.save_dir {tmp_path / "run"}
+        --trainer.default_root_dir {tmp_path / "run"} --trainer.enable_progress_bar false
         --data.init_args.bank {tmp_path / "bank"} --data.init_args.bank_size 8 --data.init_args.num_workers 0
         --data.init_args.latent_cache {tmp_path / "latents"} --data.init_args.image_size 64
         --model.init_args.sampler.num_inference_steps 4 --model.init_args.bank_sampler.num_inference_steps 4
     """
-    cli = run_lightning([*command(file), *tiny(file), *shlex.split(textwrap.dedent(few).replace("\n", " "))])
+    cli = run_lightning([*command(file), *tiny(file), *few.split()])
 
     assert cli.trainer.global_step == 2
     logged = cli.trainer.callback_metrics
-    assert {"train/loss", "train/reconsolidation", "train/retention", "val/loss", "fid"} <= logged.keys()
+    assert {"train/loss", "train/reconsolidation", "train/retention", "val/loss", "fd_tiny"} <= logged.keys()
     assert all(value.isfinite() for value in logged.values())
     assert len(MemoryBank(tmp_path / "bank")) == 8
     (run,) = (tmp_path / "run/lightning_logs").iterdir()
@@ -440,7 +435,7 @@ def test_xl_2_has_the_label_tables_of_both_presets() -> None:
         model.resize_label_table(101)
     assert model.y_embedder.embedding_table.weight.shape == (102, 1152)
     trained = sum(p.numel() for name, p in model.named_parameters() if name != "pos_embed")
-    assert trained == 673_799_072  # Table 1's count, SPEC-style: everything but pos_embed
+    assert trained == 673_799_072  # all but pos_embed, as in Table 1
     with torch.device("meta"):
         output = model(torch.zeros(2, 4, 32, 32), torch.zeros(2, dtype=torch.int64), torch.tensor([0, 101]))
     assert output.shape == (2, 8, 32, 32)

@@ -55,7 +55,7 @@ def test_the_two_forms_agree_up_to_their_stated_constants():
     def network(x_t, t, condition):
         return torch.cat([x_t * 0.3, x_t], dim=1)
 
-    for is_retention, weights in ((torch.zeros(1000, dtype=torch.bool), weighted.psi), (torch.ones(1000).bool(), weighted.xi)):
+    for is_retention, weights in ((TARGET[:1000], weighted.psi), (RETAINED[:1000], weighted.xi)):
         losses = sampled.at(network, x0, None, is_retention, t, noise).per_sample
         expectation_sampled = (losses * weights / weights.sum()).sum()
         expectation_weighted = weighted.at(network, x0, None, is_retention, t, noise).per_sample.mean()

@@ -181,7 +181,7 @@ class EMA(Callback):
         return bool(self._parameters) and all(named.get(name) is p for name, p in self._parameters.items())
 
     def _swap_in(self) -> None:
-        # Under trainer.validate Lightning is in inference mode, whose tensors could not be trained afterwards.
+        # trainer.validate runs in inference mode, whose tensors could not take part in guidance by gradients.
         with torch.inference_mode(False):
             self._raw = {name: p.data for name, p in self._parameters.items()}
             for name, p in self._parameters.items():

@@ -78,8 +78,7 @@ class GenerationCallback(Callback, ABC):
         last = self._latest_step
         if fitting and self.every_n_steps is not None and last is not None and step < last + self.every_n_steps:
             return
-        # Tensors made in the inference mode of trainer.validate could not be added to in a later fit.
-        with torch.inference_mode(False), torch.no_grad(), isolate_rng():
+        with isolate_rng():
             self.evaluate(trainer, pl_module, step)
         self._latest_step = step
 

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 # Lightning warns of arguments that are passed from Python; passing them is what this module is for.
@@ -32,6 +33,7 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     Returns:
         The CLI object, with its ``model``, ``datamodule`` and ``trainer``.
     """
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU, as in the authors' code
     return DiffTuneCLI(
         L.LightningModule,
         L.LightningDataModule,

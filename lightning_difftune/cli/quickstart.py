@@ -95,7 +95,7 @@ def tune(name: str, overlays: Sequence[str], options: argparse.Namespace) -> tup
 
 def callback_of(cli: DiffTuneCLI, kind: type) -> Any:
     """The run's callback of one kind."""
-    return next(callback for callback in cli.trainer.callbacks if isinstance(callback, kind))
+    return next(callback for callback in vars(cli.trainer)["callbacks"] if isinstance(callback, kind))
 
 
 def evaluate(cli: DiffTuneCLI, classifier: DigitClassifier, seconds: float) -> Tuned:
@@ -133,7 +133,11 @@ def write_metrics(options: argparse.Namespace, tuned: dict[str, Tuned], accuracy
         "pictures_counted": 10 * COLUMNS,
         "seed": options.seed,
         "seconds": round(seconds, 1),
-        "versions": {"lightning_difftune": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {
+            "lightning_difftune": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
         "threads": torch.get_num_threads(),
     }
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -149,7 +153,7 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
     mpl.rcParams["font.family"] = "DejaVu Sans"
     digits = [str(digit) for digit in range(10)]
     by_digit = torch.cat([real[100 * digit : 100 * digit + 10] for digit in range(10)])
-    latents = bank.read(list(range(100)))["latents"]
+    latents = bank.read(torch.arange(100))["latents"]
     pretrained = ((latents.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     figure = Figure(figsize=(13, 9), layout="constrained", facecolor="white")
@@ -185,7 +189,7 @@ def print_summary(output: Path, export: Path, tuned: dict[str, Tuned], accuracy:
         f"Figures      {output / 'metrics.json'}\n"
         f"Tuned model  {export}   (load_dit opens it)\n"
         "Next         tune a DiT to your own pictures:\n"
-        "             difftune fit --config configs/dit/base.yaml --config configs/dit/folder.yaml \\\n"
-        "                 --data.init_args.target.init_args.root PICTURES --data.init_args.num_classes K",
+        "             name their folder in configs/dit/folder.yaml, then\n"
+        "             difftune fit --config configs/dit/base.yaml --config configs/dit/folder.yaml",
         highlight=False,
     )

@@ -115,33 +115,48 @@ class EvaluationBatches(Dataset[DiffTuningBatch]):
         return {"target": self.read_target(indices, [False] * len(indices))}
 
 
-class StepSampler(DistributedSampler[DiffTuningBatch]):
-    """Yields step numbers, epoch after epoch, and starts in the middle of an epoch when a run is resumed.
+class TrainingSteps(DistributedSampler[DiffTuningBatch]):
+    """Step numbers, counting on from epoch to epoch, that start in the middle of an epoch when a run is resumed.
 
-    It is a ``DistributedSampler`` so that Lightning leaves it in place.
+    Every process takes every step, each with its share of the batch. It is a ``DistributedSampler`` so that Lightning
+    leaves it in place.
 
     Args:
-        dataset: Whole batches; its length is the number of steps in an epoch.
+        batches: The batches of one rank.
         start: Steps of the first epoch that are already done.
-        num_replicas: Processes that deal the steps out among themselves; 1 if all of them run every step, each on
-            its share of the batch.
-        rank: This process among those.
     """
 
-    def __init__(self, dataset: Dataset[DiffTuningBatch], start: int = 0, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.start = start
+    def __init__(self, batches: TrainingBatches, start: int = 0) -> None:
+        super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
+        self.num_steps, self.start = len(batches), start
 
-    def __iter__(self) -> Iterator[int]:
-        """Steps of this epoch and rank; the count goes on from epoch to epoch."""
-        steps = len(self.dataset)  # type: ignore[arg-type]
-        first = self.epoch * steps
-        start, self.start = self.start, 0
-        return iter(range(first + start + self.rank, first + steps, self.num_replicas))
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # a step number, not a sample
+        first, start = self.epoch * self.num_steps, self.start
+        self.start = 0
+        return iter(range(first + start, first + self.num_steps))
 
     def __len__(self) -> int:
-        """Steps of this rank in a whole epoch."""
-        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
+        return self.num_steps
+
+
+class EvaluationSteps(DistributedSampler[DiffTuningBatch]):
+    """Numbers of the evaluation batches, dealt out to the ranks without padding, so that each is read once.
+
+    Args:
+        batches: All batches.
+        num_replicas: Number of processes.
+        rank: This process.
+    """
+
+    def __init__(self, batches: EvaluationBatches, num_replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=False)
+        self.steps = range(rank, len(batches), num_replicas)
+
+    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
 
 
 class LabelledTargets:

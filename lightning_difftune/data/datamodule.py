@@ -10,10 +10,17 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_difftune.data.batches import (
+    EvaluationBatches,
+    EvaluationSteps,
+    LabelledTargets,
+    ShuffledStream,
+    TrainingBatches,
+    TrainingSteps,
+)
 from lightning_difftune.data.images import ImageTargets, check_labels
-from lightning_difftune.data.batches import EvaluationBatches, LabelledTargets, ShuffledStream, StepSampler, TrainingBatches
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
 from lightning_difftune.data.progress import shard_progress
@@ -202,7 +209,7 @@ class MemoryBankDataModule(L.LightningDataModule):
             ShuffledStream(len(bank), retained, seed_of(self.seed, 1), *share) if bank is not None else None,
             self.horizontal_flip,
         )
-        return self._loader(batches, StepSampler(batches, self._steps_done_in_epoch()))
+        return self._loader(batches, TrainingSteps(batches, self._steps_done_in_epoch()))
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Held-out target batches, every picture once over all ranks; none without ``val_target``."""
@@ -210,7 +217,7 @@ class MemoryBankDataModule(L.LightningDataModule):
             return []
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
         batches = EvaluationBatches(read, len(self.val_target), self.batch_size)
-        return self._loader(batches, StepSampler(batches, 0, self._world_size, self._rank))
+        return self._loader(batches, EvaluationSteps(batches, self._world_size, self._rank))
 
     def predict_dataloader(self) -> ShardWork:
         """Work for ``trainer.predict``: the sample indices that the memory bank still lacks."""
@@ -221,7 +228,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         self.trainer.callbacks.append(MemoryBankWriter(writer))
         return bank_work(writer, self.build_batch_size, self._rank, self._world_size)
 
-    def _loader(self, batches: Dataset, sampler: StepSampler) -> DataLoader:
+    def _loader(self, batches: Dataset, sampler: DistributedSampler) -> DataLoader:
         return DataLoader(
             batches,
             batch_size=None,  # an item is a whole batch

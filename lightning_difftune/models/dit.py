@@ -31,7 +31,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def sinusoid(self, t: Tensor) -> Tensor:
-        """t (B,) => [cos, sin] features (B, frequency_embedding_size), float32.
+        """Timesteps t (B,) => [cos, sin] features (B, frequency_embedding_size), float32.
 
         The frequencies are 10000^(-i/half) for i in 0..half-1, without diffusers' ``downscale_freq_shift`` of 1.
         Kept in float32 under any autocast: bfloat16 would merge half of the 1000 timesteps.
@@ -42,8 +42,8 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        """t (B,) int64 => (B, hidden_size)."""
-        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
+        """Timesteps t (B,) int64 => (B, hidden_size)."""
+        return self.mlp(self.sinusoid(t).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -58,8 +58,15 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
+class TanhGELU(nn.GELU):
+    """GELU in its tanh approximation, as DiT has it."""
+
+    def __init__(self) -> None:
+        super().__init__(approximate="tanh")
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, H) scaled by 1 + scale and shifted, both (B, H)."""
+    """Tokens x (B, N, H) scaled by 1 + scale and shifted, both (B, H)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -71,7 +78,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads=num_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=lambda: nn.GELU(approximate="tanh"))
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio), act_layer=TanhGELU)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -204,23 +211,24 @@ class DiT(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as published: Xavier linears, N(0, 0.02) embedders, zero modulations and output."""
-        for layer in self.modules():
-            if isinstance(layer, nn.Linear):
+        for name, layer in self.named_modules():
+            if not isinstance(layer, nn.Linear):
+                continue
+            if "adaLN_modulation" in name or name == "final_layer.linear":
+                nn.init.zeros_(layer.weight)
+            elif name.startswith("t_embedder"):
+                nn.init.normal_(layer.weight, std=0.02)
+            else:
                 nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in [*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1]]:
-            nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as one linear layer over flat patches
+        nn.init.constant_(self.x_embedder.proj.bias, 0)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
     def resize_label_table(self, num_classes: int, class_names: list[str] | None = None) -> None:
         """Replace the label table by one of ``num_classes + 1`` fresh rows; only the null row keeps its values."""
+        if class_names is not None and len(class_names) != num_classes:
+            raise ConfigError(f"{len(class_names)} class_names were given for num_classes {num_classes}.")
         old = self.y_embedder.embedding_table.weight
         table = nn.Embedding(num_classes + 1, old.shape[1], device=old.device, dtype=old.dtype)
         with torch.no_grad():

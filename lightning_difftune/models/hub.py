@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from lightning_difftune.errors import CheckpointError
@@ -57,15 +56,27 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
             "with `hf auth login` if it is private."
         ) from error
     except Exception as unreachable:  # offline mode, or whatever the hub's HTTP library raises without a connection
-        with suppress(Exception):
-            cached = Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
-            if choose_files([file.relative_to(cached).as_posix() for file in cached.rglob("*")], subfolders):
-                return cached
+        cached = find_cached(repo_id, subfolders, revision)
+        if cached is not None:
+            return cached
         raise CheckpointError(
             f"{repo_id!r} is no local folder and not whole in the Hugging Face cache, and the hub cannot be reached "
             f"({type(unreachable).__name__}: {unreachable}). Pass a local folder or file; or download it where there "
             "is a connection, copy the cache and set HF_HOME to it; or unset HF_HUB_OFFLINE if it is set."
         ) from unreachable
+
+
+def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None) -> Path | None:
+    """The cached snapshot of a repository, if it holds a whole model."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for folder in subfolders:
+        prefix = f"{folder}/" if folder else ""
+        config = try_to_load_from_cache(repo_id, f"{prefix}config.json", revision=revision)
+        weights = [try_to_load_from_cache(repo_id, prefix + name, revision=revision) for name in WEIGHT_FILES]
+        if isinstance(config, str) and any(isinstance(file, str) for file in weights):
+            return Path(config).parents[len(Path(folder).parts)]
+    return None
 
 
 def choose_files(names: list[str], subfolders: tuple[str, ...]) -> list[str]:

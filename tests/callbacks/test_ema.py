@@ -37,6 +37,7 @@ class PartlyFrozenModel(BoringModel):
         self.trajectory.append(self.weights())
 
     def validation_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+        assert not self.layer.weight.is_inference()  # as without EMA, for those who need gradients to sample
         self.seen["validation"].append(self.weights())
         return super().validation_step(batch, batch_idx)
 
@@ -94,7 +95,8 @@ def test_equals_the_recurrence_in_numpy(tmp_path: Path, warmup: bool, accumulate
 def test_holds_the_trained_parameters_alone_in_float32(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
     model, ema = PartlyFrozenModel(), EMA(decay=0.9)
     start = model.weights()
-    make_trainer(tmp_path, ema, precision=precision).fit(model)
+    trainer = make_trainer(tmp_path, ema, precision=precision)
+    trainer.fit(model)
     averages = ema.state_dict()["averages"]
     assert set(averages) == {"layer.weight", "layer.bias"}
     assert {average.dtype for average in averages.values()} == {torch.float32}
@@ -103,6 +105,8 @@ def test_holds_the_trained_parameters_alone_in_float32(tmp_path: Path, precision
     with ema.average_parameters(model):
         assert model.layer.weight.dtype == dtype
         torch.testing.assert_close(model.layer.weight.data, averages["layer.weight"].to(dtype), rtol=0, atol=0)
+    trainer.validate(model, verbose=False)
+    np.testing.assert_array_equal(model.weights(), model.trajectory[-1])
 
 
 def test_validation_test_and_predict_see_the_averages_and_training_does_not(tmp_path: Path) -> None:
@@ -142,7 +146,8 @@ def test_validation_test_and_predict_see_the_averages_and_training_does_not(tmp_
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-def test_resuming_is_exact_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_is_exact_to_the_bit(tmp_path: Path, accumulate: int) -> None:
     class SameBatch(PartlyFrozenModel):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             x = torch.sin(torch.arange(64.0).view(2, 32) * (self.trainer.global_step + 1))
@@ -151,7 +156,8 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path) -> None:
     def fit(steps: int, ckpt_path: Path | None) -> tuple[SameBatch, EMA]:
         model, ema = SameBatch(), EMA(decay=0.8, warmup=True)
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        make_trainer(tmp_path, saver, ema, max_steps=steps).fit(model, ckpt_path=ckpt_path)
+        trainer = make_trainer(tmp_path, saver, ema, max_steps=steps, accumulate_grad_batches=accumulate)
+        trainer.fit(model, ckpt_path=ckpt_path)
         return model, ema
 
     model, ema = fit(6, None)
@@ -224,6 +230,17 @@ def test_a_checkpoint_without_averages_is_not_evaluated_with_those_of_an_earlier
     np.testing.assert_array_equal(model.seen["validation"][-1], saved)
 
 
+def test_averages_of_one_checkpoint_are_not_used_with_the_next(tmp_path: Path) -> None:
+    with_averages, without = (
+        trained_checkpoint(tmp_path, EMA(decay=0.7)),
+        trained_checkpoint(tmp_path, name="plain.ckpt"),
+    )
+    model, trainer = PartlyFrozenModel(), make_trainer(tmp_path, EMA(decay=0.7))
+    trainer.validate(model, ckpt_path=with_averages, verbose=False)
+    trainer.validate(model, ckpt_path=without, verbose=False)
+    np.testing.assert_array_equal(model.seen["validation"][-1], model.weights())
+
+
 def test_another_model_is_not_evaluated_with_these_averages(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, EMA(decay=0.7))
     trainer.fit(PartlyFrozenModel())
@@ -236,8 +253,11 @@ def test_resuming_from_a_checkpoint_without_averages_starts_from_its_weights(tmp
     path = trained_checkpoint(tmp_path)
     saved = torch.load(path, weights_only=True)["state_dict"]["layer.weight"].numpy()
     model, ema = PartlyFrozenModel(), EMA(decay=0.7)
+    make_trainer(tmp_path, ema).fit(model)  # so that there are averages to be forgotten
+    model.trajectory.clear()
     with pytest.warns(UserWarning, match="holds no averages"):
         make_trainer(tmp_path, ema, max_steps=8).fit(model, ckpt_path=path)
+    assert ema.num_updates == len(model.trajectory) == 2
     average = ema.state_dict()["averages"]["layer.weight"].numpy()
     np.testing.assert_allclose(average, averaged(saved, model.trajectory, 0.7), rtol=1e-5, atol=1e-7)
 

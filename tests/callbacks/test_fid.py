@@ -121,10 +121,13 @@ def test_an_interrupted_reference_does_not_count(tmp_path: Path) -> None:
                 raise OSError("disk gone")
             yield self.images[8:]
 
-    data, fid, model = Flaky(), make_fid(), GeneratingModel()
+    fid, model, first, data = make_fid(), GeneratingModel(), ReferenceData(), Flaky(seed=9)
     trainer = make_trainer(tmp_path, fid)
+    trainer.validate(model, first, verbose=False)
     with pytest.raises(OSError, match="disk gone"):
         trainer.validate(model, data)
+    trainer.validate(model, first, verbose=False)
+    assert fid.history[0] == fid.history[1]
     trainer.validate(model, data, verbose=False)
     assert fid.last_value == pytest.approx(expected_distance(data.images, generated(model.shift())), rel=1e-5)
 
@@ -190,6 +193,8 @@ def test_every_n_steps_limits_fit_but_not_validate(tmp_path: Path) -> None:
     assert [step for step, _ in fid.history] == [2, 6, 10]
     trainer.validate(model, ReferenceData(), verbose=False)
     assert [step for step, _ in fid.history] == [2, 6, 10, 10]
+    make_trainer(tmp_path, fid, max_steps=6).fit(GeneratingModel(), ReferenceData())  # counts from its own start
+    assert [step for step, _ in fid.history] == [2, 6, 10, 10, 2, 6]
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
@@ -204,12 +209,12 @@ def test_history_survives_resuming_and_the_extractor_is_not_in_the_checkpoint(tm
     assert checkpoint["callbacks"][fid.state_key]["history"] == fid.history
     assert [step for step, _ in fid.history] == [2]
 
-    resumed = make_fid(every_n_steps=4)
-    make_trainer(tmp_path, resumed, max_steps=8).fit(GeneratingModel(), ReferenceData(), ckpt_path=path)
-    assert [step for step, _ in resumed.history] == [2, 6]
+    resumed = make_fid(every_n_steps=6)
+    make_trainer(tmp_path, resumed, max_steps=10).fit(GeneratingModel(), ReferenceData(), ckpt_path=path)
+    assert [step for step, _ in resumed.history] == [2, 8]
     assert resumed.history[0] == fid.history[0]
 
-    validated = make_fid()
+    validated = make_fid(every_n_steps=4)
     make_trainer(tmp_path, validated).validate(GeneratingModel(), ReferenceData(), ckpt_path=path, verbose=False)
     assert [step for step, _ in validated.history] == [2, 4]  # the checkpoint's step, not the new trainer's
 

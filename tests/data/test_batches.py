@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_difftune.data.batches import EvaluationBatches, LabelledTargets, ShuffledStream, StepSampler, TrainingBatches
+from lightning_difftune.data.batches import (
+    EvaluationBatches,
+    EvaluationSteps,
+    LabelledTargets,
+    ShuffledStream,
+    TrainingBatches,
+    TrainingSteps,
+)
 from lightning_difftune.errors import DataError
 
 
@@ -73,22 +80,27 @@ def steps_of(sampler, epochs):
 
 def test_steps_count_on_over_epochs_and_resume_in_the_middle():
     data = batches()
-    assert steps_of(StepSampler(data), range(3)) == list(range(15))
-    assert steps_of(StepSampler(data, start=3), [1, 2]) == list(range(8, 15))
+    assert steps_of(TrainingSteps(data), range(3)) == list(range(15))
+    assert steps_of(TrainingSteps(data, start=3), [1, 2]) == list(range(8, 15))
 
 
 def test_evaluation_reads_everything_once_over_all_ranks():
     data = EvaluationBatches(read, 10, 4)
-    seen = [data[k]["target"]["pixel_values"] for r in range(3) for k in StepSampler(data, 0, 3, r)]
+    seen = [data[k]["target"]["pixel_values"] for r in range(3) for k in EvaluationSteps(data, 3, r)]
     assert sorted(torch.cat(seen).tolist()) == list(range(10))
-    assert [len(StepSampler(data, 0, 2, r)) for r in range(2)] == [2, 1]
+    assert [len(EvaluationSteps(data, 2, r)) for r in range(2)] == [2, 1]
+
+
+def test_evaluation_reads_the_same_in_every_epoch():
+    steps = EvaluationSteps(EvaluationBatches(read, 10, 4))
+    assert steps_of(steps, range(2)) == [0, 1, 2, 0, 1, 2]
 
 
 def test_workers_keep_the_order():
     data = TrainingBatches(read, ShuffledStream(23, 4, 0))
     orders = []
     for num_workers in (0, 2):
-        loader = DataLoader(data, batch_size=None, sampler=StepSampler(data), num_workers=num_workers)
+        loader = DataLoader(data, batch_size=None, sampler=TrainingSteps(data), num_workers=num_workers)
         orders.append([batch["target"]["pixel_values"].tolist() for batch in loader])
     assert orders[0] == orders[1]
 

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import hashlib
+import json
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -48,6 +53,67 @@ def test_cached_model_opens_without_a_connection(
     (repository / "snapshots" / ("a" * 40) / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="not whole in the Hugging Face cache"):
         load_dit("owner/name")
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A hub on this machine that serves one folder as ``owner/name``."""
+    root, commit = tmp_path / "served", "b" * 40
+
+    class Hub(BaseHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            path, files = self.path.partition("?")[0], [file for file in root.rglob("*") if file.is_file()]
+            headers, names = {}, [file.relative_to(root).as_posix() for file in files]
+            if path.startswith("/api/models/owner/name/tree/"):
+                sizes = [file.stat().st_size for file in files]
+                content: object = [{"type": "file", "path": n, "size": s, "oid": "0"} for n, s in zip(names, sizes)]  # noqa: B905
+            elif path.startswith("/api/models/owner/name"):
+                content = {"id": "owner/name", "sha": commit, "siblings": [{"rfilename": name} for name in names]}
+            elif path.startswith(f"/owner/name/resolve/{commit}/"):
+                content = (root / path.partition(f"{commit}/")[2]).read_bytes()
+                headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+            else:
+                content, headers = {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(404 if "X-Error-Code" in headers else 200)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    yield root
+    server.shutdown()
+    server.server_close()
+
+
+def test_downloaded_model_opens_again_without_a_connection(
+    served: Path, no_connection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = DiT(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    export_dit(model, served, "diffusers")
+    assert fingerprint(load_dit("owner/name")) == fingerprint(model)
+    assert not list(no_connection.rglob("scheduler"))  # nothing is downloaded that is not read
+
+    with pytest.raises(CheckpointError, match=r"no public model of that name.*private"):
+        load_dit("nobody/name")
+    with pytest.raises(CheckpointError, match=r"owner/name on the Hugging Face hub holds no diffusers model.*'vae'"):
+        FrozenAutoencoder("owner/name", subfolder="vae")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fingerprint(load_dit("owner/name")) == fingerprint(model)
 
 
 def test_only_what_is_needed_is_downloaded() -> None:

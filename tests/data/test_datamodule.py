@@ -1,0 +1,72 @@
+"""MemoryBankDataModule on its own; with a Trainer it is tested beside the modules."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_difftune import MemoryBankDataModule
+from lightning_difftune.data import ArrayImages
+from lightning_difftune.errors import ConfigError, DataError
+
+
+def pictures(count=20, classes=4):
+    rng = np.random.default_rng(0)
+    return ArrayImages(rng.integers(0, 256, (count, 8, 8), dtype=np.uint8), np.arange(count) % classes)
+
+
+def data_of(target=None, **settings):
+    settings = {"num_classes": 4, "image_size": 8, "channels": 1, "batch_size": 8} | settings
+    return MemoryBankDataModule(target if target is not None else pictures(), **settings)
+
+
+@pytest.mark.parametrize(("batch_size", "share", "retained"), [(32, 0.2, 6), (32, 0.5, 16), (5, 0.2, 1), (4, 0.5, 2)])
+def test_shares_follow_the_official_rounding(tmp_path, batch_size, share, retained):
+    data = data_of(bank=tmp_path, batch_size=batch_size, retention_share=share)
+    assert data.retention_batch_size == retained
+
+
+def test_without_a_bank_the_whole_batch_is_target():
+    (batch,) = [batch for batch, _ in zip(data_of().train_dataloader(), range(1), strict=False)]
+    assert batch["target"]["pixel_values"].shape == (8, 1, 8, 8)
+    assert "retention" not in batch
+
+
+def test_flips_mirror_about_half_of_the_pictures():
+    data, plain = data_of(horizontal_flip=True, batch_size=20), data_of(batch_size=20)
+    mirrored = 0
+    for step in range(10):
+        one = data.train_dataloader().dataset[step]["target"]["pixel_values"]
+        other = plain.train_dataloader().dataset[step]["target"]["pixel_values"]
+        same = [torch.equal(a, b) for a, b in zip(one, other, strict=True)]
+        assert all(s or torch.equal(a.flip(-1), b) for s, a, b in zip(same, one, other, strict=True))
+        mirrored += 20 - sum(same)
+    assert 70 < mirrored < 130
+
+
+def test_validation_reads_every_picture_in_order():
+    data = data_of(val_target=pictures(11), batch_size=4)
+    labels = torch.cat([batch["target"]["class_labels"] for batch in data.val_dataloader()])
+    assert labels.tolist() == [i % 4 for i in range(11)]
+
+
+def test_reference_pictures_are_the_ones_asked_for():
+    data = data_of(val_target=pictures(11), build_batch_size=4)
+    assert [len(batch) for batch in data.reference_images()] == [4, 4, 3]
+    train = data_of(val_target=pictures(11), reference="train")
+    assert sum(len(batch) for batch in train.reference_images()) == 20
+    assert data.reference_identity() != train.reference_identity()
+
+
+def test_mistakes_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"int\(0.1 \* 8\) = 0 bank samples"):
+        data_of(bank=tmp_path, retention_share=0.1)
+    with pytest.raises(ConfigError, match=r"retention_share must be in \[0, 1\)"):
+        data_of(bank=tmp_path, retention_share=1.0)
+    with pytest.raises(DataError, match="outside the label table"):
+        data_of(num_classes=3)
+    with pytest.raises(ConfigError, match="no val_target"):
+        next(data_of().reference_images())
+    with pytest.raises(ConfigError, match="predict builds the memory bank"):
+        data_of().predict_dataloader()
+    with pytest.raises(ConfigError, match="no autoencoder"):
+        data_of(latent_cache=tmp_path).train_dataloader()

@@ -1,0 +1,278 @@
+"""DiTDiffTuningModule with its data module under a real Trainer, on a tiny DiT in pixel space."""
+
+import copy
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_difftune import (
+    DiffTuningObjective,
+    DiTDiffTuningModule,
+    MemoryBank,
+    MemoryBankDataModule,
+    MirroredPowerSchedule,
+    PowerSchedule,
+)
+from lightning_difftune.callbacks import EMA
+from lightning_difftune.data import ArrayImages
+from lightning_difftune.draws import Draws
+from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
+from lightning_difftune.losses import eps_mse_loss
+from lightning_difftune.models import DiT, export_dit
+from lightning_difftune.sampling import Sampler
+
+SAMPLER = Sampler(num_inference_steps=2)
+
+
+def tiny_dit(seed=0):
+    torch.manual_seed(seed)
+    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
+    for parameter in model.parameters():  # the published start is zero in places, which hides mistakes
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture
+def weights(tmp_path):
+    return export_dit(tiny_dit(), tmp_path / "tiny.safetensors")
+
+
+def pictures(count=22, classes=3):
+    rng = np.random.default_rng(0)
+    return ArrayImages(rng.integers(0, 256, (count, 8, 8), dtype=np.uint8), np.arange(count) % classes)
+
+
+def data_of(tmp_path, **settings):
+    settings = {"bank": tmp_path / "bank", "bank_size": 10, "batch_size": 5, "build_batch_size": 4} | settings
+    return MemoryBankDataModule(pictures(), 3, image_size=8, channels=1, val_target=pictures(7), **settings)
+
+
+def trainer_of(tmp_path, steps, *callbacks, **settings):
+    settings = {"check_val_every_n_epoch": None, "val_check_interval": 4, "num_sanity_val_steps": 0} | settings
+    return L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        logger=CSVLogger(tmp_path / "logs"),
+        callbacks=list(callbacks),
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=tmp_path,
+        **settings,
+    )
+
+
+def module_of(weights, **settings):
+    return DiTDiffTuningModule(str(weights), num_classes=3, sampler=SAMPLER, **settings)
+
+
+def state_of(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_fit_builds_the_bank_and_opens_it_again(tmp_path, weights):
+    trainer_of(tmp_path, 3).fit(module_of(weights), data_of(tmp_path))
+    shard = tmp_path / "bank" / "shard-00000.safetensors"
+    written = shard.stat().st_mtime_ns
+    bank = MemoryBank(tmp_path / "bank")
+    assert len(bank) == 10
+    assert bank.latent_shape == (1, 8, 8)
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path))
+    assert shard.stat().st_mtime_ns == written
+
+
+def test_predict_builds_the_same_bank_as_fit(tmp_path, weights):
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path))
+    trainer = trainer_of(tmp_path, 1)
+    trainer.predict(module_of(weights), data_of(tmp_path, bank=tmp_path / "other"), return_predictions=False)
+    for name in ("manifest.json", "shard-00000.safetensors"):
+        assert (tmp_path / "bank" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_the_bank_is_of_the_pretrained_model_even_after_tuning(tmp_path, weights):
+    module = module_of(weights)
+    trainer_of(tmp_path, 3).fit(module, data_of(tmp_path, bank=None))
+    trainer_of(tmp_path, 3).fit(module, data_of(tmp_path))
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path, bank=tmp_path / "fresh"))
+    one, other = (MemoryBank(tmp_path / name).read(torch.arange(10))["latents"] for name in ("bank", "fresh"))
+    assert torch.equal(one, other)
+
+
+def test_a_bank_of_another_model_or_sampler_is_refused(tmp_path, weights):
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path))
+    other = export_dit(tiny_dit(seed=1), tmp_path / "other.safetensors")
+    with pytest.raises(StoreError, match="model"):
+        trainer_of(tmp_path, 1).fit(module_of(other), data_of(tmp_path))
+    with pytest.raises(StoreError, match="sampler"):
+        trainer_of(tmp_path, 1).fit(module_of(weights, bank_sampler=Sampler(num_inference_steps=3)), data_of(tmp_path))
+
+
+@pytest.mark.parametrize("steps_before", [4, 6])  # at the end of an epoch of 5 steps of 4 targets, and in the middle
+def test_resume_is_exact(tmp_path, weights, steps_before):
+    def run(folder, steps, ckpt_path=None):
+        saver = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=0, every_n_train_steps=1)
+        module = module_of(weights, lr_scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9))
+        trainer_of(tmp_path, steps, EMA(decay=0.5), saver).fit(
+            module, data_of(tmp_path, horizontal_flip=True), ckpt_path
+        )
+        checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+        return state_of(module), checkpoint["callbacks"]
+
+    whole, callbacks = run(tmp_path / "whole", 13)
+    run(tmp_path / "parts", steps_before)
+    resumed, callbacks_resumed = run(tmp_path / "parts", 13, tmp_path / "parts" / "last.ckpt")
+    assert_same(whole, resumed)
+    (averages,), (averages_resumed,) = (
+        [state["averages"] for key, state in c.items() if key.startswith("EMA")] for c in (callbacks, callbacks_resumed)
+    )
+    assert_same(averages, averages_resumed)
+
+
+def test_tau_zero_is_plain_fine_tuning_to_the_bit(tmp_path, weights):
+    objective = DiffTuningObjective(MirroredPowerSchedule(0.0), eps_mse_loss)
+    module, data = module_of(weights, objective=objective, label_dropout=0.0), data_of(tmp_path)
+    trainer_of(tmp_path, 4).fit(module, data)
+    assert not (tmp_path / "bank").exists()
+
+    plain = module_of(weights)
+    plain.configure_model()
+    network, process = plain.dit, objective.diffusion
+    optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+    loader = iter(data_of(tmp_path, bank=None).train_dataloader())
+    for step in range(4):
+        target = next(loader)["target"]
+        x0, labels = target["pixel_values"], target["class_labels"]
+        assert len(x0) == 5
+        draws = Draws(0, step)
+        draws.uniform(5)  # the label dropout, which drops none
+        t = objective.timesteps(draws.uniform(5), torch.zeros(5, dtype=torch.bool))
+        noise = draws.normal(5, 1, 8, 8)
+        output = network(process.add_noise(x0, noise, t), t, labels)
+        loss = (output[:, :1] - noise).square().flatten(1).mean(1).sum() / 5
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_same(state_of(module.dit), state_of(network))
+
+
+def test_retention_is_unconditional_and_target_labels_are_dropped_at_the_rate(tmp_path, weights):
+    module = module_of(weights, label_dropout=0.25)
+    module.configure_model()
+    batch = {
+        "target": {"pixel_values": torch.rand(4000, 1, 8, 8), "class_labels": torch.arange(4000) % 3},
+        "retention": {"latents": torch.rand(100, 1, 8, 8), "class_labels": torch.zeros(100, dtype=torch.int64)},
+    }
+    x0, labels, is_retention = module.prepare(batch, Draws(0, 0))
+    assert torch.equal(x0[:4000], batch["target"]["pixel_values"])
+    assert torch.equal(x0[4000:], batch["retention"]["latents"])
+    assert is_retention.tolist() == [False] * 4000 + [True] * 100
+    assert (labels[4000:] == module.dit.null_class).all()
+    dropped = labels[:4000] == module.dit.null_class
+    assert 0.21 < dropped.float().mean() < 0.29
+    assert torch.equal(labels[:4000][~dropped], batch["target"]["class_labels"][~dropped])
+    module.eval()
+    assert torch.equal(module.prepare(batch, Draws(0, 0))[1][:4000], batch["target"]["class_labels"])
+
+
+@pytest.mark.parametrize(("label_table", "rows", "null"), [("keep", 7, 6), ("resize", 4, 3)])
+def test_label_tables(weights, label_table, rows, null):
+    module = module_of(weights, label_table=label_table)
+    module.configure_model()
+    assert module.dit.y_embedder.embedding_table.weight.shape[0] == rows
+    assert module.dit.null_class == null
+    original = tiny_dit().y_embedder.embedding_table.weight[-1]
+    assert torch.equal(module.dit.y_embedder.embedding_table.weight[-1], original)
+    assert module.pretrained_model().null_class == 6
+
+
+def test_generation_depends_on_the_index_alone(weights):
+    module = module_of(weights)
+    module.configure_model()
+    together = module.generate(torch.arange(6))
+    alone = torch.cat([module.generate(torch.tensor([i])) for i in range(6)])
+    assert together.dtype == torch.uint8
+    assert (together.int() - alone.int()).abs().max() <= 1  # batch size changes float rounding only
+    assert not torch.equal(together[0], together[3])  # same class, other noise
+
+
+def test_checkpoints_hold_what_is_trained_and_refuse_another_base(tmp_path, weights):
+    class HeadOnly:
+        def apply(self, model):
+            model.requires_grad_(False)
+            model.final_layer.requires_grad_(True)
+
+    trainer = trainer_of(tmp_path, 2)
+    module = module_of(weights, tuner=HeadOnly())
+    trainer.fit(module, data_of(tmp_path))
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert all(name.startswith("dit.final_layer.") for name in saved["state_dict"])
+    assert len(saved["state_dict"]) == 4
+
+    again = module_of(weights, tuner=HeadOnly())
+    trainer_of(tmp_path, 2).validate(again, data_of(tmp_path), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    assert_same(state_of(module), state_of(again))
+
+    other = module_of(export_dit(tiny_dit(seed=1), tmp_path / "other.safetensors"), tuner=HeadOnly())
+    with pytest.raises(CheckpointError, match="trained from .*tiny.safetensors"):
+        trainer_of(tmp_path, 2).validate(other, data_of(tmp_path), ckpt_path=tmp_path / "run.ckpt")
+
+
+def test_a_model_object_is_tuned_in_place_and_remembered(tmp_path):
+    model = tiny_dit()
+    before = copy.deepcopy(model.state_dict())
+    module = DiTDiffTuningModule(model, num_classes=3, sampler=SAMPLER)
+    trainer_of(tmp_path, 3).fit(module, data_of(tmp_path))
+    assert module.dit is model
+    assert not torch.equal(model.final_layer.linear.weight, before["final_layer.linear.weight"])
+    assert_same(before, module.pretrained_model().state_dict())
+
+
+def test_validation_loss_does_not_change_between_identical_models(tmp_path, weights):
+    values = [
+        trainer_of(tmp_path, 1).validate(module_of(weights), data_of(tmp_path), verbose=False)[0]["val/loss"]
+        for _ in range(2)
+    ]
+    assert values[0] == values[1]
+
+
+def test_active_preset_is_named(tmp_path, weights, caplog):
+    caplog.set_level("INFO")
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path, retention_share=0.2))
+    assert "Preset: official code." in caplog.text
+    caplog.clear()
+    objective = DiffTuningObjective(PowerSchedule(1.0), eps_mse_loss, 1.0)
+    sampler = Sampler(num_inference_steps=2, guidance_channels=None)
+    module = DiTDiffTuningModule(str(weights), 3, None, "resize", objective=objective, sampler=sampler)
+    trainer_of(tmp_path, 1).fit(module, data_of(tmp_path, retention_share=0.5, bank=tmp_path / "paper"))
+    assert "Preset: paper-literal." in caplog.text
+    caplog.clear()
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path, retention_share=0.4))
+    assert "Preset: custom; nearest is official code, with retention share = int(0.4 B)" in caplog.text
+
+
+def test_mistakes_are_refused(tmp_path, weights):
+    with pytest.raises(ConfigError, match="label_dropout"):
+        module_of(weights, label_dropout=1.0)
+    with pytest.raises(ConfigError, match="label_table: resize"):
+        DiTDiffTuningModule(str(weights), num_classes=7).configure_model()
+
+    class Everything:
+        def apply(self, model):
+            model.requires_grad_(False)
+
+    with pytest.raises(ConfigError, match="froze every parameter"):
+        trainer_of(tmp_path, 1).fit(module_of(weights, tuner=Everything()), data_of(tmp_path))
