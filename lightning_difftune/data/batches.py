@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 
@@ -108,7 +109,7 @@ class EvaluationBatches(Dataset[DiffTuningBatch]):
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-self.num_samples // self.batch_size)
+        return math.ceil(self.num_samples / self.batch_size)
 
     def __getitem__(self, step: int) -> DiffTuningBatch:
         indices = list(range(step * self.batch_size, min(self.num_samples, (step + 1) * self.batch_size)))

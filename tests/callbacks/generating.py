@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+from lightning_difftune.callbacks import FID
 
 
 def noise_pictures(indices: Tensor, seed: int = 0, channels: int = 1) -> Tensor:
@@ -108,3 +111,20 @@ def make_trainer(tmp_path: Path, *callbacks: Callback, **options: Any) -> L.Trai
         "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     }
     return L.Trainer(callbacks=list(callbacks), **defaults | options)
+
+
+class Report(Callback):
+    """Each process writes down what it holds after a run."""
+
+    def __init__(self, folder: Path, fid: FID) -> None:
+        self.folder = folder
+        self.fid = fid
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report = {
+            "history": self.fid.history,
+            "logged": trainer.callback_metrics["fd_pixels"].item(),
+            "asked": pl_module.asked,
+            "looked_at": self.fid.distance.feature_extractor.looked_at,
+        }
+        (self.folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(report))

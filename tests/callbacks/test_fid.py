@@ -12,6 +12,7 @@ from generating import (
     GeneratingModel,
     PixelFeatures,
     ReferenceData,
+    Report,
     expected_distance,
     make_trainer,
     noise_pictures,
@@ -215,8 +216,11 @@ def test_history_survives_resuming_and_the_extractor_is_not_in_the_checkpoint(tm
     assert resumed.history[0] == fid.history[0]
 
     validated = make_fid(every_n_steps=4)
-    make_trainer(tmp_path, validated).validate(GeneratingModel(), ReferenceData(), ckpt_path=path, verbose=False)
+    trainer = make_trainer(tmp_path, validated)
+    trainer.validate(GeneratingModel(), ReferenceData(), ckpt_path=path, verbose=False)
     assert [step for step, _ in validated.history] == [2, 4]  # the checkpoint's step, not the new trainer's
+    trainer.validate(GeneratingModel(), ReferenceData(), verbose=False)
+    assert [step for step, _ in validated.history] == [2, 4, 0]
 
 
 def test_the_extractor_is_neither_trained_nor_part_of_the_module(tmp_path: Path) -> None:
@@ -318,23 +322,6 @@ def test_can_be_written_in_yaml() -> None:
 def test_numbers_below_one_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(options))} of FID must be at least 1, found 0"):
         make_fid(**options)
-
-
-class Report(Callback):
-    """Each process writes down what it holds after a run."""
-
-    def __init__(self, folder: Path, fid: FID) -> None:
-        self.folder = folder
-        self.fid = fid
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        report = {
-            "history": self.fid.history,
-            "logged": trainer.callback_metrics["fd_pixels"].item(),
-            "asked": pl_module.asked,
-            "looked_at": self.fid.distance.feature_extractor.looked_at,
-        }
-        (self.folder / f"rank-{trainer.global_rank}.json").write_text(json.dumps(report))
 
 
 @pytest.mark.slow  # starting processes

@@ -227,7 +227,7 @@ def test_checkpoints_hold_what_is_trained_and_refuse_another_base(tmp_path, weig
     assert_same(state_of(module), state_of(again))
 
     other = module_of(export_dit(tiny_dit(seed=1), tmp_path / "other.safetensors"), tuner=HeadOnly())
-    with pytest.raises(CheckpointError, match="trained from .*tiny.safetensors"):
+    with pytest.raises(CheckpointError, match=r"trained from .*tiny\.safetensors"):
         trainer_of(tmp_path, 2).validate(other, data_of(tmp_path), ckpt_path=tmp_path / "run.ckpt")
 
 
