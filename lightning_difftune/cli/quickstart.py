@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lightning_difftune import __version__
 from lightning_difftune.callbacks import EMA, FID
+from lightning_difftune.cli.digit_classifier import digits
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
-from lightning_difftune.data import HandwrittenDigits, MemoryBank
+from lightning_difftune.data import MemoryBank
 from lightning_difftune.metrics import DigitClassifier
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.modules import DiTDiffTuningModule
@@ -31,7 +32,7 @@ COLUMNS = 20  # pictures of each digit that are generated, classified and counte
 class Tuned:
     """One finished method."""
 
-    samples: Tensor  # (10 * COLUMNS, 1, 28, 28) uint8, one row a digit
+    samples: Tensor  # (10 * COLUMNS, 1, 20, 20) uint8, one row a digit
     recognised: float  # share that the classifier takes for the digit of their row
     curve: list[tuple[int, float]]  # Frechet distance over training steps
     seconds: float
@@ -56,9 +57,8 @@ def quickstart(argv: Sequence[str]) -> None:
 
     started = time.perf_counter()
     classifier = DigitClassifier()
-    test = HandwrittenDigits("test")
-    real = torch.from_numpy(test.images)[:, None]
-    accuracy = (classifier.classify(real) == torch.from_numpy(test.labels)).float().mean().item()
+    real, labels = digits("test")
+    accuracy = (classifier.classify(real) == labels).float().mean().item()
 
     tuned, bank = {}, None
     for name, overlays in METHODS.items():
