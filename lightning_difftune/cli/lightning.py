@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-# Lightning warns of arguments that are passed from Python; passing them is what this module is for.
-warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+from lightning_difftune.callbacks.progress_bar import StepProgressBar
+from lightning_difftune.data import MemoryBank, MemoryBankDataModule
+from lightning_difftune.errors import CheckpointError, ConfigError, DiffTuneError
+
+# What Lightning says in every run, and nobody who runs a config can or should act on.
+for message in (
+    "LightningCLI's args parameter",
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated",
+    "The .*_dataloader. does not have many workers",  # the config says how many
+    "Total length of `ShardWork` across ranks is zero",  # the bank is complete
+    "The dirpath has changed from",  # every run has a folder of its own
+):
+    warnings.filterwarnings("ignore", message=message)
+for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+    logging.getLogger(name).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+
+
+class DiffTuneParser(LightningArgumentParser):
+    """Says what is wrong with the command line in one message, without the usage of two hundred options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise :class:`ConfigError`; or leave it to the parser around this one, if there is one."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        command = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
+        raise ConfigError(f"{message}\n`{command} --help` lists the options.") from ex
 
 
 class DiffTuneCLI(LightningCLI):
@@ -22,6 +52,77 @@ class DiffTuneCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
         parser.link_arguments("data.init_args.num_classes", "model.init_args.num_classes")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and look at a checkpoint before Lightning opens it."""
+        super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        path = self.config[command].get("ckpt_path") if command else None
+        # Lightning's own words for a checkpoint, addresses, and the folders of sharded strategies are its business.
+        if path and str(path).partition(":")[0] not in ("best", "last", "hpc", "registry") and "://" not in str(path):
+            check_checkpoint(Path(path))
+
+    def instantiate_classes(self) -> None:
+        """Create the objects, and let the error of a constructor be the error."""
+        raised: list[Exception] = []
+
+        def construct(class_type: type, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return class_type(*args, **kwargs)
+            except Exception as error:
+                raised.append(error)
+                raise
+
+        self.parser.add_instantiator(construct, object)  # after Lightning's own ones for the model and the data
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse's, about each type that an argument could have had
+            causes = [*raised[-1:], *causes_of(error)]
+            cause = next((one for one in causes if isinstance(one, DiffTuneError)), causes[0])
+            if isinstance(cause, DiffTuneError):
+                raise cause from error
+            raise ConfigError(f"{type(cause).__name__}: {cause}") from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Create the trainer, with a progress bar that counts steps in place of Lightning's."""
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.callbacks = [StepProgressBar() if type(c) is RichProgressBar else c for c in trainer.callbacks]
+        return trainer
+
+    def predict(self, **kwargs: Any) -> None:
+        """Build the memory bank, without a second copy of it in memory, and say where it is."""
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+        if isinstance(self.datamodule, MemoryBankDataModule) and self.datamodule.bank_path is not None:
+            bank = MemoryBank(self.datamodule.bank_path)
+            rank_zero_info(f"Memory bank {bank.path}: {len(bank):,} samples of shape {bank.latent_shape}.")
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """What an error came from, the nearest cause first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+        yield error
+
+
+def check_checkpoint(path: Path) -> None:
+    """Make sure that a file is a whole checkpoint of a run; its tensors are not read.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    if path.is_dir():
+        return
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint {path} does not exist. Check ckpt_path.")
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load has no type of its own for damaged files
+        raise CheckpointError(
+            f"{path} is no whole checkpoint of a run ({str(error).partition(chr(10))[0]}). Take another one of the "
+            "run's; weights without a run, such as an export, go into --model.init_args.model."
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path} is no checkpoint of a run; weights alone go into --model.init_args.model.")
+
 
 def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     """Run one LightningCLI command, such as ``["fit", "--config", "configs/quickstart.yaml"]``.
@@ -32,16 +133,24 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
 
     Returns:
         The CLI object, with its ``model``, ``datamodule`` and ``trainer``.
+
+    Raises:
+        DiffTuneError: If the command line, a config, or what they name cannot be used.
     """
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU, as in the authors' code
-    return DiffTuneCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        args=list(args),
-        run=run,
-    )
+    try:
+        return DiffTuneCLI(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "difftune"},
+            parser_class=DiffTuneParser,
+            args=list(args),
+            run=run,
+        )
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error

@@ -117,24 +117,25 @@ class EvaluationBatches(Dataset[DiffTuningBatch]):
 
 
 class TrainingSteps(DistributedSampler[DiffTuningBatch]):
-    """Step numbers, counting on from epoch to epoch, that start in the middle of an epoch when a run is resumed.
+    """Step numbers that count on from epoch to epoch, and start where a resumed run stands, also inside an epoch.
 
     Every process takes every step, each with its share of the batch. It is a ``DistributedSampler`` so that Lightning
-    leaves it in place.
+    leaves it in place; the epoch's number, which Lightning sets differently after a resume, plays no part.
 
     Args:
         batches: The batches of one rank.
-        start: Steps of the first epoch that are already done.
+        progress: Tells how many batches the run has taken in all, and in this epoch. Without it, as outside a
+            trainer, ``set_epoch`` says where an iteration starts.
     """
 
-    def __init__(self, batches: TrainingBatches, start: int = 0) -> None:
+    def __init__(self, batches: TrainingBatches, progress: Callable[[], tuple[int, int]] | None = None) -> None:
         super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
-        self.num_steps, self.start = len(batches), start
+        self.num_steps, self.progress = len(batches), progress
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # a step number, not a sample
-        first, start = self.epoch * self.num_steps, self.start
-        self.start = 0
-        return iter(range(first + start, first + self.num_steps))
+        first, in_epoch = self.progress() if self.progress is not None else (self.epoch * self.num_steps, 0)
+        left = self.num_steps - in_epoch % self.num_steps  # a resume at the very end of an epoch begins the next
+        return iter(range(first, first + left))
 
     def __len__(self) -> int:
         return self.num_steps

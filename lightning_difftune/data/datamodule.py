@@ -141,8 +141,9 @@ class MemoryBankDataModule(L.LightningDataModule):
         if self.trainer is not None:
             self.trainer.strategy.barrier()
 
-    def _steps_done_in_epoch(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
+    def _batches_taken(self) -> tuple[int, int]:
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        return progress.total.ready, progress.current.ready
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class MemoryBankDataModule(L.LightningDataModule):
             ShuffledStream(len(bank), retained, seed_of(self.seed, 1), *share) if bank is not None else None,
             self.horizontal_flip,
         )
-        return self._loader(batches, TrainingSteps(batches, self._steps_done_in_epoch()))
+        return self._loader(batches, TrainingSteps(batches, self._batches_taken if self.trainer is not None else None))
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Held-out target batches, every picture once over all ranks; none without ``val_target``."""

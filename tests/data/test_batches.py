@@ -70,18 +70,19 @@ def test_coins_are_fair_and_change_from_step_to_step():
     assert 0.45 < sum(map(sum, tosses)) / 6400 < 0.55
 
 
-def steps_of(sampler, epochs):
-    steps = []
-    for epoch in epochs:
-        sampler.set_epoch(epoch)
-        steps += list(sampler)
-    return steps
+def test_steps_count_on_from_epoch_to_epoch():
+    steps = TrainingSteps(batches())
+    for epoch in range(3):
+        steps.set_epoch(epoch)
+        assert list(steps) == list(range(5 * epoch, 5 * epoch + 5))
 
 
-def test_steps_count_on_over_epochs_and_resume_in_the_middle():
-    data = batches()
-    assert steps_of(TrainingSteps(data), range(3)) == list(range(15))
-    assert steps_of(TrainingSteps(data, start=3), [1, 2]) == list(range(8, 15))
+@pytest.mark.parametrize(
+    ("progress", "expected"),
+    [((0, 0), [0, 1, 2, 3, 4]), ((8, 3), [8, 9]), ((5, 5), [5, 6, 7, 8, 9]), ((10, 0), [10, 11, 12, 13, 14])],
+)
+def test_steps_start_where_the_run_stands(progress, expected):
+    assert list(TrainingSteps(batches(), lambda: progress)) == expected
 
 
 def test_evaluation_reads_everything_once_over_all_ranks():
@@ -93,7 +94,9 @@ def test_evaluation_reads_everything_once_over_all_ranks():
 
 def test_evaluation_reads_the_same_in_every_epoch():
     steps = EvaluationSteps(EvaluationBatches(read, 10, 4))
-    assert steps_of(steps, range(2)) == [0, 1, 2, 0, 1, 2]
+    for epoch in range(2):
+        steps.set_epoch(epoch)
+        assert list(steps) == [0, 1, 2]
 
 
 def test_workers_keep_the_order():
