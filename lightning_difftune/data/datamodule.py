@@ -142,6 +142,7 @@ class MemoryBankDataModule(L.LightningDataModule):
             self.trainer.strategy.barrier()
 
     def _batches_taken(self) -> tuple[int, int]:
+        assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         return progress.total.ready, progress.current.ready
 

@@ -222,7 +222,8 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as one linear layer over flat patches
-        nn.init.constant_(self.x_embedder.proj.bias, 0)
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
 
     def resize_label_table(self, num_classes: int, class_names: list[str] | None = None) -> None:
