@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -159,7 +160,7 @@ class Sampler:
 
     def spec(self) -> dict[str, Any]:
         """The settings as plain values, for a memory bank's manifest."""
-        config = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
+        config = {key: plain(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
         return {
             "scheduler": type(self.scheduler).__name__,
             "scheduler_config": config,
@@ -167,3 +168,9 @@ class Sampler:
             "guidance_scale": self.guidance_scale,
             "guidance_channels": self.guidance_channels,
         }
+
+
+def plain(value: Any) -> Any:
+    """The value if JSON can hold it, else its representation; DPM-Solver's settings have an infinity."""
+    is_plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_plain else repr(value)

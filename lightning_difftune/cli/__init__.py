@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_difftune import __version__
-from lightning_difftune.errors import DiffTuneError
+from lightning_difftune.errors import ConfigError, DiffTuneError
 
 HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
 
@@ -24,6 +24,9 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
+COMMANDS = ("quickstart", "fit", "validate", "test", "predict")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``difftune``; returns the exit status: 0, or 2 for a mistake in the input."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -36,17 +39,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        if args[0] == "quickstart":
-            from lightning_difftune.cli.quickstart import quickstart
-
-            quickstart(args[1:])
-        else:
-            from lightning_difftune.cli.lightning import run_lightning
-
-            run_lightning(args)
+        run(args)
     except DiffTuneError as error:
         if debug:
             raise
-        print(f"difftune: {error}", file=sys.stderr)
+        print(f"difftune: {message_of(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def run(args: list[str]) -> None:
+    """Run one command; imports what it needs, so that ``--help`` is quick."""
+    if args[0] == "quickstart":
+        from lightning_difftune.cli.quickstart import quickstart
+
+        quickstart(args[1:])
+    elif args[0] in COMMANDS or args[0].startswith("-"):
+        from lightning_difftune.cli.lightning import run_lightning
+
+        run_lightning(args)
+    else:
+        raise ConfigError(f"{args[0]!r} is no command; choose from {', '.join(COMMANDS)}. `difftune --help` says more.")
+
+
+def message_of(error: DiffTuneError) -> str:
+    """What an error says; one from a data loader's worker comes inside that process's printed traceback."""
+    kind = type(error)
+    return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()

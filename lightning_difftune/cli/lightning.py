@@ -76,11 +76,11 @@ class DiffTuneCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse's, about each type that an argument could have had
-            causes = [*raised[-1:], *causes_of(error)]
+            causes = [*raised[-1:], *causes_of(error), error]
             cause = next((one for one in causes if isinstance(one, DiffTuneError)), causes[0])
             if isinstance(cause, DiffTuneError):
-                raise cause from error
-            raise ConfigError(f"{type(cause).__name__}: {cause}") from error
+                raise cause from cause.__cause__
+            raise ConfigError(f"{type(cause).__name__}: {cause}") from cause
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the trainer, with a progress bar that counts steps in place of Lightning's."""
@@ -114,7 +114,7 @@ def check_checkpoint(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"The checkpoint {path} does not exist. Check ckpt_path.")
     try:
-        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load has no type of its own for damaged files
         raise CheckpointError(
             f"{path} is no whole checkpoint of a run ({str(error).partition(chr(10))[0]}). Take another one of the "

@@ -55,7 +55,8 @@ class MemoryBankDataModule(L.LightningDataModule):
         latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
         horizontal_flip: Whether half of the target pictures are mirrored.
         on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
-        build_batch_size: Batch size when a bank or cache is built.
+        build_batch_size: Batch size when a bank or cache is built, and of validation, whose loss depends on it a little
+            since it decides which noise a picture gets; not on ``batch_size``, which shrinks with more processes.
         num_workers: Worker processes that read the data.
         seed: Seed of the order, the flips and nothing else.
 
@@ -218,7 +219,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         if self.val_target is None:
             return []
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
-        batches = EvaluationBatches(read, len(self.val_target), self.batch_size)
+        batches = EvaluationBatches(read, len(self.val_target), self.build_batch_size)
         return self._loader(batches, EvaluationSteps(batches, self._world_size, self._rank))
 
     def predict_dataloader(self) -> ShardWork:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.models.checkpoints import check_state
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankGenerator, DiffTuningBatch, Tuner
@@ -113,8 +114,9 @@ class DiffTuningModule(L.LightningModule, ABC):
         if self._is_built:
             return
         self.base_identity = self.build()
-        if self.tuner is not None:
-            for network in self.trainable_modules():
+        for network in self.trainable_modules():
+            network.train(self.training)  # diffusers opens its models in eval mode
+            if self.tuner is not None:
                 self.tuner.apply(network)
         self._is_built = True
 
@@ -191,7 +193,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Refuse a checkpoint of another base and complete it by the frozen weights of this one.
 
         Raises:
-            CheckpointError: If the checkpoint was trained from other pre-trained weights.
+            CheckpointError: If the checkpoint was trained from other pre-trained weights, or lacks tensors.
         """
         self.configure_model()
         saved = checkpoint.get("base_identity", {})
@@ -206,3 +208,6 @@ class DiffTuningModule(L.LightningModule, ABC):
         for name in self.frozen_names():
             if name in current:
                 checkpoint["state_dict"].setdefault(name, current[name])
+        if self.strict_loading:
+            path = self._trainer.ckpt_path if self._trainer is not None else None
+            check_state(checkpoint["state_dict"], current, "The checkpoint" if path is None else str(path))

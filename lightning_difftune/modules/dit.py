@@ -125,10 +125,21 @@ class DiTDiffTuningModule(DiffTuningModule):
         return [self.dit]
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixel values (B, C, H, W) => mean and std (B, c, h, w) of their latents; pixel models have std 0."""
+        """Pixel values (B, C, H, W) => mean and std (B, c, h, w) of their latents; pixel models have std 0.
+
+        Raises:
+            ConfigError: If the model denoises another shape.
+        """
         if self.autoencoder is None:
-            return pixel_values, torch.zeros_like(pixel_values)
-        return self.autoencoder.encode(pixel_values.to(self.device))
+            mean, std = pixel_values, torch.zeros_like(pixel_values)
+        else:
+            mean, std = self.autoencoder.encode(pixel_values.to(self.device))
+        if tuple(mean.shape[1:]) != self.dit.sample_shape:
+            raise ConfigError(
+                f"Pictures of shape {tuple(pixel_values.shape[1:])} become samples of shape {tuple(mean.shape[1:])}, "
+                f"but the model denoises {self.dit.sample_shape}. Set image_size and channels of the data to fit it."
+            )
+        return mean, std
 
     def encoder_identity(self) -> str | None:
         """Fingerprint and scale of the autoencoder; ``None`` for pixel models."""
