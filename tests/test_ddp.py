@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ArrayImages
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, export_dit
 from lightning_difftune.sampling import Sampler
 
@@ -45,7 +47,9 @@ def module_of(folder):
 
 
 def data_of(bank, world_size):
-    pictures = np.random.default_rng(0).integers(0, 256, (47, 8, 8), dtype=np.uint8)
+    pictures = np.random.default_rng(0).integers(
+        0, 256, (30 + 129, 8, 8), dtype=np.uint8
+    )  # 129: 64 batches of 2 and one of 1
     train, val = (ArrayImages(part, np.arange(len(part)) % 3) for part in (pictures[:30], pictures[30:]))
     return MemoryBankDataModule(
         train,
@@ -57,7 +61,6 @@ def data_of(bank, world_size):
         batch_size=10 // world_size,  # 8 target samples an optimizer step and 2 of the bank
         val_target=val,
         horizontal_flip=True,
-        build_batch_size=7,  # 17 held-out pictures: two batches for one process, the short third for the other
     )
 
 
@@ -141,7 +144,7 @@ def report(folder, rank):
 def assert_close(first, second):
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
 
 
 def test_losses_and_weights_are_those_of_one_process(runs):
@@ -172,6 +175,32 @@ def test_the_validation_loss_counts_every_picture_once(runs):
     for rank in range(2):
         assert report(two, rank)["fitted"] == pytest.approx(expected["fitted"], rel=1e-4)
         assert report(two, rank)["validated"] == pytest.approx(expected["validated"], rel=1e-4)
+
+
+def validation_batches(pictures, world_size):
+    """How many held-out batches each process has."""
+    data = MemoryBankDataModule(images(4), 1, image_size=8, channels=1, val_target=images(pictures))
+    counts = []
+    for rank in range(world_size):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        counts.append(len(list(data.val_dataloader())))
+    return counts
+
+
+def images(count):
+    return ArrayImages(np.zeros((count, 8, 8), dtype=np.uint8), np.zeros(count, dtype=np.int64))
+
+
+@pytest.mark.parametrize(("pictures", "world_size"), [(2, 2), (9, 8), (65, 64), (200, 8), (5000, 8)])
+def test_no_process_is_without_a_batch_while_the_others_validate(pictures, world_size):
+    counts = validation_batches(pictures, world_size)
+    assert min(counts) >= 1
+    assert sum(counts) == sum(validation_batches(pictures, 1))
+
+
+def test_too_few_held_out_pictures_for_the_processes_are_refused():
+    with pytest.raises(ConfigError, match="3 pictures in 3 batches, too few for 4 processes"):
+        validation_batches(3, 4)
 
 
 if __name__ == "__main__":

@@ -73,8 +73,12 @@ class PretrainedUNet:
         return UNet2DModel.from_pretrained(self.module.source).to(self.module.device)
 
     def bank_spec(self):
-        fingerprint = self.module.base_identity["fingerprint"]
-        return {"model": fingerprint, "sampler": self.module.bank_sampler.spec(), "seed": self.module.seed}
+        module = self.module
+        return {
+            "model": module.base_identity["fingerprint"],
+            "sampler": module.bank_sampler.spec(),
+            "seed": module.seed,
+        }
 
     def generate_bank(self, indices):
         return {"latents": draw_samples(self.unet, self.module.bank_sampler, self.module.seed, indices)}

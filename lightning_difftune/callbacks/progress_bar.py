@@ -26,18 +26,21 @@ class StepProgressBar(RichProgressBar):
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start a bar with the first epoch only."""
-        if trainer.max_steps < 0 or self.train_progress_bar_id is None:
+        """Start a bar; for a run of ``max_steps`` with its first epoch only."""
+        if trainer.max_steps < 0:
             super().on_train_epoch_start(trainer, pl_module)
-            self._name_run(trainer)
+        else:
+            self._start()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count on over the epochs."""
-        done = batch_idx if trainer.max_steps < 0 else trainer.fit_loop.total_batch_idx
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, done)
-        self._name_run(trainer)
+        """Count on over the epochs of a run of ``max_steps``."""
+        if trainer.max_steps < 0:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        else:
+            self._start()  # a run that is resumed in the middle of an epoch does not start that epoch
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.total_batch_idx)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         """What the module logs for the bar, without the logger's version number."""
@@ -45,6 +48,7 @@ class StepProgressBar(RichProgressBar):
         metrics.pop("v_num", None)
         return metrics
 
-    def _name_run(self, trainer: L.Trainer) -> None:
-        if trainer.max_steps >= 0 and self.progress is not None and self.train_progress_bar_id is not None:
-            self.progress.update(self.train_progress_bar_id, description="Training")
+    def _start(self) -> None:
+        if self.progress is not None and self.train_progress_bar_id is None:
+            name = "Training".ljust(len(self.validation_description))  # the bars below each other start at one place
+            self.train_progress_bar_id = self.progress.add_task(name, total=self.total_train_batches)

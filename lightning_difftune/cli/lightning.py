@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,12 +25,20 @@ for message in (
     "LightningCLI's args parameter",
     r".*isinstance\(treespec, LeafSpec\).* is deprecated",
     "The .*_dataloader. does not have many workers",  # the config says how many
-    "Total length of `ShardWork` across ranks is zero",  # the bank is complete
+    "The number of training batches .* is smaller than the logging interval",  # which counts on over the epochs
     "The dirpath has changed from",  # every run has a folder of its own
+    "Total length of .* across ranks is zero",  # no held-out pictures, or the bank is complete
+    r"Found 1 module\(s\) in eval mode",  # the frozen autoencoder
+    "You're resuming from a checkpoint that ended before the epoch ended",  # MemoryBankDataModule goes on exactly there
 ):
     warnings.filterwarnings("ignore", message=message)
 for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
     logging.getLogger(name).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+
+# Lines of jsonargparse's messages that are about its search among types, not about the value.
+_ABOUT_TYPES = re.compile(
+    r"^ *(Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value).*\n?", re.MULTILINE
+)
 
 
 class DiffTuneParser(LightningArgumentParser):
@@ -40,7 +49,7 @@ class DiffTuneParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         command = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
-        raise ConfigError(f"{message}\n`{command} --help` lists the options.") from ex
+        raise ConfigError(f"{_ABOUT_TYPES.sub('', message).strip()}\n`{command} --help` lists the options.") from ex
 
 
 class DiffTuneCLI(LightningCLI):
@@ -58,7 +67,7 @@ class DiffTuneCLI(LightningCLI):
         command = self.config.get("subcommand")
         path = self.config[command].get("ckpt_path") if command else None
         # Lightning's own words for a checkpoint, addresses, and the folders of sharded strategies are its business.
-        if path and str(path).partition(":")[0] not in ("best", "last", "hpc", "registry") and "://" not in str(path):
+        if path and str(path).partition(":")[0] not in ("last", "hpc", "registry") and "://" not in str(path):
             check_checkpoint(Path(path))
 
     def instantiate_classes(self) -> None:
@@ -80,7 +89,7 @@ class DiffTuneCLI(LightningCLI):
             cause = next((one for one in causes if isinstance(one, DiffTuneError)), causes[0])
             if isinstance(cause, DiffTuneError):
                 raise cause from cause.__cause__
-            raise ConfigError(f"{type(cause).__name__}: {cause}") from cause
+            raise ConfigError(f"{type(cause).__name__}: {cause}\n--debug shows where it was raised.") from cause
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Create the trainer, with a progress bar that counts steps in place of Lightning's."""

@@ -85,7 +85,8 @@ def tune(name: str, overlays: Sequence[str], options: argparse.Namespace) -> tup
             args += ["--data.init_args.bank", str(options.output / "bank")]
         if options.steps is not None:
             args += ["--trainer.max_steps", str(options.steps)]
-            args += ["--trainer.val_check_interval", str(max(1, options.steps // 2))]
+            args += ["--trainer.val_check_interval", str(max(1, options.steps // 4))]
+            args += ["--model.init_args.lr_scheduler.init_args.total_steps", str(options.steps)]
         args += ["--seed_everything", str(options.seed)]
         args += ["--trainer.default_root_dir", str(folder), "--trainer.logger.init_args.save_dir", str(folder)]
         start = time.perf_counter()
@@ -122,14 +123,16 @@ def write_metrics(options: argparse.Namespace, tuned: dict[str, Tuned], accuracy
     metrics = {
         "methods": {
             name: {
-                "recognised": run.recognised,
-                "frechet_distance_digit_classifier": [{"step": step, "value": value} for step, value in run.curve],
+                "recognised": round(run.recognised, 4),
+                "frechet_distance_digit_classifier": [
+                    {"step": step, "value": round(value, 4)} for step, value in run.curve
+                ],
                 "fit_seconds": round(run.seconds, 1),
                 "trainable_parameters": run.parameters,
             }
             for name, run in tuned.items()
         },
-        "classifier_accuracy_on_real_test_digits": accuracy,
+        "classifier_accuracy_on_real_test_digits": round(accuracy, 4),
         "pictures_counted": 10 * COLUMNS,
         "seed": options.seed,
         "seconds": round(seconds, 1),
@@ -165,6 +168,7 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
         picture_grid(axes[name], shown, 10, f"{name}: {run.recognised:.0%} recognised as their row", digits)
     series = {name: run.curve for name, run in tuned.items()}
     curves(axes["curve"], series, "Distance to the real test digits", "Frechet distance (digit-classifier features)")
+    axes["curve"].set_ylim(bottom=0)
     figure.suptitle("From Omniglot characters to digits: the same steps, batch and start", fontsize=13)
     figure.savefig(path, dpi=120)
 

@@ -29,6 +29,9 @@ from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import SupportsBankGeneration, SupportsEncode
 
+# A process without a batch would leave validation while the others wait for it.
+_FEWEST_EVALUATION_BATCHES = 64
+
 
 class MemoryBankDataModule(L.LightningDataModule):
     """Target pictures and replayed samples of the pre-trained model, in fixed shares of every batch.
@@ -55,8 +58,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
         horizontal_flip: Whether half of the target pictures are mirrored.
         on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
-        build_batch_size: Batch size when a bank or cache is built, and of validation, whose loss depends on it a little
-            since it decides which noise a picture gets; not on ``batch_size``, which shrinks with more processes.
+        build_batch_size: Batch size when a bank or cache is built, and the largest one of validation.
         num_workers: Worker processes that read the data.
         seed: Seed of the order, the flips and nothing else.
 
@@ -215,11 +217,22 @@ class MemoryBankDataModule(L.LightningDataModule):
         return self._loader(batches, TrainingSteps(batches, self._batches_taken if self.trainer is not None else None))
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Held-out target batches, every picture once over all ranks; none without ``val_target``."""
+        """Held-out target batches, every picture once over all ranks; none without ``val_target``.
+
+        Raises:
+            ConfigError: If there are more processes than batches.
+        """
         if self.val_target is None:
             return []
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
-        batches = EvaluationBatches(read, len(self.val_target), self.build_batch_size)
+        # Neither batch_size nor the number of processes counts, so the loss is the same on one GPU and on eight.
+        size = max(1, min(self.build_batch_size, len(self.val_target) // _FEWEST_EVALUATION_BATCHES))
+        batches = EvaluationBatches(read, len(self.val_target), size)
+        if len(batches) < self._world_size:
+            raise ConfigError(
+                f"val_target has {len(self.val_target)} pictures in {len(batches)} batches, too few for "
+                f"{self._world_size} processes. Hold out more pictures, or set val_target: null."
+            )
         return self._loader(batches, EvaluationSteps(batches, self._world_size, self._rank))
 
     def predict_dataloader(self) -> ShardWork:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError
@@ -66,6 +67,8 @@ class DiffTuningModule(L.LightningModule, ABC):
         self.bank_sampler = bank_sampler if bank_sampler is not None else self.sampler
         self.seed = seed
         self.base_identity: dict[str, Any] = {}
+        # Lightning's own mean truncates the number of samples when several processes have an odd one.
+        self.val_loss = MeanMetric(nan_strategy="disable")
         self._is_built = False
 
     # -- what a model family supplies ----------------------------------------------------------------------------
@@ -163,7 +166,8 @@ class DiffTuningModule(L.LightningModule, ABC):
         draws = Draws(self.seed, chunk, self.device)
         x0, condition, is_retention = self.prepare(batch, draws)
         output = self.objective(self.denoise, x0, condition, is_retention, draws)
-        self.log("val/loss", output.reconsolidation, prog_bar=True, sync_dist=True, batch_size=len(x0))
+        self.val_loss.update(output.reconsolidation, len(x0))
+        self.log("val/loss", self.val_loss, prog_bar=True)
 
     def on_predict_start(self) -> None:
         """Keep one pre-trained copy while ``predict`` fills the memory bank."""

@@ -1,0 +1,161 @@
+"""LoRA (Hu et al., 2022) by ``peft``, whose adapter files it reads and writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.tuners.base import Model, ParameterEfficientTuner
+from lightning_difftune.tuners.fused_qkv import PARTS, fuse_qkv, fused_names, split_qkv
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+PREFIX = "base_model.model."  # of every name in peft's files
+TABLE = "y_embedder.embedding_table"
+
+
+class LoRA(ParameterEfficientTuner):
+    """Train low-rank updates of the query and value projections, and the label table.
+
+    timm's attention fuses query, key and value; they are split into three layers of the same function, and
+    :meth:`merge` fuses them again. 1,149,696 parameters of DiT-XL/2 with 101 classes at rank 8 (Table 1).
+
+    ``target_modules`` are names as ``peft`` has them, so ``LoRA(target_modules=("to_q", "to_v"))`` is for the
+    attention of diffusers' networks.
+
+    Args:
+        rank: Rank r of the updates.
+        alpha: Updates are scaled by alpha / r. The value of Table 1 is not public; the default scales by 1.
+        target_modules: Names, or last parts of names, of the linear layers that are updated.
+
+    Raises:
+        ConfigError: If the rank is not positive.
+    """
+
+    def __init__(self, rank: int = 8, alpha: int = 8, target_modules: tuple[str, ...] = ("q", "v")) -> None:
+        if rank < 1:
+            raise ConfigError(f"LoRA needs a rank of at least 1, got {rank}.")
+        self.rank = rank
+        self.alpha = alpha
+        self.target_modules = tuple(target_modules)
+
+    def insert(self, model: nn.Module) -> list[nn.Parameter]:
+        """Split the fused layers if a target is part of one, and let ``peft`` insert its layers."""
+        from peft import inject_adapter_in_model
+
+        linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        widths = {name: min(layer.in_features, layer.out_features) for name, layer in linears.items()}
+        parts = {f"{name}.{part}": widths[name] for name in fused_names(model) for part in PARTS}
+        widths |= parts
+        targets = {name for name in widths if any(f".{name}".endswith(f".{end}") for end in self.target_modules)}
+        missing = [end for end in self.target_modules if not any(f".{name}".endswith(f".{end}") for name in targets)]
+        if missing or not targets:
+            raise ConfigError(
+                f"LoRA looks for linear layers whose names end in {missing or list(self.target_modules)}; "
+                f"{type(model).__name__} has none. It has layers called "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in widths}))}."
+            )
+        narrow = min(targets, key=lambda name: widths[name])
+        if self.rank > widths[narrow]:
+            raise ConfigError(
+                f"LoRA's rank {self.rank} is larger than the layer {narrow}, which is {widths[narrow]} wide."
+            )
+        if targets & parts.keys():
+            split_qkv(model)
+        inject_adapter_in_model(self._config(), model)
+        return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+
+    def merge(self, model: Model) -> Model:
+        """A frozen copy whose linear layers have taken up the updates, with query, key and value fused again."""
+        from peft.tuners.lora import LoraLayer
+
+        merged = self._untuned_copy(model)
+        for name, layer in list(merged.named_modules()):
+            if isinstance(layer, LoraLayer):
+                layer.merge(safe_merge=True)
+                merged.set_submodule(name, layer.get_base_layer())
+        fuse_qkv(merged)
+        del merged.peft_config
+        return merged.requires_grad_(False)
+
+    def save_adapter(self, model: nn.Module, folder: str | Path, base: str) -> None:
+        """Write the updates and the label table as ``peft`` does, for ``PeftModel.from_pretrained`` to open.
+
+        Args:
+            model: A network that this tuner was applied to.
+            folder: Gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+            base: Identity of the pre-trained weights, such as a module's ``base_identity["fingerprint"]``.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        config = self._config()
+        state = self._state(model)
+        config.modules_to_save = [TABLE] if f"{PREFIX}{TABLE}.weight" in state else None
+        config.inference_mode = True  # as peft writes it
+        config.save_pretrained(str(folder))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt", "base": base})
+
+    def load_adapter(self, model: nn.Module, folder: str | Path, base: str) -> None:
+        """Read what :meth:`save_adapter`, or ``peft``, has written.
+
+        Args:
+            model: A network that this tuner was applied to; it stays as it is if the files do not fit.
+            folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+            base: Identity of the pre-trained weights; files of ``peft`` itself state none, and are taken.
+
+        Raises:
+            CheckpointError: If the files are missing or damaged, of another base, or of other settings.
+        """
+        from peft import LoraConfig
+        from safetensors import SafetensorError, safe_open
+
+        file = Path(folder) / "adapter_model.safetensors"
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+            with safe_open(file, "pt") as opened:
+                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                saved = (opened.metadata() or {}).get("base", base)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise CheckpointError(f"{folder} is no LoRA adapter of peft: {error}.") from error
+        if saved != base:
+            raise CheckpointError(
+                f"{file} was trained from the base {saved[:12]}, but the model here starts from {base[:12]}. "
+                "Pass the pre-trained model that the adapter belongs to."
+            )
+        wanted = (self.rank, self.alpha, sorted(self.target_modules))
+        if (config.r, config.lora_alpha, sorted(config.target_modules or ())) != wanted:
+            raise CheckpointError(
+                f"{folder} has rank {config.r}, alpha {config.lora_alpha} and targets "
+                f"{sorted(config.target_modules or ())}; this tuner has {wanted[0]}, {wanted[1]} and {wanted[2]}."
+            )
+        expected = self._state(model)
+        differing = sorted(
+            name
+            for name in found.keys() | expected.keys()
+            if name not in found or name not in expected or found[name].shape != expected[name].shape
+        )
+        if differing:
+            raise CheckpointError(
+                f"{file} does not fit the model: {len(differing)} tensors are missing, unknown or of another shape, "
+                f"the first is {differing[0]}."
+            )
+        with torch.no_grad():
+            for name, tensor in expected.items():
+                tensor.copy_(found[name])
+
+    def _config(self) -> LoraConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.target_modules))
+
+    def _state(self, model: nn.Module) -> dict[str, Tensor]:
+        """The trained tensors under the names of peft's files, sharing the model's memory."""
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {PREFIX + name.replace(".default.", "."): parameter for name, parameter in trained.items()}

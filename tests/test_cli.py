@@ -1,0 +1,355 @@
+"""The command line as a new user meets it: what it writes and says, and what it makes of bad input."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lightning_difftune import MemoryBank, __version__
+from lightning_difftune.cli import main
+from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.data import ImageFolder
+from lightning_difftune.errors import DataError
+from lightning_difftune.models import DiT, export_dit
+
+FIT = ("fit", "--config", "run.yaml")
+VALIDATE = ("validate", "--config", "run.yaml")
+PREDICT = ("predict", "--config", "run.yaml")
+MODEL, DATA, TRAINER = "--model.init_args.", "--data.init_args.", "--trainer."
+TAU = (f"{MODEL}objective.schedule", "lightning_difftune.PowerSchedule", f"{MODEL}objective.schedule.init_args.tau")
+
+
+def write_weights(path, seed=0, input_size=8):
+    torch.manual_seed(seed)
+    model = DiT(input_size, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return export_dit(model, path)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with weights, pictures and a config, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_weights(tmp_path / "tiny.safetensors")
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 10, 9), dtype=np.uint8)
+    for number, pixels in enumerate(pictures):
+        path = tmp_path / "pictures" / ("ant", "bee", "cat")[number % 3] / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    folder = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": "pictures"}}
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "run"}}
+    config = {
+        "model": {
+            "class_path": "lightning_difftune.DiTDiffTuningModule",
+            "init_args": {
+                "model": "tiny.safetensors",
+                "objective": {"class_path": "lightning_difftune.DiffTuningObjective"},
+                "sampler": {"num_inference_steps": 2},
+            },
+        },
+        "data": {
+            "class_path": "lightning_difftune.MemoryBankDataModule",
+            "init_args": {
+                "target": folder,
+                "val_target": folder,
+                "num_classes": 3,
+                "image_size": 8,
+                "channels": 1,
+                "bank": "bank",
+                "bank_size": 10,
+                "batch_size": 5,
+            },
+        },
+        "trainer": {
+            "max_steps": 4,
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": "run",
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": logger,
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@pytest.fixture
+def checkpoint(project):
+    """The checkpoint of a finished run."""
+    assert main(FIT) == 0
+    return only(project.glob("run/lightning_logs/version_0/checkpoints/*.ckpt"))
+
+
+def only(paths):
+    (path,) = paths
+    return path
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def refused(project, capsys):
+    """Runs a command that must fail, and say why; no file that was there may change."""
+
+    def run(args, message):
+        before = contents(project)
+        capsys.readouterr()
+        status = main(args)
+        captured = capsys.readouterr()
+        after = contents(project)
+        assert status == 2
+        assert "Traceback" not in captured.out + captured.err
+        assert "usage:" not in captured.err
+        assert {path: after.get(path) for path in before} == before
+        said = captured.err[captured.err.index("difftune: ") :]
+        assert re.search(message, said, re.DOTALL), said
+        return said
+
+    return run
+
+
+# -- what a new user sees first ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
+def test_help_names_every_command(args, capsys):
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert all(f"difftune {command}" in out for command in ("quickstart", "fit", "validate", "predict"))
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"{__version__}\n"
+
+
+def test_help_of_a_command_has_its_name(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--help"])
+    assert left.value.code == 0
+    assert "difftune [options] fit" in capsys.readouterr().out
+
+
+def test_print_config_shows_what_would_run_and_runs_nothing(project, capsys):
+    before = contents(project)
+    with pytest.raises(SystemExit) as left:
+        main([*FIT, f"{TRAINER}max_steps", "7", "--print_config"])
+    assert left.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["trainer"]["max_steps"] == 7
+    assert shown["model"]["init_args"]["sampler"]["num_inference_steps"] == 2
+    assert shown["data"]["init_args"]["retention_share"] == 0.2  # a default
+    assert contents(project) == before
+
+
+# -- the main job -----------------------------------------------------------------------------------------------------
+
+
+def test_fit_validate_predict(project, checkpoint, capsys):
+    log = project / "run/lightning_logs/version_0"
+    assert {"config.yaml", "metrics.csv"} <= {path.name for path in log.iterdir()}
+    assert "train/retention" in (log / "metrics.csv").read_text()
+    assert len(MemoryBank("bank")) == 10
+    before = contents(project)
+
+    capsys.readouterr()
+    assert main([*VALIDATE, "--ckpt_path", str(checkpoint)]) == 0
+    assert "val/loss" in capsys.readouterr().out
+    assert main([*PREDICT, f"{DATA}bank", "other"]) == 0
+    assert main([*PREDICT, f"{DATA}bank", "other"]) == 0  # it is complete
+    assert {path.name: path.read_bytes() for path in Path("other").iterdir()} == {
+        path.name: path.read_bytes() for path in Path("bank").iterdir()
+    }
+    assert main(FIT) == 0  # opens the bank
+    assert main(["fit", "--config", str(log / "config.yaml")]) == 0
+    after = contents(project)
+    assert {path: after[path] for path in before} == before
+    assert len(list(project.glob("run/lightning_logs/version_*/checkpoints/*.ckpt"))) == 3
+
+
+def test_fit_resumes(project, checkpoint):
+    assert main([*FIT, "--ckpt_path", str(checkpoint), f"{TRAINER}max_steps", "6"]) == 0
+    assert only(project.glob("run/lightning_logs/version_1/checkpoints/*.ckpt")).name.endswith("step=6.ckpt")
+
+
+def test_predict_does_not_keep_the_bank_in_memory(project):
+    assert not run_lightning(PREDICT).trainer.predict_loop.return_predictions
+
+
+def test_what_a_run_prints(project):
+    """In a process of its own, since Lightning prints through handlers made when it is imported."""
+    entry = [sys.executable, "-m", "lightning_difftune"]
+    bars = (f"{TRAINER}enable_progress_bar", "true", f"{DATA}val_target", "null")
+    done = subprocess.run([*entry, *FIT, *bars], capture_output=True, text=True, timeout=120, check=False)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert "Preset: official code." in printed
+    assert "Memory bank bank: 10 samples of shape (1, 8, 8)." in printed
+    assert "Training" in done.stdout
+    assert "4/4" in done.stdout
+    for noise in ("Warning", "deprecated", "Tip:", "Epoch", "v_num", "many workers", "is zero", "/lightning/"):
+        assert noise not in printed, printed
+    wrong = subprocess.run([*entry, "train"], capture_output=True, text=True, timeout=60, check=False)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("difftune: 'train' is no command; choose from quickstart, fit,")
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train"], "'train' is no command; choose from quickstart, fit"),
+        ([*FIT, "--modle", "x"], r"unrecognized arguments: --modle x\n`difftune fit --help`"),
+        (["fit", "--config", "none.yaml"], "does not exist.*none.yaml"),
+        ([*FIT, f"{DATA}batch_size", "five"], "Expected a <class 'int'>. Got value: five"),
+        (
+            [*FIT, f"{DATA}batch", "5"],
+            "^difftune: Parser key \"data\":.*Option 'batch' is not accepted\n`difftune fit --help`",
+        ),
+        ([*FIT, f"{TRAINER}devices", "0"], "not a valid input using cpu accelerator"),
+        ([*FIT, f"{TRAINER}accelerator", "abacus"], "invalid accelerator name.*'abacus'.*--debug shows where"),
+        ([*FIT, f"{DATA}target.init_args.root", "nowhere"], "nowhere does not exist; expected one sub-folder a class"),
+        ([*FIT, f"{DATA}target.init_args.root", "run.yaml"], "run.yaml is a file"),
+        ([*FIT, f"{DATA}target.init_args.root", "empty"], "no pictures under empty; found no files; expected"),
+        ([*FIT, f"{DATA}num_classes", "2"], r"label 2 of image 8 \(pictures/cat/02.png\).*at least 3"),
+        ([*FIT, *TAU, "-0.5"], "tau must be .* at least 0, got -0.5"),
+        ([*FIT, f"{DATA}retention_share", "0.1"], r"int\(0.1 \* 5\) = 0 bank samples.*Raise one"),
+        ([*FIT, f"{DATA}image_size", "16"], r"\(1, 16, 16\), but the model denoises \(1, 8, 8\). Set image_size"),
+        ([*FIT, f"{MODEL}model", "none.safetensors"], "'none.safetensors' is no file.*Check the path"),
+        ([*FIT, f"{DATA}bank_size", "0"], "num_samples must be an integer from 1 to .*found 0"),
+        ([*VALIDATE, "--ckpt_path", "none.ckpt"], "none.ckpt does not exist. Check ckpt_path"),
+        ([*VALIDATE, "--ckpt_path", "best"], "checkpoint best does not exist"),
+        ([*VALIDATE, "--ckpt_path", "tiny.safetensors"], "tiny.safetensors is no checkpoint.*--model.init_args.model"),
+        ([*PREDICT, f"{DATA}bank", "null"], "set bank: to a folder"),
+    ],
+)
+def test_mistakes_in_the_settings(project, refused, args, message):
+    (project / "empty").mkdir()
+    refused(args, message)
+
+
+def test_debug_shows_where_an_error_came_from(project):
+    with pytest.raises(DataError, match="nowhere does not exist") as raised:
+        main([*FIT, f"{DATA}target.init_args.root", "nowhere", "--debug"])
+    assert raised.traceback[-1].path == Path(sys.modules[ImageFolder.__module__].__file__)
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_a_corrupt_picture_is_named_and_refused(project, refused, num_workers):
+    damage(project / "pictures/bee/04.png")
+    said = refused(
+        [*FIT, f"{DATA}num_workers", num_workers, f"{DATA}val_target", "null"],
+        r"image 5 \(pictures/bee/04.png\) cannot be read.*Mend or remove it, or set on_corrupt='skip'",
+    )
+    assert said.count("\n") == 1  # without the traceback of the worker
+
+
+def test_a_corrupt_picture_is_skipped_by_choice(project):
+    damage(project / "pictures/bee/04.png")
+    with pytest.warns(UserWarning, match=r"bee/04\.png\) cannot be read"):
+        assert main([*FIT, f"{DATA}on_corrupt", "skip"]) == 0
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:50])
+
+
+LAYER = "final_layer.linear.weight"
+BROKEN = [
+    (lambda state: state.pop(LAYER), rf"1 missing \((dit\.)?{LAYER}\)"),
+    (lambda state: state.update({LAYER: state[LAYER][:3].clone()}), rf"{LAYER} \(3, 16\) instead of \(32, 16\)"),
+]
+
+
+@pytest.mark.parametrize(("breaks", "message"), BROKEN)
+def test_weights_with_missing_or_misshaped_tensors(project, refused, breaks, message):
+    with safe_open("tiny.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = load_file("tiny.safetensors")
+    breaks(state)
+    save_file(state, "broken.safetensors", metadata)
+    refused([*FIT, f"{MODEL}model", "broken.safetensors"], rf"broken.safetensors does not hold .*{message}")
+
+
+@pytest.mark.parametrize(("breaks", "message"), BROKEN)
+def test_a_checkpoint_with_missing_or_misshaped_tensors(checkpoint, refused, breaks, message):
+    saved = torch.load(checkpoint, weights_only=True)
+    state = {name.removeprefix("dit."): tensor for name, tensor in saved["state_dict"].items()}
+    breaks(state)
+    saved["state_dict"] = {f"dit.{name}": tensor for name, tensor in state.items()}
+    torch.save(saved, "broken.ckpt")
+    refused([*VALIDATE, "--ckpt_path", "broken.ckpt"], rf"broken.ckpt does not hold .*{message}")
+
+
+def test_a_checkpoint_that_is_cut_off_or_of_another_base(project, checkpoint, refused):
+    Path("cut.ckpt").write_bytes(checkpoint.read_bytes()[:3000])
+    refused([*VALIDATE, "--ckpt_path", "cut.ckpt"], r"cut.ckpt is no whole checkpoint of a run \(.*Take another one")
+    write_weights(project / "other.safetensors", seed=1)
+    refused(
+        [*VALIDATE, "--ckpt_path", str(checkpoint), f"{MODEL}model", "other.safetensors"],
+        r"trained from tiny\.safetensors .* starts from other\.safetensors .*Pass the pre-trained model",
+    )
+
+
+def test_a_bank_of_another_model_or_shape_or_damaged(project, checkpoint, refused):
+    write_weights(project / "other.safetensors", seed=1)
+    refused(
+        [*FIT, f"{MODEL}model", "other.safetensors"], r"bank/manifest.json belongs to another.*model.*another folder"
+    )
+    write_weights(project / "small.safetensors", input_size=4)
+    smaller = [f"{MODEL}model", "small.safetensors", f"{DATA}image_size", "4"]
+    refused([*FIT, *smaller], r"bank/manifest.json belongs to another.*latent_shape.*another folder")
+    refused([*PREDICT, *smaller], r"bank/manifest.json belongs to another")
+    os.truncate("bank/shard-00000.safetensors", 1000)
+    refused(FIT, "bank/shard-00000.safetensors has 1000 bytes, .*Delete it and bank/manifest.json, then build again")
+
+
+def test_a_full_disk_keeps_the_finished_shards(project, refused, monkeypatch):
+    two_shards = [f"{DATA}bank_size", "1030"]
+    synced = []
+
+    def sync(descriptor, original=os.fsync):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if "shard-00001" in synced[-1]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", sync)
+        refused([*FIT, *two_shards], r"No space left on the disk for bank/shard-00001.*1 of 2 shards .*free some space")
+    first = project / "bank/shard-00000.safetensors"
+    assert [path.name for path in project.glob("bank/*shard*")] == [first.name]
+    written = first.stat().st_mtime_ns
+    assert main([*FIT, *two_shards]) == 0
+    assert first.stat().st_mtime_ns == written
+    assert len(MemoryBank("bank")) == 1030
+
+
+def test_no_internet_where_a_hub_name_is_given(project, refused, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(project / "cache"))
+    cure = "hub cannot be reached .*Pass a local folder"
+    refused([*FIT, f"{MODEL}model", "facebook/DiT-XL-2-256"], rf"'facebook/DiT-XL-2-256' is no local folder .*{cure}")
+    autoencoder = [f"{MODEL}autoencoder", "FrozenAutoencoder", f"{MODEL}autoencoder.init_args.source", "owner/vae"]
+    refused([*FIT, *autoencoder], rf"'owner/vae' is no local folder .*{cure}")
