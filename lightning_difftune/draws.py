@@ -36,13 +36,14 @@ class Draws:
     def uniform(self, size: int) -> Tensor:
         """(size,) float32 in [0, 1)."""
         device = self.generator.device
-        return torch.rand(size * self.world_size, generator=self.generator, device=device)[self.rank :: self.world_size]
+        full = torch.rand(size * self.world_size, generator=self.generator, device=device)
+        return full[self.rank :: self.world_size].contiguous()
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal float32 of the given shape, batch first."""
         size, *rest = shape
         full = torch.randn(size * self.world_size, *rest, generator=self.generator, device=self.generator.device)
-        return full[self.rank :: self.world_size]
+        return full[self.rank :: self.world_size].contiguous()
 
 
 def noise_of(seed: int, indices: Tensor, shape: tuple[int, ...]) -> Tensor:

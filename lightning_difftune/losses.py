@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.diffusion import GaussianDiffusion, at
+from lightning_difftune.errors import ConfigError
 
 
 def eps_mse_loss(
@@ -40,7 +41,15 @@ def hybrid_loss(
 
     Returns:
         (B,) float32.
+
+    Raises:
+        ConfigError: If the output has no second half of channels.
     """
+    if output.shape[1] != 2 * x0.shape[1]:
+        raise ConfigError(
+            f"hybrid_loss needs a network with a learned variance, {2 * x0.shape[1]} output channels for "
+            f"{x0.shape[1]}; this one has {output.shape[1]}. Use eps_mse_loss."
+        )
     return eps_mse_loss(output, x0, x_t, noise, t, diffusion) + variational_loss(output, x0, x_t, t, diffusion)
 
 

@@ -95,6 +95,13 @@ def test_mse_ignores_a_learned_variance():
     assert torch.equal(*both)
 
 
+def test_hybrid_needs_a_learned_variance():
+    t = torch.tensor([3, 700])
+    output, x0, x_t, noise = batch(t)
+    with pytest.raises(ConfigError, match="Use eps_mse_loss"):
+        hybrid_loss(output[:, :2], x0, x_t, noise, t, PROCESS)
+
+
 def test_process_agrees_with_diffusers():
     scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     t = torch.arange(1000)

@@ -20,6 +20,7 @@ from lightning_difftune.models.dit import SIZES, DiT
 BUNDLED = Path(__file__).parent / "weights"
 FORMAT_VERSION = 1  # of the safetensors that export_dit writes
 PUBLISHED_HEADS = {(hidden_size, depth): num_heads for hidden_size, depth, num_heads in SIZES.values()}
+WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}  # such a name is a path, not a repository
 
 
 class Contents(NamedTuple):
@@ -83,7 +84,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if isinstance(source, str) and hub.is_repo_id(source) and path.suffix not in {".pt", ".pth", ".bin", ".ckpt"}:
+    if isinstance(source, str) and hub.is_repo_id(source) and path.suffix not in WEIGHT_FILES:
         return hub.fetch(source, ("transformer", ""), revision)
     raise CheckpointError(
         f"{str(source)!r} is no file or folder and no bundled model (bundled: {', '.join(bundled) or 'none'}). "
@@ -197,7 +198,7 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
         if names
     ]
     if parts:
-        raise CheckpointError(f"{source} does not hold the tensors of this DiT: {'; '.join(parts)}.")
+        raise CheckpointError(f"{source} does not hold the tensors of this model: {'; '.join(parts)}.")
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -52,7 +52,7 @@ class LoRA(ParameterEfficientTuner):
         widths = {name: min(layer.in_features, layer.out_features) for name, layer in linears.items()}
         parts = {f"{name}.{part}": widths[name] for name in fused_names(model) for part in PARTS}
         widths |= parts
-        targets = {name for name in widths if any(f".{name}".endswith(f".{end}") for end in self.target_modules)}
+        targets = [name for name in widths if any(f".{name}".endswith(f".{end}") for end in self.target_modules)]
         missing = [end for end in self.target_modules if not any(f".{name}".endswith(f".{end}") for name in targets)]
         if missing or not targets:
             raise ConfigError(
@@ -65,7 +65,7 @@ class LoRA(ParameterEfficientTuner):
             raise ConfigError(
                 f"LoRA's rank {self.rank} is larger than the layer {narrow}, which is {widths[narrow]} wide."
             )
-        if targets & parts.keys():
+        if parts.keys() & targets:
             split_qkv(model)
         inject_adapter_in_model(self._config(), model)
         return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
