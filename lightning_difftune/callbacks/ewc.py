@@ -1,0 +1,250 @@
+"""How far training has moved the weights from the pre-trained ones."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError, ConfigError
+
+
+class EWC(Callback):
+    r"""Log the squared L2 distance of the tunable parameters from their pre-trained values (Fig. 5 of the paper).
+
+    ``ewc/total`` is :math:`\sum_i (\theta_i - \theta_i^0)^2`, ``ewc/mean`` is that divided by the number of parameters
+    that are trained, and ``ewc/<block>`` are the parts of the total, with ``ewc/rest`` for what is in no block.
+
+    :math:`\theta^0` are the values of the parameters that require a gradient when ``fit`` starts, so factors and
+    adapters that a tuner has inserted count from their initial values, though the pre-trained network has none. The
+    layers of ``peft`` that state their update of a weight, as LoRA's do, count by that update: merged minus original
+    weight, alpha / r included, whatever the factors are. (DoRA's magnitudes are no such update and do not count.)
+
+    Nothing is synchronized: under DDP all processes hold the same weights. A second ``fit`` of the same module, and a
+    resumed one, measure from where the first began.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements; there is also one at the trainer's ``max_steps``. All
+            of them are logged, whatever the trainer's ``log_every_n_steps``.
+        blocks: Regular expression; parameters whose names have the same first match are one block, named after the
+            match. The default is for ``blocks.3`` of transformers and ``down_blocks.1`` or ``mid_block`` of diffusers'
+            UNets. ``None`` logs no blocks.
+        offload: Keep the pre-trained values in the host's memory, not on the accelerator. They take as much memory as
+            the parameters that are trained, and a measurement copies them over block by block.
+        save_reference: Have checkpoints hold the pre-trained values, which makes them larger by the size of what is
+            trained. Without them a run cannot be resumed with this callback in a new process.
+
+    Raises:
+        ConfigError: If ``every_n_steps`` is not positive or ``blocks`` is no regular expression.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[EWC(every_n_steps=50)], logger=False)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 100,
+        blocks: str | None = r"\w*blocks\.\d+|mid_block",
+        offload: bool = False,
+        save_reference: bool = True,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(f"every_n_steps of EWC must be at least 1, found {every_n_steps}.")
+        try:
+            self._pattern = None if blocks is None else re.compile(blocks)
+        except re.error as error:
+            raise ConfigError(f"blocks of EWC must be a regular expression, found {blocks!r}: {error}.") from error
+        self.every_n_steps = every_n_steps
+        self.offload = offload
+        self.save_reference = save_reference
+        self._reference: dict[str, Tensor] | None = None  # None until a fit starts or a checkpoint brings it
+        self._trained: dict[str, nn.Parameter] = {}  # empty until a module is seen
+        self._updates: dict[str, _WeightUpdate] = {}  # layers whose trained parameters count by their update
+        self._latest_step = 0
+
+    @torch.no_grad()
+    def measure(self, module: nn.Module) -> dict[str, Tensor]:
+        """Distances of the weights that ``module`` has now, under the names they are logged by.
+
+        Args:
+            module: The one that was fitted, perhaps inside :meth:`EMA.average_parameters`.
+
+        Returns:
+            Scalar tensors on the module's device.
+
+        Raises:
+            ConfigError: If no ``fit`` of this module has started.
+        """
+        parameters = dict(module.named_parameters())
+        reference = self._reference
+        if reference is None or not self._trained or any(parameters.get(n) is not p for n, p in self._trained.items()):
+            raise ConfigError(
+                f"EWC has no pre-trained values of this {type(module).__name__}. Run trainer.fit with the callback "
+                "first, and pass the same module."
+            )
+        blocks: dict[str, list[str]] = defaultdict(list)
+        for name in [*reference, *self._updates]:
+            blocks[self._block(name)].append(name)
+
+        distances: dict[str, Tensor] = {}
+        for block, names in blocks.items():  # one after the other, to need little memory
+            plain = [name for name in names if name in reference]
+            weights = [_full_precision(self._trained[name].detach()) for name in plain]
+            starts = [reference[name].to(weight) for name, weight in zip(plain, weights, strict=True)]
+            moves = list(torch._foreach_sub(weights, starts)) if weights else []
+            for name in names:
+                if name in self._updates:
+                    moves.extend(_full_precision(update) for update in _active_updates(self._updates[name]))
+            distances[block] = nn.utils.get_total_norm(moves).square()
+        total = torch.stack(list(distances.values())).sum()
+        logged = {"ewc/total": total, "ewc/mean": total / sum(p.numel() for p in self._trained.values())}
+        if self._pattern is not None:
+            logged |= {f"ewc/{block}": distance for block, distance in distances.items()}
+        return logged
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse strategies that hold only a part of each parameter."""
+        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ConfigError(
+                f"EWC measures whole parameters, but {type(trainer.strategy).__name__} shards them. "
+                "Use strategy='ddp' or a single device."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take up the pre-trained values of the checkpoint or of the previous ``fit``, or those the module has.
+
+        Raises:
+            CheckpointError: If the checkpoint has none, or has those of other parameters.
+            ConfigError: If nothing is trained.
+        """
+        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        if not trained:
+            raise ConfigError("EWC has nothing to measure: no parameter of the module requires a gradient.")
+        updates = _trained_updates(pl_module)
+        factors = tuple(f"{name}.{part}." for name, layer in updates.items() for part in layer.adapter_layer_names)
+        plain = {name: p for name, p in trained.items() if not name.startswith(factors)}
+        source = str(trainer.ckpt_path or "the loaded state")
+        if self._reference is not None and not self._trained:  # loaded, from a checkpoint or by hand
+            _require_match(self._reference, plain, source)
+        elif self._trained.keys() != trained.keys() or any(self._trained[n] is not p for n, p in trained.items()):
+            if trainer.ckpt_path:
+                raise CheckpointError(
+                    f"{source} does not hold the pre-trained values that EWC measures from, and its weights are no "
+                    "longer those. Resume without EWC, or from a checkpoint of a run with EWC(save_reference=True)."
+                )
+            self._reference = {name: p.detach().clone() for name, p in plain.items()}
+        self._trained = trained
+        self._updates = updates
+        self._place()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step that a resumed run continues from."""
+        self._latest_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure, if the optimizer has stepped and it is time to."""
+        step = trainer.global_step
+        if step == self._latest_step:
+            return
+        self._latest_step = step
+        if step % self.every_n_steps == 0 or step == trainer.max_steps:
+            # Not by the module's log, which would give loggers this value again at each later step that they log.
+            metrics = self.measure(pl_module)
+            trainer.callback_metrics.update(metrics)
+            if trainer.loggers:
+                values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step=step)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the accelerator together with the module."""
+        self._place()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """``reference`` by parameter name; empty before the first ``fit`` or without ``save_reference``."""
+        return {"reference": dict(self._reference)} if self.save_reference and self._reference is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over pre-trained values; they are tied to a module's parameters when a ``fit`` starts.
+
+        Raises:
+            CheckpointError: If this is not the state of an EWC.
+        """
+        if "reference" not in state_dict:
+            raise CheckpointError(
+                f"The state of EWC holds {sorted(state_dict)}, expected 'reference'. Pass what this callback's "
+                "state_dict returned."
+            )
+        self._reference = dict(state_dict["reference"])
+        self._trained = {}
+        self._updates = {}
+
+    # -- details ------------------------------------------------------------------------------------------------------
+
+    def _block(self, name: str) -> str:
+        match = self._pattern.search(name) if self._pattern is not None else None
+        return match.group() if match else "rest"
+
+    def _place(self) -> None:
+        """Bring the pre-trained values to where they are kept."""
+        if self._reference is not None and self._trained:
+            for name, start in self._reference.items():
+                self._reference[name] = start.to("cpu" if self.offload else self._trained[name].device)
+
+
+@runtime_checkable
+class _WeightUpdate(Protocol):
+    """A layer of ``peft`` whose adapters add to a weight."""
+
+    adapter_layer_names: tuple[str, ...]
+    active_adapters: list[str]
+
+    def get_delta_weight(self, adapter: str) -> Tensor: ...
+
+
+def _trained_updates(module: nn.Module) -> dict[str, _WeightUpdate]:
+    """The layers under ``module`` with an adapter that is trained, by name."""
+    updates = {name: layer for name, layer in module.named_modules() if isinstance(layer, _WeightUpdate)}
+    return {
+        name: layer
+        for name, layer in updates.items()
+        if any(
+            p.requires_grad and n.split(".")[0] in layer.adapter_layer_names
+            for n, p in module.get_submodule(name).named_parameters()
+        )
+    }
+
+
+def _active_updates(layer: _WeightUpdate) -> list[Tensor]:
+    """The update of the layer's weight by each active adapter that it has."""
+    parts = [getattr(layer, name, {}) for name in layer.adapter_layer_names]
+    return [layer.get_delta_weight(name) for name in layer.active_adapters if any(name in part for part in parts)]
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _require_match(reference: dict[str, Tensor], plain: dict[str, nn.Parameter], source: str) -> None:
+    differing = sorted(
+        name
+        for name in reference.keys() | plain.keys()
+        if name not in reference or name not in plain or reference[name].shape != plain[name].shape
+    )
+    if differing:
+        raise CheckpointError(
+            f"The pre-trained values of EWC in {source} do not fit what is trained: {len(differing)} tensors are "
+            f"missing, unknown or of another shape, the first is {differing[0]}. Use the model and tuner of that run."
+        )
