@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
 from lightning_difftune.errors import ConfigError, StoreError
@@ -139,23 +139,13 @@ def test_pickled_reader_maps_anew(finished: Path) -> None:
     assert torch.equal(again.read(everything)["latents"], generate(everything)["latents"])
 
 
-class Rows(Dataset[Tensor]):
-    def __init__(self, reader: ShardReader) -> None:
-        self.reader = reader
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.reader.read(torch.tensor([index]))["latents"][0]
-
-
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_dataloader_workers(finished: Path, start: str) -> None:
     reader, everything = open_reader(finished), torch.arange(NUM_SAMPLES)
     reader.read(everything)  # so that workers start from maps that are already open
-    loader = DataLoader(Rows(reader), batch_size=4, num_workers=1, multiprocessing_context=start)
-    assert torch.equal(torch.cat(list(loader)), generate(everything)["latents"])
+    batches = list(everything.split(4))
+    loader = DataLoader(batches, batch_size=None, collate_fn=reader.read, num_workers=1, multiprocessing_context=start)
+    assert torch.equal(torch.cat([batch["latents"] for batch in loader]), generate(everything)["latents"])
 
 
 # -- building --------------------------------------------------------------------------------------------------------
