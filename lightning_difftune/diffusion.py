@@ -26,10 +26,8 @@ class GaussianDiffusion(nn.Module):
         0.99995
     """
 
-    betas: Tensor
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
-    snr: Tensor
     posterior_mean_x0: Tensor
     posterior_mean_xt: Tensor
     posterior_log_variance: Tensor
@@ -49,10 +47,8 @@ class GaussianDiffusion(nn.Module):
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
         posterior_variance[0] = posterior_variance[1]  # it is 0 at t = 0, where its logarithm is wanted
         tables = {
-            "betas": betas,
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
-            "snr": alphas_cumprod / (1 - alphas_cumprod),
             "posterior_mean_x0": betas * previous.sqrt() / (1 - alphas_cumprod),
             "posterior_mean_xt": (1 - previous) * (1 - betas).sqrt() / (1 - alphas_cumprod),
             "posterior_log_variance": posterior_variance.log(),

@@ -170,6 +170,11 @@ class Sampler:
         }
 
 
+def to_uint8(pixel_values: Tensor) -> Tensor:
+    """Pixel values in [-1, 1], clamped there => pictures uint8 of the same shape."""
+    return ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
 def plain(value: Any) -> Any:
     """The value if JSON can hold it, else its representation; DPM-Solver's settings have an infinity."""
     is_plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))

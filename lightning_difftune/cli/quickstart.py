@@ -23,6 +23,7 @@ from lightning_difftune.data import MemoryBank
 from lightning_difftune.metrics import DigitClassifier
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.modules import DiTDiffTuningModule
+from lightning_difftune.sampling import to_uint8
 
 METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # overlays on quickstart.yaml
 COLUMNS = 20  # pictures of each digit that are generated, classified and counted
@@ -157,7 +158,7 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
     digits = [str(digit) for digit in range(10)]
     by_digit = torch.cat([real[100 * digit : 100 * digit + 10] for digit in range(10)])
     latents = bank.read(torch.arange(100))["latents"]
-    pretrained = ((latents.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pretrained = to_uint8(latents)
 
     figure = Figure(figsize=(13, 9), layout="constrained", facecolor="white")
     axes = figure.subplot_mosaic([["real", "pretrained", "curve"], [*tuned, "curve"]], width_ratios=[1, 1, 1.15])

@@ -18,7 +18,7 @@ from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, Tuner
-from lightning_difftune.sampling import Sampler
+from lightning_difftune.sampling import Sampler, to_uint8
 
 
 class DiTDiffTuningModule(DiffTuningModule):
@@ -183,8 +183,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         """
         labels = indices % self.num_classes if class_labels is None else class_labels
         latents = generate_latents(self.denoise, self.dit, self.sampler, indices, labels, self.seed)
-        pixel_values = self.decode(latents)
-        return ((pixel_values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return to_uint8(self.decode(latents))
 
     def bank_generator(self) -> DiTBankGenerator:
         """The pre-trained model as the source of a memory bank, with its own classes drawn uniformly."""

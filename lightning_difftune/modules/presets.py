@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.schedules import MirroredPowerSchedule, PowerSchedule
+from lightning_difftune.schedules import PowerSchedule
 
 if TYPE_CHECKING:
     from lightning_difftune.modules.base import DiffTuningModule
@@ -54,7 +54,7 @@ def describe_preset(module: DiffTuningModule, datamodule: Any) -> str:
     name = min(differences, key=lambda key: len(differences[key]))
     settings = "; ".join(f"{key.replace('_', ' ')} {value}" for key, value in active.items())
     power = module.objective.schedule
-    if isinstance(power, PowerSchedule | MirroredPowerSchedule) and power.tau == 0:
+    if isinstance(power, PowerSchedule) and power.tau == 0:
         return f"Preset: standard fine-tuning (tau = 0). {settings}."
     if not differences[name]:
         return f"Preset: {name}. {settings}."
