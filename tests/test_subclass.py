@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cached_property
 from pathlib import Path
 
 import lightning as L
@@ -54,39 +53,14 @@ class UNetDiffTuningModule(DiffTuningModule):
     def decode(self, latents):
         return latents.clamp(-1, 1)
 
-    def generate(self, indices):
-        samples = draw_samples(self.unet, self.sampler, self.seed, indices)
-        return ((self.decode(samples) + 1) * 127.5).round().to(torch.uint8)
+    @property
+    def sample_shape(self):
+        config = self.unet.config
+        return config.in_channels, config.sample_size, config.sample_size
 
-    def bank_generator(self):
-        return PretrainedUNet(self)
-
-
-class PretrainedUNet:
-    """The network as it was before tuning: the source of the memory bank."""
-
-    def __init__(self, module):
-        self.module = module
-
-    @cached_property
-    def unet(self):
-        return UNet2DModel.from_pretrained(self.module.source).to(self.module.device)
-
-    def bank_spec(self):
-        module = self.module
-        return {
-            "model": module.base_identity["fingerprint"],
-            "sampler": module.bank_sampler.spec(),
-            "seed": module.seed,
-        }
-
-    def generate_bank(self, indices):
-        return {"latents": draw_samples(self.unet, self.module.bank_sampler, self.module.seed, indices)}
-
-
-def draw_samples(unet, sampler, seed, indices):
-    noise = noise_of(seed, indices, (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size))
-    return sampler(lambda x_t, t, condition: unet(x_t, t).sample, noise.to(unet.device), None, None)
+    def pretrained(self):
+        unet = UNet2DModel.from_pretrained(self.source).to(self.device)
+        return lambda x_t, t, condition: unet(x_t, t).sample
 
 
 # -- its tests --------------------------------------------------------------------------------------------------------
@@ -181,7 +155,8 @@ def test_the_bank_is_of_the_network_before_tuning(tmp_path, weights):
     untouched = module_of(weights)
     untouched.configure_model()
     untouched.eval()
-    expected = draw_samples(untouched.unet, untouched.sampler, 0, torch.arange(6))
+    noise = noise_of(0, torch.arange(6), (1, 8, 8))
+    expected = untouched.sampler(untouched.denoise, noise, None, None)
     assert torch.equal(MemoryBank(tmp_path / "bank").read(torch.arange(6))["latents"], expected)
     assert not torch.equal(module.eval().generate(torch.arange(6)), untouched.generate(torch.arange(6)))
 

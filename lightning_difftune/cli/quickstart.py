@@ -105,7 +105,7 @@ def evaluate(cli: DiffTuneCLI, classifier: DigitClassifier, seconds: float) -> T
     module: DiTDiffTuningModule = cli.model
     labels = torch.arange(10).repeat_interleave(COLUMNS)
     with callback_of(cli, EMA).average_parameters(module):
-        samples = module.generate(torch.arange(len(labels)), labels)
+        samples = module.generate(torch.arange(len(labels)), module.class_conditions(labels))
     recognised = (classifier.classify(samples) == labels).float().mean().item()
     parameters = sum(p.numel() for p in module.trainable_parameters())
     return Tuned(samples, recognised, callback_of(cli, FID).history, seconds, parameters)

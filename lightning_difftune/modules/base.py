@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -14,13 +15,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_difftune.draws import Draws
+from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models.checkpoints import check_state
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import BankGenerator, DiffTuningBatch, Tuner
-from lightning_difftune.sampling import Sampler
+from lightning_difftune.protocols import BankGenerator, Denoiser, DiffTuningBatch, Tuner
+from lightning_difftune.sampling import Sampler, to_uint8
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -31,9 +32,10 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class DiffTuningModule(L.LightningModule, ABC):
     """Base of the Diff-Tuning modules: subclass it for a model family of your own.
 
-    A family supplies :meth:`build`, :meth:`prepare`, :meth:`denoise`, :meth:`decode`, :meth:`trainable_modules`,
-    :meth:`generate` and :meth:`bank_generator`; the rest (both streams in one forward pass, the objective, validation
-    on fixed draws, optimizers, lean checkpoints) is here.
+    A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`prepare`, :meth:`denoise`, :meth:`decode`,
+    :attr:`sample_shape` and :meth:`pretrained`, and a conditional one :meth:`conditions`, :meth:`source_conditions` and
+    :meth:`source_condition`. The rest (both streams in one forward pass, the objective, pictures and the memory bank,
+    validation on fixed draws, optimizers, lean checkpoints) is here.
 
     Timesteps, noise and label dropout depend on ``seed`` and the batch's index alone, so a run that is resumed or
     spread over more processes sees the numbers of the undisturbed run.
@@ -97,13 +99,38 @@ class DiffTuningModule(L.LightningModule, ABC):
     def trainable_modules(self) -> list[nn.Module]:
         """The networks that are trained, or that the tuner is applied to."""
 
+    @property
     @abstractmethod
-    def generate(self, indices: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) uint8 for sample indices (B,); picture i depends on the seed and i alone."""
+    def sample_shape(self) -> tuple[int, ...]:
+        """(c, h, w) of what is denoised."""
 
     @abstractmethod
-    def bank_generator(self) -> BankGenerator:
-        """The pre-trained model, untouched by training, as the source of a memory bank."""
+    def pretrained(self) -> Denoiser:
+        """A frozen copy of the network as it was before tuning, on this module's device.
+
+        It takes the conditions that it was pre-trained with, which may not be this module's; see
+        :meth:`source_condition`.
+        """
+
+    def conditions(self, indices: Tensor) -> tuple[Any, Any]:
+        """Condition and null condition of the generated pictures ``indices`` (B,); ``None`` twice if there are none."""
+        return None, None
+
+    def source_conditions(self, indices: Tensor) -> tuple[Any, Any]:
+        """Condition and null condition of the bank's samples ``indices`` (B,), for the pre-trained network."""
+        return None, None
+
+    def source_condition(self, condition: Any) -> Any:
+        """What the pre-trained network understands of a condition of this module; all of it by default."""
+        return condition
+
+    def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """What the bank keeps of the samples ``indices`` (B,) beside their latents (B, c, h, w)."""
+        return {}
+
+    def bank_spec(self) -> dict[str, Any]:
+        """What decides :meth:`source_conditions` and :meth:`bank_columns`, as plain JSON values."""
+        return {}
 
     # -- shared ---------------------------------------------------------------------------------------------------
 
@@ -145,6 +172,25 @@ class DiffTuningModule(L.LightningModule, ABC):
         trained = sum(p.numel() for p in self.trainable_parameters())
         rank_zero_info(f"Training {trained:,} parameters of {self.base_identity.get('name', 'the model')}.")
         rank_zero_info(describe_preset(self, getattr(self.trainer, "datamodule", None)))
+
+    def draw_latents(self, denoise: Denoiser, sampler: Sampler, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
+        """Samples (B, c, h, w) whose start noise depends on the seed and their index alone, for indices (B,)."""
+        noise = noise_of(self.seed, indices, self.sample_shape).to(self.device)
+        return sampler(denoise, noise, *conditions)
+
+    def generate(self, indices: Tensor, conditions: tuple[Any, Any] | None = None) -> Tensor:
+        """Pictures (B, C, H, W) uint8; picture i depends on the seed and i alone.
+
+        Args:
+            indices: Sample indices (B,).
+            conditions: Condition and null condition to use instead of :meth:`conditions`.
+        """
+        conditions = self.conditions(indices) if conditions is None else conditions
+        return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
+
+    def bank_generator(self) -> BankGenerator:
+        """The pre-trained model, untouched by training, as the source of a memory bank."""
+        return PretrainedSamples(self)
 
     def draws(self, step: int) -> Draws:
         """Random numbers of one step for this process's share of the global batch."""
@@ -215,3 +261,37 @@ class DiffTuningModule(L.LightningModule, ABC):
         if self.strict_loading:
             path = self._trainer.ckpt_path if self._trainer is not None else None
             check_state(checkpoint["state_dict"], current, "The checkpoint" if path is None else str(path))
+
+
+class PretrainedSamples:
+    """Samples of a module's pre-trained network, in the space it denoises: the source of a memory bank.
+
+    The network is loaded when the first sample is asked for, and lives as long as this object.
+    """
+
+    def __init__(self, module: DiffTuningModule) -> None:
+        self.module = module
+
+    @cached_property
+    def denoise(self) -> Denoiser:
+        """The pre-trained copy."""
+        return self.module.pretrained()
+
+    def bank_spec(self) -> dict[str, Any]:
+        """Everything that decides the samples."""
+        module = self.module
+        return {
+            "model": module.base_identity["fingerprint"],
+            "sampler": module.bank_sampler.spec(),
+            "latent_shape": list(module.sample_shape),
+            "seed": module.seed,
+            **module.bank_spec(),
+        }
+
+    def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
+        """Indices (B,) => latents (B, c, h, w) float32 and the family's own columns, on the CPU."""
+        module = self.module
+        conditions = module.source_conditions(indices)
+        latents = module.draw_latents(self.denoise, module.bank_sampler, indices, conditions)
+        columns = {"latents": latents.float(), **module.bank_columns(indices, latents)}
+        return {name: column.cpu() for name, column in columns.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +10,14 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_difftune.draws import Draws, labels_of, noise_of
+from lightning_difftune.draws import Draws, labels_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import Denoiser, DiffTuningBatch, Tuner
-from lightning_difftune.sampling import Sampler, to_uint8
+from lightning_difftune.protocols import DiffTuningBatch, Tuner
+from lightning_difftune.sampling import Sampler
 
 
 class DiTDiffTuningModule(DiffTuningModule):
@@ -92,8 +91,8 @@ class DiTDiffTuningModule(DiffTuningModule):
         """Classes K of the target."""
         return self._num_classes if self._num_classes is not None else self.dit.num_classes
 
-    def pretrained_model(self) -> DiT:
-        """A fresh copy of the model as it was before tuning, frozen and in eval mode, on this module's device."""
+    def pretrained(self) -> DiT:
+        """A fresh copy of the transformer as it was before tuning, frozen and in eval mode, on this module's device."""
         model = copy.deepcopy(self._given[1]) if self._given is not None else load_dit(self._source)
         return model.requires_grad_(False).eval().to(self.device)
 
@@ -174,61 +173,36 @@ class DiTDiffTuningModule(DiffTuningModule):
         is_retention = torch.arange(len(x0), device=x0.device) >= len(target["class_labels"])
         return x0, labels, is_retention
 
-    def generate(self, indices: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Pictures (B, C, H, W) uint8; picture i has class i mod K, so that every class is shown equally often.
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """(c, h, w) that the transformer denoises."""
+        return self.dit.sample_shape
 
-        Args:
-            indices: Sample indices (B,).
-            class_labels: Classes (B,) to show instead.
-        """
-        labels = indices % self.num_classes if class_labels is None else class_labels
-        latents = generate_latents(self.denoise, self.dit, self.sampler, indices, labels, self.seed)
-        return to_uint8(self.decode(latents))
+    def conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Picture i has class i mod K, so that every class is shown equally often."""
+        return self.class_conditions(indices % self.num_classes)
 
-    def bank_generator(self) -> DiTBankGenerator:
-        """The pre-trained model as the source of a memory bank, with its own classes drawn uniformly."""
-        return DiTBankGenerator(self)
+    def source_conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Classes of the pre-trained model, drawn uniformly from (seed, i) alone."""
+        num_classes = self.base_identity["num_classes"]
+        return self._with_null(labels_of(self.seed, indices, num_classes), num_classes)
 
+    def source_condition(self, condition: Tensor) -> Tensor:
+        """The null class: the pre-trained model does not know the target's classes."""
+        return torch.full_like(condition, self.base_identity["num_classes"])
 
-class DiTBankGenerator:
-    """Samples of a module's pre-trained model in the space it denoises.
-
-    Sample i has a class drawn uniformly from the source's and start noise, both from (seed, i) alone. The model is
-    loaded when the first sample is asked for.
-    """
-
-    def __init__(self, module: DiTDiffTuningModule) -> None:
-        self.module = module
-
-    @cached_property
-    def model(self) -> DiT:
-        """The pre-trained copy."""
-        return self.module.pretrained_model()
+    def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """The source classes."""
+        return {"class_labels": labels_of(self.seed, indices, self.base_identity["num_classes"])}
 
     def bank_spec(self) -> dict[str, Any]:
-        """Everything that decides the samples."""
-        identity = self.module.base_identity
-        return {
-            "model": identity["fingerprint"],
-            "sampler": self.module.bank_sampler.spec(),
-            "class_labels": f"uniform over {identity['num_classes']}",
-            "latent_shape": list(self.module.dit.sample_shape),
-            "seed": self.module.seed,
-        }
+        """How the source classes are drawn."""
+        return {"class_labels": f"uniform over {self.base_identity['num_classes']}"}
 
-    def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
-        """Indices (B,) => latents (B, c, h, w) float32 and class labels (B,) int64, on the CPU."""
-        module = self.module
-        labels = labels_of(module.seed, indices, self.model.num_classes)
-        latents = generate_latents(self.model, self.model, module.bank_sampler, indices, labels, module.seed)
-        return {"latents": latents.float().cpu(), "class_labels": labels}
+    def class_conditions(self, class_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Condition and null condition for target classes (B,), for :meth:`generate`."""
+        return self._with_null(class_labels, self.dit.null_class)
 
-
-def generate_latents(
-    denoise: Denoiser, model: DiT, sampler: Sampler, indices: Tensor, labels: Tensor, seed: int
-) -> Tensor:
-    """Latents (B, c, h, w) of the samples ``indices`` (B,) with classes ``labels`` (B,), on the model's device."""
-    device = model.pos_embed.device
-    labels = labels.to(device)
-    noise = noise_of(seed, indices, model.sample_shape).to(device)
-    return sampler(denoise, noise, labels, torch.full_like(labels, model.null_class))
+    def _with_null(self, labels: Tensor, null_class: int) -> tuple[Tensor, Tensor]:
+        labels = labels.to(self.device)
+        return labels, torch.full_like(labels, null_class)

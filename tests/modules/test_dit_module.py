@@ -194,7 +194,7 @@ def test_label_tables(weights, label_table, rows, null):
     assert module.dit.null_class == null
     original = tiny_dit().y_embedder.embedding_table.weight[-1]
     assert torch.equal(module.dit.y_embedder.embedding_table.weight[-1], original)
-    assert module.pretrained_model().null_class == 6
+    assert module.pretrained().null_class == 6
 
 
 def test_generation_depends_on_the_index_alone(weights):
@@ -237,7 +237,7 @@ def test_a_model_object_is_tuned_in_place_and_remembered(tmp_path):
     trainer_of(tmp_path, 3).fit(module, data_of(tmp_path))
     assert module.dit is model
     assert not torch.equal(model.final_layer.linear.weight, before["final_layer.linear.weight"])
-    assert_same(before, module.pretrained_model().state_dict())
+    assert_same(before, module.pretrained().state_dict())
 
 
 def test_validation_loss_does_not_change_between_identical_models(tmp_path, weights):
