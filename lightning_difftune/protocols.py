@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 
 class TargetBatch(TypedDict):
-    """One batch of the target domain: pictures, or the posterior of their latents."""
+    """One batch of the target domain: pictures with their labels or captions, or what frozen networks make of them."""
 
     pixel_values: NotRequired[Tensor]  # (B, C, H, W) float32 in [-1, 1]
     latent_mean: NotRequired[Tensor]  # (B, c, h, w), scaled latents
     latent_std: NotRequired[Tensor]  # (B, c, h, w), same scale
-    class_labels: Tensor  # (B,) int64
+    class_labels: NotRequired[Tensor]  # (B,) int64
+    captions: NotRequired[list[str]]  # B of them
+    prompt_embeds: NotRequired[Tensor]  # (B, L, D), the captions' embeddings
+    conditioning_pixel_values: NotRequired[Tensor]  # (B, 1 or 3, H, W) uint8, control maps
 
 
 class RetentionBatch(TypedDict):
@@ -25,6 +28,7 @@ class RetentionBatch(TypedDict):
 
     latents: Tensor  # (B, c, h, w) float32
     class_labels: NotRequired[Tensor]  # (B,) int64, the source classes they were drawn for
+    conditioning_pixel_values: NotRequired[Tensor]  # (B, 1 or 3, H, W) uint8, control maps of the samples themselves
 
 
 class DiffTuningBatch(TypedDict):
@@ -93,14 +97,14 @@ class SupportsBankGeneration(Protocol):
 
 @runtime_checkable
 class SupportsEncode(Protocol):
-    """A module that maps pictures to the latents it denoises."""
+    """A module whose frozen networks turn target samples into what it trains on, such as latents."""
 
-    def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixel values (B, C, H, W) on any device => mean and std (B, c, h, w) of their scaled latents."""
+    def encode(self, batch: TargetBatch) -> TargetBatch:
+        """A target batch as read => tensors as trained on, ``latent_mean`` and ``latent_std`` among them."""
         ...
 
     def encoder_identity(self) -> str | None:
-        """What decides the latents; ``None`` if the model denoises pixels."""
+        """What decides the result of :meth:`encode`; ``None`` if the model denoises pixels and there is none."""
         ...
 
 

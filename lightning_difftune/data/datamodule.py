@@ -45,8 +45,9 @@ class MemoryBankDataModule(L.LightningDataModule):
     interrupted; ``trainer.predict`` builds it on purpose. The same holds for the latent cache.
 
     Args:
-        target: Training pictures: any map-style data set of ``(image, label)``, such as torchvision's.
-        num_classes: Classes K of the target; labels outside 0..K-1 are refused.
+        target: Training pictures: any map-style data set of ``(image, label)``, such as torchvision's, or, for models
+            of text, of ``(image, caption)`` or ``(image, caption, control map)``.
+        num_classes: Classes K of the target; labels outside 0..K-1 are refused. ``None`` for captions.
         image_size: Side of the pictures in pixels.
         channels: 1 (grey) or 3 (RGB).
         bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
@@ -77,7 +78,7 @@ class MemoryBankDataModule(L.LightningDataModule):
     def __init__(
         self,
         target: Dataset,
-        num_classes: int,
+        num_classes: int | None = None,
         image_size: int = 256,
         channels: int = 3,
         bank: str | Path | None = None,
@@ -110,7 +111,12 @@ class MemoryBankDataModule(L.LightningDataModule):
         self.seed = seed
         self._check_shares()
         labels = self.target.labels()
-        if labels is not None:
+        if labels is not None and num_classes is None:
+            raise ConfigError(
+                "num_classes is not set, but the target has class labels. Set it to their number; for a model of text, "
+                "make captions of them with lightning_difftune.data.ClassCaptions."
+            )
+        if labels is not None and num_classes is not None:
             check_labels(labels, num_classes, self.target.describe)
 
     def _check_shares(self) -> None:
@@ -179,7 +185,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         return bank
 
     def open_latent_cache(self) -> LatentCache | None:
-        """The target's latents, encoded first if they are missing; ``None`` if the run does not cache."""
+        """The target as the model encodes it, which is done first if it is missing; ``None`` without a cache."""
         if self.latent_cache_path is None:
             return None
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -191,6 +197,7 @@ class MemoryBankDataModule(L.LightningDataModule):
                 self.target,
                 module.encode,
                 {"autoencoder": module.encoder_identity()},
+                mirrored=self.horizontal_flip,
                 batch_size=self.build_batch_size,
                 num_workers=self.num_workers,
                 rank=self._rank,

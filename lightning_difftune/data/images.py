@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.pixels import to_pixel_values, to_pixels
 from lightning_difftune.data.source_facts import (
+    captions_of,
     class_names_of,
     content_digest_of,
     digest_arrays,
@@ -40,8 +42,9 @@ class TargetItem(NamedTuple):
     """One picture of the target domain."""
 
     pixels: Tensor  # (C, H, W) uint8
-    label: int
+    label: int | str  # class index or caption
     source_index: int  # the picture that was read: another than asked for, where that one is damaged and skipped
+    control: Tensor | None = None  # (1 or 3, H, W) uint8, where the source has control maps of its own
 
 
 class ImageTargets:
@@ -53,8 +56,9 @@ class ImageTargets:
     always the same one, so that caches and runs agree. Each is warned about once a process.
 
     Args:
-        source: A map-style data set of ``(image, label)``, such as any of torchvision's, of
-            :mod:`~lightning_difftune.data.image_files` or of :mod:`~lightning_difftune.data.image_arrays`.
+        source: A map-style data set of ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``,
+            such as any of torchvision's, of :mod:`~lightning_difftune.data.image_files` or of
+            :mod:`~lightning_difftune.data.image_arrays`.
         image_size: Height and width of the pictures.
         channels: 1 (grey) or 3 (RGB).
         on_corrupt: ``"error"`` or ``"skip"``.
@@ -114,17 +118,13 @@ class ImageTargets:
             flips: B times whether to mirror the picture, left to right.
 
         Returns:
-            ``pixel_values`` (B, C, H, W) float32 in [-1, 1] and ``class_labels`` (B,) int64.
+            ``pixel_values`` (B, C, H, W) float32 in [-1, 1]; ``class_labels`` (B,) int64 or B ``captions``; and
+            ``conditioning_pixel_values`` (B, 1 or 3, H, W) uint8 where the source has control maps.
 
         Raises:
-            DataError: A damaged picture, unless those are skipped; or the source yields no ``(image, label)`` pairs.
+            DataError: A damaged picture, unless those are skipped; or the source yields something else.
         """
-        items = [self.read(index) for index in indices]
-        pixels = [item.pixels.flip(-1) if flip else item.pixels for item, flip in zip(items, flips, strict=True)]
-        return {
-            "pixel_values": to_pixel_values(torch.stack(pixels)),
-            "class_labels": torch.tensor([item.label for item in items], dtype=torch.int64),
-        }
+        return as_batch([self.read(index) for index in indices], flips)
 
     def uint8(self, indices: Sequence[int]) -> Tensor:
         """Pictures (B, C, H, W) uint8, for reference statistics and for looking at them."""
@@ -164,15 +164,19 @@ class ImageTargets:
     @cached_property
     def _identity(self) -> str:
         content = content_digest_of(self.source)
-        labels = self.labels()
+        labels, captions = self.labels(), captions_of(self.source)
         parts: list[npt.NDArray[Any] | str] = [
             f"adm centre crop, {self.image_size} px, {self.channels} channels, {len(self)} images",
             type(self.source).__name__ if content is None else content,
             "labels unknown" if labels is None else labels.numpy(),
         ]
+        if captions is not None:
+            parts.extend(captions)
         if content is None or transforms_pictures(self.source):
             positions = np.unique(np.linspace(0, len(self) - 1, _IDENTITY_SAMPLES).astype(int))
-            parts.append(self.uint8(positions.tolist()).numpy())
+            items = [self.read(position) for position in positions.tolist()]
+            parts.append(torch.stack([item.pixels for item in items]).numpy())
+            parts.extend(item.label for item in items if isinstance(item.label, str))
         return digest_arrays(*parts)
 
     def _load(self, index: int) -> TargetItem | None:
@@ -182,11 +186,14 @@ class ImageTargets:
         image: Any = None
         try:
             entry = self.source[index]
-            if not isinstance(entry, (tuple, list)) or len(entry) != 2:
-                raise DataError(f"the data set yields {type(entry).__name__}; expected pairs (image, label).")
-            image, label = entry
+            if not isinstance(entry, (tuple, list)) or len(entry) not in (2, 3):
+                raise DataError(
+                    f"the data set yields {type(entry).__name__}; expected (image, label), (image, caption) or "
+                    "(image, caption, control map)."
+                )
+            image, label, *control = entry
             pixels = torch.from_numpy(to_pixels(image, self.image_size, self.channels))
-            return TargetItem(pixels, _class_index(label), index)
+            return TargetItem(pixels, _label(label), index, self._control(*control))
         except DataError as error:
             raise DataError(f"{self.describe(index)}: {error}") from error
         except MemoryError:
@@ -196,6 +203,12 @@ class ImageTargets:
                 raise
             self._refuse_or_skip(index, image, error)
             return None
+
+    def _control(self, control: Any = None) -> Tensor | None:
+        if control is None:
+            return None
+        grey = control.mode in ("1", "L") if isinstance(control, Image.Image) else np.ndim(control) == 2
+        return torch.from_numpy(to_pixels(control, self.image_size, 1 if grey else 3))
 
     def _refuse_or_skip(self, index: int, image: Any, error: Exception) -> None:
         what = self.describe(index)
@@ -253,8 +266,48 @@ def check_labels(
     )
 
 
-def _class_index(label: Any) -> int:
+def as_batch(items: Sequence[TargetItem], flips: Sequence[bool]) -> TargetBatch:
+    """Items as one batch; those with a flip are mirrored, left to right.
+
+    Raises:
+        DataError: Some items have a caption or a control map and others do not.
+    """
+    batch: TargetBatch = {"pixel_values": to_pixel_values(_stack([item.pixels for item in items], flips))}
+    labels = [item.label for item in items]
+    captions, controls = (
+        [label for label in labels if isinstance(label, str)],
+        [item.control for item in items if item.control is not None],
+    )
+    if len(captions) not in (0, len(items)) or len(controls) not in (0, len(items)):
+        raise DataError("some pictures of the data set have a caption or a control map and others do not.")
+    if captions:
+        batch["captions"] = captions
+    else:
+        batch["class_labels"] = torch.tensor(labels, dtype=torch.int64)
+    if controls:
+        batch["conditioning_pixel_values"] = _stack(controls, flips)
+    return batch
+
+
+def mirror(batch: TargetBatch) -> TargetBatch:
+    """A batch of pictures, and of their control maps, mirrored left to right."""
+    mirrored = batch.copy()
+    mirrored["pixel_values"] = batch["pixel_values"].flip(-1)
+    if "conditioning_pixel_values" in batch:
+        mirrored["conditioning_pixel_values"] = batch["conditioning_pixel_values"].flip(-1)
+    return mirrored
+
+
+def _stack(pictures: Sequence[Tensor], flips: Sequence[bool]) -> Tensor:
+    return torch.stack([pixels.flip(-1) if flip else pixels for pixels, flip in zip(pictures, flips, strict=True)])
+
+
+def _label(label: Any) -> int | str:
+    if isinstance(label, str):
+        return label
     try:
         return operator.index(label)
     except TypeError as error:
-        raise DataError(f"the label is {label!r} ({type(label).__name__}); expected an integer class index.") from error
+        raise DataError(
+            f"the label is {label!r} ({type(label).__name__}); expected an integer class index or a caption."
+        ) from error

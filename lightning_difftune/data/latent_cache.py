@@ -1,10 +1,10 @@
-"""Latents of the target set, encoded once by the frozen autoencoder."""
+"""The target set as the frozen networks of a model see it, encoded once: latents, embeddings, control maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -12,14 +12,13 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_difftune.data.images import ImageTargets
-from lightning_difftune.data.pixels import to_pixel_values
+from lightning_difftune.data.images import ImageTargets, as_batch, mirror
 from lightning_difftune.data.shards import ShardReader, ShardWork, ShardWriter, build
 from lightning_difftune.data.shards.format import shard_name
 from lightning_difftune.errors import ConfigError, DataError, StoreError
 from lightning_difftune.protocols import TargetBatch
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Encode = Callable[[TargetBatch], TargetBatch]
 
 _KIND = "latent-cache"
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -28,12 +27,12 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 class LatentCache:
     """The posterior of every target picture's latents, in a folder of shards, memory-mapped.
 
-    Mean and standard deviation are stored, so that each epoch draws new latents; and those of the mirror image too,
-    since an autoencoder does not commute with mirroring. Sample 2i of the shards is picture i and sample 2i + 1 its
-    mirror image, so that a batch reads from the disk only what it uses. Each has ``mean`` and ``std`` (c, h, w), its
-    ``class_labels`` entry, int64, and ``source_index``, int64: the picture that was encoded, which is another than i
-    where a damaged file was skipped. A folder gets its manifest last and cannot be opened without, so a cache has two
-    samples for each of its pictures or is refused.
+    Mean and standard deviation are stored, so that each epoch draws new latents; and, where training mirrors pictures,
+    those of the mirror image too, since an autoencoder does not commute with mirroring. Sample 2i of the shards is then
+    picture i and sample 2i + 1 its mirror image, so that a batch reads from the disk only what it uses. Each has what
+    the model's ``encode`` makes of it, ``latent_mean`` and ``latent_std`` (c, h, w) among them, and ``source_index``,
+    int64: the picture that was encoded, which is another than i where a damaged file was skipped. A folder gets its
+    manifest last and cannot be opened without, so a cache has every picture or is refused.
 
     Args:
         path: A finished cache.
@@ -45,6 +44,7 @@ class LatentCache:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._reader = ShardReader(path, kind=_KIND)
+        self._ways = 2 if self._reader.spec.get("mirrored") else 1
 
     @classmethod
     def build(
@@ -54,6 +54,7 @@ class LatentCache:
         encode: Encode,
         spec: dict[str, Any],
         *,
+        mirrored: bool = True,
         batch_size: int = 64,
         dtype: Literal["float16", "float32"] = "float16",
         shard_size: int = 1024,
@@ -70,12 +71,13 @@ class LatentCache:
         Args:
             path: The folder.
             targets: The pictures.
-            encode: ``pixel_values`` (B, C, H, W) float32 on the CPU => mean and standard deviation of the scaled
-                latents, (B, c, h, w) each, on any device.
-            spec: What decides the latents, as plain JSON values: the autoencoder's fingerprint and scale.
-            batch_size: Pictures in one call of ``encode``; twice as many latents are made.
-            dtype: How latents are stored. float16 halves the size and rounds by 2**-11 at most, about 5e-4 for
-                latents of unit variance; the first of 1000 diffusion steps adds noise of 1e-2.
+            encode: A batch as read, on the CPU => tensors to store, on any device: mean and standard deviation of the
+                scaled latents, (B, c, h, w) each, and whatever else is trained on.
+            spec: What decides the result, as plain JSON values: the autoencoder's fingerprint and scale.
+            mirrored: Whether mirror images are stored, too.
+            batch_size: Pictures in one call of ``encode``.
+            dtype: How floating-point tensors are stored. float16 halves the size and rounds by 2**-11 at
+                most, about 5e-4 for latents of unit variance; the first of 1000 diffusion steps adds noise of 1e-2.
             shard_size: Pictures in a shard; what a killed run loses at most, on each rank.
             num_workers: Worker processes that read pictures ahead, so that the autoencoder does not wait for them.
             rank: This process.
@@ -92,30 +94,30 @@ class LatentCache:
         full_spec = {
             "autoencoder": spec,
             "dtype": dtype,
+            "mirrored": mirrored,
             "targets": {
                 "channels": targets.channels,
                 "identity": targets.identity(),
                 "image_size": targets.image_size,
             },
         }
-        writer = ShardWriter(path, kind=_KIND, spec=full_spec, num_samples=2 * len(targets), shard_size=2 * shard_size)
-        pictures = _read_ahead(targets, writer.work(2 * batch_size, rank, world_size), num_workers)
+        ways = 2 if mirrored else 1
+        writer = ShardWriter(
+            path, kind=_KIND, spec=full_spec, num_samples=ways * len(targets), shard_size=ways * shard_size
+        )
+        pictures = _read_ahead(targets, writer.work(ways * batch_size, rank, world_size), ways, num_workers)
 
         def generate(indices: Tensor) -> dict[str, Tensor]:
-            batch = next(pictures)  # of the same work, in the same order
-            mean, std = _encode_both_ways(encode, to_pixel_values(batch.pixels))
-            return {
-                "mean": mean.to(_DTYPES[dtype]),
-                "std": std.to(_DTYPES[dtype]),
-                "class_labels": batch.class_labels.repeat_interleave(2),
-                "source_index": batch.source_index.repeat_interleave(2),
-            }
+            batch, source_index = next(pictures)  # of the same work, in the same order
+            encoded = _encode(encode, [batch, mirror(batch)][:ways])
+            stored = {name: t.to(_DTYPES[dtype]) if t.is_floating_point() else t for name, t in encoded.items()}
+            return {**stored, "source_index": source_index.repeat_interleave(ways)}
 
         def report(done: int, total: int) -> None:
             if progress is not None:
-                progress(done // 2, total // 2)
+                progress(done // ways, total // ways)
 
-        build(writer, generate, 2 * batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=report)
+        build(writer, generate, ways * batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=report)
         cache = cls(path)
         cache._report_replaced(targets)
         return cache
@@ -128,10 +130,10 @@ class LatentCache:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(c, h, w) of one latent."""
-        return self._reader.shapes["mean"]
+        return self._reader.shapes["latent_mean"]
 
     def __len__(self) -> int:
-        return len(self._reader) // 2
+        return len(self._reader) // self._ways
 
     def read(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
         """A training batch.
@@ -141,15 +143,18 @@ class LatentCache:
             flips: B times whether to take the mirror image's latents.
 
         Returns:
-            ``latent_mean`` and ``latent_std`` (B, c, h, w) float32, ``class_labels`` (B,) int64.
+            What was stored, floating-point tensors as float32: ``latent_mean`` and ``latent_std`` (B, c, h, w), and
+            ``class_labels`` (B,) int64 or ``prompt_embeds`` (B, L, D).
+
+        Raises:
+            ConfigError: A mirror image is asked for, and the cache was made without.
         """
         pictures, mirrored = (torch.as_tensor(values, dtype=torch.int64) for values in (indices, flips))
-        samples = self._reader.read(2 * pictures + mirrored)
-        return {
-            "latent_mean": samples["mean"].float(),
-            "latent_std": samples["std"].float(),
-            "class_labels": samples["class_labels"],
-        }
+        if self._ways == 1 and mirrored.any():
+            raise ConfigError(f"{self.path} was made without mirror images; build it with mirrored=True.")
+        samples = self._reader.read(self._ways * pictures + mirrored)
+        del samples["source_index"]
+        return cast("TargetBatch", {n: t.float() if t.is_floating_point() else t for n, t in samples.items()})
 
     def replaced(self) -> dict[int, int]:
         """The damaged pictures that were skipped, and the picture that stands in for each, by index."""
@@ -158,7 +163,8 @@ class LatentCache:
             with safe_open(self.path / shard_name(shard), framework="pt") as file:  # one column, not the latents
                 encoded = file.get_tensor("source_index").tolist()
             samples = self._reader.plan.shard_range(shard)
-            replaced |= {i // 2: j for i, j in zip(samples, encoded, strict=True) if i // 2 != j}
+            ways = self._ways
+            replaced |= {i // ways: j for i, j in zip(samples, encoded, strict=True) if i // ways != j}
         return replaced
 
     def verify(self) -> None:
@@ -185,33 +191,28 @@ class LatentCache:
         )
 
 
-class _Pictures(NamedTuple):
-    pixels: Tensor  # (B, C, H, W) uint8
-    class_labels: Tensor  # (B,) int64
-    source_index: Tensor  # (B,) int64
+class _PicturesOfWork(Dataset[tuple[TargetBatch, Tensor] | DataError]):
+    """Item k is the pictures of the k-th batch of work, and which ones were read, (B,) int64."""
 
-
-class _PicturesOfWork(Dataset[_Pictures | DataError]):
-    """Item k is the pictures of the k-th batch of work."""
-
-    def __init__(self, targets: ImageTargets, work: ShardWork) -> None:
-        self.targets, self.work = targets, work
+    def __init__(self, targets: ImageTargets, work: ShardWork, ways: int) -> None:
+        self.targets, self.work, self.ways = targets, work, ways
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, position: int) -> _Pictures | DataError:
+    def __getitem__(self, position: int) -> tuple[TargetBatch, Tensor] | DataError:
         try:
-            pictures = self.work[position]["indices"][::2] // 2
+            pictures = self.work[position]["indices"][:: self.ways] // self.ways
             items = [self.targets.read(index) for index in pictures.tolist()]
+            return as_batch(items, [False] * len(items)), torch.tensor([item.source_index for item in items])
         except DataError as error:  # raised in a worker, its message would arrive inside a printed traceback
             return error
-        labels, source_index = (torch.tensor(column) for column in zip(*[item[1:] for item in items], strict=True))
-        return _Pictures(torch.stack([item.pixels for item in items]), labels, source_index)
 
 
-def _read_ahead(targets: ImageTargets, work: ShardWork, num_workers: int) -> Iterator[_Pictures]:
-    loader = DataLoader(_PicturesOfWork(targets, work), batch_size=None, num_workers=num_workers)
+def _read_ahead(
+    targets: ImageTargets, work: ShardWork, ways: int, num_workers: int
+) -> Iterator[tuple[TargetBatch, Tensor]]:
+    loader = DataLoader(_PicturesOfWork(targets, work, ways), batch_size=None, num_workers=num_workers)
     for pictures in loader:
         if isinstance(pictures, DataError):
             raise pictures
@@ -219,14 +220,16 @@ def _read_ahead(targets: ImageTargets, work: ShardWork, num_workers: int) -> Ite
 
 
 @torch.no_grad()
-def _encode_both_ways(encode: Encode, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (2B, c, h, w) on the CPU, each picture followed by its mirror image."""
-    pairs = [encode(pixel_values), encode(pixel_values.flip(-1))]
-    for mean, std in pairs:
-        if mean.ndim != 4 or mean.shape != std.shape or len(mean) != len(pixel_values):
+def _encode(encode: Encode, batches: Sequence[TargetBatch]) -> dict[str, Tensor]:
+    """What is stored of pictures, each followed by its mirror image if ``batches`` has that too, on the CPU."""
+    encoded = [cast("dict[str, Tensor]", encode(batch)) for batch in batches]
+    for tensors, batch in zip(encoded, batches, strict=True):
+        count = len(batch["pixel_values"])
+        mean, std = (tensors.get(name, torch.empty(0)) for name in ("latent_mean", "latent_std"))
+        if mean.ndim != 4 or mean.shape != std.shape or any(len(tensor) != count for tensor in tensors.values()):
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ConfigError(
-                f"encode returned a mean of shape {tuple(mean.shape)} and a standard deviation of shape "
-                f"{tuple(std.shape)} for {len(pixel_values)} pictures; expected (B, c, h, w) twice."
+                f"encode returned {shapes} for {count} pictures; expected latent_mean and latent_std, (B, c, h, w) "
+                "each, and tensors of B entries beside them."
             )
-    means, stds = zip(*pairs, strict=True)
-    return torch.stack(means, dim=1).flatten(0, 1).cpu(), torch.stack(stds, dim=1).flatten(0, 1).cpu()
+    return {name: torch.stack([t[name] for t in encoded], dim=1).flatten(0, 1).cpu() for name in encoded[0]}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -51,19 +51,22 @@ def labels_of(source: Any) -> torch.Tensor | None:
 
 def paths_of(source: Any) -> list[str] | None:
     """The file of every picture, or None where pictures are not in files of their own or their names are unknown."""
-    if isinstance(source, Subset):
-        inner = paths_of(source.dataset)
-        return None if inner is None else [inner[i] for i in source.indices]
-    if isinstance(source, ConcatDataset):
-        parts = [paths_of(part) for part in source.datasets]
-        known = [part for part in parts if part is not None]
-        return [path for part in known for path in part] if len(known) == len(parts) else None
+    if isinstance(source, Subset | ConcatDataset):
+        return _looked_through(source, paths_of)
     candidates = [getattr(source, name, None) for name in _PATH_ATTRIBUTES]
     candidates += [[path for path, _ in samples] for samples in _sample_lists(source)]
     for values in candidates:
         if _fits(values, len(source)) and all(isinstance(value, (str, Path)) for value in values):
             return [str(value) for value in values]
     return None
+
+
+def captions_of(source: Any) -> list[str] | None:
+    """The caption of every picture, where the source has captions and knows them without reading its pictures."""
+    if isinstance(source, Subset | ConcatDataset):
+        return _looked_through(source, captions_of)
+    captions = getattr(source, "captions", None)
+    return [str(caption) for caption in captions] if _fits(captions, len(source)) else None
 
 
 def location_of(source: Any, index: int) -> str | None:
@@ -150,6 +153,16 @@ def _digest_files(paths: Sequence[str]) -> str:
 def _sample_lists(source: Any) -> list[Sequence[tuple[Any, Any]]]:
     lists = (getattr(source, name, None) for name in _SAMPLE_ATTRIBUTES)
     return [samples for samples in lists if _fits(samples, len(source)) and all(len(entry) == 2 for entry in samples)]
+
+
+def _looked_through(source: Subset | ConcatDataset, fact: Callable[[Any], list[str] | None]) -> list[str] | None:
+    """A fact of every picture of a part or a chain of other sources, if all of them know it."""
+    if isinstance(source, Subset):
+        inner = fact(source.dataset)
+        return None if inner is None else [inner[i] for i in source.indices]
+    parts = [fact(part) for part in source.datasets]
+    known = [part for part in parts if part is not None]
+    return [entry for part in known for entry in part] if len(known) == len(parts) else None
 
 
 def _fits(values: Any, count: int) -> TypeGuard[Sequence[Any]]:

@@ -16,7 +16,7 @@ from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import DiffTuningBatch, Tuner
+from lightning_difftune.protocols import DiffTuningBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import Sampler
 
 
@@ -123,12 +123,13 @@ class DiTDiffTuningModule(DiffTuningModule):
         """The transformer."""
         return [self.dit]
 
-    def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixel values (B, C, H, W) => mean and std (B, c, h, w) of their latents; pixel models have std 0.
+    def encode(self, batch: TargetBatch) -> TargetBatch:
+        """Pictures (B, C, H, W) => mean and std (B, c, h, w) of their latents, 0 in pixel models, and their labels.
 
         Raises:
             ConfigError: If the model denoises another shape.
         """
+        pixel_values = batch["pixel_values"]
         if self.autoencoder is None:
             mean, std = pixel_values, torch.zeros_like(pixel_values)
         else:
@@ -138,7 +139,7 @@ class DiTDiffTuningModule(DiffTuningModule):
                 f"Pictures of shape {tuple(pixel_values.shape[1:])} become samples of shape {tuple(mean.shape[1:])}, "
                 f"but the model denoises {self.dit.sample_shape}. Set image_size and channels of the data to fit it."
             )
-        return mean, std
+        return {"latent_mean": mean, "latent_std": std, "class_labels": batch["class_labels"]}
 
     def encoder_identity(self) -> str | None:
         """Fingerprint and scale of the autoencoder; ``None`` for pixel models."""
@@ -156,12 +157,8 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Target samples with labels dropped at random, then retained ones under the null class."""
-        target = batch["target"]
-        labels = target["class_labels"]
-        if "latent_mean" in target:
-            mean, std = target["latent_mean"], target["latent_std"]
-        else:
-            mean, std = self.encode(target["pixel_values"])
+        target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
+        mean, std, labels = target["latent_mean"], target["latent_std"], target["class_labels"]
         x0 = mean if self.autoencoder is None else mean + std * draws.normal(*mean.shape)
         if self.training:
             dropped = draws.uniform(len(labels)) < self.label_dropout
@@ -170,7 +167,7 @@ class DiTDiffTuningModule(DiffTuningModule):
             retained = batch["retention"]["latents"]
             x0 = torch.cat([x0, retained.to(x0.dtype)])
             labels = torch.cat([labels, labels.new_full((len(retained),), self.dit.null_class)])
-        is_retention = torch.arange(len(x0), device=x0.device) >= len(target["class_labels"])
+        is_retention = torch.arange(len(x0), device=x0.device) >= len(mean)
         return x0, labels, is_retention
 
     @property

@@ -57,6 +57,14 @@ def test_reference_pictures_are_the_ones_asked_for():
     assert data.reference_identity() != train.reference_identity()
 
 
+def test_captions_come_in_the_batch():
+    source = [(np.full((8, 8), 10 * i, np.uint8), f"grey {i}") for i in range(8)]
+    (batch,) = data_of(source, num_classes=None).train_dataloader()
+    levels = ((batch["target"]["pixel_values"][:, 0, 0, 0] + 1) * 127.5).round()
+    assert batch["target"]["captions"] == [f"grey {int(level) // 10}" for level in levels]
+    assert "class_labels" not in batch["target"]
+
+
 def test_mistakes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"int\(0.1 \* 8\) = 0 bank samples"):
         data_of(bank=tmp_path, retention_share=0.1)
@@ -64,6 +72,10 @@ def test_mistakes_are_refused(tmp_path):
         data_of(bank=tmp_path, retention_share=1.0)
     with pytest.raises(DataError, match="outside the label table"):
         data_of(num_classes=3)
+    with pytest.raises(ConfigError, match="num_classes is not set"):
+        data_of(num_classes=None)
+    with pytest.raises(DataError, match=r"image \d+ has a caption, but num_classes = 4"):
+        next(iter(data_of([(np.zeros((8, 8), np.uint8), "a cat")] * 8).train_dataloader()))
     with pytest.raises(ConfigError, match="no val_target"):
         next(data_of().reference_images())
     with pytest.raises(ConfigError, match="predict builds the memory bank"):

@@ -243,8 +243,8 @@ def test_caltech101_names_its_damaged_file(tmp_path):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (PICTURES[0], r"image 0: the data set yields ndarray; expected pairs"),
-        ((PICTURES[0], "cat"), r"image 0: the label is 'cat' \(str\); expected an integer"),
+        (PICTURES[0], r"image 0: the data set yields ndarray; expected \(image, label\)"),
+        ((PICTURES[0], 1.5), r"image 0: the label is 1\.5 \(float\); expected an integer"),
         ((torch.zeros(3, 8, 8), 0), r"image 0: the data set yields an array of shape \(8, 8, 3\) and type float32"),
     ],
 )

@@ -17,6 +17,7 @@ from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.shards import ShardWriter
 from lightning_difftune.errors import ConfigError, DataError, StoreError
+from lightning_difftune.protocols import TargetBatch
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (23, 16, 16, 3), dtype=np.uint8)
 LABELS = np.arange(23) % 5
@@ -32,10 +33,14 @@ class Encoder(nn.Module):
         self.conv = nn.Conv2d(3, 8, 3, stride=4, padding=1)
         self.calls = 0
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: TargetBatch) -> TargetBatch:
         self.calls += 1
-        mean, log_variance = self.conv(pixel_values).chunk(2, dim=1)
-        return mean, (log_variance / 2).exp()
+        mean, log_variance = self.conv(batch["pixel_values"]).chunk(2, dim=1)
+        return latents_of(batch, mean, (log_variance / 2).exp())
+
+
+def latents_of(batch: TargetBatch, mean: Tensor, std: Tensor) -> TargetBatch:
+    return {"latent_mean": mean, "latent_std": std, "class_labels": batch["class_labels"]}
 
 
 @pytest.fixture
@@ -60,9 +65,9 @@ def test_cache_holds_what_the_encoder_says_of_picture_and_mirror_image(tmp_path,
     indices, flips = [22, 0, 7, 7, 13], [True, False, True, False, True]
     batch, pixels = cache.read(indices, flips), targets.pixels(indices, flips)
     with torch.no_grad():
-        mean, std = encoder(pixels["pixel_values"])
-    torch.testing.assert_close(batch["latent_mean"], mean, rtol=tolerance, atol=1e-6)
-    torch.testing.assert_close(batch["latent_std"], std, rtol=tolerance, atol=1e-6)
+        expected = encoder(pixels)
+    for name in ("latent_mean", "latent_std"):
+        torch.testing.assert_close(batch[name], expected[name], rtol=tolerance, atol=1e-6)
     assert batch["latent_mean"].dtype == batch["latent_std"].dtype == torch.float32
     assert torch.equal(batch["class_labels"], pixels["class_labels"])
     # The mirror image's latents are its own, not the picture's mirrored.
@@ -76,17 +81,17 @@ def test_cache_of_a_diffusers_autoencoder(tmp_path, targets):
     vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=["DownEncoderBlock2D"] * 2,
                         up_block_types=["UpDecoderBlock2D"] * 2).eval()  # fmt: skip
 
-    def encode(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        posterior = vae.encode(pixel_values).latent_dist
-        return posterior.mean * 0.18215, posterior.std * 0.18215
+    def encode(batch: TargetBatch) -> TargetBatch:
+        posterior = vae.encode(batch["pixel_values"]).latent_dist
+        return latents_of(batch, posterior.mean * 0.18215, posterior.std * 0.18215)
 
     cache = make(tmp_path / "cache", targets, encode)
     assert cache.latent_shape == (4, 8, 8)
     batch = cache.read([3, 5], [False, True])
     with torch.no_grad():
-        mean, std = encode(targets.pixels([3, 5], [False, True])["pixel_values"])
-    torch.testing.assert_close(batch["latent_mean"], mean, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(batch["latent_std"], std, rtol=1e-3, atol=1e-5)
+        expected = encode(targets.pixels([3, 5], [False, True]))
+    for name in ("latent_mean", "latent_std"):
+        torch.testing.assert_close(batch[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_finished_cache_is_opened_without_encoding(tmp_path, targets, encoder):
@@ -101,10 +106,10 @@ def test_finished_cache_is_opened_without_encoding(tmp_path, targets, encoder):
 
 
 def test_stopped_build_goes_on_at_the_shard_where_it_was(tmp_path, targets, encoder):
-    def killed_in_the_second_shard(pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def killed_in_the_second_shard(batch: TargetBatch) -> TargetBatch:
         if encoder.calls == 6:
             raise KeyboardInterrupt
-        return encoder(pixel_values)
+        return encoder(batch)
 
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "cache", targets, killed_in_the_second_shard)
@@ -201,12 +206,57 @@ def test_skipped_picture_is_recorded_and_replaced_as_without_a_cache(tmp_path, f
 
 
 def test_encoders_that_do_not_return_latents(tmp_path, targets):
-    with pytest.raises(ConfigError, match=r"mean of shape \(4, 3\).*for 4 pictures; expected \(B, c, h, w\)"):
-        make(tmp_path / "a", targets, lambda x: (x.mean((2, 3)), x.std((2, 3))))
-    with pytest.raises(ConfigError, match=r"standard deviation of shape \(4, 1, 16, 16\)"):
-        make(tmp_path / "b", targets, lambda x: (x, x[:, :1]))
+    def of_pixels(function):
+        return lambda batch: latents_of(batch, *function(batch["pixel_values"]))
+
+    with pytest.raises(ConfigError, match=r"'latent_mean': \(4, 3\).*for 4 pictures; expected .*\(B, c, h, w\)"):
+        make(tmp_path / "a", targets, of_pixels(lambda x: (x.mean((2, 3)), x.std((2, 3)))))
+    with pytest.raises(ConfigError, match=r"'latent_std': \(4, 1, 16, 16\)"):
+        make(tmp_path / "b", targets, of_pixels(lambda x: (x, x[:, :1])))
+    one_embedding = {"prompt_embeds": torch.zeros(1, 2, 3)}
+    with pytest.raises(ConfigError, match=r"'prompt_embeds': \(1, 2, 3\)"):
+        make(tmp_path / "c", targets, lambda batch: {**of_pixels(lambda x: (x, x))(batch), **one_embedding})
     with pytest.raises(StoreError, match="std is not finite"):
-        make(tmp_path / "c", targets, lambda x: (x, x / 0))
+        make(tmp_path / "d", targets, of_pixels(lambda x: (x, x / 0)))
+
+
+def test_without_mirror_images_a_cache_is_half_as_large(tmp_path, targets, encoder):
+    both, one = make(tmp_path / "both", targets, encoder), make(tmp_path / "one", targets, encoder, mirrored=False)
+    assert len(both) == len(one) == 23
+    everything = range(23)
+    plain = both.read(everything, [False] * 23)
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in one.read(everything, [False] * 23).items())
+    with pytest.raises(ConfigError, match="made without mirror images"):
+        one.read([0, 1], [False, True])
+    with pytest.raises(StoreError, match="mirrored: false, now true"):
+        make(tmp_path / "one", targets, encoder)
+
+
+def test_captions_and_control_maps_are_encoded_with_their_pictures(tmp_path):
+    control = np.zeros((16, 16), np.uint8)
+    control[:, :4] = 255
+    source = [(picture, f"flower {number}", control) for number, picture in enumerate(PICTURES[:5])]
+
+    def encode(batch: TargetBatch) -> TargetBatch:
+        lengths = torch.tensor([float(caption[-1]) for caption in batch["captions"]])
+        return {
+            "latent_mean": batch["pixel_values"],
+            "latent_std": torch.ones_like(batch["pixel_values"]),
+            "prompt_embeds": lengths.view(-1, 1, 1).expand(-1, 2, 3),
+            "conditioning_pixel_values": batch["conditioning_pixel_values"],
+        }
+
+    cache = make(tmp_path / "cache", ImageTargets(source, 16), encode, batch_size=2)
+    batch = cache.read([4, 1], [False, True])
+    assert batch["prompt_embeds"][:, 0, 0].tolist() == [4, 1]
+    maps = batch["conditioning_pixel_values"]
+    assert (maps.dtype, maps.shape) == (torch.uint8, (2, 1, 16, 16))
+    assert (maps[0, 0, 0, :4] == 255).all()
+    assert (maps[1, 0, 0, -4:] == 255).all()
+    assert "captions" not in batch
+    changed = [(picture, "another", control) for picture, _, control in source]
+    with pytest.raises(StoreError, match=r"targets\.identity"):
+        make(tmp_path / "cache", ImageTargets(changed, 16), encode)
 
 
 def test_cache_travels_to_worker_processes(tmp_path, targets, encoder):
