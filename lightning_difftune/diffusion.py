@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,9 @@ from lightning_difftune.errors import ConfigError
 
 
 class GaussianDiffusion(nn.Module):
-    """Variance-preserving process with a linear beta schedule (Ho et al., 2020), as DiT was trained with.
+    """Variance-preserving process over discrete steps (Ho et al., 2020).
+
+    The defaults are DiT's. Stable Diffusion's is ``GaussianDiffusion(1000, 0.00085, 0.012, "scaled_linear")``.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps. Tables are computed in float64 and kept in float32, as buffers that
     follow the model to its device but never enter a checkpoint.
@@ -18,6 +22,11 @@ class GaussianDiffusion(nn.Module):
         num_timesteps: T, the number of discrete steps.
         beta_start: Variance added by the first step.
         beta_end: Variance added by the last step.
+        beta_schedule: ``"linear"`` in beta, or ``"scaled_linear"``, which is linear in the square root of beta; the
+            names are those of diffusers' schedulers.
+
+    Raises:
+        ConfigError: If there are fewer than two steps, the betas are not in (0, 1) or fall, or the schedule is neither.
 
     Example:
         >>> process = GaussianDiffusion()
@@ -33,15 +42,25 @@ class GaussianDiffusion(nn.Module):
     posterior_log_variance: Tensor
     log_betas: Tensor
 
-    def __init__(self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> None:
+    def __init__(
+        self,
+        num_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: Literal["linear", "scaled_linear"] = "linear",
+    ) -> None:
         super().__init__()
+        if beta_schedule not in ("linear", "scaled_linear"):
+            raise ConfigError(f"beta_schedule must be 'linear' or 'scaled_linear', got {beta_schedule!r}.")
         if num_timesteps < 2 or not 0 < beta_start <= beta_end < 1:
             raise ConfigError(
                 f"A diffusion needs two steps or more and 0 < beta_start <= beta_end < 1; "
                 f"got {num_timesteps} steps, betas {beta_start} to {beta_end}."
             )
         self.num_timesteps = num_timesteps
-        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device="cpu")
+        power = 1.0 if beta_schedule == "linear" else 0.5
+        ends = beta_start**power, beta_end**power
+        betas = torch.linspace(*ends, num_timesteps, dtype=torch.float64, device="cpu") ** (1 / power)
         alphas_cumprod = (1 - betas).cumprod(0)
         previous = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)

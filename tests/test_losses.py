@@ -102,11 +102,14 @@ def test_hybrid_needs_a_learned_variance():
         hybrid_loss(output[:, :2], x0, x_t, noise, t, PROCESS)
 
 
-def test_process_agrees_with_diffusers():
-    scheduler = DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+@pytest.mark.parametrize("betas", [(1e-4, 0.02, "linear"), (0.00085, 0.012, "scaled_linear")])
+def test_process_agrees_with_diffusers(betas):
+    scheduler = DDPMScheduler(1000, *betas)
+    process = GaussianDiffusion(1000, *betas)
     t = torch.arange(1000)
     x0, noise = torch.randn(2, 1000, 1, 2, 2).unbind()
-    torch.testing.assert_close(PROCESS.add_noise(x0, noise, t), scheduler.add_noise(x0, noise, t), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(process.add_noise(x0, noise, t), scheduler.add_noise(x0, noise, t), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(process.log_betas.exp(), scheduler.betas, rtol=1e-5, atol=0)
 
 
 def test_predict_x0_inverts_add_noise():
@@ -118,3 +121,5 @@ def test_predict_x0_inverts_add_noise():
 def test_bad_betas_are_refused():
     with pytest.raises(ConfigError, match="0 < beta_start <= beta_end < 1"):
         GaussianDiffusion(beta_start=0.02, beta_end=1e-4)
+    with pytest.raises(ConfigError, match="'linear' or 'scaled_linear', got 'cosine'"):
+        GaussianDiffusion(beta_schedule="cosine")
