@@ -5,7 +5,7 @@ Convention everywhere: t = 0 is data, t = T is noise, T = 1000 discrete steps in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor, nn
@@ -105,6 +105,63 @@ class SupportsEncode(Protocol):
 
     def encoder_identity(self) -> str | None:
         """What decides the result of :meth:`encode`; ``None`` if the model denoises pixels and there is none."""
+        ...
+
+
+@runtime_checkable
+class Annotator(Protocol):
+    """What turns a picture into the control map that a ControlNet follows: edges, depth, a segmentation."""
+
+    channels: int  # of its control maps, 1 or 3
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 => control maps (B, channels, H, W) uint8 on the same device.
+
+        A picture's map depends on that picture alone.
+        """
+        ...
+
+    def identity(self) -> str:
+        """What decides the maps: name, constants and, for networks, the weights' fingerprint; a key of stores."""
+        ...
+
+
+@runtime_checkable
+class SupportsControl(Protocol):
+    """A module whose pictures follow control maps."""
+
+    def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
+        """Generate one picture for each control map; sample i's noise depends on the seed and i alone.
+
+        Args:
+            indices: Sample indices (B,) int64.
+            conditioning: Control maps (B, c, H, W) uint8, on any device.
+            captions: B captions.
+
+        Returns:
+            Pictures (B, 3, H, W) uint8.
+        """
+        ...
+
+    def annotate(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 on any device => their control maps (B, c, H, W) uint8."""
+        ...
+
+
+@runtime_checkable
+class SupportsControlExamples(Protocol):
+    """A data module, or anything else, with held-out pictures that controls can be taken from."""
+
+    @property
+    def num_control_examples(self) -> int:
+        """How many there are."""
+        ...
+
+    def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Positions below :attr:`num_control_examples` => pictures (B, 3, H, W) uint8 and their captions.
+
+        The same on every process.
+        """
         ...
 
 
