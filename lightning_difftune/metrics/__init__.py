@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from lightning_difftune.metrics.control_similarity import BlurredSSIM, ControlMSE, PixelAccuracy
 from lightning_difftune.metrics.digit_classifier import DigitClassifier
 from lightning_difftune.metrics.extractors import EfficientNetLite0Features, InceptionV3Features
 from lightning_difftune.metrics.frechet import FrechetDistance
 from lightning_difftune.metrics.reference_cache import ReferenceCache
 
 __all__ = [
+    "BlurredSSIM",
+    "ControlMSE",
     "DigitClassifier",
     "EfficientNetLite0Features",
     "FrechetDistance",
     "InceptionV3Features",
+    "PixelAccuracy",
     "ReferenceCache",
 ]

@@ -18,7 +18,7 @@ def scenes(count: int = 4, size: int = 24, seed: int = 0) -> torch.Tensor:
     pictures = generator.integers(0, 60, (count, 3, size, size))
     rows, columns = np.mgrid[:size, :size]
     for picture in pictures:
-        row, column, radius = generator.integers(6, size - 6, 2).tolist() + [int(generator.integers(4, 9))]
+        row, column, radius = [*generator.integers(6, size - 6, 2).tolist(), int(generator.integers(4, 9))]
         picture[:, (rows - row) ** 2 + (columns - column) ** 2 < radius**2] += generator.integers(0, 180, (3, 1))
         picture[:, :, column : column + 3] += 10
     return torch.from_numpy(pictures.clip(0, 255).astype(np.uint8))
