@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_difftune.data import MemoryBank, MemoryBankDataModule
-    from lightning_difftune.modules import DiffTuningModule, DiTDiffTuningModule
+    from lightning_difftune.modules import DiffTuningModule, DiTDiffTuningModule, TextToImageDiffTuningModule
     from lightning_difftune.objective import DiffTuningObjective, WeightedDiffTuningObjective
     from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, PowerSchedule, SNRSchedule
 
@@ -23,6 +23,7 @@ _HOMES = {
     "MirroredPowerSchedule": "schedules",
     "PowerSchedule": "schedules",
     "SNRSchedule": "schedules",
+    "TextToImageDiffTuningModule": "modules",
     "WeightedDiffTuningObjective": "objective",
 }
 
@@ -36,6 +37,7 @@ __all__ = [
     "MirroredPowerSchedule",
     "PowerSchedule",
     "SNRSchedule",
+    "TextToImageDiffTuningModule",
     "WeightedDiffTuningObjective",
 ]
 

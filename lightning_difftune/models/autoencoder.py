@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_difftune.errors import CheckpointError, ConfigError, DataError
-from lightning_difftune.models import hub
+from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.frozen import Frozen
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL
 
 
-class FrozenAutoencoder(nn.Module):
+class FrozenAutoencoder(Frozen):
     """A diffusers ``AutoencoderKL`` that is never trained, and whose weights are in nobody's checkpoint.
-
-    It follows its parent module to any device, but its weights are no parameters of the parent: they enter neither its
-    state dict nor its optimizer, EMA or gradient synchronisation. Always in eval mode and without gradients.
 
     Args:
         source: Hub repository, local folder, or an ``AutoencoderKL``, which is taken over and frozen.
@@ -34,8 +31,6 @@ class FrozenAutoencoder(nn.Module):
         ConfigError: If the scaling factor is not positive.
     """
 
-    autoencoder: AutoencoderKL
-
     def __init__(
         self,
         source: str | Path | AutoencoderKL = "stabilityai/sd-vae-ft-ema",
@@ -43,25 +38,18 @@ class FrozenAutoencoder(nn.Module):
         subfolder: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        super().__init__()
         if not scaling_factor > 0:
             raise ConfigError(f"scaling_factor must be positive, got {scaling_factor}.")
         autoencoder = open_autoencoder(source, subfolder or "") if isinstance(source, str | Path) else source
-        autoencoder.requires_grad_(False).eval()
         if autoencoder.dtype != getattr(torch, dtype):
             autoencoder.to(getattr(torch, dtype))
-        self.__dict__["autoencoder"] = autoencoder  # past nn.Module's registration
+        super().__init__(autoencoder)
         self.scaling_factor = scaling_factor
-        self.training = False
 
-    def train(self, mode: bool = True) -> Self:
-        """Do nothing: the autoencoder stays in eval mode."""
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the autoencoder along with the parent module."""
-        self.autoencoder._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+    @property
+    def autoencoder(self) -> AutoencoderKL:
+        """The network."""
+        return self.network
 
     @property
     def downsample(self) -> int:
@@ -120,29 +108,6 @@ class FrozenAutoencoder(nn.Module):
 
 def open_autoencoder(source: str | Path, subfolder: str) -> AutoencoderKL:
     """Open an ``AutoencoderKL`` from a local folder or the hub, refusing weights that do not fill it."""
-    folder = Path(source).expanduser()
-    if not folder.exists():
-        if not isinstance(source, str) or not hub.is_repo_id(source):
-            raise CheckpointError(f"{str(source)!r} is no local folder; a hub repository is written 'owner/name'.")
-        folder = hub.fetch(source, (subfolder,))
-    folder /= subfolder
     from diffusers.models import AutoencoderKL as Autoencoder  # slow to import
 
-    try:
-        # Through a folder whose configuration has another class, diffusers would fill a default autoencoder at random.
-        config: dict[str, Any] = Autoencoder.load_config(str(folder), local_files_only=True)
-        if config.get("_class_name") != "AutoencoderKL":
-            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not an AutoencoderKL.")
-        autoencoder, info = Autoencoder.from_pretrained(
-            str(folder), local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder} cannot be opened as diffusers' AutoencoderKL: {error}. It needs config.json and "
-            f"{hub.WEIGHT_FILES[0]}; name the subfolder if they lie in one."
-        ) from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            names = sorted(map(str, info[kind]))[:3]
-            raise CheckpointError(f"{folder}: the weights do not fit config.json; {kind.replace('_', ' ')}: {names}.")
-    return autoencoder
+    return open_network(Autoencoder, source, subfolder)

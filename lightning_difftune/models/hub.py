@@ -7,7 +7,13 @@ from pathlib import Path
 
 from lightning_difftune.errors import CheckpointError
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first one there is read
+WEIGHT_FILES = (  # the first one there is read; the last two are transformers'
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+COMPANIONS = {"text_encoder": "tokenizer/", "unet": "scheduler/"}  # small folders of pipelines that a part goes with
 
 
 def is_repo_id(name: str) -> bool:
@@ -44,7 +50,7 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
         if not wanted:
             raise CheckpointError(
                 f"{repo_id} on the Hugging Face hub holds no diffusers model: no config.json with one of "
-                f"{', '.join(WEIGHT_FILES)} in {' or '.join(repr(folder or '/') for folder in subfolders)}."
+                f"{' or '.join(WEIGHT_FILES[::2])} in {' or '.join(repr(folder or '/') for folder in subfolders)}."
             )
         return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except CheckpointError:
@@ -90,5 +96,7 @@ def choose_files(names: list[str], subfolders: tuple[str, ...]) -> list[str]:
         prefix = f"{folder}/" if folder else ""
         weights = next((prefix + name for name in WEIGHT_FILES if prefix + name in names), None)
         if weights is not None and f"{prefix}config.json" in names:
-            return [name for name in ("model_index.json", f"{prefix}config.json", weights) if name in names]
+            companion = COMPANIONS.get(folder)
+            small = [name for name in names if companion is not None and name.startswith(companion)]
+            return [name for name in ("model_index.json", f"{prefix}config.json", weights, *small) if name in names]
     return []

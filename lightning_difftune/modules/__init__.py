@@ -2,5 +2,7 @@
 
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.dit import DiTDiffTuningModule
+from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
+from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
 
-__all__ = ["DiTDiffTuningModule", "DiffTuningModule"]
+__all__ = ["DiTDiffTuningModule", "DiffTuningModule", "StableDiffusionModule", "TextToImageDiffTuningModule"]

@@ -1,0 +1,61 @@
+"""Networks in diffusers' layout, opened whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning_difftune.errors import CheckpointError
+from lightning_difftune.models import hub
+
+Model = TypeVar("Model")
+
+
+def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -> Path:
+    """The local folder of a pipeline or of a network, fetched from the hub if ``source`` is a repository.
+
+    Raises:
+        CheckpointError: If it is neither a folder nor a repository that can be had.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return folder
+    if not isinstance(source, str) or not hub.is_repo_id(source):
+        raise CheckpointError(f"{str(source)!r} is no local folder; a hub repository is written 'owner/name'.")
+    return hub.fetch(source, (subfolder,), revision)
+
+
+def open_network(kind: type[Model], source: str | Path, subfolder: str = "", revision: str | None = None) -> Model:
+    """Open a network of one class in float32, refusing weights that do not fill it.
+
+    Args:
+        kind: diffusers' class, such as ``UNet2DConditionModel``.
+        source: Local folder or hub repository.
+        subfolder: Folder of the network in ``source``, such as ``"unet"`` of a pipeline.
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        CheckpointError: If the source is not found, unreadable, or of another class.
+    """
+    folder = folder_of(source, subfolder, revision) / subfolder
+    diffusers_class: Any = kind
+    try:
+        # Through a folder whose configuration has another class, diffusers would fill a default network at random.
+        config: dict[str, Any] = diffusers_class.load_config(str(folder), local_files_only=True)
+        if config.get("_class_name") != kind.__name__:
+            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not an {kind.__name__}.")
+        network, info = diffusers_class.from_pretrained(
+            str(folder), local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be opened as diffusers' {kind.__name__}: {error}. It needs config.json and "
+            f"{hub.WEIGHT_FILES[0]}; name the subfolder if they lie in one."
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(map(str, info[problem]))[:3]
+            raise CheckpointError(
+                f"{folder}: the weights do not fit config.json; {problem.replace('_', ' ')}: {names}."
+            )
+    return network

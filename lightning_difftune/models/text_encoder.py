@@ -1,0 +1,94 @@
+"""The frozen text encoder of text-to-image models: prompts to embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_difftune.errors import CheckpointError
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.diffusers_folder import folder_of
+from lightning_difftune.models.frozen import Frozen
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+class FrozenTextEncoder(Frozen):
+    """CLIP's tokenizer and text model, as Stable Diffusion pipelines hold them; never trained, never in a checkpoint.
+
+    Args:
+        source: A pipeline's hub repository or local folder, with ``tokenizer`` and ``text_encoder`` in it.
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        CheckpointError: If the source is not found or cannot be opened.
+    """
+
+    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+        tokenizer, network = open_text_encoder(source, revision)
+        super().__init__(network)
+        self.tokenizer: Any = tokenizer
+        self._truncated: set[str] = set()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, D): tokens of a prompt and width of an embedding; (77, 768) for Stable Diffusion 1.5."""
+        return self.tokenizer.model_max_length, self.network.config.hidden_size
+
+    def fingerprint(self) -> str:
+        """Identity of weights and vocabulary."""
+        vocabulary = json.dumps([self.tokenizer.get_vocab(), self.shape[0]], sort_keys=True)
+        return hashlib.sha256(f"{fingerprint(self.network)} {vocabulary}".encode()).hexdigest()
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embeddings (B, L, D) float32 of B prompts, padded to L tokens.
+
+        A prompt of more than L tokens is cut there, and a warning says so once for each.
+        """
+        length = self.shape[0]
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        device = self.network.device
+        for prompt in set(prompts) - self._truncated:
+            count = len(self.tokenizer(prompt).input_ids)
+            if count > length:
+                self._truncated.add(prompt)
+                rank_zero_warn(
+                    f"This prompt is truncated: it has {count} tokens, and the text encoder reads {length}: {prompt!r}"
+                )
+        with torch.autocast(device.type, enabled=False):
+            return self.network(tokens.to(device))[0].float()
+
+
+def open_text_encoder(source: str | Path, revision: str | None) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Open the tokenizer and, in float32, the text model of a pipeline."""
+    folder = folder_of(source, "text_encoder", revision)
+    import transformers  # slow to import
+
+    text_model: Any = transformers.CLIPTextModel
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        network, info = text_model.from_pretrained(
+            folder / "text_encoder", local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer and text_encoder that transformers' CLIP classes can open: {error}. It must be "
+            "the folder of a Stable Diffusion pipeline."
+        ) from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{folder / 'text_encoder'}: the weights do not fit config.json; {len(info['missing_keys'])} are missing, "
+            f"the first is {sorted(map(str, info['missing_keys']))[0]}."
+        )
+    return tokenizer, network

@@ -1,0 +1,208 @@
+"""TextToImageDiffTuningModule on a small Stable Diffusion pipeline: text, latents, bank, pictures, tuners."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
+from lightning_difftune.callbacks import EMA
+from lightning_difftune.data import LatentCache
+from lightning_difftune.draws import Draws
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.losses import eps_mse_loss
+from lightning_difftune.modules.stable_diffusion import stable_diffusion_sampler
+from lightning_difftune.sampling import Sampler
+from lightning_difftune.tuners import LoRA
+
+CAPTIONS = ["a photo of a cat", "a photo of a dog", "grey"]
+
+
+def module_of(pipeline_folder, **settings):
+    settings = {"sampler": stable_diffusion_sampler(2, 3.0), "prompts": CAPTIONS} | settings
+    return TextToImageDiffTuningModule(pipeline_folder, **settings)
+
+
+def built(pipeline_folder, **settings):
+    module = module_of(pipeline_folder, **settings)
+    module.configure_model()
+    return module.eval()
+
+
+def data_of(tmp_path, **settings):
+    rng = np.random.default_rng(0)
+    source = [(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8), CAPTIONS[i % 3]) for i in range(12)]
+    settings = {"bank": tmp_path / "bank", "bank_size": 5, "batch_size": 5, "image_size": 16} | settings
+    return MemoryBankDataModule(source, **settings)
+
+
+def trainer_of(tmp_path, steps, *callbacks, **settings):
+    return L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("latent_cache", [True, False])
+def test_it_trains_on_captions_and_a_bank_of_its_own_samples(tmp_path, pipeline_folder, latent_cache):
+    module = module_of(pipeline_folder, bank_prompts=["", "grey"])
+    trainer = trainer_of(tmp_path, 3, EMA(decay=0.5))
+    trainer.fit(module, data_of(tmp_path, latent_cache=tmp_path / "latents" if latent_cache else None))
+    assert {"train/loss", "train/retention"} <= trainer.callback_metrics.keys()
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+
+    bank = MemoryBank(tmp_path / "bank")
+    assert (len(bank), bank.latent_shape, bank.spec["prompts"]) == (5, (4, 8, 8), ["", "grey"])
+    assert bank.read(torch.arange(5))["class_labels"].tolist() == [0, 1, 0, 1, 0]
+    if latent_cache:
+        batch = LatentCache(tmp_path / "latents").read([2], [False])
+        expected = module.text_encoder.encode(["grey"])
+        torch.testing.assert_close(batch["prompt_embeds"], expected, rtol=1e-3, atol=1e-3)  # float16
+
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert all(name.startswith("unet.") for name in saved["state_dict"]), "no frozen network in a checkpoint"
+
+
+def test_pictures_are_those_of_the_pipeline(pipeline_folder):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    scheduler = DDIMScheduler.from_pretrained(pipeline_folder, subfolder="scheduler")
+    module = built(pipeline_folder, sampler=Sampler(scheduler, 3, 4.0, None))
+    ours = module.generate(torch.tensor([0, 1]))
+    pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    from lightning_difftune.draws import noise_of
+
+    theirs = pipeline(
+        CAPTIONS[:2],
+        latents=noise_of(0, torch.tensor([0, 1]), (4, 8, 8)),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        output_type="np",
+    ).images
+    np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy() / 255, theirs, atol=0.51 / 255 + 1e-4)
+
+
+def test_sample_i_depends_on_its_index_alone(pipeline_folder):
+    module = built(pipeline_folder)
+    together = module.generate(torch.arange(4))
+    torch.testing.assert_close(together[3:], module.generate(torch.tensor([3])), rtol=0, atol=1)
+
+
+def test_captions_are_dropped_once_a_sample_and_retained_samples_have_their_bank_prompts(pipeline_folder):
+    module = built(pipeline_folder, bank_prompts=["grey", ""], prompt_dropout=0.25).train()
+    count = 2000
+    embeddings = module.text_encoder.encode(["a photo of a cat"]).expand(count, -1, -1)
+    latents = torch.zeros(count, 4, 8, 8)
+    target = {"latent_mean": latents, "latent_std": latents, "prompt_embeds": embeddings}
+    retention = {"latents": torch.ones(3, 4, 8, 8), "class_labels": torch.tensor([1, 0, 0])}
+    x0, condition, is_retention = module.prepare({"target": target, "retention": retention}, Draws(0, 0))
+    assert is_retention.sum() == 3
+    assert is_retention[count:].all()
+    assert (x0[count:] == 1).all()
+    null = module.null_embedding()
+    dropped = (condition[:count] == null).flatten(1).all(1)
+    assert torch.equal(condition[:count][~dropped], embeddings[~dropped])
+    assert 0.2 < dropped.float().mean() < 0.3
+    assert torch.equal(condition[count:], module.text_encoder.encode(["", "grey", "grey"]))
+    module.eval()
+    assert torch.equal(module.prepare({"target": target}, Draws(0, 0))[1], embeddings)
+
+
+def test_the_bank_is_of_the_pipeline_even_after_tuning(tmp_path, pipeline_folder):
+    tuned = module_of(pipeline_folder, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    trainer_of(tmp_path, 2).fit(tuned, data_of(tmp_path, bank=None))
+    one = MemoryBank.build(tmp_path / "tuned", tuned.bank_generator(), 3)
+    other = MemoryBank.build(tmp_path / "fresh", built(pipeline_folder).bank_generator(), 3)
+    everything = torch.arange(3)
+    assert torch.equal(one.read(everything)["latents"], other.read(everything)["latents"])
+
+
+def test_lora_starts_as_the_pipeline_and_trains_alone(tmp_path, pipeline_folder):
+    tuner = LoRA(rank=2, alpha=2, target_modules=("to_q", "to_v"))
+    plain, module = built(pipeline_folder), built(pipeline_folder, tuner=tuner)
+    assert torch.equal(plain.generate(torch.arange(2)), module.generate(torch.arange(2)))
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    trainer = trainer_of(tmp_path, 2)
+    trainer.fit(module, data_of(tmp_path))
+    trainer.save_checkpoint(tmp_path / "lora.ckpt")
+    assert {*torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]} == trained
+
+
+def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_path, pipeline_folder):
+    losses = []
+    for settings in ({}, {"gradient_checkpointing": True, "channels_last": True}):
+        trainer = trainer_of(tmp_path, 2)
+        trainer.fit(module_of(pipeline_folder, **settings), data_of(tmp_path))
+        losses.append(trainer.callback_metrics["train/loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
+    encoder = built(pipeline_folder).text_encoder
+    long = "a photo of a cat and a photo of a dog"
+    with pytest.warns(UserWarning, match=r"is truncated: it has \d+ tokens, and the text encoder reads 8: 'a photo"):
+        embedding = encoder.encode([long])
+    assert embedding.shape == (1, 8, 16)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.encode([long])
+
+
+def test_mistakes_are_refused(tmp_path, pipeline_folder):
+    with pytest.raises(ConfigError, match="prompt_dropout"):
+        module_of(pipeline_folder, prompt_dropout=1.0)
+    with pytest.raises(ConfigError, match="one prompt each"):
+        module_of(pipeline_folder, bank_prompts=[])
+    labelled = MemoryBankDataModule([(np.zeros((16, 16, 3), np.uint8), 0)] * 5, 1, 16, batch_size=2)
+    with pytest.raises(ConfigError, match=r"needs captions.*ClassCaptions"):
+        trainer_of(tmp_path, 1).fit(module_of(pipeline_folder), labelled)
+    with pytest.raises(ConfigError, match="the objective's diffusion has another noise schedule"):
+        built(pipeline_folder, objective=DiffTuningObjective(loss=eps_mse_loss))
+    with pytest.raises(ConfigError, match="the scheduler of sampler has another noise schedule"):
+        built(pipeline_folder, sampler=Sampler())
+    with pytest.raises(ConfigError, match="Set the model's image_size"):
+        trainer_of(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, image_size=32, bank=None))
+    with pytest.raises(CheckpointError, match="no local folder"):
+        built(str(tmp_path / "nothing"))
+    broken = tmp_path / "broken"
+    shutil.copytree(pipeline_folder, broken)
+    (broken / "tokenizer").rename(broken / "elsewhere")
+    with pytest.raises(CheckpointError, match="has no tokenizer and text_encoder"):
+        built(str(broken))
+
+
+def test_a_v_prediction_pipeline_needs_its_own_sampler(tmp_path, pipeline_folder):
+    folder = tmp_path / "v"
+    shutil.copytree(pipeline_folder, folder)
+    file = Path(folder) / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(ConfigError, match="predicts 'v_prediction', the scheduler of sampler is set for 'epsilon'"):
+        built(str(folder))
+
+
+def test_image_size_of_another_resolution(tmp_path, pipeline_folder):
+    module = module_of(pipeline_folder, image_size=32)
+    trainer_of(tmp_path, 1).fit(module, data_of(tmp_path, image_size=32))
+    assert MemoryBank(tmp_path / "bank").latent_shape == (4, 16, 16)
+    assert module.eval().generate(torch.arange(1)).shape == (1, 3, 32, 32)
