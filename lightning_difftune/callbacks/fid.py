@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.generation import GenerationCallback, check_pictures
+from lightning_difftune.callbacks.generation import SampleCallback, check_pictures
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
 from lightning_difftune.metrics.reference_cache import reference_key
 from lightning_difftune.protocols import SupportsReferenceImages
 
 
-class FID(GenerationCallback):
+class FID(SampleCallback):
     """Generate pictures at the end of a validation and log their Fréchet distance to real ones.
 
     Through Inception-v3 this is FID, logged as ``fid``. Through any other extractor it is not, and is logged under the

@@ -27,20 +27,12 @@ class GenerationCallback(Callback, ABC):
         num_samples: How many pictures are generated: indices 0 .. num_samples - 1.
         batch_size: How many at a time.
         every_n_steps: Optimizer steps that must lie between two runs in ``fit``; ``None`` runs at each validation.
-        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` asks the module's own
-            ``generate``.
 
     Raises:
-        ConfigError: If a number is not positive or, when the trainer starts, if nothing can generate pictures.
+        ConfigError: If a number is not positive.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        every_n_steps: int | None,
-        generate: Callable[[Tensor], Tensor] | None,
-    ) -> None:
+    def __init__(self, num_samples: int, batch_size: int, every_n_steps: int | None) -> None:
         for name, number in (
             ("num_samples", num_samples),
             ("batch_size", batch_size),
@@ -51,7 +43,6 @@ class GenerationCallback(Callback, ABC):
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.every_n_steps = every_n_steps
-        self.generate = generate
         self._latest_step: int | None = None
         self._checkpoint_step: int | None = None
 
@@ -60,10 +51,8 @@ class GenerationCallback(Callback, ABC):
         """Look at pictures of the weights after ``step`` optimizer steps; called on every process."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say at the start, not after an hour, that nothing can generate pictures."""
+        """Forget at which step it last ran."""
         self._checkpoint_step = self._latest_step = None
-        if stage in ("fit", "validate"):
-            self._generator(pl_module)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Note how far the weights are trained, which ``trainer.validate(ckpt_path=...)`` would not know."""
@@ -87,17 +76,44 @@ class GenerationCallback(Callback, ABC):
         starts = range(0, self.num_samples, self.batch_size)
         return [range(start, min(start + self.batch_size, self.num_samples)) for start in starts]
 
+
+class SampleCallback(GenerationCallback):
+    """Base of callbacks that look at pictures asked for by their indices alone.
+
+    Args:
+        num_samples: As for the base.
+        batch_size: As for the base.
+        every_n_steps: As for the base.
+        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` asks the module's own
+            ``generate``.
+
+    Raises:
+        ConfigError: If a number is not positive or, when the trainer starts, if nothing can generate pictures.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        every_n_steps: int | None,
+        generate: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        super().__init__(num_samples, batch_size, every_n_steps)
+        self.generate = generate
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Say at the start, not after an hour, that nothing can generate pictures."""
+        super().setup(trainer, pl_module, stage)
+        if stage in ("fit", "validate"):
+            self._generator(pl_module)
+
     def pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> Tensor:
         """Pictures (B, 1 or 3, H, W) uint8 for sample indices, generated at the trainer's precision."""
         generate, maker = self._generator(pl_module)
         indices = torch.tensor(batch, device=pl_module.device)
         with trainer.precision_plugin.forward_context():
             pictures = generate(indices)
-        check_pictures(pictures, maker)
-        if len(pictures) != len(batch):
-            raise DataError(
-                f"{maker} returned {len(pictures)} pictures for {len(batch)} indices; it must return one each."
-            )
+        check_pictures(pictures, maker, len(batch))
         return pictures
 
     def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[[Tensor], Tensor], str]:
@@ -112,8 +128,8 @@ class GenerationCallback(Callback, ABC):
         )
 
 
-def check_pictures(pictures: Any, maker: str) -> None:
-    """Raise :class:`DataError` unless these are pictures (B, 1 or 3, H, W) uint8."""
+def check_pictures(pictures: Any, maker: str, count: int | None = None) -> None:
+    """Raise :class:`DataError` unless these are pictures (B, 1 or 3, H, W) uint8, ``count`` of them if given."""
     if not isinstance(pictures, Tensor):
         raise DataError(f"{maker} gave a {type(pictures).__name__}, expected a tensor (B, 1 or 3, H, W) uint8.")
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
@@ -121,3 +137,5 @@ def check_pictures(pictures: Any, maker: str) -> None:
             f"{maker} gave {pictures.dtype} {tuple(pictures.shape)}, expected pictures uint8 (B, 1 or 3, H, W). "
             "Scale [-1, 1] by (x + 1) * 127.5, round, clamp to 0..255 and cast to uint8."
         )
+    if count is not None and len(pictures) != count:
+        raise DataError(f"{maker} returned {len(pictures)} pictures for {count} indices; it must return one each.")

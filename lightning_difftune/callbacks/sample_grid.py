@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 from torch import Tensor
 
-from lightning_difftune.callbacks.generation import GenerationCallback
+from lightning_difftune.callbacks.generation import SampleCallback
+from lightning_difftune.callbacks.pictures import PictureLog
 
 
-class SampleGrid(GenerationCallback):
+class SampleGrid(SampleCallback):
     """Generate the same samples at the end of every validation and save them as one picture.
 
     The grid is written to ``samples/step-0001000.png`` and given to every logger that takes images (TensorBoard,
@@ -51,14 +48,12 @@ class SampleGrid(GenerationCallback):
     ) -> None:
         super().__init__(num_samples, batch_size, every_n_steps, generate)
         self.columns = columns
-        self.dirpath = dirpath
-        self._folder = Path()
+        self.picture_log = PictureLog("samples", dirpath)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder while all processes are here, since ``trainer.log_dir`` is a broadcast."""
+        """Find the folder while all processes are here."""
         super().setup(trainer, pl_module, stage)
-        log_dir = trainer.log_dir
-        self._folder = Path(self.dirpath) if self.dirpath else Path(log_dir or trainer.default_root_dir) / "samples"
+        self.picture_log.locate(trainer)
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Generate, save and log the grid on the first process."""
@@ -67,24 +62,4 @@ class SampleGrid(GenerationCallback):
         from torchvision.utils import make_grid
 
         samples = torch.cat([self.pictures(trainer, pl_module, batch).cpu() for batch in self.batches()])
-        grid = make_grid(samples, nrow=self.columns)  # (3, height, width) uint8
-        picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-        self._save(picture, self._folder / f"step-{step:07d}.png")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
-                logger.log_image(key="samples", images=[picture], step=step)
-            elif add_image := getattr(getattr(logger, "experiment", None), "add_image", None):
-                add_image("samples", grid, global_step=step)
-
-    @staticmethod
-    def _save(picture: Image.Image, path: Path) -> None:
-        """Write in one piece. A full disk costs the picture, not the training."""
-        partial = path.with_suffix(".png.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(partial, format="PNG")
-            os.replace(partial, path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            rank_zero_warn(f"The samples could not be saved to {path}: {error}. Training goes on.")
+        self.picture_log.show(trainer, make_grid(samples, nrow=self.columns), step)
