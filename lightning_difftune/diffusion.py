@@ -1,7 +1,8 @@
-"""The forward process: how clean samples become noise, and what its exact reverse would be."""
+"""Forward processes: how clean samples become noise, and what a network's prediction says about them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -10,7 +11,35 @@ from torch import Tensor, nn
 from lightning_difftune.errors import ConfigError
 
 
-class GaussianDiffusion(nn.Module):
+class ForwardProcess(nn.Module, ABC):
+    """x_t = a_t x_0 + b_t eps at T discrete noise levels, t = 0 next to data and t = T - 1 next to noise.
+
+    Attributes:
+        num_timesteps: T.
+    """
+
+    num_timesteps: int
+
+    @abstractmethod
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The a_t and b_t at t (B,) int64, each shaped (B, 1, ...) to multiply ``like`` (B, ...)."""
+
+    @abstractmethod
+    def predict_x0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean sample (B, ...) that x_t and a network's prediction (B, ...) imply."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, ...) from clean x0 (B, ...), standard normal noise (B, ...) and t (B,) int64."""
+        a, b = self.coefficients(t, x0)
+        return a * x0 + b * noise
+
+    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """The eps (B, ...) that x_t and a clean sample imply."""
+        a, b = self.coefficients(t, x_t)
+        return (x_t - a * x0) / b
+
+
+class GaussianDiffusion(ForwardProcess):
     """Variance-preserving process over discrete steps (Ho et al., 2020).
 
     The defaults are DiT's. Stable Diffusion's is ``GaussianDiffusion(1000, 0.00085, 0.012, "scaled_linear")``.
@@ -76,17 +105,55 @@ class GaussianDiffusion(nn.Module):
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t (B, ...) from clean x0 (B, ...), standard normal noise (B, ...) and t (B,) int64."""
-        return at(self.sqrt_alphas_cumprod, t, x0) * x0 + at(self.sqrt_one_minus_alphas_cumprod, t, x0) * noise
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(abar_t) and sqrt(1 - abar_t)."""
+        return at(self.sqrt_alphas_cumprod, t, like), at(self.sqrt_one_minus_alphas_cumprod, t, like)
 
-    def predict_x0(self, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def predict_x0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean sample (B, ...) that x_t and a noise prediction imply."""
-        return (x_t - at(self.sqrt_one_minus_alphas_cumprod, t, x_t) * noise) / at(self.sqrt_alphas_cumprod, t, x_t)
+        a, b = self.coefficients(t, x_t)
+        return (x_t - b * prediction) / a
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean (B, ...) of q(x_{t-1} | x_t, x_0), Eq. 7 of Ho et al. (2020)."""
         return at(self.posterior_mean_x0, t, x0) * x0 + at(self.posterior_mean_xt, t, x0) * x_t
+
+
+class RectifiedFlow(ForwardProcess):
+    """The straight path of flow matching (Liu et al., 2023): x_t = (1 - s) x_0 + s eps with s = (t + 1) / T.
+
+    A network predicts the velocity dx/ds = eps - x_0. The T levels are those of the DiT's timestep embedding, of the
+    schedules psi(s) and xi(s), and of diffusers' ``FlowMatchEulerDiscreteScheduler``, whose timesteps are T s = t + 1:
+    t = T - 1 is pure noise and t = 0 has s = 1/T, the last level before data.
+
+    Args:
+        num_timesteps: T, the number of discrete levels.
+
+    Example:
+        >>> process = RectifiedFlow()
+        >>> x0, noise = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+        >>> process.add_noise(x0, noise, torch.tensor([249])).mean().item()
+        0.75
+    """
+
+    s: Tensor
+
+    def __init__(self, num_timesteps: int = 1000) -> None:
+        super().__init__()
+        if num_timesteps < 2:
+            raise ConfigError(f"A flow needs two noise levels or more, got {num_timesteps}.")
+        self.num_timesteps = num_timesteps
+        levels = torch.arange(1, num_timesteps + 1, dtype=torch.float64, device="cpu") / num_timesteps
+        self.register_buffer("s", levels.float(), persistent=False)
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """1 - s and s."""
+        s = at(self.s, t, like)
+        return 1 - s, s
+
+    def predict_x0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean sample (B, ...) that x_t and a velocity imply."""
+        return x_t - at(self.s, t, x_t) * prediction
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_difftune.diffusion import GaussianDiffusion, at
+from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, RectifiedFlow, at
 from lightning_difftune.errors import ConfigError
 
 
 def eps_mse_loss(
-    output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: GaussianDiffusion
+    output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: ForwardProcess
 ) -> Tensor:
     """The simple loss of Eq. 1, || eps - f(x_t, t) ||^2 averaged over a sample's entries.
 
@@ -31,9 +31,29 @@ def eps_mse_loss(
     return (eps - noise).square().flatten(1).mean(1)
 
 
-def hybrid_loss(
-    output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: GaussianDiffusion
+def velocity_mse_loss(
+    output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: ForwardProcess
 ) -> Tensor:
+    """Flow matching: || (eps - x0) - f(x_t, t) ||^2 averaged over a sample's entries, for :class:`RectifiedFlow`.
+
+    Same arguments as :func:`eps_mse_loss`; the output's leading C channels are a velocity.
+
+    Returns:
+        (B,) float32.
+
+    Raises:
+        ConfigError: If the forward process is another one, of which eps - x0 is not the velocity.
+    """
+    if not isinstance(diffusion, RectifiedFlow):
+        raise ConfigError(
+            f"velocity_mse_loss needs the straight path of RectifiedFlow, found {type(diffusion).__name__}. Set the "
+            "objective's `diffusion` to lightning_difftune.diffusion.RectifiedFlow."
+        )
+    velocity = output[:, : noise.shape[1]].float()
+    return (velocity - (noise - x0)).square().flatten(1).mean(1)
+
+
+def hybrid_loss(output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: ForwardProcess) -> Tensor:
     """Eps-MSE plus the variational term of a learned variance, as DiT was trained with (Nichol & Dhariwal, 2021).
 
     Same arguments as :func:`eps_mse_loss`; the output must have 2C channels. The variational term is in bits per
@@ -43,8 +63,12 @@ def hybrid_loss(
         (B,) float32.
 
     Raises:
-        ConfigError: If the output has no second half of channels.
+        ConfigError: If the output has no second half of channels, or the forward process is no Gaussian diffusion.
     """
+    if not isinstance(diffusion, GaussianDiffusion):
+        raise ConfigError(
+            f"hybrid_loss needs a GaussianDiffusion, found {type(diffusion).__name__}. Its loss is velocity_mse_loss."
+        )
     if output.shape[1] != 2 * x0.shape[1]:
         raise ConfigError(
             f"hybrid_loss needs a network with a learned variance, {2 * x0.shape[1]} output channels for "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.diffusion import GaussianDiffusion
+from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion
 from lightning_difftune.draws import Draws, seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import hybrid_loss
@@ -40,9 +40,11 @@ class DiffTuningObjective(nn.Module):
     Args:
         schedule: Psi and xi; ``MirroredPowerSchedule(tau=1)`` by default.
         loss: Per-sample loss, :func:`~lightning_difftune.losses.hybrid_loss` or
-            :func:`~lightning_difftune.losses.eps_mse_loss`.
+            :func:`~lightning_difftune.losses.eps_mse_loss`; for velocities
+            :func:`~lightning_difftune.losses.velocity_mse_loss`.
         retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper.
         diffusion: The forward process; T = 1000 and DiT's linear betas by default.
+            :class:`~lightning_difftune.diffusion.RectifiedFlow` trains by flow matching.
 
     Raises:
         ConfigError: If psi or xi is negative or not finite somewhere, or psi is zero everywhere.
@@ -66,7 +68,7 @@ class DiffTuningObjective(nn.Module):
         schedule: ForgettingSchedule | None = None,
         loss: Callable[..., Tensor] = hybrid_loss,
         retention_weight: float = 0.1,
-        diffusion: GaussianDiffusion | None = None,
+        diffusion: ForwardProcess | None = None,
     ) -> None:
         super().__init__()
         if retention_weight < 0:
@@ -74,7 +76,7 @@ class DiffTuningObjective(nn.Module):
         self.schedule = schedule if schedule is not None else MirroredPowerSchedule()
         self.loss = loss
         self.retention_weight = retention_weight
-        self.diffusion = diffusion if diffusion is not None else GaussianDiffusion()
+        self.diffusion: ForwardProcess = diffusion if diffusion is not None else GaussianDiffusion()
 
         steps = self.diffusion.num_timesteps
         s = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps

@@ -1,0 +1,8 @@
+"""The one denoising loop: any diffusers scheduler, guidance, and a change of models on the way."""
+
+from lightning_difftune.sampling.guidance import Guided
+from lightning_difftune.sampling.loop import Reverse, sample, swap
+from lightning_difftune.sampling.sampler import Sampler, to_uint8
+from lightning_difftune.sampling.schedulers import NoiseScheduler, ddim, is_flow
+
+__all__ = ["Guided", "NoiseScheduler", "Reverse", "Sampler", "ddim", "is_flow", "sample", "swap", "to_uint8"]

@@ -1,0 +1,137 @@
+"""The reverse process: from noise to samples with one network, or with another one for the last steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.protocols import Denoiser
+from lightning_difftune.sampling.guidance import Guided
+from lightning_difftune.sampling.schedulers import NoiseScheduler, network_timesteps
+
+
+class Reverse:
+    """A reverse process on its way: the samples so far and the scheduler's memory.
+
+    Args:
+        noise: Start noise x_T (B, C, H, W).
+        scheduler: Any diffusers scheduler; it is copied, not changed.
+        num_inference_steps: Number of reverse steps.
+    """
+
+    def __init__(self, noise: Tensor, scheduler: NoiseScheduler, num_inference_steps: int) -> None:
+        self.scheduler: Any = copy.deepcopy(scheduler)
+        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+        self.x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        self.done = 0
+        self._network_timesteps = network_timesteps(self.scheduler)
+
+    def __len__(self) -> int:
+        """How many steps there are in all."""
+        return len(self.scheduler.timesteps)
+
+    def step(self, model: Guided) -> None:
+        """Go one step on by a network's prediction."""
+        timestep = self.scheduler.timesteps[self.done]
+        t = self._network_timesteps[self.done].expand(len(self.x))
+        is_scaled = hasattr(self.scheduler, "scale_model_input")
+        model_input = self.scheduler.scale_model_input(self.x, timestep) if is_scaled else self.x
+        self.x = self.scheduler.step(model(model_input, t), timestep, self.x).prev_sample
+        self.done += 1
+
+    def branch(self) -> Reverse:
+        """A copy that goes on independently: of the samples, and of what a multistep solver remembers."""
+        return copy.deepcopy(self)
+
+
+@torch.inference_mode()
+def sample(
+    denoise: Denoiser,
+    noise: Tensor,
+    scheduler: NoiseScheduler,
+    num_inference_steps: int = 50,
+    condition: Any = None,
+    null_condition: Any = None,
+    guidance_scale: float = 1.0,
+    guidance_channels: int | None = None,
+    on_step: Callable[[int, Tensor], None] | None = None,
+    null_denoise: Denoiser | None = None,
+) -> Tensor:
+    """Run the reverse process from noise to a clean sample.
+
+    Args:
+        denoise: The network, ``denoise(x_t, t, condition)``. A learned variance in its output is left out.
+        noise: Start noise x_T (B, C, H, W).
+        scheduler: Any diffusers scheduler; it is copied, not changed. One of flow matching takes the network's output
+            as a velocity.
+        num_inference_steps: Number of reverse steps.
+        condition: Condition of the B samples: a tensor whose first dimension is B, or nested dicts of such tensors.
+        null_condition: The unconditional counterpart; needed when ``guidance_scale`` is not 1.
+        guidance_scale: Strength of the guidance, see :class:`Guided`; 1 is none.
+        guidance_channels: How many leading channels are guided; all by default, 3 in the authors' DiT code.
+        on_step: Called as ``on_step(number of finished steps, x)`` after every step.
+        null_denoise: The frozen pre-trained network for Domain Guidance; ``null_condition`` is in its terms then.
+
+    Returns:
+        Clean samples (B, C, H, W).
+
+    Raises:
+        ConfigError: If guidance is asked for without a ``null_condition``.
+    """
+    model = Guided(denoise, condition, null_condition, guidance_scale, guidance_channels, null_denoise)
+    process = Reverse(noise, scheduler, num_inference_steps)
+    while process.done < len(process):
+        process.step(model)
+        if on_step is not None:
+            on_step(process.done, process.x)
+    return process.x
+
+
+@torch.inference_mode()
+def swap(
+    model: Guided,
+    tail: Guided,
+    noise: Tensor,
+    scheduler: NoiseScheduler,
+    fractions: Sequence[float],
+    num_inference_steps: int = 50,
+) -> Tensor:
+    """Run the reverse process with one network and leave its last steps to another one (Fig. 1 of the paper).
+
+    A fraction p of N steps are round(p N) of them, those nearest to the data: 0 is ``model`` alone and 1 ``tail``
+    alone. All fractions share the trajectory of ``model`` up to where they leave it, so the eleven fractions 0, 0.1,
+    .., 1 take 6.5 N steps instead of 11 N. Every result is to the bit what a process of its own would give, as long as
+    the scheduler adds no noise.
+
+    Args:
+        model: The network of the first steps under its condition, usually the tuned one.
+        tail: The network of the last steps under its own, usually the pre-trained one.
+        noise: Start noise x_T (B, C, H, W).
+        scheduler: Any diffusers scheduler; it is copied, not changed.
+        fractions: P numbers in [0, 1], in any order.
+        num_inference_steps: Number N of reverse steps.
+
+    Returns:
+        Clean samples (P, B, C, H, W), in the order of ``fractions``.
+
+    Raises:
+        ConfigError: If a fraction is outside [0, 1] or there is none.
+    """
+    if not fractions or not all(0 <= p <= 1 for p in fractions):
+        raise ConfigError(f"The fractions of steps to swap must be numbers in [0, 1], got {list(fractions)}.")
+    process = Reverse(noise, scheduler, num_inference_steps)
+    leaves_at = [len(process) - round(p * len(process)) for p in fractions]
+    finished: dict[int, Tensor] = {}
+    for start in sorted(set(leaves_at)):
+        while process.done < start:
+            process.step(model)
+        branch = process.branch()
+        while branch.done < len(branch):
+            branch.step(tail)
+        finished[start] = branch.x
+    return torch.stack([finished[start] for start in leaves_at])

@@ -1,0 +1,113 @@
+"""The settings of the reverse process, kept together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.protocols import Denoiser
+from lightning_difftune.sampling.guidance import Guided
+from lightning_difftune.sampling.loop import sample, swap
+from lightning_difftune.sampling.schedulers import ddim
+
+
+@dataclass
+class Sampler:
+    """Settings of :func:`~lightning_difftune.sampling.sample`; the defaults are the authors' evaluation protocol.
+
+    Args:
+        scheduler: Any diffusers scheduler; DDIM with "leading" spacing by default. Velocity models take one of flow
+            matching, such as ``diffusers.FlowMatchEulerDiscreteScheduler``.
+        num_inference_steps: Number of reverse steps.
+        guidance_scale: Strength of the guidance.
+        guidance_channels: Guided leading channels; ``null`` guides all (the paper-literal preset).
+        domain_guidance: Take the unconditional branch from the frozen pre-trained network (arXiv 2504.01521).
+
+    Raises:
+        ConfigError: If there is no step.
+    """
+
+    scheduler: Any = None
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.5
+    guidance_channels: int | None = 3
+    domain_guidance: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ConfigError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
+        if self.scheduler is None:
+            self.scheduler = ddim()
+
+    def __call__(
+        self,
+        denoise: Denoiser,
+        noise: Tensor,
+        condition: Any,
+        null_condition: Any,
+        on_step: Callable[[int, Tensor], None] | None = None,
+        null_denoise: Denoiser | None = None,
+    ) -> Tensor:
+        """Noise (B, C, H, W) => clean samples (B, C, H, W).
+
+        Raises:
+            ConfigError: If Domain Guidance is on and there is no ``null_denoise``, or the other way round.
+        """
+        if self.domain_guidance != (null_denoise is not None):
+            raise ConfigError(
+                f"domain_guidance is {self.domain_guidance}, but the network of the unconditional branch is "
+                f"{'given' if null_denoise is not None else 'missing'}. Pass the frozen pre-trained network as "
+                "null_denoise, with a null_condition in its terms, if and only if domain_guidance is on."
+            )
+        return sample(
+            denoise,
+            noise,
+            self.scheduler,
+            self.num_inference_steps,
+            condition,
+            null_condition,
+            self.guidance_scale,
+            self.guidance_channels,
+            on_step,
+            null_denoise,
+        )
+
+    def guided(
+        self, denoise: Denoiser, condition: Any, null_condition: Any, null_denoise: Denoiser | None = None
+    ) -> Guided:
+        """A network under its condition, at this sampler's guidance."""
+        return Guided(denoise, condition, null_condition, self.guidance_scale, self.guidance_channels, null_denoise)
+
+    def swap(self, model: Guided, tail: Guided, noise: Tensor, fractions: Sequence[float]) -> Tensor:
+        """Noise (B, C, H, W) => samples (P, B, C, H, W) whose last ``fractions`` (P of them) are done by ``tail``."""
+        return swap(model, tail, noise, self.scheduler, fractions, self.num_inference_steps)
+
+    def spec(self) -> dict[str, Any]:
+        """The settings as plain values, for a memory bank's manifest."""
+        config = {key: plain(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
+        spec = {
+            "scheduler": type(self.scheduler).__name__,
+            "scheduler_config": config,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "guidance_channels": self.guidance_channels,
+        }
+        # Left out where it is off, so that banks of the time before it keep their spec.
+        return spec | {"domain_guidance": True} if self.domain_guidance else spec
+
+
+def to_uint8(pixel_values: Tensor) -> Tensor:
+    """Pixel values in [-1, 1], clamped there => pictures uint8 of the same shape."""
+    return ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def plain(value: Any) -> Any:
+    """The value if JSON can hold it, else its representation; DPM-Solver's settings have an infinity."""
+    is_plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return value if is_plain else repr(value)
