@@ -56,6 +56,15 @@ class SupportsGenerate(Protocol):
 
 
 @runtime_checkable
+class SupportsSwap(Protocol):
+    """A model whose last reverse steps can be left to the network that it was tuned from."""
+
+    def generate_swapped(self, indices: Tensor, fractions: Sequence[float]) -> Tensor:
+        """Indices (B,) int64 and P fractions of the steps in [0, 1] => pictures (P, B, 1 or 3, H, W) uint8."""
+        ...
+
+
+@runtime_checkable
 class SupportsReferenceImages(Protocol):
     """A data module that can show the real pictures which generated ones are compared with."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,13 +16,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models.checkpoints import check_state
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankGenerator, Denoiser, DiffTuningBatch, Tuner
-from lightning_difftune.sampling import Sampler, to_uint8
+from lightning_difftune.sampling import Sampler, is_flow, to_uint8
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -48,6 +50,10 @@ class DiffTuningModule(L.LightningModule, ABC):
         sampler: How pictures are generated for FID and grids.
         bank_sampler: How the memory bank is generated; like ``sampler`` by default.
         seed: Seed of training draws, of generated pictures and of the bank.
+
+    Raises:
+        ConfigError: If the objective trains velocities and a sampler's scheduler takes noise predictions, or the other
+            way round.
     """
 
     def __init__(
@@ -66,12 +72,26 @@ class DiffTuningModule(L.LightningModule, ABC):
         self.lr_scheduler = lr_scheduler
         self.tuner = tuner
         self.sampler = sampler if sampler is not None else Sampler()
-        self.bank_sampler = bank_sampler if bank_sampler is not None else self.sampler
+        # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
+        self.bank_sampler = replace(bank_sampler if bank_sampler is not None else self.sampler, domain_guidance=False)
+        self._check_schedulers()
         self.seed = seed
         self.base_identity: dict[str, Any] = {}
         # Lightning's own mean truncates the number of samples when several processes have an odd one.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self._is_built = False
+        # In a tuple, where nn.Module does not register it: it is no part of the model.
+        self._frozen: tuple[torch.device, Denoiser] | None = None
+
+    def _check_schedulers(self) -> None:
+        velocities = isinstance(self.objective.diffusion, RectifiedFlow)
+        for name, sampler in (("sampler", self.sampler), ("bank_sampler", self.bank_sampler)):
+            if is_flow(sampler.scheduler) != velocities:
+                raise ConfigError(
+                    f"The objective trains by {type(self.objective.diffusion).__name__}, but the {name} integrates "
+                    f"with {type(sampler.scheduler).__name__}. A RectifiedFlow needs a scheduler of flow matching, such as "
+                    "diffusers.FlowMatchEulerDiscreteScheduler, and a GaussianDiffusion one of noise predictions."
+                )
 
     # -- what a model family supplies ----------------------------------------------------------------------------
 
@@ -173,10 +193,24 @@ class DiffTuningModule(L.LightningModule, ABC):
         rank_zero_info(f"Training {trained:,} parameters of {self.base_identity.get('name', 'the model')}.")
         rank_zero_info(describe_preset(self, getattr(self.trainer, "datamodule", None)))
 
+    def frozen_denoiser(self) -> Denoiser:
+        """The :meth:`pretrained` network, loaded once and kept until this module moves to another device."""
+        if self._frozen is None or self._frozen[0] != self.device:
+            self._frozen = (self.device, self.pretrained())
+        return self._frozen[1]
+
+    def start_noise(self, indices: Tensor) -> Tensor:
+        """Noise (B, c, h, w) on the device, from the seed and each of the indices (B,) alone."""
+        return noise_of(self.seed, indices, self.sample_shape).to(self.device)
+
     def draw_latents(self, denoise: Denoiser, sampler: Sampler, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
         """Samples (B, c, h, w) whose start noise depends on the seed and their index alone, for indices (B,)."""
-        noise = noise_of(self.seed, indices, self.sample_shape).to(self.device)
-        return sampler(denoise, noise, *conditions)
+        condition, null_condition = conditions
+        if not sampler.domain_guidance:
+            return sampler(denoise, self.start_noise(indices), condition, null_condition)
+        source_null = self.source_condition(null_condition)
+        frozen = self.frozen_denoiser()
+        return sampler(denoise, self.start_noise(indices), condition, source_null, null_denoise=frozen)
 
     def generate(self, indices: Tensor, conditions: tuple[Any, Any] | None = None) -> Tensor:
         """Pictures (B, C, H, W) uint8; picture i depends on the seed and i alone.
@@ -187,6 +221,27 @@ class DiffTuningModule(L.LightningModule, ABC):
         """
         conditions = self.conditions(indices) if conditions is None else conditions
         return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
+
+    def generate_swapped(self, indices: Tensor, fractions: Sequence[float]) -> Tensor:
+        """Pictures whose last steps are done by the pre-trained network (Fig. 1 of the paper).
+
+        Args:
+            indices: Sample indices (B,); at fraction 0, picture i is that of :meth:`generate`.
+            fractions: P numbers in [0, 1], the parts of the reverse process that are swapped.
+
+        Returns:
+            (P, B, C, H, W) uint8.
+        """
+        condition, null_condition = self.conditions(indices)
+        frozen = self.frozen_denoiser()
+        source = self.source_condition(condition), self.source_condition(null_condition)
+        if self.sampler.domain_guidance:
+            model = self.sampler.guided(self.denoise, condition, source[1], null_denoise=frozen)
+        else:
+            model = self.sampler.guided(self.denoise, condition, null_condition)
+        tail = self.sampler.guided(frozen, *source)
+        swapped = self.sampler.swap(model, tail, self.start_noise(indices), fractions)
+        return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])
 
     def bank_generator(self) -> BankGenerator:
         """The pre-trained model, untouched by training, as the source of a memory bank."""

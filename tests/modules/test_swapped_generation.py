@@ -1,0 +1,148 @@
+"""A module's pictures with the pre-trained network in them: Domain Guidance, swapped tails; and flow matching."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from lightning_difftune import DiTDiffTuningModule
+from lightning_difftune.diffusion import RectifiedFlow
+from lightning_difftune.draws import Draws
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.losses import velocity_mse_loss
+from lightning_difftune.models import DiT
+from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.protocols import SupportsSwap
+from lightning_difftune.sampling import Sampler, sample, to_uint8
+
+STEPS = 6
+INDICES = torch.arange(4)
+
+
+def tiny_dit(seed=0, num_classes=6):
+    torch.manual_seed(seed)
+    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=num_classes)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def module_of(tuned=True, **settings):
+    """A module whose network is not the pre-trained one any more, if it is tuned."""
+    sampler = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "guidance_channels": None}
+    domain = settings.pop("domain_guidance", False)
+    settings = {
+        "num_classes": 3,
+        "label_table": "resize",
+        "sampler": Sampler(**sampler, domain_guidance=domain),
+    } | settings
+    module = DiTDiffTuningModule(tiny_dit(), **settings)
+    module.configure_model()
+    if tuned:
+        with torch.no_grad():
+            for parameter in module.dit.parameters():
+                parameter.add_(0.05)
+    return module.eval()
+
+
+def test_the_ends_of_a_swap_are_the_two_models():
+    module = module_of()
+    assert isinstance(module, SupportsSwap)
+    swapped = module.generate_swapped(INDICES, [1.0, 0.0, 0.5])
+    assert swapped.shape == (3, 4, 1, 8, 8)
+    assert swapped.dtype == torch.uint8
+    assert torch.equal(swapped[1], module.generate(INDICES))
+    null = torch.full((4,), 6)  # of the source, which has six classes and does not know the target's three
+    pretrained = sample(tiny_dit(), module.start_noise(INDICES), module.sampler.scheduler, STEPS, null)
+    assert torch.equal(swapped[0], to_uint8(pretrained))
+    assert not torch.equal(swapped[2], swapped[0])
+    assert not torch.equal(swapped[2], swapped[1])
+
+
+def test_a_swapped_picture_depends_on_its_index_alone():
+    module = module_of()
+    together = module.generate_swapped(INDICES, [0.5])
+    alone = module.generate_swapped(INDICES[2:3], [0.2, 0.5])
+    assert (together[0, 2].int() - alone[1, 0].int()).abs().max() <= 1
+
+
+def test_domain_guidance_is_plain_guidance_before_tuning_and_another_one_after():
+    both = [
+        {"domain_guidance": domain_guidance, "label_table": "keep", "num_classes": None}
+        for domain_guidance in (False, True)
+    ]
+    plain, domain = (module_of(tuned=False, **settings).generate(INDICES).int() for settings in both)
+    assert (plain - domain).abs().max() <= 1
+    plain, domain = (module_of(tuned=True, **settings).generate(INDICES).int() for settings in both)
+    assert (plain - domain).abs().max() > 1
+
+
+def test_domain_guidance_guides_away_from_the_null_class_of_the_source():
+    module, pretrained = module_of(domain_guidance=True), tiny_dit()
+    labels, source_null = INDICES % 3, torch.full((4,), 6)
+
+    def guided(x_t, t, condition):
+        eps, eps_null = module.dit(x_t, t, labels)[:, :1], pretrained(x_t, t, source_null)[:, :1]
+        return eps_null + 2.0 * (eps - eps_null)
+
+    expected = sample(guided, module.start_noise(INDICES), module.sampler.scheduler, STEPS)
+    assert (module.generate(INDICES).int() - to_uint8(expected).int()).abs().max() <= 1
+    assert torch.equal(module.generate_swapped(INDICES, [0.0])[0], module.generate(INDICES))
+
+
+def test_the_bank_is_the_same_with_domain_guidance():
+    plain, domain = (module_of(domain_guidance=on).bank_generator() for on in (False, True))
+    assert plain.bank_spec() == domain.bank_spec()
+    assert torch.equal(plain.generate_bank(INDICES)["latents"], domain.generate_bank(INDICES)["latents"])
+
+
+def test_the_frozen_copy_is_loaded_once_and_is_no_part_of_the_module():
+    module = module_of()
+    names = set(module.state_dict())
+    frozen = module.frozen_denoiser()
+    assert module.frozen_denoiser() is frozen
+    assert set(module.state_dict()) == names
+    assert all(parameter is not other for parameter in frozen.parameters() for other in module.parameters())
+    module.to("meta")
+    assert module.frozen_denoiser() is not frozen
+
+
+FLOW = FlowMatchEulerDiscreteScheduler()
+
+
+def test_flow_matching_is_a_loss_and_a_scheduler():
+    objective = DiffTuningObjective(loss=velocity_mse_loss, diffusion=RectifiedFlow())
+    module = module_of(tuned=False, objective=objective, sampler=Sampler(FLOW, STEPS, 1.5, None)).train()
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "target": {
+            "pixel_values": torch.rand(12, 1, 8, 8, generator=generator) - 0.5,
+            "class_labels": torch.arange(12) % 3,
+        },
+        "retention": {"latents": torch.rand(4, 1, 8, 8, generator=generator)},
+    }
+    optimizer = torch.optim.Adam(module.trainable_parameters(), 1e-2)
+    before = copy.deepcopy(module.dit.state_dict())
+    losses = []
+    for step in range(60):
+        draws = Draws(0, step)
+        output = module.objective(module.denoise, *module.prepare(batch, draws), draws)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert not torch.equal(before["final_layer.linear.weight"], module.dit.final_layer.linear.weight)
+    assert module.generate(INDICES).shape == (4, 1, 8, 8)
+    assert module.generate_swapped(INDICES, [0.0, 0.5]).shape == (2, 4, 1, 8, 8)
+    assert module.bank_generator().bank_spec()["sampler"]["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_a_scheduler_of_the_other_process_is_refused():
+    flow = DiffTuningObjective(loss=velocity_mse_loss, diffusion=RectifiedFlow())
+    with pytest.raises(ConfigError, match="trains by RectifiedFlow, but the sampler integrates with DDIMScheduler"):
+        DiTDiffTuningModule(tiny_dit(), objective=flow)
+    with pytest.raises(ConfigError, match="the bank_sampler integrates with FlowMatchEulerDiscreteScheduler"):
+        DiTDiffTuningModule(tiny_dit(), bank_sampler=Sampler(FLOW))
