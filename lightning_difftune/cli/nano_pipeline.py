@@ -21,6 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from lightning_difftune.cli.nano_autoencoder import new_autoencoder, peak_signal_to_noise, train_autoencoder
 from lightning_difftune.data import ImageTargets, NpzImages
 from lightning_difftune.data.source_facts import class_names_of
+from lightning_difftune.errors import DataError
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL, UNet2DConditionModel
@@ -115,16 +116,16 @@ def assemble(tokenizer: CLIPTokenizer, autoencoder: AutoencoderKL, seed: int = 0
         set_alpha_to_one=False,
         clip_sample=False,  # latents are not bounded
     )
-    return StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=new_text_encoder(tokenizer, seed),
-        tokenizer=tokenizer,
-        unet=new_unet(seed),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts: dict[str, Any] = {
+        "vae": autoencoder,
+        "text_encoder": new_text_encoder(tokenizer, seed),
+        "tokenizer": tokenizer,
+        "unet": new_unet(seed),
+        "scheduler": scheduler,
+        "safety_checker": None,
+        "feature_extractor": None,
+    }
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
 
 def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
@@ -172,6 +173,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     train, held_out = flowers(options)
+    names = class_names_of(train)
+    if names is None:
+        raise DataError("the pictures come without names of their classes, which the captions are made of; add them.")
     autoencoder = new_autoencoder(options.seed)
     train_autoencoder(
         autoencoder,
@@ -181,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint=lambda step: autoencoder.save_pretrained(options.output / "vae"),
     )
     print(f"PSNR on held-out pictures: {peak_signal_to_noise(autoencoder, pixels(held_out)):.1f} dB")
-    save_half(assemble(new_tokenizer(class_names_of(train) or []), autoencoder, options.seed), options.output)
+    save_half(assemble(new_tokenizer(names), autoencoder, options.seed), options.output)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,16 @@ from lightning_difftune.cli.nano_autoencoder import (
     train_autoencoder,
     unit_variance_scale,
 )
-from lightning_difftune.cli.nano_pipeline import CAPTIONS, MAX_TOKENS, PROMPTS, main, new_text_encoder, new_tokenizer
+from lightning_difftune.cli.nano_pipeline import (
+    CAPTIONS,
+    MAX_TOKENS,
+    PROMPTS,
+    flowers,
+    main,
+    new_text_encoder,
+    new_tokenizer,
+)
+from lightning_difftune.errors import DataError
 
 NAMES = Flowers102.classes
 DRAW = {"num_inference_steps": 2, "output_type": "np"}
@@ -163,6 +174,22 @@ def test_controlnet_of_the_unet_draws_from_one_channel(pipeline):
     )
     assert first.shape == (1, 32, 32, 3)
     assert not np.array_equal(first, second)
+
+
+def test_torchvisions_largest_part_is_the_one_to_train_on(monkeypatch):
+    parts = {"train": 2, "val": 3, "test": 7}
+    monkeypatch.setattr("torchvision.datasets.Flowers102", lambda root, part, download: [part] * parts[part])
+    train, held_out = flowers(Namespace(npz=None, torchvision="flowers"))
+    assert list(train) == ["test"] * 7
+    assert list(held_out) == ["train"] * 2 + ["val"] * 3
+
+
+def test_pictures_without_class_names_are_refused(tmp_path):
+    images, split = discs(4).permute(0, 2, 3, 1).numpy(), ["train", "train", "test", "test"]
+    np.savez(tmp_path / "nameless.npz", images=images, split=split)
+    with pytest.raises(DataError, match="names of their classes"):
+        main(["--npz", str(tmp_path / "nameless.npz"), "--output", str(tmp_path / "pipeline")])
+    assert not (tmp_path / "pipeline").exists()
 
 
 def test_a_source_is_needed(capsys):
