@@ -55,3 +55,13 @@ def noise_of(seed: int, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
 def labels_of(seed: int, indices: Tensor, num_classes: int) -> Tensor:
     """Class labels (B,) int64, uniform over the classes; row i depends on (seed, indices[i]) alone."""
     return torch.tensor([seed_of(seed, 1, i) % num_classes for i in indices.tolist()], dtype=torch.int64)
+
+
+def choice_of(seed: int, index: int, count: int) -> int:
+    """One of 0 .. count - 1 for sample ``index``, uniform; depends on (seed, index) alone.
+
+    Example:
+        >>> [choice_of(0, index, 5) for index in range(8)]
+        [1, 0, 2, 4, 0, 2, 2, 4]
+    """
+    return seed_of(seed, 2, index) % count

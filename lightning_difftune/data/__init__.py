@@ -1,5 +1,8 @@
 """Target pictures, the memory bank, and the data module that interleaves them."""
 
+from lightning_difftune.data.captioned_files import ADE20k, CaptionedFolder, CocoCaptions
+from lightning_difftune.data.captions import ClassCaptions
+from lightning_difftune.data.control_examples import ControlExamples
 from lightning_difftune.data.datamodule import MemoryBankDataModule
 from lightning_difftune.data.digits import HandwrittenDigits
 from lightning_difftune.data.image_arrays import ArrayImages, NpzImages
@@ -12,7 +15,12 @@ from lightning_difftune.data.partition import Partition
 
 __all__ = [
     "CUB200",
+    "ADE20k",
     "ArrayImages",
+    "CaptionedFolder",
+    "ClassCaptions",
+    "CocoCaptions",
+    "ControlExamples",
     "HandwrittenDigits",
     "ImageFolder",
     "ImageTargets",

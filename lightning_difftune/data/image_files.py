@@ -68,7 +68,7 @@ class ImageFolder(_ImageFiles):
             found = "is a file" if self.root.exists() else "does not exist"
             raise DataError(f"the image folder {self.root} {found}; {_FOLDER_LAYOUT}")
         folders = sorted(p.name for p in self.root.iterdir() if p.is_dir() and not _is_hidden(p.name))
-        loose, other = _image_files(self.root, recursive=False)
+        loose, other = find_pictures(self.root, recursive=False)
         if folders and loose:
             raise DataError(
                 f"{self.root} holds {len(loose)} pictures (such as {Path(loose[0]).name}) beside its {len(folders)} "
@@ -84,7 +84,7 @@ class ImageFolder(_ImageFiles):
         labels = [0] * len(loose)
         empty = []
         for label, name in enumerate(folders):
-            files, unknown = _image_files(self.root / name, recursive=True)
+            files, unknown = find_pictures(self.root / name, recursive=True)
             other += unknown
             self.paths += files
             labels += [label] * len(files)
@@ -93,11 +93,11 @@ class ImageFolder(_ImageFiles):
         self.labels = np.asarray(labels, dtype=np.int64)
         if not self.paths:
             beside = f"{len(folders)} sub-folders and " if folders else ""
-            raise DataError(f"no pictures under {self.root}; found {beside}{_describe_files(other)}; {_FOLDER_LAYOUT}")
+            raise DataError(f"no pictures under {self.root}; found {beside}{describe_files(other)}; {_FOLDER_LAYOUT}")
         if empty:
             raise DataError(
                 f"{len(empty)} of the {len(folders)} class folders in {self.root} hold no pictures: "
-                f"{_shorten(empty)}; remove them or fill them, since every folder is a row of the label table."
+                f"{shorten(empty)}; remove them or fill them, since every folder is a row of the label table."
             )
 
 
@@ -142,7 +142,7 @@ class ListedImages(_ImageFiles):
             if not row[path_column] or not row[label_column]:
                 column = label_column if row[path_column] else path_column
                 raise DataError(f"{csv_file}, line {line}: {column} is empty; fill it or remove the row.")
-        self.paths = _below(root, [row[path_column] for row in chosen.values()], f"{csv_file}, {path_column}")
+        self.paths = paths_below(root, [row[path_column] for row in chosen.values()], f"{csv_file}, {path_column}")
         names = [row[label_column] for row in chosen.values()]
         self.class_names = None if class_names is None else list(class_names)
         if all(_CLASS_INDEX.fullmatch(name) for name in names):
@@ -152,7 +152,7 @@ class ListedImages(_ImageFiles):
             self.class_names = sorted(set(names))
         rank = {name: index for index, name in enumerate(self.class_names)}
         if unknown := sorted(set(names) - set(rank)):
-            raise DataError(f"{csv_file}, {label_column}: {_shorten(unknown)} not among the {len(rank)} class_names.")
+            raise DataError(f"{csv_file}, {label_column}: {shorten(unknown)} not among the {len(rank)} class_names.")
         self.labels = np.asarray([rank[name] for name in names], dtype=np.int64)
 
 
@@ -184,7 +184,7 @@ class CUB200(_ImageFiles):
             raise DataError(
                 f"{folder / 'train_test_split.txt'} has no picture in the {'train' if train else 'test'} part."
             )
-        self.paths = _below(folder / "images", [files[key] for key in chosen], str(folder / "images.txt"))
+        self.paths = paths_below(folder / "images", [files[key] for key in chosen], str(folder / "images.txt"))
         self.labels = np.asarray([int(labels[key]) - 1 for key in chosen], dtype=np.int64)  # the lists count from 1
         self.class_names = list(classes.values())
 
@@ -193,7 +193,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _image_files(folder: Path, *, recursive: bool) -> tuple[list[str], list[str]]:
+def find_pictures(folder: Path, *, recursive: bool) -> tuple[list[str], list[str]]:
     """Sorted paths of the pictures in a folder, and of the other files."""
     images: list[str] = []
     other: list[str] = []
@@ -206,7 +206,8 @@ def _image_files(folder: Path, *, recursive: bool) -> tuple[list[str], list[str]
     return sorted(images), other
 
 
-def _describe_files(files: Sequence[str]) -> str:
+def describe_files(files: Sequence[str]) -> str:
+    """What to call files that are no pictures in a message."""
     if not files:
         return "no files"
     suffixes = Counter(Path(file).suffix or "no extension" for file in files)
@@ -237,7 +238,12 @@ def _read_pairs(path: Path) -> dict[str, str]:
     return {key: value.strip() for key, value in lines}
 
 
-def _below(root: str | Path, names: Sequence[str], where: str) -> list[str]:
+def paths_below(root: str | Path, names: Sequence[str], where: str) -> list[str]:
+    """Paths of listed pictures.
+
+    Raises:
+        DataError: If none of the first hundred is there; ``where`` names the list.
+    """
     paths = [str(Path(root, name)) for name in names]
     if not any(Path(path).is_file() for path in paths[:_PROBED_ROWS]):
         raise DataError(
@@ -247,5 +253,6 @@ def _below(root: str | Path, names: Sequence[str], where: str) -> list[str]:
     return paths
 
 
-def _shorten(names: Sequence[str], limit: int = 8) -> str:
+def shorten(names: Sequence[str], limit: int = 8) -> str:
+    """The first names and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -97,10 +97,11 @@ def content_digest_of(source: Any) -> str | None:
     of them take about a second; arrays count with their bytes.
     """
     if hasattr(source, "content_digest"):
-        return str(source.content_digest())
+        digest = source.content_digest()  # None from one that wraps a source of unknown content
+        return None if digest is None else str(digest)
     paths = paths_of(source)
     if paths is not None:
-        return _digest_files(paths)
+        return digest_files(paths)
     if isinstance(source, Subset):
         inner = content_digest_of(source.dataset)
         return None if inner is None else digest_arrays(inner, np.asarray(source.indices, dtype=np.int64))
@@ -135,7 +136,8 @@ def digest_arrays(*parts: npt.NDArray[Any] | str) -> str:
     return digest.hexdigest()
 
 
-def _digest_files(paths: Sequence[str]) -> str:
+def digest_files(paths: Sequence[str]) -> str:
+    """SHA-256 over names below the common folder, sizes and modification times in seconds."""
     absolute = [os.path.abspath(path) for path in paths]
     folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
     digest = hashlib.sha256()

@@ -1,0 +1,94 @@
+"""Captions for pictures that have labels alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from lightning_difftune.data.source_facts import (
+    class_names_of,
+    content_digest_of,
+    digest_arrays,
+    labels_of,
+    location_of,
+    paths_of,
+    transforms_pictures,
+)
+from lightning_difftune.draws import choice_of
+from lightning_difftune.errors import ConfigError, DataError
+
+
+class ClassCaptions(Dataset[tuple[Any, str]]):
+    """Pictures of a labelled source with captions made from their classes' names.
+
+    Underscores in names are written as spaces. Which template a picture gets depends on (seed, its index) alone.
+
+    Args:
+        source: A map-style data set of ``(image, label)`` that knows its labels without reading its pictures, such as
+            those of :mod:`~lightning_difftune.data.image_files` and most of torchvision's.
+        templates: Each with ``{}`` where the name goes.
+        class_names: Names in the order of the labels; ``None`` takes those of the source.
+        seed: Seed of the choice among templates.
+
+    Raises:
+        ConfigError: If there is no template, or one has no ``{}``.
+        DataError: If labels or names are unknown, or a label has no name.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_difftune.data import ArrayImages
+        >>> flowers = ArrayImages(np.zeros((2, 8, 8), np.uint8), [1, 0], class_names=["rose", "oxeye_daisy"])
+        >>> ClassCaptions(flowers, templates=["a photo of a {}"]).captions
+        ['a photo of a oxeye daisy', 'a photo of a rose']
+    """
+
+    def __init__(
+        self,
+        source: Dataset,
+        templates: Sequence[str] = ("a photo of a {}",),
+        class_names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
+            raise ConfigError(
+                f"templates of ClassCaptions are a list of texts with {{}} in each, found {templates!r}. "
+                'Write, for instance, ["a photo of a {}", "a drawing of a {}"].'
+            )
+        self.source: Any = source
+        labels, names = labels_of(source), class_names_of(source) if class_names is None else list(class_names)
+        if labels is None or names is None:
+            what = "labels" if labels is None else "names of the classes"
+            cure = "Use a source that knows them" if labels is None else "Pass `class_names`"
+            raise DataError(f"the {what} of {type(source).__name__} are unknown without reading its pictures. {cure}.")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+            raise DataError(
+                f"the labels of {type(source).__name__} are {int(labels.min())}..{int(labels.max())}, but there are "
+                f"{len(names)} class names. Give one name for each label from 0."
+            )
+        spoken = [name.replace("_", " ") for name in names]
+        self.captions = [
+            templates[choice_of(seed, index, len(templates))].replace("{}", spoken[label])
+            for index, label in enumerate(labels.tolist())
+        ]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        return self.source[index][0], self.captions[index]
+
+    @property
+    def paths(self) -> list[str] | None:
+        """The files, if the source has some."""
+        return paths_of(self.source)
+
+    def describe(self, index: int) -> str:
+        """Where picture ``index`` is, for messages; its caption if nothing else is known."""
+        return location_of(self.source, index) or repr(self.captions[index])
+
+    def content_digest(self) -> str | None:
+        """A hash of pictures and captions, or None where only reading the pictures would tell."""
+        content = None if transforms_pictures(self.source) else content_digest_of(self.source)
+        return None if content is None else digest_arrays(content, *self.captions)
