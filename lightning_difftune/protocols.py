@@ -181,3 +181,11 @@ class Tuner(Protocol):
     def apply(self, model: nn.Module) -> None:
         """Insert the method's layers and set ``requires_grad``; the function computed stays the same."""
         ...
+
+
+class Evaluator(Protocol):
+    """A measurement at the end of a run, named in the study file of ``difftune compare``."""
+
+    def evaluate(self, module: Any) -> dict[str, float]:
+        """Figures by name, of the LightningModule ``module`` with the weights it has now."""
+        ...

@@ -1,4 +1,4 @@
-"""The command line: ``difftune fit | validate | test | predict --config ...`` and ``difftune quickstart``."""
+"""The command line: ``difftune fit | validate | test | predict --config ...``, ``quickstart`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
   difftune quickstart            Diff-Tune a small bundled model to handwritten digits: about four minutes on a CPU
   difftune fit --config ...      fine-tune; builds a missing memory bank first
   difftune validate --config ... validation loss, FID and sample grid
+  difftune compare STUDY.yaml    run configs over seeds, resume, and compare them in tables and figures
   difftune predict --config ...  build the memory bank on purpose, on all devices
 
 Configs compose from left to right, and any key can be set on the command line:
@@ -24,7 +25,7 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
-COMMANDS = ("quickstart", "fit", "validate", "test", "predict")
+COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +55,10 @@ def run(args: list[str]) -> None:
         from lightning_difftune.cli.quickstart import quickstart
 
         quickstart(args[1:])
+    elif args[0] == "compare":
+        from lightning_difftune.cli.compare import compare
+
+        compare(args[1:])
     elif args[0] in COMMANDS or args[0].startswith("-"):
         from lightning_difftune.cli.lightning import run_lightning
 

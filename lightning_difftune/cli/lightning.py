@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
@@ -133,6 +134,43 @@ def check_checkpoint(path: Path) -> None:
         raise CheckpointError(f"{path} is no checkpoint of a run; weights alone go into --model.init_args.model.")
 
 
+# How the command line is put together, whether it runs a command or only reads configs.
+_WIRING: dict[str, Any] = {
+    "model_class": L.LightningModule,
+    "datamodule_class": L.LightningDataModule,
+    "subclass_mode_model": True,
+    "subclass_mode_data": True,
+    "auto_configure_optimizers": False,
+    "seed_everything_default": 0,
+    "parser_kwargs": {"prog": "difftune"},
+    "parser_class": DiffTuneParser,
+}
+
+
+class ConfigReader(DiffTuneCLI):
+    """Composes and checks configs without making any object of them."""
+
+    def __init__(self) -> None:
+        super().__init__(**_WIRING, args=[], run=False)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Have the parser made and nothing parsed, nor seeded."""
+        self.config = Namespace(seed_everything=False)
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def compose(self, args: Sequence[str]) -> str:
+        """What a command line without a command sets, as YAML; defaults of the code are left out.
+
+        Raises:
+            ConfigError: If a config is missing or something in it cannot be used.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none: the name in all of version 4
+            return self.parser.dump(self.parser.parse_args(list(args), defaults=False), skip_none=False)
+
+
 def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     """Run one LightningCLI command, such as ``["fit", "--config", "configs/quickstart.yaml"]``.
 
@@ -149,15 +187,8 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU, as in the authors' code
     try:
         return DiffTuneCLI(
-            L.LightningModule,
-            L.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
+            **_WIRING,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "difftune"},
-            parser_class=DiffTuneParser,
             args=list(args),
             run=run,
         )

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_difftune import __version__
-from lightning_difftune.callbacks import EMA, FID
+from lightning_difftune.callbacks import FID
 from lightning_difftune.cli.digit_classifier import digits
+from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, circumstances, count_trainable
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.data import MemoryBank
-from lightning_difftune.metrics import DigitClassifier
+from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit
-from lightning_difftune.modules import DiTDiffTuningModule
 from lightning_difftune.sampling import to_uint8
 
 METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # overlays on quickstart.yaml
@@ -57,15 +54,15 @@ def quickstart(argv: Sequence[str]) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
 
     started = time.perf_counter()
-    classifier = DigitClassifier()
+    evaluator = RecognisedDigits(COLUMNS)
     real, labels = digits("test")
-    accuracy = (classifier.classify(real) == labels).float().mean().item()
+    accuracy = (evaluator.classifier.classify(real) == labels).float().mean().item()
 
     tuned, bank = {}, None
     for name, overlays in METHODS.items():
         print(f"\n{name}", flush=True)
         cli, seconds = tune(name, overlays, options)
-        tuned[name] = evaluate(cli, classifier, seconds)
+        tuned[name] = evaluate(cli, evaluator, seconds)
         if name == "Diff-Tuning":
             export = export_tuned(cli, options.output / "dit-nano-digits.safetensors")
             bank = MemoryBank(options.output / "bank")
@@ -95,25 +92,17 @@ def tune(name: str, overlays: Sequence[str], options: argparse.Namespace) -> tup
     return cli, time.perf_counter() - start
 
 
-def callback_of(cli: DiffTuneCLI, kind: type) -> Any:
-    """The run's callback of one kind."""
-    return next(callback for callback in vars(cli.trainer)["callbacks"] if isinstance(callback, kind))
-
-
-def evaluate(cli: DiffTuneCLI, classifier: DigitClassifier, seconds: float) -> Tuned:
+def evaluate(cli: DiffTuneCLI, evaluator: RecognisedDigits, seconds: float) -> Tuned:
     """Generate every digit ``COLUMNS`` times with the averaged weights and count what is recognised."""
-    module: DiTDiffTuningModule = cli.model
-    labels = torch.arange(10).repeat_interleave(COLUMNS)
-    with callback_of(cli, EMA).average_parameters(module):
-        samples = module.generate(torch.arange(len(labels)), module.class_conditions(labels))
-    recognised = (classifier.classify(samples) == labels).float().mean().item()
-    parameters = sum(p.numel() for p in module.trainable_parameters())
-    return Tuned(samples, recognised, callback_of(cli, FID).history, seconds, parameters)
+    with averaged_weights(cli):
+        samples = evaluator.samples(cli.model)
+    (distance,) = callbacks_of(cli, FID)
+    return Tuned(samples, evaluator.share(samples), distance.history, seconds, count_trainable(cli))
 
 
 def export_tuned(cli: DiffTuneCLI, path: Path) -> Path:
     """Write the averaged weights as safetensors and open them again."""
-    with callback_of(cli, EMA).average_parameters(cli.model):
+    with averaged_weights(cli):
         export_dit(cli.model.dit, path, overwrite=True)
     load_dit(path)
     return path
@@ -137,12 +126,7 @@ def write_metrics(options: argparse.Namespace, tuned: dict[str, Tuned], accuracy
         "pictures_counted": 10 * COLUMNS,
         "seed": options.seed,
         "seconds": round(seconds, 1),
-        "versions": {
-            "lightning_difftune": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "threads": torch.get_num_threads(),
+        **circumstances(),
     }
     (options.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 

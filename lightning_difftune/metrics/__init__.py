@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_difftune.metrics.control_similarity import BlurredSSIM, ControlMSE, PixelAccuracy
-from lightning_difftune.metrics.digit_classifier import DigitClassifier
+from lightning_difftune.metrics.digit_classifier import DigitClassifier, RecognisedDigits
 from lightning_difftune.metrics.extractors import EfficientNetLite0Features, InceptionV3Features
 from lightning_difftune.metrics.frechet import FrechetDistance
 from lightning_difftune.metrics.reference_cache import ReferenceCache
@@ -16,5 +16,6 @@ __all__ = [
     "FrechetDistance",
     "InceptionV3Features",
     "PixelAccuracy",
+    "RecognisedDigits",
     "ReferenceCache",
 ]

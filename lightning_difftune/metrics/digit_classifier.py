@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -49,3 +50,39 @@ class DigitClassifier(nn.Module):
         """Pictures (B, 1, 20, 20) uint8 => digits (B,) int64."""
         with torch.inference_mode():
             return self.head(self(images)).argmax(1)
+
+
+class GeneratesClasses(Protocol):
+    """A model that generates samples of given classes, as our class-conditional modules do."""
+
+    def class_conditions(self, class_labels: Tensor) -> tuple[Any, Any]:
+        """Condition and null condition for classes (B,) int64."""
+        ...
+
+    def generate(self, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
+        """Sample indices (B,) and their conditions => pictures (B, 1, 20, 20) uint8."""
+        ...
+
+
+class RecognisedDigits:
+    """Share of generated digits that :class:`DigitClassifier` takes for the digit that was asked for.
+
+    Args:
+        per_digit: Pictures of each digit.
+    """
+
+    def __init__(self, per_digit: int = 20) -> None:
+        self.classes = torch.arange(10).repeat_interleave(per_digit)
+        self.classifier = DigitClassifier()
+
+    def samples(self, module: GeneratesClasses) -> Tensor:
+        """Pictures (10 * per_digit, 1, 20, 20) uint8 on the CPU, sorted by the digit that was asked for."""
+        return module.generate(torch.arange(len(self.classes)), module.class_conditions(self.classes)).cpu()
+
+    def share(self, samples: Tensor) -> float:
+        """How many of such samples are recognised, between 0 and 1."""
+        return (self.classifier.classify(samples) == self.classes).float().mean().item()
+
+    def evaluate(self, module: Any) -> dict[str, float]:
+        """``recognised``: the share, for the weights that the module has now."""
+        return {"recognised": self.share(self.samples(module))}

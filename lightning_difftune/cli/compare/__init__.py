@@ -1,0 +1,167 @@
+"""``difftune compare``: a list of configs over seeds, into one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from lightning_difftune.cli.compare.jobs import Job, read_jobs
+from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
+from lightning_difftune.cli.compare.table import comparison, write_tables
+from lightning_difftune.data.shards.atomic import atomic_write
+from lightning_difftune.errors import ConfigError
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Run what is missing of a study, then write its tables and figures.
+
+    Args:
+        argv: The command line after ``compare``.
+
+    Raises:
+        DiffTuneError: If the study cannot be run, or some of its runs failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="difftune compare",
+        description="Run the configs of a study file over its seeds, and compare them in tables and figures. A study "
+        "that was interrupted goes on where it stopped.",
+    )
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: the study's)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, of those in the study (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds to do (default: the study's)")
+    parser.add_argument("--dry-run", action="store_true", help="check the configs and list the runs; run nothing")
+    parser.add_argument("--report", action="store_true", help="write tables and figures of the results; run nothing")
+    parser.add_argument("--rerun-changed", action="store_true", help="repeat runs whose config is no longer the same")
+    options = parser.parse_args(argv)
+
+    console = Console(soft_wrap=True, highlight=False)
+    study = read_study(options.study)
+    seeds = list(study.seeds) if options.seeds is None else options.seeds
+    output = study.output if options.output is None else options.output
+    jobs = list(read_jobs(study, chosen(study, options.only), seeds, output))
+    failed: list[Job] = []
+    if options.dry_run:
+        list_jobs(jobs, console)
+        return
+    if not options.report:
+        refuse_changed(study, jobs, options.rerun_changed)
+        failed = run_jobs(jobs, console)
+    report(study, jobs, output, console)
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.name for job in failed)}. Why is at the end of "
+            f"{failed[0].folder / 'log.txt'}; the same command tries them again."
+        )
+
+
+def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
+    """The runs of these names.
+
+    Raises:
+        ConfigError: If the study has no run of a name.
+    """
+    unknown = [name for name in names or () if name not in study.runs]
+    if unknown:
+        raise ConfigError(f"{study.path} has no run {unknown[0]!r}; its runs are {', '.join(study.runs)}.")
+    return [run for name, run in study.runs.items() if names is None or name in names]
+
+
+def list_jobs(jobs: Sequence[Job], console: Console) -> None:
+    """Say of each run whether it is finished, begun or yet to do."""
+    for job in jobs:
+        changed = job.differences()
+        if changed:
+            state = f"changed: {'; '.join(changed)}"
+        elif job.result() is not None:
+            state = "finished"
+        else:
+            checkpoint = job.checkpoint()
+            state = "to do" if checkpoint is None else f"goes on from {checkpoint}"
+        console.print(f"{job.name}: {state}")
+
+
+def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
+    """Forget results and unfinished runs of another config if asked to, else refuse to go on beside them.
+
+    Raises:
+        ConfigError: If there are some, and nobody asked.
+    """
+    for job in jobs:
+        differences = job.differences()
+        if differences and not rerun:
+            raise ConfigError(
+                f"{job.name} in {job.output} was made with another config: {'; '.join(differences[:5])}. Undo the "
+                f"change in {study.path} or its configs, choose another --output, or pass --rerun-changed to repeat it."
+            )
+        if differences:
+            job.forget()
+
+
+def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
+    """Do the runs that have no result, one after the other; returns those that failed."""
+    failed = []
+    for number, job in enumerate(jobs, start=1):
+        count = f"{number}/{len(jobs)} {job.name}"
+        if job.result() is not None:
+            console.print(f"{count}: finished before")
+            continue
+        checkpoint = job.checkpoint()
+        begins = "" if checkpoint is None else f", goes on from {checkpoint.name}"
+        console.print(f"{count}: log in {job.folder / 'log.txt'}{begins}")
+        prepare(job, checkpoint)
+        status = start_process(job.folder)
+        result = job.result()
+        if result is None:
+            failed.append(job)
+            console.print(f"{count}: failed with exit status {status}; {last_line(job.folder / 'log.txt')}")
+        else:
+            console.print(f"{count}: {result['steps']:,} steps in {result['fit_seconds']:.0f} s")
+    return failed
+
+
+def prepare(job: Job, checkpoint: Path | None) -> None:
+    """Write what :mod:`lightning_difftune.cli.compare.work` needs into the run's folder."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    order = {
+        "name": job.name,
+        "seed": job.seed,
+        "digest": job.digest,
+        "identity": job.identity,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "result": str(job.result_path),
+    }
+    atomic_write(job.folder / "config.yaml", yaml.safe_dump(job.config(), sort_keys=False).encode())
+    atomic_write(job.folder / "job.json", (json.dumps(order, indent=1) + "\n").encode())
+
+
+def start_process(folder: Path) -> int:
+    """Do a run in a fresh process, whose memory and crash are its own; returns its exit status."""
+    command = [sys.executable, "-m", "lightning_difftune.cli.compare.work", str(folder)]
+    with open(folder / "log.txt", "a") as log:
+        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def last_line(log: Path) -> str:
+    """The last thing that a run said."""
+    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no word")
+
+
+def report(study: Study, jobs: Sequence[Job], output: Path, console: Console) -> None:
+    """Write the tables of the results that are there, and print one."""
+    results = [(job.run, result) for job in jobs if (result := job.result()) is not None]
+    for job in jobs:
+        if job.result() is not None and job.differences():
+            console.print(f"{job.name} was made with another config: {'; '.join(job.differences())}")
+    if not results:
+        raise ConfigError(f"{output / 'results'} has no result of {study.path} to report.")
+    console.print(f"{len(results)} of {len(jobs)} results in {output / 'results'}")
+    table = comparison(study, results)
+    write_tables(study, table, output, console)

@@ -1,0 +1,165 @@
+"""One run of a study: its composed settings, its files, and how far it has come."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_difftune.cli.compare.study import Study, StudyRun
+from lightning_difftune.cli.lightning import ConfigReader
+from lightning_difftune.errors import ConfigError, StoreError
+
+RECORD = "lightning_difftune.cli.compare.record.RunRecord"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run with one seed.
+
+    Attributes:
+        run: The entry of the study file.
+        seed: Its seed.
+        settings: What the configs and the study set, composed; defaults of the code are not in it. ``{run}``,
+            ``{output}`` and ``{seed}`` stand for this run's folder, the study's, and the seed.
+        evaluators: Measurements at the end.
+        output: Folder of the study.
+    """
+
+    run: StudyRun
+    seed: int
+    settings: dict[str, Any]
+    evaluators: tuple[Mapping[str, Any], ...]
+    output: Path
+
+    @property
+    def name(self) -> str:
+        """Such as ``lora-seed0``."""
+        return f"{self.run.name}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Log, checkpoints and config of the run."""
+        return self.output / "runs" / self.name
+
+    @property
+    def result_path(self) -> Path:
+        """The result of the finished run; its sample grid has the suffix ``.png``."""
+        return self.output / "results" / f"{self.name}.json"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, as plain JSON values."""
+        return {"settings": self.settings, "evaluate": list(self.evaluators)}
+
+    @property
+    def digest(self) -> str:
+        """Hash of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def result(self) -> dict[str, Any] | None:
+        """The result, if the run is finished.
+
+        Raises:
+            StoreError: If the file is not one that a run has written.
+        """
+        return _read(self.result_path, "result")
+
+    def order(self) -> dict[str, Any] | None:
+        """What the run's folder was made for, if it was started."""
+        return _read(self.folder / "job.json", "order")
+
+    def differences(self) -> list[str]:
+        """How the settings differ from those that the result, or the unfinished run in the folder, was made with."""
+        made = self.result() or self.order()
+        if made is None or made["digest"] == self.digest:
+            return []
+        before, now = leaves(made["identity"]), leaves(self.identity)
+        keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return [f"{key.removeprefix('settings.')} was {before.get(key)}, is {now.get(key)}" for key in keys]
+
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that an unfinished run goes on from."""
+        return max(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+    def forget(self) -> None:
+        """Delete the result and the run's folder."""
+        self.result_path.unlink(missing_ok=True)
+        self.result_path.with_suffix(".png").unlink(missing_ok=True)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def config(self) -> dict[str, Any]:
+        """The settings as they are run: with real folders, and with the callback that records the run."""
+        config = filled(
+            self.settings, {"{run}": str(self.folder), "{output}": str(self.output), "{seed}": str(self.seed)}
+        )
+        callbacks = config["trainer"].get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        config["trainer"]["callbacks"] = [*callbacks, {"class_path": RECORD}]
+        return config
+
+
+def read_jobs(study: Study, runs: list[StudyRun], seeds: list[int], output: Path) -> Iterator[Job]:
+    """The jobs of a study, seed by seed, with all configs composed and checked.
+
+    Raises:
+        ConfigError: If a config, or something that the study sets, cannot be used; names the run.
+    """
+    reader = ConfigReader()
+    for seed in seeds:
+        for run in runs:
+            try:
+                settings = yaml.safe_load(reader.compose(study.arguments(run, seed)))
+            except ConfigError as error:
+                raise ConfigError(f"{study.path}: runs.{run.name} cannot be run. {error}") from error
+            yield Job(run, seed, inside_run_folder(settings), study.evaluators, output)
+
+
+def inside_run_folder(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what the trainer and its loggers write in the run's own folder, and without a bar."""
+    trainer = settings.setdefault("trainer", {})
+    trainer |= {"default_root_dir": "{run}", "enable_progress_bar": False}
+    loggers = trainer.get("logger")
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        if isinstance(logger, dict) and "save_dir" in logger.get("init_args", {}):
+            logger["init_args"]["save_dir"] = "{run}"
+    return settings
+
+
+def filled(tree: Any, values: Mapping[str, str]) -> Any:
+    """A copy with the placeholders in its texts replaced."""
+    if isinstance(tree, dict):
+        return {key: filled(branch, values) for key, branch in tree.items()}
+    if isinstance(tree, list):
+        return [filled(branch, values) for branch in tree]
+    if isinstance(tree, str):
+        for placeholder, value in values.items():
+            tree = tree.replace(placeholder, value)
+    return tree
+
+
+def leaves(tree: Any, path: str = "") -> dict[str, Any]:
+    """Values by dotted path; list items by their number."""
+    if not isinstance(tree, dict | list):
+        return {path: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {key: leaf for name, branch in items for key, leaf in leaves(branch, f"{path}.{name}".strip(".")).items()}
+
+
+def _read(path: Path, what: str) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text())
+        if {"digest", "identity"} <= content.keys():
+            return content
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError):
+        pass
+    raise StoreError(f"{path} is not the {what} of a run of difftune compare. Move it away; the run is made again.")

@@ -1,0 +1,204 @@
+"""Study files: which configs are run, over which seeds, and what is compared."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from lightning_difftune.errors import ConfigError
+
+Better = Literal["lower", "higher"]
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One line of a study's table: overlays on the base, run once for each seed."""
+
+    name: str
+    configs: tuple[Path, ...]
+    settings: Mapping[str, Any]
+    method: str
+    group: str
+    at: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file that has been read and checked.
+
+    Attributes:
+        path: The file.
+        title: Heading of tables and figures.
+        output: Folder of the results.
+        seeds: Seeds of every run.
+        base: Configs that all runs start from.
+        settings: Keys that all runs set, between the base and their own configs.
+        evaluators: ``class_path`` and ``init_args`` of :class:`~lightning_difftune.protocols.Evaluator` objects.
+        metrics: What is compared, the main one first, and which direction is better.
+        runs: The runs by name, in the order of the file.
+    """
+
+    path: Path
+    title: str
+    output: Path
+    seeds: tuple[int, ...]
+    base: tuple[Path, ...]
+    settings: Mapping[str, Any]
+    evaluators: tuple[Mapping[str, Any], ...]
+    metrics: Mapping[str, Better]
+    runs: Mapping[str, StudyRun]
+
+    def arguments(self, run: StudyRun, seed: int) -> list[str]:
+        """The command line of one run, without a command: configs and settings from left to right."""
+        args = [arg for config in self.base for arg in ("--config", str(config))]
+        args += setting_arguments(self.settings)
+        args += [arg for config in run.configs for arg in ("--config", str(config))]
+        return [*args, *setting_arguments(run.settings), "--seed_everything", str(seed)]
+
+
+def setting_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Deep keys and values as options of the command line."""
+    return [
+        arg
+        for key, value in settings.items()
+        for arg in (f"--{key}", value if isinstance(value, str) else json.dumps(value))
+    ]
+
+
+def read_study(path: Path) -> Study:
+    """Read and check a study file.
+
+    Args:
+        path: The file, or its name among the installed configs, such as ``studies/digits.yaml``.
+
+    Raises:
+        ConfigError: If there is no such file, or something in it cannot be used; names the file and the key.
+    """
+    found = find_config(path, Path())
+    if found is None:
+        raise ConfigError(f"There is no study file {path}, here or among the installed configs. Check the path.")
+    try:
+        content = yaml.safe_load(found.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The study file {found} is no YAML: {' '.join(str(error).split())}.") from error
+    keys = Keys(found, "", content, ("title", "output", "seeds", "base", "set", "evaluate", "metrics", "runs"))
+    runs = keys.get("runs", dict, "a mapping of names to runs")
+    if not runs:
+        raise keys.error("runs", "names no run", "Add one: NAME: {configs: [overlay.yaml]}.")
+    seeds = keys.get("seeds", list, "a list of numbers such as [0, 1]", default=[0])
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise keys.error("seeds", f"is {seeds}", "Give different whole numbers from 0, such as [0, 1].")
+    return Study(
+        path=found,
+        title=keys.get("title", str, "a text", default=found.stem.replace("_", " ").capitalize()),
+        output=Path(keys.get("output", str, "a folder such as runs/study")),
+        seeds=tuple(seeds),
+        base=keys.configs("base", required=True),
+        settings=keys.settings(),
+        evaluators=keys.evaluators(),
+        metrics=keys.metrics(),
+        runs={str(name): read_run(found, str(name), content) for name, content in runs.items()},
+    )
+
+
+def read_run(path: Path, name: str, content: Any) -> StudyRun:
+    """One entry of ``runs:``; an empty one is the base itself."""
+    keys = Keys(path, f"runs.{name}.", content if content is not None else {}, RUN_KEYS)
+    if not re.fullmatch(r"[\w][\w.+-]*", name):
+        raise keys.error("", f"has the name {name!r}", "Names become file names: use letters, digits, - _ + and dots.")
+    at = keys.get("at", dict, "a mapping of a quantity to its value, such as {tau: 0.5}", default={})
+    for quantity, value in at.items():
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise keys.error("at", f"gives {quantity} the value {value!r}", "Give a number; it is a figure's x.")
+    return StudyRun(
+        name=name,
+        configs=keys.configs("configs", required=False),
+        settings=keys.settings(),
+        method=keys.get("method", str, "a text", default=name),
+        group=keys.get("group", str, "a text", default=""),
+        at={str(quantity): float(value) for quantity, value in at.items()},
+    )
+
+
+RUN_KEYS = ("configs", "set", "method", "group", "at")
+
+
+class Keys:
+    """One mapping of a study file, whose mistakes are named by file and key."""
+
+    def __init__(self, path: Path, prefix: str, content: Any, known: tuple[str, ...]) -> None:
+        self.path, self.prefix, self.content = path, prefix, content
+        if not isinstance(content, dict):
+            raise self.error("", f"is {content!r}", f"Give a mapping with {', '.join(known)}.")
+        for key in content:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                cure = f"Is it {near[0]}?" if near else f"Keys are {', '.join(known)}."
+                raise self.error(str(key), "is no key of a study file", cure)
+
+    def error(self, key: str, found: str, cure: str) -> ConfigError:
+        """What is wrong under ``key``, what to do."""
+        where = f"{self.prefix}{key}".strip(".")
+        return ConfigError(f"{self.path}: {where or 'the file'} {found}. {cure}")
+
+    def get(self, key: str, kind: type, wanted: str, default: Any = None) -> Any:
+        """The value under ``key``, of one type."""
+        value = self.content.get(key)
+        if value is None:
+            if default is None:
+                raise self.error(key, "is missing", f"Give {wanted}.")
+            return default
+        if not isinstance(value, kind):
+            raise self.error(key, f"is {value!r}", f"Give {wanted}.")
+        return value
+
+    def configs(self, key: str, required: bool) -> tuple[Path, ...]:
+        """Config files, relative to the study file or to the installed configs."""
+        wanted = "a list of config files, relative to this file or to the installed configs"
+        paths = []
+        for name in self.get(key, list, wanted, default=None if required else []):
+            found = find_config(Path(str(name)), self.path.parent)
+            if found is None:
+                raise self.error(key, f"names {name}, which is no file", f"Give {wanted}.")
+            paths.append(found)
+        return tuple(paths)
+
+    def settings(self) -> dict[str, Any]:
+        """Deep keys and their values."""
+        wanted = "a mapping of keys to values, such as {trainer.max_steps: 350}"
+        return {str(key): value for key, value in self.get("set", dict, wanted, default={}).items()}
+
+    def evaluators(self) -> tuple[dict[str, Any], ...]:
+        """Measurements at the end of a run."""
+        wanted = "a list of {class_path: ..., init_args: {...}}"
+        found = self.get("evaluate", list, wanted, default=[])
+        if not all(isinstance(one, dict) and isinstance(one.get("class_path"), str) for one in found):
+            raise self.error("evaluate", f"is {found}", f"Give {wanted}.")
+        return tuple(found)
+
+    def metrics(self) -> dict[str, Better]:
+        """What is compared."""
+        wanted = "a mapping such as {fid: lower}, the main metric first"
+        found = self.get("metrics", dict, wanted)
+        for name, better in found.items():
+            if better not in get_args(Better):
+                raise self.error(f"metrics.{name}", f"is {better!r}", "Say which is better: lower or higher.")
+        if not found:
+            raise self.error("metrics", "is empty", f"Give {wanted}.")
+        return {str(name): better for name, better in found.items()}
+
+
+def find_config(path: Path, folder: Path) -> Path | None:
+    """A config file relative to ``folder``, or else of the installed configs."""
+    for candidate in (folder / path, Path(str(files("lightning_difftune.configs"))) / path):
+        if candidate.is_file():
+            return candidate
+    return None

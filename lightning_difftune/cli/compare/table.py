@@ -1,0 +1,166 @@
+"""The table of a study: mean and spread over seeds, and with beside without Diff-Tuning."""
+
+from __future__ import annotations
+
+import csv
+import io
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lightning_difftune.cli.compare.study import Study, StudyRun
+from lightning_difftune.data.shards.atomic import atomic_write
+from lightning_difftune.errors import ConfigError
+
+EWC = ("ewc/total", "ewc/mean")  # shown where a run has them
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run of a study, over its seeds.
+
+    Attributes:
+        run: The entry of the study file.
+        seeds: Those that are finished.
+        values: Final values by metric, one for each seed.
+        history: Curves by metric, one for each seed.
+        parameters: Trainable parameters.
+        seconds: Seconds of each fit.
+        change: Relative change of the main metric against the study's first group at the same method, if it has one.
+    """
+
+    run: StudyRun
+    seeds: tuple[int, ...]
+    values: Mapping[str, tuple[float, ...]]
+    history: Mapping[str, tuple[Sequence[tuple[int, float]], ...]]
+    parameters: int
+    seconds: tuple[float, ...]
+    change: float | None = None
+
+
+def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]]]) -> list[Line]:
+    """Gather results into one line for each run, in the study's order.
+
+    Raises:
+        ConfigError: If a result lacks a metric that the study compares.
+    """
+    by_run: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for run, result in results:
+        missing = [name for name in study.metrics if name not in result["values"]]
+        if missing:
+            raise ConfigError(
+                f"{study.path}: metrics names {missing[0]!r}, which {result['name']} does not have; it has "
+                f"{', '.join(result['values'])}."
+            )
+        by_run[run.name].append(result)
+    lines = [line_of(run, by_run[name]) for name, run in study.runs.items() if name in by_run]
+    return [with_change(line, lines, next(iter(study.metrics))) for line in lines]
+
+
+def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
+    """The line of one run."""
+    shared = [name for name in results[0]["values"] if all(name in result["values"] for result in results)]
+    curves = [name for name in shared if all(name in result["history"] for result in results)]
+    return Line(
+        run=run,
+        seeds=tuple(result["seed"] for result in results),
+        values={name: tuple(result["values"][name] for result in results) for name in shared},
+        history={name: tuple(result["history"][name] for result in results) for name in curves},
+        parameters=results[0]["trainable_parameters"],
+        seconds=tuple(result["fit_seconds"] for result in results),
+    )
+
+
+def with_change(line: Line, lines: Sequence[Line], metric: str) -> Line:
+    """The line with its change of a metric against the same method in the first group."""
+    first = lines[0].run.group
+    same = [one for one in lines if (one.run.method, one.run.at) == (line.run.method, line.run.at)]
+    before = next((one for one in same if one.run.group == first), None)
+    if line.run.group == first or before is None:
+        return line
+    start, end = statistics.fmean(before.values[metric]), statistics.fmean(line.values[metric])
+    return Line(**{**vars(line), "change": end / start - 1 if start else None})
+
+
+def spread(values: Sequence[float]) -> float | None:
+    """Sample standard deviation over seeds; ``None`` of a single one."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def shown(values: Sequence[float]) -> str:
+    """Mean and spread in four digits."""
+    deviation = spread(values)
+    return f"{statistics.fmean(values):.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+
+
+def header(study: Study, lines: Sequence[Line]) -> list[str]:
+    """Headings of the table that is read."""
+    arrows = {"lower": "↓", "higher": "↑"}
+    ewc = [name for name in EWC if any(name in line.values for line in lines)]
+    metrics = [f"{name} {arrows[better]}" for name, better in study.metrics.items()]
+    return ["run", "method", "group", *metrics, "change", *ewc, "trainable", "seconds", "seeds"]
+
+
+def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
+    """Rows of the table that is read."""
+    ewc = [name for name in EWC if any(name in line.values for line in lines)]
+    return [
+        [
+            line.run.name,
+            line.run.method,
+            line.run.group,
+            *(shown(line.values[name]) for name in study.metrics),
+            "" if line.change is None else f"{line.change:+.1%}",
+            *(shown(line.values[name]) if name in line.values else "" for name in ewc),
+            f"{line.parameters:,}",
+            shown(line.seconds),
+            ", ".join(map(str, line.seeds)),
+        ]
+        for line in lines
+    ]
+
+
+def csv_text(study: Study, lines: Sequence[Line]) -> str:
+    """Every number in full, one row for each run."""
+    names = [*study.metrics, *(name for name in EWC if any(name in line.values for line in lines))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name} {what}" for name in names for what in ("mean", "std")]
+    writer.writerow(["run", "method", "group", *columns, "change", "trainable_parameters", "seconds", "seeds"])
+    for line in lines:
+        row: list[Any] = [line.run.name, line.run.method, line.run.group]
+        for name in names:
+            values = line.values.get(name)
+            row += ["", ""] if values is None else [statistics.fmean(values), spread(values)]
+        seconds = statistics.fmean(line.seconds)
+        writer.writerow([*row, line.change, line.parameters, seconds, " ".join(map(str, line.seeds))])
+    return text.getvalue()
+
+
+def markdown(study: Study, lines: Sequence[Line]) -> str:
+    """The table for a README."""
+    heads = header(study, lines)
+    rules = ["---" if head in ("run", "method", "group") else "---:" for head in heads]
+    rows = [heads, rules, *cells(study, lines)]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+
+
+def write_tables(study: Study, lines: Sequence[Line], output: Path, console: Console) -> None:
+    """Write ``table.csv`` and ``table.md``, and print the table."""
+    atomic_write(output / "table.csv", csv_text(study, lines).encode())
+    atomic_write(output / "table.md", markdown(study, lines).encode())
+    table = Table(title=study.title, title_justify="left")
+    for head in header(study, lines):
+        table.add_column(head, justify="left" if head in ("run", "method", "group") else "right")
+    for row in cells(study, lines):
+        table.add_row(*row)
+    console.print(table)
+    first = lines[0].run.group
+    if any(line.change is not None for line in lines):
+        console.print(f"change: of {next(iter(study.metrics))}, against {first!r} with the same method.")

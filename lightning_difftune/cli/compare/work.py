@@ -1,0 +1,119 @@
+"""``python -m lightning_difftune.cli.compare.work FOLDER``: do one run of a study, in a process of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+from lightning_difftune.callbacks import SuddenConvergence
+from lightning_difftune.cli.compare.record import RunRecord
+from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, circumstances, count_trainable
+from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.data.shards.atomic import atomic_write
+from lightning_difftune.errors import ConfigError, DiffTuneError
+from lightning_difftune.protocols import Evaluator, SupportsGenerate
+
+GRID = 100  # pictures in a result's sample grid
+COLUMNS = 10
+
+
+def work(folder: Path) -> None:
+    """Fit, evaluate and write the result of the run that is described in a folder.
+
+    Args:
+        folder: Has ``config.yaml`` and ``job.json``; gets the logs and checkpoints.
+
+    Raises:
+        DiffTuneError: If the run cannot be done.
+    """
+    job = json.loads((folder / "job.json").read_text())
+    measures = evaluators(job["identity"]["evaluate"])  # a mistake there shows before the training, not after
+    resume = [] if job["checkpoint"] is None else ["--ckpt_path", job["checkpoint"]]
+    cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume])
+    if not cli.trainer.is_global_zero:
+        return
+    (record,) = callbacks_of(cli, RunRecord)
+    values = {name: points[-1][1] for name, points in record.history.items()}
+    with averaged_weights(cli):
+        for measure in measures:
+            values |= measure.evaluate(cli.model)
+        grid = sample_grid(cli)
+    content = {
+        "name": job["name"],
+        "seed": job["seed"],
+        "values": values,
+        "history": record.history,
+        "sudden_convergence": sudden_convergence(cli),
+        "steps": cli.trainer.global_step,
+        "trainable_parameters": count_trainable(cli),
+        "fit_seconds": round(record.seconds, 2),
+        **circumstances(),
+        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "digest": job["digest"],
+        "identity": job["identity"],
+    }
+    path = Path(job["result"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if grid is not None:
+        atomic_write(path.with_suffix(".png"), grid)
+    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
+    """The objects that are named by ``class_path`` and ``init_args``.
+
+    Raises:
+        ConfigError: If there is no such class, or it is not made like this.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--evaluate", type=list[Evaluator])
+    try:
+        return parser.instantiate_classes(parser.parse_object({"evaluate": [dict(one) for one in named]})).evaluate
+    except DiffTuneError:
+        raise
+    except Exception as error:  # whatever a constructor raises
+        raise ConfigError(f"`evaluate` of the study file cannot be used: {' '.join(str(error).split())}") from error
+
+
+def sudden_convergence(cli: DiffTuneCLI) -> list[dict[str, Any]]:
+    """The answers of each :class:`SuddenConvergence` of the run."""
+    return [
+        {"monitor": one.monitor, "threshold": one.threshold, "step": one.convergence_step, "leap": one.leap}
+        for one in callbacks_of(cli, SuddenConvergence)
+    ]
+
+
+def sample_grid(cli: DiffTuneCLI) -> bytes | None:
+    """PNG of the first hundred samples in rows of ten, if the module generates pictures."""
+    if not isinstance(cli.model, SupportsGenerate):
+        return None
+    from torchvision.utils import make_grid
+
+    with torch.inference_mode():
+        pictures = torch.cat([cli.model.generate(indices).cpu() for indices in torch.arange(GRID).split(25)])
+    png = io.BytesIO()
+    Image.fromarray(make_grid(pictures, nrow=COLUMNS).permute(1, 2, 0).numpy()).save(png, format="PNG")
+    return png.getvalue()
+
+
+def main() -> int:
+    """Work on the folder that the command line names; 0, or 2 for a mistake in the input."""
+    try:
+        work(Path(sys.argv[1]))
+    except DiffTuneError as error:
+        print(f"difftune: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

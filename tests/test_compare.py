@@ -1,0 +1,282 @@
+"""``difftune compare``: a small study, whole, interrupted, changed and misspelt."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_difftune.cli import compare, main
+from lightning_difftune.cli.compare import work
+from lightning_difftune.cli.compare.record import RunRecord
+from lightning_difftune.models import DiT, export_dit
+
+STEPS = 4
+STUDY = {
+    "output": "out",
+    "seeds": [0, 1],
+    "base": ["base.yaml"],
+    "set": {
+        "data.init_args.bank": "{output}/bank-seed{seed}",
+        "trainer.callbacks+": [
+            {"class_path": "lightning_difftune.callbacks.EWC", "init_args": {"every_n_steps": 2}},
+            {"class_path": "lightning_difftune.callbacks.SuddenConvergence", "init_args": {"monitor": "val/loss"}},
+        ],
+    },
+    "evaluate": [{"class_path": "lightning_difftune.metrics.RecognisedDigits", "init_args": {"per_digit": 1}}],
+    "metrics": {"fd_digit_classifier": "lower", "recognised": "higher"},
+    "runs": {
+        "plain": {"configs": ["presets/full.yaml"], "method": "Full", "group": "standard", "at": {"tau": 0}},
+        "tuned": {
+            "set": {"model.init_args.optimizer.init_args.lr": 0.002},
+            "method": "Full",
+            "group": "Diff-Tuning",
+            "at": {"tau": 0},
+        },
+    },
+}
+
+
+def write_study(folder, **changes):
+    (folder / "study.yaml").write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def ingredients(tmp_path_factory):
+    """Weights, pictures and a base config."""
+    folder = tmp_path_factory.mktemp("ingredients")
+    torch.manual_seed(0)
+    model = DiT(20, patch_size=10, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    export_dit(model, folder / "tiny.safetensors")
+    pictures = np.random.default_rng(0).integers(0, 256, (20, 20, 20), dtype=np.uint8)
+    for number, pixels in enumerate(pictures):
+        path = folder / "pictures" / f"class{number % 10}" / f"{number:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    target = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": str(folder / "pictures")}}
+    features = {"class_path": "lightning_difftune.metrics.DigitClassifier"}
+    base = {
+        "model": {
+            "class_path": "lightning_difftune.DiTDiffTuningModule",
+            "init_args": {
+                "model": str(folder / "tiny.safetensors"),
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
+                "sampler": {"num_inference_steps": 2},
+            },
+        },
+        "data": {
+            "class_path": "lightning_difftune.MemoryBankDataModule",
+            "init_args": {
+                "target": target,
+                "val_target": target,
+                "num_classes": 10,
+                "image_size": 20,
+                "channels": 1,
+                "bank_size": 10,
+                "batch_size": 5,
+            },
+        },
+        "trainer": {
+            "max_steps": STEPS,
+            "accelerator": "cpu",
+            "devices": 1,
+            "val_check_interval": 2,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "enable_model_summary": False,
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "elsewhere"}},
+            "callbacks": [
+                {"class_path": "lightning_difftune.callbacks.EMA", "init_args": {"decay": 0.9}},
+                {
+                    "class_path": "lightning_difftune.callbacks.FID",
+                    "init_args": {"num_samples": 20, "feature_extractor": features},
+                },
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}},
+            ],
+        },
+    }
+    (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    return folder
+
+
+@pytest.fixture
+def project(ingredients, tmp_path, monkeypatch):
+    """A folder with a study, as the working directory; runs are done in this process, to be quick."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.yaml").write_bytes((ingredients / "base.yaml").read_bytes())
+    write_study(tmp_path)
+
+    def start_here(folder):
+        try:
+            (folder / "log.txt").touch()
+            work.work(folder)
+        except Killed:
+            return -9
+        return 0
+
+    monkeypatch.setattr(compare, "start_process", start_here)
+    return tmp_path
+
+
+class Killed(BaseException):
+    """In place of a signal."""
+
+
+def result(name):
+    return json.loads(Path(f"out/results/{name}.json").read_text())
+
+
+def table(path="out/table.csv"):
+    """The rows of a table without the times."""
+    with open(path) as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, monkeypatch, capsys):
+    assert main(["compare", "study.yaml", "--output", "undisturbed"]) == 0
+
+    with monkeypatch.context() as patch:
+
+        def die(self, trainer, pl_module, *args):
+            if trainer.global_step == 3 and "tuned-seed0" in trainer.default_root_dir:
+                raise Killed
+
+        patch.setattr(RunRecord, "on_train_batch_end", die)
+        capsys.readouterr()
+        assert main(["compare", "study.yaml"]) == 2
+    told = capsys.readouterr()
+    assert "2/4 tuned-seed0: failed with exit status -9" in told.out
+    assert "4/4 tuned-seed1: 4 steps" in told.out, "one failure does not end the study"
+    assert "1 of 4 runs failed: tuned-seed0." in told.err
+    assert not Path("out/results/tuned-seed0.json").exists()
+    finished = Path("out/results/plain-seed0.json").read_bytes()
+
+    assert main(["compare", "study.yaml", "--dry-run"]) == 0
+    assert re.search(r"plain-seed0: finished\ntuned-seed0: goes on from .*last\.ckpt\n", capsys.readouterr().out)
+    assert main(["compare", "study.yaml"]) == 0
+    assert "1/4 plain-seed0: finished before" in capsys.readouterr().out
+    assert Path("out/results/plain-seed0.json").read_bytes() == finished
+    assert table() == table("undisturbed/table.csv")
+    resumed, whole = (
+        json.loads(Path(folder, "results/tuned-seed0.json").read_text()) for folder in ("out", "undisturbed")
+    )
+    assert resumed["history"] == whole["history"]
+    assert not Path("elsewhere").exists(), "loggers write into the folders of the runs"
+
+
+def test_what_a_result_holds(project):
+    assert main(["compare", "study.yaml", "--seeds", "1", "--only", "tuned"]) == 0
+    found = result("tuned-seed1")
+    steps = [[step for step, _ in points] for points in found["history"].values()]
+    assert steps == [[2, 4]] * len(steps)
+    assert {"val/loss", "fd_digit_classifier", "ewc/total", "ewc/mean"} <= found["history"].keys()
+    assert found["values"]["fd_digit_classifier"] == found["history"]["fd_digit_classifier"][-1][1]
+    assert 0 <= found["values"]["recognised"] <= 1
+    assert found["sudden_convergence"][0]["monitor"] == "val/loss"
+    assert found["trainable_parameters"] == 14_968
+    assert (found["seed"], found["steps"]) == (1, STEPS)
+    assert found["fit_seconds"] > 0
+    assert {"torch", "lightning_difftune"} <= found["versions"].keys()
+    assert found["threads"] == torch.get_num_threads()
+    with Image.open("out/results/tuned-seed1.png") as grid:
+        assert grid.size == (10 * 22 + 2, 10 * 22 + 2)
+    assert [path.name for path in Path("out").glob("bank*")] == ["bank-seed1"]
+    (row,) = table()
+    assert (row["run"], row["seeds"], row["fd_digit_classifier std"], row["change"]) == ("tuned", "1", "", "")
+
+
+def test_a_changed_config_is_refused_or_repeated(project, capsys):
+    only = ["compare", "study.yaml", "--seeds", "0", "--only", "plain"]
+    assert main(only) == 0
+    before = Path("out/results/plain-seed0.json").read_bytes()
+    write_study(project, set={**STUDY["set"], "model.init_args.label_dropout": 0.5})
+    capsys.readouterr()
+    assert main(only) == 2
+    said = capsys.readouterr().err
+    assert "plain-seed0 in out was made with another config: model.init_args.label_dropout was None, is 0.5." in said
+    assert "--rerun-changed" in said
+    assert Path("out/results/plain-seed0.json").read_bytes() == before
+    assert main([*only, "--dry-run"]) == 0
+    assert "plain-seed0: changed: model.init_args.label_dropout was None, is 0.5" in capsys.readouterr().out
+    assert main([*only, "--rerun-changed"]) == 0
+    assert result("plain-seed0")["identity"]["settings"]["model"]["init_args"]["label_dropout"] == 0.5
+    assert main(only) == 0
+
+
+def test_labels_and_output_are_no_part_of_what_is_run(project, capsys):
+    only = ["compare", "study.yaml", "--seeds", "0", "--only", "plain"]
+    assert main(only) == 0
+    runs = {"plain": {**STUDY["runs"]["plain"], "method": "Everything", "at": {}}}
+    write_study(project, title="Another title", runs=runs, output="moved")
+    Path("out").rename("moved")
+    capsys.readouterr()
+    assert main(["compare", "study.yaml", "--seeds", "0"]) == 0
+    assert "finished before" in capsys.readouterr().out
+    assert table("moved/table.csv")[0]["method"] == "Everything"
+
+
+def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.chdir(project)
+    runs = {"broken": {"set": {"data.init_args.target.init_args.root": "nowhere"}}, "whole": {}}
+    write_study(project, runs=runs, seeds=[0])
+    assert main(["compare", "study.yaml"]) == 2
+    told = capsys.readouterr()
+    assert "1/2 broken-seed0: failed with exit status 2; difftune: the image folder nowhere does not exist" in told.out
+    assert "2/2 whole-seed0: 4 steps" in told.out
+    assert "1 of 2 runs failed: broken-seed0. Why is at the end of out/runs/broken-seed0/log.txt" in told.err
+    assert [row["run"] for row in table()] == ["whole"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"outputs": "x"}, r"study.yaml: outputs is no key of a study file. Is it output\?"),
+        ({"output": None}, "study.yaml: output is missing. Give a folder"),
+        ({"seeds": [0, 0]}, r"seeds is \[0, 0\]. Give different whole numbers"),
+        ({"seeds": "0"}, "seeds is '0'. Give a list of numbers"),
+        ({"base": ["nowhere.yaml"]}, "base names nowhere.yaml, which is no file. Give a list of config files"),
+        ({"metrics": {"fid": "small"}}, "metrics.fid is 'small'. Say which is better: lower or higher"),
+        ({"metrics": {}}, "metrics is empty"),
+        ({"runs": {}}, "runs names no run"),
+        ({"runs": {"a/b": {}}}, "runs.a/b has the name 'a/b'. Names become file names"),
+        ({"runs": {"a": {"config": []}}}, r"runs.a.config is no key of a study file. Is it configs\?"),
+        ({"runs": {"a": {"configs": ["x.yaml"]}}}, "runs.a.configs names x.yaml, which is no file"),
+        ({"runs": {"a": {"at": {"tau": "one"}}}}, "runs.a.at gives tau the value 'one'. Give a number"),
+        ({"runs": {"a": ["x.yaml"]}}, r"runs.a is \['x.yaml'\]. Give a mapping with configs"),
+        ({"evaluate": ["RecognisedDigits"]}, "evaluate is .*class_path"),
+        ({"runs": {"a": {"set": {"trainer.maximum": 5}}}}, "study.yaml: runs.a cannot be run. .*trainer.maximum"),
+        ({"runs": {"a": {"set": {"trainer.max_steps": "x"}}}}, "study.yaml: runs.a cannot be run. .*max_steps"),
+    ],
+)
+def test_mistakes_in_a_study_file(project, capsys, changes, message):
+    write_study(project, **changes)
+    assert main(["compare", "study.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said, re.DOTALL), said
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["none.yaml"], "There is no study file none.yaml"),
+        (["base.yaml"], "base.yaml: data is no key of a study file"),
+        (["study.yaml", "--only", "full"], "study.yaml has no run 'full'; its runs are plain, tuned"),
+        (["study.yaml", "--report"], "out/results has no result of study.yaml to report"),
+    ],
+)
+def test_mistakes_in_the_command(project, capsys, args, message):
+    assert main(["compare", *args]) == 2
+    assert message in capsys.readouterr().err
