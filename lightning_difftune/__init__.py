@@ -7,13 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_difftune.data import MemoryBank, MemoryBankDataModule
-    from lightning_difftune.modules import DiffTuningModule, DiTDiffTuningModule, TextToImageDiffTuningModule
+    from lightning_difftune.modules import (
+        ControlNetDiffTuningModule,
+        DiffTuningModule,
+        DiTDiffTuningModule,
+        TextToImageDiffTuningModule,
+    )
     from lightning_difftune.objective import DiffTuningObjective, WeightedDiffTuningObjective
     from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, PowerSchedule, SNRSchedule
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ControlNetDiffTuningModule": "modules",
     "DiTDiffTuningModule": "modules",
     "DiffTuningModule": "modules",
     "DiffTuningObjective": "objective",
@@ -28,6 +34,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ControlNetDiffTuningModule",
     "DiTDiffTuningModule",
     "DiffTuningModule",
     "DiffTuningObjective",

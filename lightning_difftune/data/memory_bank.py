@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from lightning_difftune.protocols import BankGenerator, RetentionBatch
 
 KIND = "memory-bank"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
+COLUMNS = {"class_labels": torch.int64, "conditioning_pixel_values": torch.uint8}  # what may stand beside the latents
 
 
 class MemoryBank:
@@ -46,9 +47,10 @@ class MemoryBank:
     def __init__(self, path: str | Path) -> None:
         self._reader = ShardReader(path, kind=KIND)
         shapes, dtypes = self._reader.shapes, self._reader.dtypes
-        if dtypes.get("latents") not in _DTYPES.values() or not shapes.keys() <= {"latents", "class_labels"}:
+        if dtypes.get("latents") not in _DTYPES.values() or not shapes.keys() <= {"latents", *COLUMNS}:
             raise StoreError(
-                f"{self.path} holds {', '.join(sorted(shapes))}; a memory bank holds float latents and labels."
+                f"{self.path} holds {', '.join(sorted(shapes))}; a memory bank holds float latents and, beside them, "
+                f"{', '.join(sorted(COLUMNS))}."
             )
 
     @classmethod
@@ -134,16 +136,14 @@ class MemoryBank:
             indices: (B,) int64 in [0, len(self)).
 
         Returns:
-            ``latents`` (B, c, h, w) float32 and, if the bank has them, ``class_labels`` (B,) int64.
+            ``latents`` (B, c, h, w) float32 and, if the bank has them, ``class_labels`` (B,) int64 and control maps
+            ``conditioning_pixel_values`` (B, C, H, W) uint8.
 
         Raises:
             IndexError: An index lies outside the bank.
         """
         tensors = self._reader.read(indices)
-        batch = RetentionBatch(latents=tensors["latents"].float())
-        if "class_labels" in tensors:
-            batch["class_labels"] = tensors["class_labels"]
-        return batch
+        return cast("RetentionBatch", {**tensors, "latents": tensors["latents"].float()})
 
     def verify(self) -> None:
         """Read every byte and compare the hashes.
@@ -228,8 +228,8 @@ class MemoryBankWriter(BasePredictionWriter):
 
 def _as_stored(writer: ShardWriter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     made = {name: tensor.dtype for name, tensor in tensors.items()}
-    labels = made.get("class_labels", torch.int64)
-    if not made.keys() <= {"latents", "class_labels"} or "latents" not in made or labels != torch.int64:
-        raise StoreError(f"A memory bank holds latents and int64 class_labels, but the generator made {made}.")
+    columns = {name: dtype for name, dtype in made.items() if name != "latents"}
+    if "latents" not in made or any(COLUMNS.get(name) != dtype for name, dtype in columns.items()):
+        raise StoreError(f"A memory bank holds latents and, beside them, {COLUMNS}; the generator made {made}.")
     stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     return {**stored, "latents": stored["latents"].to(_DTYPES[writer.plan.spec["dtype"]])}

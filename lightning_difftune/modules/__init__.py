@@ -1,8 +1,15 @@
 """LightningModules, one a model family."""
 
 from lightning_difftune.modules.base import DiffTuningModule
+from lightning_difftune.modules.controlnet import ControlNetDiffTuningModule
 from lightning_difftune.modules.dit import DiTDiffTuningModule
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
 
-__all__ = ["DiTDiffTuningModule", "DiffTuningModule", "StableDiffusionModule", "TextToImageDiffTuningModule"]
+__all__ = [
+    "ControlNetDiffTuningModule",
+    "DiTDiffTuningModule",
+    "DiffTuningModule",
+    "StableDiffusionModule",
+    "TextToImageDiffTuningModule",
+]

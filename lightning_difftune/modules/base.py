@@ -89,8 +89,9 @@ class DiffTuningModule(L.LightningModule, ABC):
             if is_flow(sampler.scheduler) != velocities:
                 raise ConfigError(
                     f"The objective trains by {type(self.objective.diffusion).__name__}, but the {name} integrates "
-                    f"with {type(sampler.scheduler).__name__}. A RectifiedFlow needs a scheduler of flow matching, such as "
-                    "diffusers.FlowMatchEulerDiscreteScheduler, and a GaussianDiffusion one of noise predictions."
+                    f"with {type(sampler.scheduler).__name__}. A RectifiedFlow needs a scheduler of flow matching, "
+                    "such as diffusers.FlowMatchEulerDiscreteScheduler, and a GaussianDiffusion one of noise "
+                    "predictions."
                 )
 
     # -- what a model family supplies ----------------------------------------------------------------------------

@@ -110,6 +110,13 @@ class StableDiffusionModule(DiffTuningModule, ABC):
 
         return open_network(UNet2DConditionModel, self.model, "unet", self.revision)
 
+    def apply_memory_options(self, network: Any) -> None:
+        """Set up gradient checkpointing and the memory format of a network that gradients flow through."""
+        if self.gradient_checkpointing:
+            network.enable_gradient_checkpointing()
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)
+
     def build_frozen(self, unet: Any) -> None:
         """Open the autoencoder and the text encoder, and check that the parts are of one pipeline."""
         folder = folder_of(self.model, "vae", self.revision)
@@ -135,7 +142,12 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         kind = config.get("prediction_type", "epsilon")
         names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
         pipeline = DDPMScheduler(**{name: config[name] for name in names if name in config}).alphas_cumprod
-        ours = {"the objective's diffusion": self.objective.diffusion.sqrt_alphas_cumprod.square()}
+        process = self.objective.diffusion
+        if not isinstance(process, GaussianDiffusion):
+            raise ConfigError(
+                f"{self.model} was not pre-trained by {type(process).__name__}, the objective's diffusion."
+            )
+        ours = {"the objective's diffusion": process.sqrt_alphas_cumprod.square()}
         for name, sampler in (("sampler", self.sampler), ("bank_sampler", self.bank_sampler)):
             ours[f"the scheduler of {name}"] = getattr(sampler.scheduler, "alphas_cumprod", pipeline)
             if sampler.scheduler.config.get("prediction_type", "epsilon") != kind:

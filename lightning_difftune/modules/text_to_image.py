@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_difftune.models.checkpoints import fingerprint
@@ -34,10 +33,7 @@ class TextToImageDiffTuningModule(StableDiffusionModule):
         """Open the pipeline's networks."""
         self.unet = self.open_unet()
         self.build_frozen(self.unet)
-        if self.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        if self.channels_last:
-            self.unet.to(memory_format=torch.channels_last)
+        self.apply_memory_options(self.unet)
         return {"name": self.model, "fingerprint": fingerprint(self.unet)}
 
     def trainable_modules(self) -> list[nn.Module]:

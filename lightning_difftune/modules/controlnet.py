@@ -1,0 +1,279 @@
+"""Diff-Tuning of ControlNets (Section 4.2 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from lightning_difftune.draws import Draws
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.modules.base import adamw
+from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
+from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.protocols import (
+    Annotator,
+    Denoiser,
+    DiffTuningBatch,
+    SupportsControlExamples,
+    TargetBatch,
+    Tuner,
+)
+from lightning_difftune.sampling import Sampler, to_uint8
+
+DEFAULT_PROMPT = "a high-quality, detailed, and professional image"  # ControlNet's, and the paper's
+
+
+class ControlNetDiffTuningModule(StableDiffusionModule):
+    """Diff-Tuning of a ControlNet beside the frozen UNet of a Stable Diffusion pipeline.
+
+    The ControlNet starts as a copy of the UNet's encoder, whose outputs are zero at first. The memory bank holds
+    pictures that the pipeline draws with the default prompt, and the control maps that ``annotator`` finds in these
+    very pictures (App. C). Guidance drops the prompt and keeps the control, as diffusers' pipeline does.
+
+    Arguments as those of :class:`~lightning_difftune.modules.StableDiffusionModule`, and:
+
+    Args:
+        annotator: Turns pictures into control maps: the target's, the bank's, and those of generated pictures.
+        controlnet: A ControlNet in diffusers' layout to go on from, instead of a copy of the UNet's encoder.
+        conditioning_embedding_out_channels: Widths of the layers that bring a control map down to the latents' size,
+            one more than there are halvings. By default as many of diffusers' (16, 32, 96, 256) as are needed.
+        conditioning_scale: Factor of the ControlNet's outputs in generated pictures.
+
+    Raises:
+        ConfigError: If control maps have the wrong number of channels, or the widths do not fit the autoencoder.
+
+    Example:
+        >>> from lightning_difftune import ControlNetDiffTuningModule
+        >>> from lightning_difftune.data import Canny
+        >>> module = ControlNetDiffTuningModule(Canny(), "stable-diffusion-v1-5/stable-diffusion-v1-5")
+        >>> module.bank_prompts
+        ('a high-quality, detailed, and professional image',)
+    """
+
+    unet: Any
+    controlnet: Any
+
+    def __init__(
+        self,
+        annotator: Annotator,
+        model: str | Path = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        revision: str | None = None,
+        controlnet: str | Path | None = None,
+        conditioning_embedding_out_channels: Sequence[int] | None = None,
+        conditioning_scale: float = 1.0,
+        image_size: int | None = None,
+        prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        bank_prompts: Sequence[str] = (DEFAULT_PROMPT,),
+        prompt_dropout: float = 0.1,
+        gradient_checkpointing: bool = False,
+        channels_last: bool = False,
+        objective: DiffTuningObjective | None = None,
+        optimizer: OptimizerCallable = adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        tuner: Tuner | None = None,
+        sampler: Sampler | None = None,
+        bank_sampler: Sampler | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            model,
+            revision,
+            image_size,
+            prompts,
+            bank_prompts,
+            prompt_dropout,
+            gradient_checkpointing,
+            channels_last,
+            objective,
+            optimizer,
+            lr_scheduler,
+            tuner,
+            sampler,
+            bank_sampler,
+            seed,
+        )
+        self.annotator = annotator
+        self.controlnet_source = controlnet
+        self.embedding_widths = conditioning_embedding_out_channels
+        self.conditioning_scale = conditioning_scale
+
+    # -- networks -------------------------------------------------------------------------------------------------
+
+    def build(self) -> dict[str, Any]:
+        """Open the pipeline's networks and put a ControlNet beside them."""
+        unet = self.open_unet()
+        self.build_frozen(unet)
+        self.controlnet = self.new_controlnet(unet)
+        for network in (unet, self.controlnet):  # gradients flow through both
+            self.apply_memory_options(network)
+        self.unet = Frozen(unet)
+        identity = {"name": self.model, "fingerprint": fingerprint(unet)}
+        return identity if self.controlnet_source is None else {**identity, "controlnet": fingerprint(self.controlnet)}
+
+    def new_controlnet(self, unet: Any) -> Any:
+        """A copy of the UNet's encoder whose outputs are zero, or the ControlNet that was asked for."""
+        from diffusers.models import ControlNetModel
+
+        halvings = self.autoencoder.downsample.bit_length() - 1
+        widths = self.embedding_widths
+        if widths is None:
+            widths = (16, 32, 96, 256, 256, 256)[: halvings + 1]
+        if len(widths) != halvings + 1:
+            raise ConfigError(
+                f"conditioning_embedding_out_channels {tuple(widths)} bring a control map down by a factor of "
+                f"{2 ** (len(widths) - 1)}, but the autoencoder's is {self.autoencoder.downsample}: give "
+                f"{halvings + 1} widths."
+            )
+        if self.controlnet_source is not None:
+            controlnet = open_network(ControlNetModel, self.controlnet_source)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                controlnet = ControlNetModel.from_unet(
+                    unet,
+                    conditioning_embedding_out_channels=tuple(widths),
+                    conditioning_channels=self.annotator.channels,
+                )
+        if controlnet.config.conditioning_channels != self.annotator.channels:
+            raise ConfigError(
+                f"The ControlNet takes control maps of {controlnet.config.conditioning_channels} channels, but "
+                f"{type(self.annotator).__name__} makes {self.annotator.channels}."
+            )
+        return controlnet
+
+    def configure_model(self) -> None:
+        """Build the networks; beside a tuner's layers, the ones without pre-trained weights are trained whole."""
+        fresh = not self._is_built
+        super().configure_model()
+        if fresh and self.tuner is not None:
+            net = self.controlnet
+            for module in (net.controlnet_cond_embedding, net.controlnet_down_blocks, net.controlnet_mid_block):
+                module.requires_grad_(True)
+
+    def trainable_modules(self) -> list[nn.Module]:
+        """The ControlNet."""
+        return [self.controlnet]
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Network output (B, c, h, w) under embeddings (B, L, D) and control maps (B, C, H, W) in [0, 1]."""
+        embeddings = condition["prompt_embeds"]
+        down, middle = self.controlnet(
+            x_t,
+            t,
+            encoder_hidden_states=embeddings,
+            controlnet_cond=condition["conditioning_pixel_values"],
+            conditioning_scale=1.0 if self.training else self.conditioning_scale,
+            return_dict=False,
+        )
+        return self.unet(
+            x_t,
+            t,
+            encoder_hidden_states=embeddings,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample
+
+    def pretrained(self) -> Denoiser:
+        """The pipeline's UNet without control; it is frozen here, so it needs no copy."""
+        return lambda x_t, t, condition: self.unet(x_t, t, encoder_hidden_states=condition).sample
+
+    def source_condition(self, condition: dict[str, Tensor]) -> Tensor:
+        """The prompt alone: the pre-trained network knows no control."""
+        return condition["prompt_embeds"]
+
+    # -- control --------------------------------------------------------------------------------------------------
+
+    def annotate(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 => their control maps (B, C, H, W) uint8."""
+        return self.checked(self.annotator(pictures), type(self.annotator).__name__)
+
+    def checked(self, maps: Tensor, maker: str) -> Tensor:
+        """Control maps (B, C, H, W) uint8 as they are.
+
+        Raises:
+            ConfigError: If the ControlNet takes another number of channels, or they are no 8-bit maps.
+        """
+        channels = self.annotator.channels
+        if maps.ndim != 4 or maps.shape[1] != channels or maps.dtype != torch.uint8:
+            raise ConfigError(
+                f"{maker} has control maps {maps.dtype} {tuple(maps.shape)}, but this ControlNet takes "
+                f"uint8 (B, {channels}, H, W). Use an annotator, or maps, of {channels} "
+                f"channel{'s' if channels > 1 else ''}."
+            )
+        return maps
+
+    def controlled(self, captions: Sequence[str], maps: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Condition and null condition of B captions and control maps (B, C, H, W) uint8."""
+        control = self.control_values(self.checked(maps, "The batch"))
+        embeddings = self.text_encoder.encode(captions)
+        null = self.null_embedding().expand_as(embeddings)
+        return (
+            {"prompt_embeds": embeddings, "conditioning_pixel_values": control},
+            {"prompt_embeds": null, "conditioning_pixel_values": control},
+        )
+
+    def control_values(self, maps: Tensor) -> Tensor:
+        """Control maps uint8 => float32 in [0, 1], on this module's device."""
+        return maps.to(self.device).float() / 255
+
+    def conditions(self, indices: Tensor) -> tuple[Any, Any]:
+        """Picture i follows the caption and the control map of held-out example i mod N of the data module.
+
+        Raises:
+            ConfigError: If there are no held-out examples.
+        """
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, SupportsControlExamples) or data.num_control_examples == 0:
+            raise ConfigError(
+                "A ControlNet draws pictures after control maps, and there are none: the data module has no held-out "
+                "pictures. Set its val_target, or call generate_controlled with maps of your own."
+            )
+        pictures, captions = data.control_examples((indices % data.num_control_examples).tolist())
+        return self.controlled(captions, self.annotate(pictures.to(self.device)))
+
+    def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 after control maps (B, C, H, W) uint8 and B captions.
+
+        Picture i's noise depends on the seed and indices[i] alone.
+        """
+        return self.generate(indices, self.controlled(captions, conditioning))
+
+    # -- what the base asks for -----------------------------------------------------------------------------------
+
+    def encode(self, batch: TargetBatch) -> TargetBatch:
+        """Adds the control maps (B, C, H, W) uint8: the target's own, or the annotator's."""
+        encoded = super().encode(batch)
+        own = batch.get("conditioning_pixel_values")
+        maps = self.annotate(to_uint8(batch["pixel_values"])) if own is None else self.checked(own, "The target")
+        return {**encoded, "conditioning_pixel_values": maps}
+
+    def encoder_identity(self) -> str | None:
+        """Autoencoder, text encoder and annotator."""
+        return f"{super().encoder_identity()}; {self.annotator.identity()}"
+
+    def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """The prompts' numbers, and the control maps of the generated pictures themselves."""
+        maps = self.annotate(to_uint8(self.decode(latents)))
+        return {**super().bank_columns(indices, latents), "conditioning_pixel_values": maps}
+
+    def bank_spec(self) -> dict[str, Any]:
+        """The prompts, and what decodes and annotates the pictures."""
+        vae = f"{self.autoencoder.fingerprint()} x {self.autoencoder.scaling_factor}"
+        return {**super().bank_spec(), "autoencoder": vae, "annotator": self.annotator.identity()}
+
+    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """As for text, with the control maps of both streams beside the embeddings."""
+        if "latent_mean" not in batch["target"]:
+            batch = {**batch, "target": self.encode(batch["target"])}
+        x0, embeddings, is_retention = super().prepare(batch, draws)
+        streams = [batch["target"], *([batch["retention"]] if "retention" in batch else [])]
+        maps = torch.cat([self.control_values(stream["conditioning_pixel_values"]) for stream in streams])
+        return x0, {"prompt_embeds": embeddings, "conditioning_pixel_values": maps}, is_retention

@@ -1,0 +1,220 @@
+"""ControlNetDiffTuningModule on a small Stable Diffusion pipeline: control in the target, the bank and pictures."""
+
+from __future__ import annotations
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from lightning_difftune import ControlNetDiffTuningModule, MemoryBank, MemoryBankDataModule
+from lightning_difftune.callbacks import EMA
+from lightning_difftune.data import LatentCache
+from lightning_difftune.draws import Draws, noise_of
+from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
+from lightning_difftune.models import export_network
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.modules.stable_diffusion import stable_diffusion_sampler
+from lightning_difftune.sampling import Sampler, to_uint8
+from lightning_difftune.tuners import LoRA
+
+
+class Bright:
+    """Control maps that are white where a picture is bright."""
+
+    def __init__(self, threshold: int = 127, channels: int = 1) -> None:
+        self.threshold, self.channels = threshold, channels
+
+    def __call__(self, pictures):
+        bright = pictures.float().mean(1, keepdim=True) > self.threshold
+        return bright.expand(-1, self.channels, -1, -1).to(torch.uint8) * 255
+
+    def identity(self) -> str:
+        return f"bright {self.threshold} {self.channels}"
+
+
+def module_of(pipeline_folder, **settings):
+    settings = {"annotator": Bright(), "model": pipeline_folder, "sampler": stable_diffusion_sampler(2, 3.0)} | settings
+    return ControlNetDiffTuningModule(**settings)
+
+
+def built(pipeline_folder, **settings):
+    module = module_of(pipeline_folder, **settings)
+    module.configure_model()
+    return module.eval()
+
+
+def awake(module):
+    """Give the zero convolutions values, as training would."""
+    torch.manual_seed(1)
+    net = module.controlnet
+    for block in (*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(block.weight, std=0.5)
+    return module
+
+
+def pictures_of(count):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (16, 16, 3), dtype=np.uint8) for _ in range(count)]
+
+
+def data_of(tmp_path, source=None, **settings):
+    source = source if source is not None else [(picture, "a photo of a cat") for picture in pictures_of(12)]
+    settings = {"bank": tmp_path / "bank", "bank_size": 5, "batch_size": 5, "image_size": 16} | settings
+    return MemoryBankDataModule(source, **settings)
+
+
+def trainer_of(tmp_path, steps, *callbacks, **settings):
+    return L.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("latent_cache", [True, False])
+def test_it_trains_on_both_streams_with_control(tmp_path, pipeline_folder, latent_cache):
+    module = module_of(pipeline_folder)
+    trainer = trainer_of(tmp_path, 3, EMA(decay=0.5))
+    trainer.fit(module, data_of(tmp_path, latent_cache=tmp_path / "latents" if latent_cache else None))
+    assert {"train/loss", "train/retention"} <= trainer.callback_metrics.keys()
+    assert all(value.isfinite() for value in trainer.callback_metrics.values())
+    if latent_cache:
+        maps = LatentCache(tmp_path / "latents").read([3], [False])["conditioning_pixel_values"]
+        assert torch.equal(maps, Bright()(torch.from_numpy(pictures_of(4)[3]).permute(2, 0, 1)[None]))
+
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert all(name.startswith("controlnet.") for name in saved["state_dict"]), "the ControlNet alone"
+    again = module_of(pipeline_folder)
+    trainer_of(tmp_path, 4).fit(again, data_of(tmp_path), ckpt_path=tmp_path / "run.ckpt")
+    assert again.global_step == 4
+
+
+def test_the_bank_has_the_pictures_own_maps(tmp_path, pipeline_folder):
+    module = built(pipeline_folder)
+    bank = MemoryBank.build(tmp_path / "bank", module.bank_generator(), 4, batch_size=3)
+    batch = bank.read(torch.arange(4))
+    expected = Bright()(to_uint8(module.decode(batch["latents"])))
+    assert torch.equal(batch["conditioning_pixel_values"], expected)
+    assert 0 < expected.float().mean() < 255
+    other = built(pipeline_folder, annotator=Bright(100))
+    with pytest.raises(StoreError, match="annotator"):
+        MemoryBank.build(tmp_path / "bank", other.bank_generator(), 4)
+
+
+def test_it_starts_as_the_pipeline(pipeline_folder):
+    module = built(pipeline_folder)
+    x_t, t = torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
+    maps = torch.randint(0, 256, (3, 1, 16, 16), dtype=torch.uint8)
+    condition, null = module.controlled(["a photo of a dog"] * 3, maps)
+    assert torch.equal(null["conditioning_pixel_values"], condition["conditioning_pixel_values"])
+    pretrained = module.pretrained()(x_t, t, module.source_condition(condition))
+    assert torch.equal(module.denoise(x_t, t, condition), pretrained)
+    awake(module)
+    changed = module.denoise(x_t, t, condition)
+    assert not torch.allclose(changed, pretrained)
+    condition["conditioning_pixel_values"] = 1 - condition["conditioning_pixel_values"]
+    assert not torch.allclose(module.denoise(x_t, t, condition), changed)
+    assert torch.equal(module.pretrained()(x_t, t, module.source_condition(condition)), pretrained)
+
+
+def test_the_export_draws_the_same_pictures_in_diffusers_pipeline(tmp_path, pipeline_folder):
+    from diffusers import ControlNetModel, DDIMScheduler, StableDiffusionControlNetPipeline
+    from PIL import Image
+
+    scheduler = DDIMScheduler.from_pretrained(pipeline_folder, subfolder="scheduler")
+    module = awake(built(pipeline_folder, sampler=Sampler(scheduler, 3, 4.0, None), annotator=Bright(channels=3)))
+    folder = export_network(module.controlnet, tmp_path / "control")
+    maps = torch.randint(0, 2, (2, 3, 16, 16), dtype=torch.uint8) * 255
+    captions = ["a photo of a cat", "grey"]
+    ours = module.generate_controlled(torch.tensor([5, 0]), maps, captions)
+
+    controlnet = ControlNetModel.from_pretrained(folder)
+    pipeline = StableDiffusionControlNetPipeline.from_pretrained(
+        pipeline_folder, controlnet=controlnet, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        captions,
+        image=[Image.fromarray(map_.permute(1, 2, 0).numpy()) for map_ in maps],
+        latents=noise_of(0, torch.tensor([5, 0]), (4, 8, 8)),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        output_type="np",
+    ).images
+    np.testing.assert_allclose(ours.permute(0, 2, 3, 1).numpy() / 255, theirs, atol=0.51 / 255 + 1e-4)
+
+    with pytest.raises(CheckpointError, match="exists"):
+        export_network(module.controlnet, folder)
+    again = built(pipeline_folder, controlnet=folder, annotator=Bright(channels=3))
+    assert fingerprint(again.controlnet) == fingerprint(module.controlnet)
+    with pytest.raises(ConfigError, match="takes control maps of 3 channels, but Bright makes 1"):
+        built(pipeline_folder, controlnet=folder)
+
+
+def test_lora_trains_the_layers_without_pretrained_weights_too(tmp_path, pipeline_folder):
+    tuner = LoRA(rank=2, alpha=2, target_modules=("to_q", "to_v"))
+    module = module_of(pipeline_folder, tuner=tuner, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = trainer_of(tmp_path, 3)
+    trainer.fit(module, data_of(tmp_path))
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    kinds = ("lora_", "controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+    assert all(any(kind in name for kind in kinds) for name in trained)
+    assert all(any(kind in name for name in trained) for kind in kinds)
+    moved = [p for n, p in module.named_parameters() if "lora_B" in n]
+    assert any(p.abs().max() > 0 for p in moved), "LoRA gets gradients once the zero convolutions have moved"
+    with pytest.raises(CheckpointError, match="layers of LoRA"):
+        export_network(module.controlnet, tmp_path / "lora")
+    merged = tuner.merge(module.controlnet)
+    export_network(merged, tmp_path / "lora")
+
+
+def test_own_control_maps_of_the_target_are_used(tmp_path, pipeline_folder):
+    own = np.zeros((16, 16), np.uint8)
+    own[4:8] = 200
+    source = [(picture, "a photo of a cat", own) for picture in pictures_of(6)]
+    module = built(pipeline_folder)
+    (batch, *_) = data_of(tmp_path, source, bank=None).train_dataloader()
+    _, condition, _ = module.prepare(batch, Draws(0, 0))
+    assert torch.equal(condition["conditioning_pixel_values"][0, 0], torch.from_numpy(own).float() / 255)
+    colour = [(picture, "a photo of a cat", picture) for picture in pictures_of(6)]
+    with pytest.raises(
+        ConfigError, match=r"The target has control maps .*\(5, 3, 16, 16\).*takes uint8 \(B, 1, H, W\)"
+    ):
+        trainer_of(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, colour, bank=None))
+
+
+def test_fresh_weights_depend_on_the_seed_alone(pipeline_folder):
+    one = fingerprint(built(pipeline_folder).controlnet)
+    torch.manual_seed(77)
+    assert fingerprint(built(pipeline_folder).controlnet) == one
+    assert fingerprint(built(pipeline_folder, seed=1).controlnet) != one
+
+
+def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_path, pipeline_folder):
+    losses = []
+    for settings in ({}, {"gradient_checkpointing": True, "channels_last": True}):
+        trainer = trainer_of(tmp_path, 2)
+        trainer.fit(module_of(pipeline_folder, **settings), data_of(tmp_path))
+        losses.append(trainer.callback_metrics["train/loss"].item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_mistakes_are_refused(pipeline_folder):
+    with pytest.raises(ConfigError, match=r"by a factor of 8, but the autoencoder's is 2: give 2 widths"):
+        built(pipeline_folder, conditioning_embedding_out_channels=(16, 32, 96, 256))
+    with pytest.raises(ConfigError, match="there are none: the data module has no held-out"):
+        built(pipeline_folder).generate(torch.arange(2))
+    with pytest.raises(ConfigError, match=r"control maps torch.uint8 \(2, 3, 16, 16\)"):
+        built(pipeline_folder).generate_controlled(
+            torch.arange(2), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), ["", ""]
+        )
