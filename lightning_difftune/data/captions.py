@@ -28,12 +28,12 @@ class ClassCaptions(Dataset[tuple[Any, str]]):
     Args:
         source: A map-style data set of ``(image, label)`` that knows its labels without reading its pictures, such as
             those of :mod:`~lightning_difftune.data.image_files` and most of torchvision's.
-        templates: Each with ``{}`` where the name goes.
+        templates: Texts with ``{}`` where the name goes; some may leave it out, as a default prompt does.
         class_names: Names in the order of the labels; ``None`` takes those of the source.
         seed: Seed of the choice among templates.
 
     Raises:
-        ConfigError: If there is no template, or one has no ``{}``.
+        ConfigError: If there is no template, or none has a ``{}``.
         DataError: If labels or names are unknown, or a label has no name.
 
     Example:
@@ -51,9 +51,9 @@ class ClassCaptions(Dataset[tuple[Any, str]]):
         class_names: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
+        if isinstance(templates, str) or not any("{}" in template for template in templates):
             raise ConfigError(
-                f"templates of ClassCaptions are a list of texts with {{}} in each, found {templates!r}. "
+                f"templates of ClassCaptions are a list of texts with {{}} for the name, found {templates!r}. "
                 'Write, for instance, ["a photo of a {}", "a drawing of a {}"].'
             )
         self.source: Any = source

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -280,3 +280,15 @@ class MemoryBankDataModule(L.LightningDataModule):
     def reference_identity(self) -> str:
         """Digest of the reference pictures."""
         return self._reference_targets.identity()
+
+    # -- held-out pictures that controls are taken from -------------------------------------------------------------
+
+    @property
+    def num_control_examples(self) -> int:
+        """Held-out pictures; 0 without ``val_target``."""
+        return len(self.val_target) if self.val_target is not None else 0
+
+    def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Held-out pictures (B, C, H, W) uint8 at the indices, and their captions."""
+        assert self.val_target is not None
+        return self.val_target.captioned(indices)

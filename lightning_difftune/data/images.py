@@ -130,6 +130,21 @@ class ImageTargets:
         """Pictures (B, C, H, W) uint8, for reference statistics and for looking at them."""
         return torch.stack([self.read(index).pixels for index in indices])
 
+    def captioned(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Pictures (B, C, H, W) uint8 and their captions.
+
+        Raises:
+            DataError: The source has class labels instead of captions.
+        """
+        items = [self.read(index) for index in indices]
+        captions = [item.label for item in items if isinstance(item.label, str)]
+        if len(captions) < len(items):
+            raise DataError(
+                f"{self.describe(indices[0])} has no caption. Wrap a labelled source in ClassCaptions, or use a source "
+                "of captioned files, such as CaptionedFolder."
+            )
+        return torch.stack([item.pixels for item in items]), captions
+
     def read(self, index: int) -> TargetItem:
         """One picture, or its replacement.
 

@@ -59,7 +59,7 @@ def test_what_is_unknown_is_said() -> None:
 
 @pytest.mark.parametrize("templates", [[], ["a photo"], "a photo of a {}"])
 def test_templates_without_a_place_are_refused(templates: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"a list of texts with \{\} in each"):
+    with pytest.raises(ConfigError, match=r"a list of texts with \{\} for the name"):
         ClassCaptions(flowers(), templates)
 
 
@@ -91,7 +91,7 @@ def test_examples_are_pictures_of_one_size_with_their_captions() -> None:
     assert (pictures.shape, str(pictures.dtype)) == ((2, 3, 4, 4), "torch.uint8")
     assert pictures[:, 1, 0, 0].tolist() == [5, 2]
     assert captions == ["a photo of a oxeye daisy", "a photo of a rose"]
-    with pytest.raises(DataError, match="ArrayImages has no `captions`"):
+    with pytest.raises(DataError, match="image 0 has no caption"):
         ControlExamples(flowers(), image_size=4)
 
 
