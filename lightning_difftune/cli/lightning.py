@@ -29,7 +29,7 @@ for message in (
     "The number of training batches .* is smaller than the logging interval",  # which counts on over the epochs
     "The dirpath has changed from",  # every run has a folder of its own
     "Total length of .* across ranks is zero",  # no held-out pictures, or the bank is complete
-    r"Found 1 module\(s\) in eval mode",  # the frozen autoencoder
+    r"Found \d module\(s\) in eval mode",  # the frozen networks
     "You're resuming from a checkpoint that ended before the epoch ended",  # MemoryBankDataModule goes on exactly there
 ):
     warnings.filterwarnings("ignore", message=message)
