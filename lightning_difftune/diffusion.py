@@ -33,6 +33,11 @@ class ForwardProcess(nn.Module, ABC):
         a, b = self.coefficients(t, x0)
         return a * x0 + b * noise
 
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio (a_t / b_t)^2 at t (B,) int64, same shape; abar / (1 - abar) of a Gaussian diffusion."""
+        a, b = self.coefficients(t, t)
+        return (a / b).square()
+
     def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """The eps (B, ...) that x_t and a clean sample imply."""
         a, b = self.coefficients(t, x_t)

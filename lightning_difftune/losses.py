@@ -1,8 +1,14 @@
-"""Per-sample denoising losses. Each takes the raw network output and returns one number a sample, (B,)."""
+"""Per-sample denoising losses. Each takes the raw network output and returns one number a sample, (B,).
+
+A loss belongs to what the network predicts, as diffusers names it: ``eps_mse_loss`` and ``hybrid_loss`` are for
+``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is flow matching's. All
+take the same arguments.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +16,19 @@ from torch import Tensor
 from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, RectifiedFlow, at
 from lightning_difftune.errors import ConfigError
 
+if TYPE_CHECKING:
+    from lightning_difftune.weightings import LossWeighting
+
 
 def eps_mse_loss(
-    output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: ForwardProcess
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    diffusion: ForwardProcess,
+    weighting: LossWeighting | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """The simple loss of Eq. 1, || eps - f(x_t, t) ||^2 averaged over a sample's entries.
 
@@ -23,20 +39,78 @@ def eps_mse_loss(
         noise: The noise eps in them (B, C, H, W).
         t: Timesteps (B,) int64.
         diffusion: The forward process.
+        weighting: Weights of the noise levels; all count alike by default.
+        target: What the output is compared with in place of the noise (here) or of v or x0 (below), (B, C, H, W): the
+            prediction of another network of the same kind.
 
     Returns:
         (B,) float32.
     """
-    eps = output[:, : noise.shape[1]].float()
-    return (eps - noise).square().flatten(1).mean(1)
+    error = squared_error(output, noise if target is None else target)
+    return error if weighting is None else error * weighting(diffusion.snr(t))
+
+
+def v_mse_loss(
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    diffusion: ForwardProcess,
+    weighting: LossWeighting | None = None,
+    target: Tensor | None = None,
+) -> Tensor:
+    """|| v - f(x_t, t) ||^2 averaged over a sample's entries, for networks that predict v (Salimans & Ho, 2022).
+
+    Here v = sqrt(abar) eps - sqrt(1 - abar) x0. Same arguments as :func:`eps_mse_loss`. It is (SNR + 1) / SNR times the
+    loss of the noise that v implies.
+
+    Raises:
+        ConfigError: If the forward process is no Gaussian diffusion.
+    """
+    if not isinstance(diffusion, GaussianDiffusion):
+        raise ConfigError(
+            f"v_mse_loss needs a GaussianDiffusion, found {type(diffusion).__name__}. Its loss is velocity_mse_loss."
+        )
+    a, b = diffusion.coefficients(t, x0)
+    error = squared_error(output, a * noise - b * x0 if target is None else target)
+    snr = diffusion.snr(t)
+    return error if weighting is None else error * weighting(snr) * snr / (snr + 1)
+
+
+def x0_mse_loss(
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    diffusion: ForwardProcess,
+    weighting: LossWeighting | None = None,
+    target: Tensor | None = None,
+) -> Tensor:
+    """|| x0 - f(x_t, t) ||^2 averaged over a sample's entries, for networks that predict the clean sample.
+
+    Same arguments as :func:`eps_mse_loss`. It is 1 / SNR times the loss of the noise that x0 implies.
+    """
+    error = squared_error(output, x0 if target is None else target)
+    snr = diffusion.snr(t)
+    return error if weighting is None else error * weighting(snr) * snr
 
 
 def velocity_mse_loss(
-    output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: ForwardProcess
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    diffusion: ForwardProcess,
+    weighting: LossWeighting | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Flow matching: || (eps - x0) - f(x_t, t) ||^2 averaged over a sample's entries, for :class:`RectifiedFlow`.
 
-    Same arguments as :func:`eps_mse_loss`; the output's leading C channels are a velocity.
+    Same arguments as :func:`eps_mse_loss`; the output's leading C channels are a velocity. It is 1 / (1 - s)^2 times the
+    loss of the noise that the velocity implies, eps = x_t + (1 - s) velocity.
 
     Returns:
         (B,) float32.
@@ -49,15 +123,28 @@ def velocity_mse_loss(
             f"velocity_mse_loss needs the straight path of RectifiedFlow, found {type(diffusion).__name__}. Set the "
             "objective's `diffusion` to lightning_difftune.diffusion.RectifiedFlow."
         )
-    velocity = output[:, : noise.shape[1]].float()
-    return (velocity - (noise - x0)).square().flatten(1).mean(1)
+    error = squared_error(output, noise - x0 if target is None else target)
+    return error if weighting is None else error * weighting(diffusion.snr(t)) * (1 - diffusion.s[t]).square()
 
 
-def hybrid_loss(output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tensor, diffusion: ForwardProcess) -> Tensor:
+def hybrid_loss(
+    output: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    diffusion: ForwardProcess,
+    weighting: LossWeighting | None = None,
+    target: Tensor | None = None,
+) -> Tensor:
     """Eps-MSE plus the variational term of a learned variance, as DiT was trained with (Nichol & Dhariwal, 2021).
 
     Same arguments as :func:`eps_mse_loss`; the output must have 2C channels. The variational term is in bits per
     dimension, is not scaled down, and reaches the variance only: the mean in it is detached.
+
+    ``weighting`` and ``target`` concern the eps-MSE alone. The variational term always measures the variance against
+    x0, that is against the errors which the mean makes on samples. Another network's prediction knows nothing of them:
+    where both agree, a variance fitted to it would shrink to its lower bound.
 
     Returns:
         (B,) float32.
@@ -74,7 +161,13 @@ def hybrid_loss(output: Tensor, x0: Tensor, x_t: Tensor, noise: Tensor, t: Tenso
             f"hybrid_loss needs a network with a learned variance, {2 * x0.shape[1]} output channels for "
             f"{x0.shape[1]}; this one has {output.shape[1]}. Use eps_mse_loss."
         )
-    return eps_mse_loss(output, x0, x_t, noise, t, diffusion) + variational_loss(output, x0, x_t, t, diffusion)
+    mse = eps_mse_loss(output, x0, x_t, noise, t, diffusion, weighting, target)
+    return mse + variational_loss(output, x0, x_t, t, diffusion)
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference (B,) float32 of an output (B, C or 2C, H, W) from a target (B, C, H, W)."""
+    return (output[:, : target.shape[1]].float() - target).square().flatten(1).mean(1)
 
 
 def variational_loss(output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, diffusion: GaussianDiffusion) -> Tensor:

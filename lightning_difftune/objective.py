@@ -14,6 +14,7 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import hybrid_loss
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule
+from lightning_difftune.weightings import LossWeighting
 
 
 class ObjectiveOutput(NamedTuple):
@@ -29,7 +30,8 @@ class ObjectiveOutput(NamedTuple):
 class DiffTuningObjective(nn.Module):
     """Draw t from psi for target samples and from xi for retained ones, then apply the plain loss (App. B.2).
 
-    loss = mean over target of L(t ~ psi / sum psi) + ``retention_weight`` * mean over bank of L(t ~ xi / sum xi).
+    loss = ``reconsolidation_weight`` * mean over target of L(t ~ psi / sum psi)
+    + ``retention_weight`` * mean over bank of L(t ~ xi / sum xi).
 
     Relation to :class:`WeightedDiffTuningObjective`: with Z_psi = mean_t psi(s_t) and Z_xi = mean_t xi(s_t), its two
     terms have Z_psi and Z_xi times the expectation of the two terms here.
@@ -39,15 +41,18 @@ class DiffTuningObjective(nn.Module):
 
     Args:
         schedule: Psi and xi; ``MirroredPowerSchedule(tau=1)`` by default.
-        loss: Per-sample loss, :func:`~lightning_difftune.losses.hybrid_loss` or
-            :func:`~lightning_difftune.losses.eps_mse_loss`; for velocities
-            :func:`~lightning_difftune.losses.velocity_mse_loss`.
-        retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper.
+        loss: Per-sample loss of :mod:`~lightning_difftune.losses`, the one of the network's prediction type.
+        retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper. 0 is the ablation
+            "reconsolidation only" (Fig. 6b).
         diffusion: The forward process; T = 1000 and DiT's linear betas by default.
             :class:`~lightning_difftune.diffusion.RectifiedFlow` trains by flow matching.
+        reconsolidation_weight: Weight of the reconsolidation term; 0 is the ablation "retention only" (Fig. 6b).
+        weighting: Weights of the noise levels in both terms, over the SNR of ``diffusion``: see
+            :mod:`~lightning_difftune.weightings`. All count alike by default.
 
     Raises:
-        ConfigError: If psi or xi is negative or not finite somewhere, or psi is zero everywhere.
+        ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, or both terms have no
+            weight.
 
     Example:
         >>> objective = DiffTuningObjective()
@@ -69,13 +74,20 @@ class DiffTuningObjective(nn.Module):
         loss: Callable[..., Tensor] = hybrid_loss,
         retention_weight: float = 0.1,
         diffusion: ForwardProcess | None = None,
+        reconsolidation_weight: float = 1.0,
+        weighting: LossWeighting | None = None,
     ) -> None:
         super().__init__()
-        if retention_weight < 0:
-            raise ConfigError(f"retention_weight must be at least 0, got {retention_weight}.")
+        if not (retention_weight >= 0 and reconsolidation_weight >= 0):
+            raise ConfigError(
+                f"The weights of the two terms must be at least 0, got retention_weight = {retention_weight} and "
+                f"reconsolidation_weight = {reconsolidation_weight}."
+            )
         self.schedule = schedule if schedule is not None else MirroredPowerSchedule()
         self.loss = loss
         self.retention_weight = retention_weight
+        self.reconsolidation_weight = reconsolidation_weight
+        self.weighting = weighting
         self.diffusion: ForwardProcess = diffusion if diffusion is not None else GaussianDiffusion()
 
         steps = self.diffusion.num_timesteps
@@ -90,6 +102,11 @@ class DiffTuningObjective(nn.Module):
         if not psi.any():
             raise ConfigError(f"{self.schedule!r} gives the target no weight at any timestep: psi is 0 everywhere.")
         self.uses_retention = bool(xi.any()) and retention_weight > 0
+        if reconsolidation_weight == 0 and not self.uses_retention:
+            raise ConfigError(
+                f"Nothing is learned: reconsolidation_weight is 0 and so is retention, with retention_weight = "
+                f"{retention_weight} and {self.schedule!r}. Raise one of the two."
+            )
         for name, table in {
             "psi": psi,
             "xi": xi,
@@ -131,10 +148,13 @@ class DiffTuningObjective(nn.Module):
         """The same loss at given timesteps (B,) int64 and noise (B, C, H, W)."""
         x_t = self.diffusion.add_noise(x0, noise, t)
         output = denoise(x_t, t, condition)
-        per_sample = self.loss(output, x0, x_t, noise, t, self.diffusion) * self.weights(t, is_retention)
+        extras = {} if self.weighting is None else {"weighting": self.weighting}
+        per_sample = self.loss(output, x0, x_t, noise, t, self.diffusion, **extras) * self.weights(t, is_retention)
         reconsolidation = masked_mean(per_sample, ~is_retention)
         retention = masked_mean(per_sample, is_retention)
-        loss = reconsolidation + self.retention_weight * retention if self.uses_retention else reconsolidation
+        loss = self.reconsolidation_weight * reconsolidation
+        if self.uses_retention:
+            loss = loss + self.retention_weight * retention
         return ObjectiveOutput(loss, reconsolidation, retention, per_sample, t)
 
 

