@@ -34,7 +34,7 @@ class ForwardProcess(nn.Module, ABC):
         return a * x0 + b * noise
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio (a_t / b_t)^2 at t (B,) int64, same shape; abar / (1 - abar) of a Gaussian diffusion."""
+        """Signal-to-noise ratio (a_t / b_t)^2 at t (B,) int64, same shape; abar / (1 - abar) in a diffusion."""
         a, b = self.coefficients(t, t)
         return (a / b).square()
 

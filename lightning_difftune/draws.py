@@ -52,6 +52,11 @@ def noise_of(seed: int, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
+def uniform_of(seed: int, indices: Tensor) -> Tensor:
+    """Numbers (B,) float32 in [0, 1] on the CPU; entry i depends on (seed, indices[i]) alone."""
+    return torch.tensor([seed_of(seed, 2, i) / 2**63 for i in indices.tolist()], dtype=torch.float32)
+
+
 def labels_of(seed: int, indices: Tensor, num_classes: int) -> Tensor:
     """Class labels (B,) int64, uniform over the classes; row i depends on (seed, indices[i]) alone."""
     return torch.tensor([seed_of(seed, 1, i) % num_classes for i in indices.tolist()], dtype=torch.int64)

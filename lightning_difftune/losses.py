@@ -1,8 +1,8 @@
 """Per-sample denoising losses. Each takes the raw network output and returns one number a sample, (B,).
 
 A loss belongs to what the network predicts, as diffusers names it: ``eps_mse_loss`` and ``hybrid_loss`` are for
-``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is flow matching's. All
-take the same arguments.
+``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is that of
+flow matching. All take the same arguments.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def velocity_mse_loss(
 ) -> Tensor:
     """Flow matching: || (eps - x0) - f(x_t, t) ||^2 averaged over a sample's entries, for :class:`RectifiedFlow`.
 
-    Same arguments as :func:`eps_mse_loss`; the output's leading C channels are a velocity. It is 1 / (1 - s)^2 times the
-    loss of the noise that the velocity implies, eps = x_t + (1 - s) velocity.
+    Same arguments as :func:`eps_mse_loss`; the output's leading C channels are a velocity. It is 1 / (1 - s)^2 times
+    the loss of the noise that the velocity implies, eps = x_t + (1 - s) velocity.
 
     Returns:
         (B,) float32.

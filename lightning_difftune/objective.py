@@ -12,7 +12,8 @@ from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion
 from lightning_difftune.draws import Draws, seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import hybrid_loss
-from lightning_difftune.protocols import Denoiser
+from lightning_difftune.protocols import Denoiser, RetentionBatch
+from lightning_difftune.retention_targets import RetentionTarget, last
 from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule
 from lightning_difftune.weightings import LossWeighting
 
@@ -36,6 +37,9 @@ class DiffTuningObjective(nn.Module):
     Relation to :class:`WeightedDiffTuningObjective`: with Z_psi = mean_t psi(s_t) and Z_xi = mean_t xi(s_t), its two
     terms have Z_psi and Z_xi times the expectation of the two terms here.
 
+    With a ``retention_target`` the retention term compares with the pre-trained network's predictions in place of the
+    noise; the variational term of a hybrid loss stays as it is (see :func:`~lightning_difftune.losses.hybrid_loss`).
+
     The defaults are those of the authors' released code. The forward process and the two distributions are buffers
     outside the state dict.
 
@@ -49,6 +53,9 @@ class DiffTuningObjective(nn.Module):
         reconsolidation_weight: Weight of the reconsolidation term; 0 is the ablation "retention only" (Fig. 6b).
         weighting: Weights of the noise levels in both terms, over the SNR of ``diffusion``: see
             :mod:`~lightning_difftune.weightings`. All count alike by default.
+
+        retention_target: What retained samples are compared with: see :mod:`~lightning_difftune.retention_targets`.
+            Their noise by default, which is replay (Eq. 3).
 
     Raises:
         ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, or both terms have no
@@ -76,6 +83,7 @@ class DiffTuningObjective(nn.Module):
         diffusion: ForwardProcess | None = None,
         reconsolidation_weight: float = 1.0,
         weighting: LossWeighting | None = None,
+        retention_target: RetentionTarget | None = None,
     ) -> None:
         super().__init__()
         if not (retention_weight >= 0 and reconsolidation_weight >= 0):
@@ -88,6 +96,7 @@ class DiffTuningObjective(nn.Module):
         self.retention_weight = retention_weight
         self.reconsolidation_weight = reconsolidation_weight
         self.weighting = weighting
+        self.retention_target = retention_target
         self.diffusion: ForwardProcess = diffusion if diffusion is not None else GaussianDiffusion()
 
         steps = self.diffusion.num_timesteps
@@ -126,7 +135,14 @@ class DiffTuningObjective(nn.Module):
         return torch.ones_like(t, dtype=torch.float32)
 
     def forward(
-        self, denoise: Denoiser, x0: Tensor, condition: Any, is_retention: Tensor, draws: Draws | None = None
+        self,
+        denoise: Denoiser,
+        x0: Tensor,
+        condition: Any,
+        is_retention: Tensor,
+        draws: Draws | None = None,
+        retained: RetentionBatch | None = None,
+        teacher: Denoiser | None = None,
     ) -> ObjectiveOutput:
         """Draw timesteps and noise, then compute the loss of one batch.
 
@@ -136,26 +152,56 @@ class DiffTuningObjective(nn.Module):
             condition: Their condition, passed to ``denoise`` untouched.
             is_retention: (B,) bool, which samples come from the memory bank.
             draws: Where random numbers come from; torch's global generator seeds them by default.
+            retained: What the bank knows of the retained samples, which then are the last ones of the batch; a
+                ``retention_target`` needs it.
+            teacher: The pre-trained network, for a ``retention_target`` that asks it. It is given the retained samples
+                and their part of ``condition``.
         """
         if draws is None:
             draws = Draws(seed_of(int(torch.randint(2**31, ()))), 0, x0.device)
         t = self.timesteps(draws.uniform(len(x0)), is_retention)
-        return self.at(denoise, x0, condition, is_retention, t, draws.normal(*x0.shape))
+        noise = draws.normal(*x0.shape)
+        if self.retention_target is not None and retained is not None:
+            first = len(x0) - len(retained["latents"])
+            t_retained, noise_retained = self.retention_target.draws(retained, t[first:], noise[first:])
+            t, noise = torch.cat([t[:first], t_retained]), torch.cat([noise[:first], noise_retained])
+        return self.at(denoise, x0, condition, is_retention, t, noise, retained, teacher)
 
     def at(
-        self, denoise: Denoiser, x0: Tensor, condition: Any, is_retention: Tensor, t: Tensor, noise: Tensor
+        self,
+        denoise: Denoiser,
+        x0: Tensor,
+        condition: Any,
+        is_retention: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        retained: RetentionBatch | None = None,
+        teacher: Denoiser | None = None,
     ) -> ObjectiveOutput:
         """The same loss at given timesteps (B,) int64 and noise (B, C, H, W)."""
         x_t = self.diffusion.add_noise(x0, noise, t)
-        output = denoise(x_t, t, condition)
-        extras = {} if self.weighting is None else {"weighting": self.weighting}
-        per_sample = self.loss(output, x0, x_t, noise, t, self.diffusion, **extras) * self.weights(t, is_retention)
+        batch = denoise(x_t, t, condition), x0, x_t, noise, t
+        if self.retention_target is not None and retained is not None:
+            count = len(retained["latents"])
+            learned = self.retention_target.predictions(
+                retained, x_t[-count:], t[-count:], last(condition, count), teacher
+            )
+            of_target, of_bank = tuple(part[:-count] for part in batch), tuple(part[-count:] for part in batch)
+            losses = torch.cat([self._losses(of_target), self._losses(of_bank, learned)])
+        else:
+            losses = self._losses(batch)
+        per_sample = losses * self.weights(t, is_retention)
         reconsolidation = masked_mean(per_sample, ~is_retention)
         retention = masked_mean(per_sample, is_retention)
         loss = self.reconsolidation_weight * reconsolidation
         if self.uses_retention:
             loss = loss + self.retention_weight * retention
         return ObjectiveOutput(loss, reconsolidation, retention, per_sample, t)
+
+    def _losses(self, batch: tuple[Tensor, ...], target: Tensor | None = None) -> Tensor:
+        options = {"weighting": self.weighting, "target": target}
+        used = {name: option for name, option in options.items() if option is not None}  # a loss may know neither
+        return self.loss(*batch, self.diffusion, **used)
 
 
 class WeightedDiffTuningObjective(DiffTuningObjective):

@@ -29,6 +29,9 @@ class RetentionBatch(TypedDict):
     latents: Tensor  # (B, c, h, w) float32
     class_labels: NotRequired[Tensor]  # (B,) int64, the source classes they were drawn for
     conditioning_pixel_values: NotRequired[Tensor]  # (B, 1 or 3, H, W) uint8, control maps of the samples themselves
+    timesteps: NotRequired[Tensor]  # (B,) int64, the one timestep that a prediction is stored of
+    noise: NotRequired[Tensor]  # (B, c, h, w) float32, the noise of that prediction
+    predictions: NotRequired[Tensor]  # (B, c, h, w) float32, what the pre-trained network said
 
 
 class DiffTuningBatch(TypedDict):
@@ -86,7 +89,7 @@ class BankGenerator(Protocol):
         ...
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
-        """Indices (B,) int64 => ``{"latents": (B, c, h, w) float32, "class_labels": (B,) int64}`` on the CPU."""
+        """Indices (B,) int64 => ``{"latents": (B, c, h, w) float32, ...}`` on the CPU, other columns as they please."""
         ...
 
 

@@ -18,7 +18,6 @@ from lightning_difftune.protocols import BankGenerator, RetentionBatch
 
 KIND = "memory-bank"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
-COLUMNS = {"class_labels": torch.int64, "conditioning_pixel_values": torch.uint8}  # what may stand beside the latents
 
 
 class MemoryBank:
@@ -46,11 +45,9 @@ class MemoryBank:
 
     def __init__(self, path: str | Path) -> None:
         self._reader = ShardReader(path, kind=KIND)
-        shapes, dtypes = self._reader.shapes, self._reader.dtypes
-        if dtypes.get("latents") not in _DTYPES.values() or not shapes.keys() <= {"latents", *COLUMNS}:
+        if self._reader.dtypes.get("latents") not in _DTYPES.values():
             raise StoreError(
-                f"{self.path} holds {', '.join(sorted(shapes))}; a memory bank holds float latents and, beside them, "
-                f"{', '.join(sorted(COLUMNS))}."
+                f"{self.path} holds {', '.join(sorted(self._reader.shapes))}; a memory bank holds latents."
             )
 
     @classmethod
@@ -78,7 +75,7 @@ class MemoryBank:
             num_samples: Samples in the bank (5K to 200K in Fig. 6d).
             batch_size: Most samples generated together.
             shard_size: Samples in a shard; what a killed run loses at most, on each rank.
-            dtype: How latents are stored.
+            dtype: How latents, and other columns of floating-point numbers, are stored.
             rank: This process.
             world_size: Number of processes; all must call this.
             barrier: Waits for all processes.
@@ -136,14 +133,14 @@ class MemoryBank:
             indices: (B,) int64 in [0, len(self)).
 
         Returns:
-            ``latents`` (B, c, h, w) float32 and, if the bank has them, ``class_labels`` (B,) int64 and control maps
-            ``conditioning_pixel_values`` (B, C, H, W) uint8.
+            ``latents`` (B, c, h, w) and whatever else the bank's generator made, (B, ...) each, float32 where they are
+            floating-point numbers.
 
         Raises:
             IndexError: An index lies outside the bank.
         """
         tensors = self._reader.read(indices)
-        return cast("RetentionBatch", {**tensors, "latents": tensors["latents"].float()})
+        return cast("RetentionBatch", {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})
 
     def verify(self) -> None:
         """Read every byte and compare the hashes.
@@ -228,8 +225,7 @@ class MemoryBankWriter(BasePredictionWriter):
 
 def _as_stored(writer: ShardWriter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     made = {name: tensor.dtype for name, tensor in tensors.items()}
-    columns = {name: dtype for name, dtype in made.items() if name != "latents"}
-    if "latents" not in made or any(COLUMNS.get(name) != dtype for name, dtype in columns.items()):
-        raise StoreError(f"A memory bank holds latents and, beside them, {COLUMNS}; the generator made {made}.")
-    stored = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    return {**stored, "latents": stored["latents"].to(_DTYPES[writer.plan.spec["dtype"]])}
+    if "latents" not in made or not made["latents"].is_floating_point:
+        raise StoreError(f"A memory bank holds floating-point latents, but the generator made {made or 'nothing'}.")
+    dtype = _DTYPES[writer.plan.spec["dtype"]]
+    return {name: x.detach().cpu().to(dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -21,8 +20,9 @@ from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models.checkpoints import check_state
 from lightning_difftune.modules.presets import describe_preset
+from lightning_difftune.modules.pretrained import PretrainedSamples
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import BankGenerator, Denoiser, DiffTuningBatch, Tuner
+from lightning_difftune.protocols import BankGenerator, Denoiser, DiffTuningBatch, RetentionBatch, Tuner
 from lightning_difftune.sampling import Sampler, is_flow, to_uint8
 
 
@@ -35,9 +35,9 @@ class DiffTuningModule(L.LightningModule, ABC):
     """Base of the Diff-Tuning modules: subclass it for a model family of your own.
 
     A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`prepare`, :meth:`denoise`, :meth:`decode`,
-    :attr:`sample_shape` and :meth:`pretrained`, and a conditional one :meth:`conditions`, :meth:`source_conditions` and
-    :meth:`source_condition`. The rest (both streams in one forward pass, the objective, pictures and the memory bank,
-    validation on fixed draws, optimizers, lean checkpoints) is here.
+    :attr:`sample_shape` and :meth:`pretrained`, and a conditional one :meth:`conditions`, :meth:`source_conditions`,
+    :meth:`source_condition` and :meth:`retention_condition`. The rest (both streams in one forward pass, the objective,
+    pictures and the memory bank, validation on fixed draws, optimizers, lean checkpoints) is here.
 
     Timesteps, noise and label dropout depend on ``seed`` and the batch's index alone, so a run that is resumed or
     spread over more processes sees the numbers of the undisturbed run.
@@ -145,6 +145,10 @@ class DiffTuningModule(L.LightningModule, ABC):
         """What the pre-trained network understands of a condition of this module; all of it by default."""
         return condition
 
+    def retention_condition(self, retention: RetentionBatch) -> Any:
+        """The condition that retained samples are trained under, as :meth:`prepare` gives it; none by default."""
+        return None
+
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """What the bank keeps of the samples ``indices`` (B,) beside their latents (B, c, h, w)."""
         return {}
@@ -199,6 +203,10 @@ class DiffTuningModule(L.LightningModule, ABC):
         if self._frozen is None or self._frozen[0] != self.device:
             self._frozen = (self.device, self.pretrained())
         return self._frozen[1]
+
+    def teacher(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """The pre-trained network's raw output (B, c or 2c, h, w) under a condition of this module."""
+        return self.frozen_denoiser()(x_t, t, self.source_condition(condition))
 
     def start_noise(self, indices: Tensor) -> Tensor:
         """Noise (B, c, h, w) on the device, from the seed and each of the indices (B,) alone."""
@@ -264,7 +272,8 @@ class DiffTuningModule(L.LightningModule, ABC):
                 "data to a folder, or raise reconsolidation_weight."
             )
         draws = self.draws(self.trainer.fit_loop.total_batch_idx)
-        output = self.objective(self.denoise, *self.prepare(batch, draws), draws)
+        prepared = self.prepare(batch, draws)
+        output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
         self.log("train/loss", output.loss.detach(), prog_bar=True)
         self.log("train/reconsolidation", output.reconsolidation.detach())
         if "retention" in batch:
@@ -326,37 +335,3 @@ class DiffTuningModule(L.LightningModule, ABC):
         if self.strict_loading:
             path = self._trainer.ckpt_path if self._trainer is not None else None
             check_state(checkpoint["state_dict"], current, "The checkpoint" if path is None else str(path))
-
-
-class PretrainedSamples:
-    """Samples of a module's pre-trained network, in the space it denoises: the source of a memory bank.
-
-    The network is loaded when the first sample is asked for, and lives as long as this object.
-    """
-
-    def __init__(self, module: DiffTuningModule) -> None:
-        self.module = module
-
-    @cached_property
-    def denoise(self) -> Denoiser:
-        """The pre-trained copy."""
-        return self.module.pretrained()
-
-    def bank_spec(self) -> dict[str, Any]:
-        """Everything that decides the samples."""
-        module = self.module
-        return {
-            "model": module.base_identity["fingerprint"],
-            "sampler": module.bank_sampler.spec(),
-            "latent_shape": list(module.sample_shape),
-            "seed": module.seed,
-            **module.bank_spec(),
-        }
-
-    def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
-        """Indices (B,) => latents (B, c, h, w) float32 and the family's own columns, on the CPU."""
-        module = self.module
-        conditions = module.source_conditions(indices)
-        latents = module.draw_latents(self.denoise, module.bank_sampler, indices, conditions)
-        columns = {"latents": latents.float(), **module.bank_columns(indices, latents)}
-        return {name: column.cpu() for name, column in columns.items()}

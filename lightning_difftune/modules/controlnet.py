@@ -22,6 +22,7 @@ from lightning_difftune.protocols import (
     Annotator,
     Denoiser,
     DiffTuningBatch,
+    RetentionBatch,
     SupportsControlExamples,
     TargetBatch,
     Tuner,
@@ -263,6 +264,11 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
         """The prompts' numbers, and the control maps of the generated pictures themselves."""
         maps = self.annotate(to_uint8(self.decode(latents)))
         return {**super().bank_columns(indices, latents), "conditioning_pixel_values": maps}
+
+    def retention_condition(self, retention: RetentionBatch) -> dict[str, Tensor]:
+        """The bank's prompts and control maps."""
+        maps = self.control_values(retention["conditioning_pixel_values"])
+        return {"prompt_embeds": self.bank_embeddings(retention), "conditioning_pixel_values": maps}
 
     def bank_spec(self) -> dict[str, Any]:
         """The prompts, and what decodes and annotates the pictures."""

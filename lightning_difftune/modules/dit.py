@@ -16,7 +16,7 @@ from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import DiffTuningBatch, TargetBatch, Tuner
+from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import Sampler
 
 
@@ -166,7 +166,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         if "retention" in batch:
             retained = batch["retention"]["latents"]
             x0 = torch.cat([x0, retained.to(x0.dtype)])
-            labels = torch.cat([labels, labels.new_full((len(retained),), self.dit.null_class)])
+            labels = torch.cat([labels, self.retention_condition(batch["retention"])])
         is_retention = torch.arange(len(x0), device=x0.device) >= len(mean)
         return x0, labels, is_retention
 
@@ -187,6 +187,10 @@ class DiTDiffTuningModule(DiffTuningModule):
     def source_condition(self, condition: Tensor) -> Tensor:
         """The null class: the pre-trained model does not know the target's classes."""
         return torch.full_like(condition, self.base_identity["num_classes"])
+
+    def retention_condition(self, retention: RetentionBatch) -> Tensor:
+        """The null class (Section 3.2, "Conditional Generation")."""
+        return torch.full((len(retention["latents"]),), self.dit.null_class, device=self.device)
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The source classes."""

@@ -24,6 +24,7 @@ class Preset:
     guidance_channels: str
     reconsolidation_weight: float = 1.0
     loss_weighting: str = "none"
+    retention_target: str = "replay"
 
 
 OFFICIAL = Preset("int(0.2 B)", 0.1, "MirroredPowerSchedule(tau=1)", "hybrid_loss", "keep", "first 3")
@@ -45,6 +46,9 @@ def active_settings(module: DiffTuningModule, datamodule: Any) -> Preset:
         guidance_channels="all" if channels is None else f"first {channels}",
         reconsolidation_weight=module.objective.reconsolidation_weight,
         loss_weighting="none" if module.objective.weighting is None else repr(module.objective.weighting),
+        retention_target="replay"
+        if module.objective.retention_target is None
+        else repr(module.objective.retention_target),
     )
 
 

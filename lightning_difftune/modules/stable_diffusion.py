@@ -20,7 +20,7 @@ from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.diffusers_folder import folder_of, open_network
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import DiffTuningBatch, TargetBatch, Tuner
+from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import Sampler
 
 
@@ -228,6 +228,14 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         """The prompts' numbers."""
         return {"class_labels": indices % len(self.bank_prompts)}
 
+    def bank_embeddings(self, retention: RetentionBatch) -> Tensor:
+        """Embeddings (B, L, D) of the prompts that the bank's samples were drawn with."""
+        return self.embed(self.bank_prompts)[retention["class_labels"].to(self.device)]
+
+    def retention_condition(self, retention: RetentionBatch) -> Any:
+        """The bank's prompts."""
+        return self.bank_embeddings(retention)
+
     def bank_spec(self) -> dict[str, Any]:
         """The prompts and what encodes them."""
         return {"prompts": list(self.bank_prompts), "text_encoder": self.text_encoder.fingerprint()}
@@ -243,5 +251,5 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         if "retention" in batch:
             retained = batch["retention"]
             x0 = torch.cat([x0, retained["latents"].to(x0.dtype)])
-            embeddings = torch.cat([embeddings, self.embed(self.bank_prompts)[retained["class_labels"]]])
+            embeddings = torch.cat([embeddings, self.bank_embeddings(retained)])
         return x0, embeddings, torch.arange(len(x0), device=x0.device) >= len(mean)

@@ -14,7 +14,8 @@ from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.models import export_network
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.modules.stable_diffusion import stable_diffusion_sampler
+from lightning_difftune.modules.stable_diffusion import stable_diffusion_objective, stable_diffusion_sampler
+from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
 from lightning_difftune.sampling import Sampler, to_uint8
 from lightning_difftune.tuners import LoRA
 
@@ -207,6 +208,16 @@ def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_
         trainer.fit(module_of(pipeline_folder, **settings), data_of(tmp_path))
         losses.append(trainer.callback_metrics["train/loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("target", [OnlineTeacher(), StoredPredictions()], ids=repr)
+def test_a_controlnet_starts_without_anything_to_retain(tmp_path, pipeline_folder, target):
+    objective = stable_diffusion_objective()
+    objective.retention_target = target
+    trainer = trainer_of(tmp_path, 1)
+    trainer.fit(module_of(pipeline_folder, objective=objective), data_of(tmp_path))
+    assert trainer.callback_metrics["train/retention"] < 1e-8
+    assert trainer.callback_metrics["train/reconsolidation"] > 0.1
 
 
 def test_mistakes_are_refused(pipeline_folder):

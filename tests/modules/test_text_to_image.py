@@ -17,7 +17,8 @@ from lightning_difftune.data import LatentCache
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.losses import eps_mse_loss
-from lightning_difftune.modules.stable_diffusion import stable_diffusion_sampler
+from lightning_difftune.modules.stable_diffusion import stable_diffusion_objective, stable_diffusion_sampler
+from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
@@ -167,6 +168,16 @@ def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode([long])
+
+
+@pytest.mark.parametrize("target", [OnlineTeacher(), StoredPredictions()], ids=repr)
+def test_a_model_starts_without_anything_to_retain(tmp_path, pipeline_folder, target):
+    objective = stable_diffusion_objective()
+    objective.retention_target = target
+    trainer = trainer_of(tmp_path, 1)
+    trainer.fit(module_of(pipeline_folder, objective=objective), data_of(tmp_path))
+    assert trainer.callback_metrics["train/retention"] < 1e-8
+    assert trainer.callback_metrics["train/reconsolidation"] > 0.1
 
 
 def test_mistakes_are_refused(tmp_path, pipeline_folder):

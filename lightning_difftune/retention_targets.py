@@ -1,0 +1,157 @@
+"""What retained samples teach: their own noise (replay, Eq. 3), or what the pre-trained network says about them.
+
+Replay is the objective's default and needs no object. The other two are knowledge distillation on the memory bank's
+samples: the squared error is taken from the pre-trained network's prediction, in the network's own parametrisation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lightning_difftune.draws import noise_of, seed_of, uniform_of
+from lightning_difftune.errors import ConfigError, StoreError
+from lightning_difftune.protocols import Denoiser, RetentionBatch
+
+if TYPE_CHECKING:
+    from lightning_difftune.objective import DiffTuningObjective
+
+
+@runtime_checkable
+class RetentionTarget(Protocol):
+    """Where the target of the retention term comes from, for an objective and for the bank it trains on."""
+
+    def draws(self, retained: RetentionBatch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Timesteps (K,) and noise (K, c, h, w) of K retained samples: those drawn for this step, or the bank's."""
+        ...
+
+    def predictions(
+        self, retained: RetentionBatch, x_t: Tensor, t: Tensor, condition: Any, teacher: Denoiser | None
+    ) -> Tensor:
+        """What the network's outputs at x_t (K, c, h, w) and t (K,) are compared with (K, c, h, w)."""
+        ...
+
+    def bank_columns(
+        self, objective: DiffTuningObjective, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
+    ) -> dict[str, Tensor]:
+        """What the bank keeps, besides, of its samples ``indices`` (B,), latents (B, c, h, w)."""
+        ...
+
+    def bank_spec(self, objective: DiffTuningObjective) -> dict[str, Any]:
+        """What decides :meth:`bank_columns`, as plain JSON values."""
+        ...
+
+
+class OnlineTeacher:
+    """The frozen pre-trained network's prediction at the same x_t, computed in every step.
+
+    Costs a forward pass of the retained samples and the memory of the pre-trained weights. Any memory bank will do, and
+    before the first step the squared error is zero.
+    """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def draws(self, retained: RetentionBatch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the step."""
+        return t, noise
+
+    @torch.no_grad()
+    def predictions(
+        self, retained: RetentionBatch, x_t: Tensor, t: Tensor, condition: Any, teacher: Denoiser | None
+    ) -> Tensor:
+        """The teacher's first c channels, float32, without a gradient.
+
+        Raises:
+            ConfigError: If there is no teacher.
+        """
+        if teacher is None:
+            raise ConfigError("OnlineTeacher needs the pre-trained network: pass it to the objective as `teacher`.")
+        return teacher(x_t, t, condition)[:, : x_t.shape[1]].float()
+
+    def bank_columns(
+        self, objective: DiffTuningObjective, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
+    ) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def bank_spec(self, objective: DiffTuningObjective) -> dict[str, Any]:
+        """Nothing: the bank is that of replay."""
+        return {}
+
+
+class StoredPredictions:
+    """The pre-trained network's prediction at one timestep and noise a sample, computed once and kept in the bank.
+
+    Costs nothing in training, and three times the bank's size on disk: besides the latents it holds ``timesteps``
+    (drawn as the objective draws those of retention), ``noise`` and ``predictions``. Sample i always comes at its one
+    noise level. The noise is stored, not drawn again, since other releases of PyTorch may draw other numbers.
+
+    The bank belongs to the objective's schedule and forward process, and is refused where they differ.
+
+    Args:
+        seed: Of the timesteps and the noise; sample i's depend on (seed, i) alone.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seed={self.seed})"
+
+    def draws(self, retained: RetentionBatch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The bank's.
+
+        Raises:
+            StoreError: If the bank has none.
+        """
+        missing = {"timesteps", "noise", "predictions"} - retained.keys()
+        if missing:
+            raise StoreError(
+                f"The memory bank holds no {', '.join(sorted(missing))}, so it was not built for StoredPredictions. "
+                "Name another folder, and a new bank is built there."
+            )
+        return retained["timesteps"], retained["noise"]
+
+    def predictions(
+        self, retained: RetentionBatch, x_t: Tensor, t: Tensor, condition: Any, teacher: Denoiser | None
+    ) -> Tensor:
+        """The bank's."""
+        return retained["predictions"]
+
+    @torch.no_grad()
+    def bank_columns(
+        self, objective: DiffTuningObjective, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
+    ) -> dict[str, Tensor]:
+        """``timesteps`` (B,) int64, ``noise`` and ``predictions`` (B, c, h, w) float32."""
+        uniform = uniform_of(self.seed, indices).to(latents.device)
+        t = objective.timesteps(uniform, torch.ones_like(uniform, dtype=torch.bool))
+        # A seed of its own: the sample itself was made from noise_of(seed, i), and would be no independent sample.
+        noise = noise_of(seed_of(self.seed, 3), indices, tuple(latents.shape[1:])).to(latents.device)
+        x_t = objective.diffusion.add_noise(latents, noise, t)
+        predictions = teacher(x_t, t, condition)[:, : latents.shape[1]].float()
+        return {"timesteps": t, "noise": noise, "predictions": predictions}
+
+    def bank_spec(self, objective: DiffTuningObjective) -> dict[str, Any]:
+        """The seed, deciles of the timesteps, and coefficients of the forward process."""
+        deciles = torch.linspace(0.05, 0.95, 10, device=objective.xi.device)
+        t = objective.timesteps(deciles, torch.ones_like(deciles, dtype=torch.bool))
+        steps = objective.diffusion.num_timesteps
+        grid = torch.arange(0, steps, max(1, steps // 5), device=objective.xi.device)
+        signal, _ = objective.diffusion.coefficients(grid, grid)
+        return {
+            "stored_predictions": {
+                "seed": self.seed,
+                "timestep_deciles": t.tolist(),
+                "signal": [round(coefficient, 5) for coefficient in signal.tolist()],
+            }
+        }
+
+
+def last(condition: Any, count: int) -> Any:
+    """The last ``count`` entries of a condition: a tensor, nested dicts of tensors, or ``None``."""
+    if isinstance(condition, dict):
+        return {name: last(value, count) for name, value in condition.items()}
+    return None if condition is None else condition[-count:]
