@@ -22,6 +22,7 @@ from lightning_difftune.cli.nano_autoencoder import new_autoencoder, peak_signal
 from lightning_difftune.data import ImageTargets, NpzImages
 from lightning_difftune.data.source_facts import class_names_of
 from lightning_difftune.errors import DataError
+from lightning_difftune.modules.controlnet import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL, UNet2DConditionModel
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 32
 MAX_TOKENS = 16  # with the start and the end of the text
 CAPTIONS = ("a photo of a {}", "a high-quality, detailed photo of a {}")
-PROMPTS = ("a high-quality, detailed, and professional image", "a flower")  # without a name
+PROMPTS = (DEFAULT_PROMPT, "a flower")  # without a name
 
 
 def new_tokenizer(names: Sequence[str], captions: Sequence[str] = CAPTIONS) -> CLIPTokenizer:
