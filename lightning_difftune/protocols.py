@@ -126,7 +126,7 @@ class Annotator(Protocol):
 
     channels: int  # of its control maps, 1 or 3
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def annotate(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => control maps (B, channels, H, W) uint8 on the same device.
 
         A picture's map depends on that picture alone.

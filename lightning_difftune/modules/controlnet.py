@@ -53,7 +53,7 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
 
     Example:
         >>> from lightning_difftune import ControlNetDiffTuningModule
-        >>> from lightning_difftune.data import Canny
+        >>> from lightning_difftune.data.annotators import Canny
         >>> module = ControlNetDiffTuningModule(Canny(), "stable-diffusion-v1-5/stable-diffusion-v1-5")
         >>> module.bank_prompts
         ('a high-quality, detailed, and professional image',)
@@ -194,7 +194,7 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
 
     def annotate(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => their control maps (B, C, H, W) uint8."""
-        return self.checked(self.annotator(pictures), type(self.annotator).__name__)
+        return self.checked(self.annotator.annotate(pictures), type(self.annotator).__name__)
 
     def checked(self, maps: Tensor, maker: str) -> Tensor:
         """Control maps (B, C, H, W) uint8 as they are.
