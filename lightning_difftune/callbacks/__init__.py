@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_difftune.callbacks.chain_of_forgetting import ChainOfForgetting
 from lightning_difftune.callbacks.control_similarity import ControlSimilarity
 from lightning_difftune.callbacks.ema import EMA
 from lightning_difftune.callbacks.ewc import EWC
@@ -9,4 +10,4 @@ from lightning_difftune.callbacks.fid import FID
 from lightning_difftune.callbacks.sample_grid import SampleGrid
 from lightning_difftune.callbacks.sudden_convergence import SuddenConvergence
 
-__all__ = ["EMA", "EWC", "FID", "ControlSimilarity", "SampleGrid", "SuddenConvergence"]
+__all__ = ["EMA", "EWC", "FID", "ChainOfForgetting", "ControlSimilarity", "SampleGrid", "SuddenConvergence"]

@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.generation import SampleCallback, check_pictures
-from lightning_difftune.errors import ConfigError
-from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
-from lightning_difftune.metrics.reference_cache import reference_key
-from lightning_difftune.protocols import SupportsReferenceImages
+from lightning_difftune.callbacks.distance import DistanceCallback
 
 
-class FID(SampleCallback):
+class FID(DistanceCallback):
     """Generate pictures at the end of a validation and log their Fréchet distance to real ones.
 
     Through Inception-v3 this is FID, logged as ``fid``. Through any other extractor it is not, and is logged under the
@@ -60,25 +53,8 @@ class FID(SampleCallback):
         generate: Callable[[Tensor], Tensor] | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
-        super().__init__(num_samples, batch_size, every_n_steps, generate)
-        self.reference = reference
-        self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
+        super().__init__(num_samples, feature_extractor, every_n_steps, batch_size, reference, generate, cache_dir)
         self.history: list[tuple[int, float]] = []
-        self._distance = FrechetDistance(feature_extractor) if feature_extractor is not None else None
-        self._reference_key: str | None = None  # of what the real sums are to be of
-        self._ready: str | None = None  # of what they are
-
-    @property
-    def distance(self) -> FrechetDistance:
-        """The metric, made when first asked for if it needs the weights of Inception-v3."""
-        if self._distance is None:
-            self._distance = FrechetDistance(InceptionV3Features())
-        return self._distance
-
-    @property
-    def monitor(self) -> str:
-        """The logged name, for ``ModelCheckpoint(monitor=...)``."""
-        return "fid" if self._distance is None else self._distance.key
 
     @property
     def last_value(self) -> float | None:
@@ -90,90 +66,18 @@ class FID(SampleCallback):
         """Several of these may stand side by side, with different extractors."""
         return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find extractor and reference, and say through what the pictures will be looked at."""
-        super().setup(trainer, pl_module, stage)
-        if stage not in ("fit", "validate"):
-            return
-        source = self._source(trainer)
-        name = self.distance.name
-        rank_zero_info(
-            f"Every value logged as '{self.monitor}' is a Fréchet distance through {name}, "
-            f"{self.num_samples:,} generated pictures."
-            + ("" if self.monitor == "fid" else " It is not FID and compares with no published one.")
-        )
-        if self.num_samples < self.distance.num_features:
-            rank_zero_warn(
-                f"{self.num_samples:,} pictures are too few to estimate the covariance of {name}'s "
-                f"{self.distance.num_features:,} features: the distance comes out too large, and values compare only "
-                f"at equal num_samples. Raise num_samples above {self.distance.num_features:,}."
-            )
-        if isinstance(source, SupportsReferenceImages):
-            self._reference_key = reference_key(source.reference_identity(), self.distance.feature_extractor)
-        else:
-            self._reference_key = "the reference given"
-            if self.cache is not None:
-                rank_zero_warn("The reference has no reference_identity(), so its statistics are not kept on disk.")
-
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure the distance with all processes and log it."""
-        distance = self.distance
-        # MPS has no float64.
-        distance.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
-        try:
-            with self._progress(trainer) as progress:
-                if self._ready != self._reference_key:
-                    self._measure_reference(trainer, progress)
+        with self.on_device(pl_module) as distance:
+            with self.progress(trainer) as progress:
+                self.measure_reference(trainer, progress)
                 distance.reset()
-                share = self.batches()[trainer.global_rank :: trainer.world_size]
-                for batch in progress.track(share, description=f"{self.monitor}: generated pictures"):
+                for batch in progress.track(self.share(trainer), description=f"{self.monitor}: generated pictures"):
                     distance.update(self.pictures(trainer, pl_module, batch).to(distance.device), real=False)
             value = trainer.strategy.broadcast(distance.compute().item())
-        finally:
-            distance.to("cpu")
         self.history.append((step, value))
         # All processes hold the same value; the maximum of them is that value to the bit, which a mean need not be.
         pl_module.log(self.monitor, value, prog_bar=True, reduce_fx="max", sync_dist=True)
-
-    def _source(self, trainer: L.Trainer) -> Iterable[Tensor] | SupportsReferenceImages:
-        if self.reference is not None:
-            return self.reference
-        datamodule = getattr(trainer, "datamodule", None)
-        if isinstance(datamodule, SupportsReferenceImages):
-            return datamodule
-        raise ConfigError(
-            "FID has no real pictures to compare with: the trainer's data module has no reference_images() and "
-            "reference_identity(), and the callback was given no reference. Pass `reference=`: batches of pictures "
-            "(B, 1 or 3, H, W) uint8, such as a list of tensors."
-        )
-
-    def _measure_reference(self, trainer: L.Trainer, progress: Progress) -> None:
-        """Fill the real sums, from the cache on the first process or together from the pictures."""
-        source, distance = self._source(trainer), self.distance
-        cache = self.cache if isinstance(source, SupportsReferenceImages) else None
-        key = str(self._reference_key)
-        distance.reset_real()
-        self._ready = None
-        state = cache.load(key) if cache is not None and trainer.is_global_zero else None
-        if trainer.strategy.broadcast(state is not None):
-            if state is not None:
-                distance.load_real_state(state)
-        else:
-            images = source.reference_images() if isinstance(source, SupportsReferenceImages) else source
-            for number, pictures in enumerate(progress.track(images, description=f"{self.monitor}: real pictures")):
-                if number % trainer.world_size == trainer.global_rank:
-                    check_pictures(pictures, "The reference")
-                    distance.update(pictures.to(distance.device), real=True)
-            with distance.sync_context():
-                if cache is not None and trainer.is_global_zero:
-                    cache.store(key, distance.real_state())
-        self._ready = self._reference_key
-
-    @staticmethod
-    def _progress(trainer: L.Trainer) -> Progress:
-        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        # A console of its own: Lightning's bar is live on the global one.
-        return Progress(console=Console(), transient=True, disable=not shown)
 
     def state_dict(self) -> dict[str, Any]:
         """The history of (step, value)."""

@@ -96,7 +96,7 @@ class SampleCallback(GenerationCallback):
         num_samples: int,
         batch_size: int,
         every_n_steps: int | None,
-        generate: Callable[[Tensor], Tensor] | None,
+        generate: Callable[..., Tensor] | None,
     ) -> None:
         super().__init__(num_samples, batch_size, every_n_steps)
         self.generate = generate
@@ -116,7 +116,7 @@ class SampleCallback(GenerationCallback):
         check_pictures(pictures, maker, len(batch))
         return pictures
 
-    def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[[Tensor], Tensor], str]:
+    def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[..., Tensor], str]:
         if self.generate is not None:
             return self.generate, "The function `generate`"
         if isinstance(pl_module, SupportsGenerate):

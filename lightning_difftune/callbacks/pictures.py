@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
+
+from lightning_difftune.callbacks.artifacts import artifact_folder, write_artifact
 
 
 class PictureLog:
@@ -27,27 +27,16 @@ class PictureLog:
 
     def locate(self, trainer: L.Trainer) -> None:
         """Find the folder. Call it on all processes, since ``trainer.log_dir`` is a broadcast."""
-        log_dir = trainer.log_dir
-        self._folder = Path(self.dirpath) if self.dirpath else Path(log_dir or trainer.default_root_dir) / self.key
+        self._folder = artifact_folder(trainer, self.dirpath, self.key)
 
     def show(self, trainer: L.Trainer, picture: Tensor, step: int) -> None:
         """Save and log a picture (3, H, W) uint8 of a step; call it on the first process."""
         image = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-        self._save(image, self._folder / f"step-{step:07d}.png")
+        content = BytesIO()
+        image.save(content, format="PNG")
+        write_artifact(self._folder / f"step-{step:07d}.png", content.getvalue())
         for logger in trainer.loggers:
             if hasattr(logger, "log_image"):
                 logger.log_image(key=self.key, images=[image], step=step)
             elif add_image := getattr(getattr(logger, "experiment", None), "add_image", None):
                 add_image(self.key, picture, global_step=step)
-
-    def _save(self, image: Image.Image, path: Path) -> None:
-        """Write in one piece. A full disk costs the picture, not the training."""
-        partial = path.with_suffix(".png.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(partial, format="PNG")
-            os.replace(partial, path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            rank_zero_warn(f"The {self.key} could not be saved to {path}: {error}. Training goes on.")

@@ -1,0 +1,151 @@
+"""The chain of forgetting: what the pre-trained network still does as well as the tuned one, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
+from lightning_difftune.callbacks.distance import DistanceCallback
+from lightning_difftune.callbacks.generation import check_pictures
+from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.metrics import FrechetDistance
+from lightning_difftune.plots import swap_figure
+from lightning_difftune.protocols import SupportsSwap
+
+
+class ChainOfForgetting(DistanceCallback):
+    """Leave the last p % of the reverse process to the pre-trained network and measure the pictures (Fig. 1).
+
+    At the end of a validation every sample is generated once for each p, from the same noise: p = 0 is the tuned model
+    alone, p = 100 the pre-trained one. All p share the trajectory of the tuned model, so the eleven of the default cost
+    6.5 times the steps of one, not eleven times. The Fréchet distances to the real pictures are logged as
+    ``fid/swap_30`` (or under the name of another extractor, see :class:`FID`) and written, with a curve and a strip of
+    pictures, to ``chain-of-forgetting/step-0001000.csv``, ``.svg`` and ``.png``. If the distance falls before it rises,
+    the tuned model has forgotten how to denoise near the data.
+
+    Args:
+        num_samples: Generated pictures for each p.
+        percents: The p, each in [0, 100].
+        feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features`` = D and, if it
+            likes, ``name``. ``None`` is :class:`~lightning_difftune.metrics.InceptionV3Features`.
+        every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
+        batch_size: Samples generated at a time.
+        shown: Samples in the strip.
+        reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` asks
+            the data module for its ``reference_images()``.
+        generate: Maps sample indices (B,) int64 and P fractions in [0, 1] to pictures (P, B, 1 or 3, H, W) uint8;
+            ``None`` asks the module's own ``generate_swapped``.
+        cache_dir: Folder where statistics of the real pictures are kept between runs.
+        dirpath: Folder of the files; ``None`` is ``chain-of-forgetting`` in the logger's folder, or in the trainer's
+            ``default_root_dir``.
+
+    Raises:
+        ConfigError: If a number is out of range or, when the trainer starts, if there is nothing to generate swapped
+            pictures or to compare them with.
+
+    Example:
+        >>> from lightning_difftune.callbacks import EMA
+        >>> trainer = L.Trainer(callbacks=[EMA(), ChainOfForgetting(percents=(0, 20, 100))], logger=False)
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 10_000,
+        percents: Sequence[float] = (0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100),
+        feature_extractor: nn.Module | None = None,
+        every_n_steps: int | None = None,
+        batch_size: int = 64,
+        shown: int = 6,
+        reference: Iterable[Tensor] | None = None,
+        generate: Callable[[Tensor, Sequence[float]], Tensor] | None = None,
+        cache_dir: str | Path | None = None,
+        dirpath: str | Path | None = None,
+    ) -> None:
+        super().__init__(num_samples, feature_extractor, every_n_steps, batch_size, reference, generate, cache_dir)
+        if not percents or not all(0 <= percent <= 100 for percent in percents) or shown < 1:
+            raise ConfigError(
+                "ChainOfForgetting needs percents in [0, 100] and a sample to show, found "
+                f"percents {list(percents)} and shown {shown}."
+            )
+        self.percents = sorted(set(percents))
+        self.shown = shown
+        self.dirpath = dirpath
+        self.history: list[tuple[int, dict[float, float]]] = []
+        self.strip = torch.empty(0)
+        self._folder = Path()
+
+    @property
+    def state_key(self) -> str:
+        """Several of these may stand side by side, with different extractors."""
+        return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the folder while all processes are here."""
+        super().setup(trainer, pl_module, stage)
+        self._folder = artifact_folder(trainer, self.dirpath, "chain-of-forgetting")
+
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        """Measure the distance for each p with all processes, log them and draw them."""
+        strip = []  # batches of the first samples on the first process, which has the first batch
+        with self.on_device(pl_module) as distance, self.progress(trainer) as progress:
+            self.measure_reference(trainer, progress)
+            distances = [FrechetDistance(distance.feature_extractor) for _ in self.percents]
+            for one in distances:
+                one.to(distance.device).load_real_state(distance.real_state())
+            for batch in progress.track(self.share(trainer), description=f"{self.monitor}: swapped pictures"):
+                swapped = self.swapped_pictures(trainer, pl_module, batch)
+                for one, pictures in zip(distances, swapped, strict=True):
+                    one.update(pictures.to(distance.device), real=False)
+                strip.append(swapped[:, : max(0, self.shown - batch.start)].cpu())
+            values = trainer.strategy.broadcast([one.compute().item() for one in distances])
+        result = dict(zip(self.percents, values, strict=True))
+        self.history.append((step, result))
+        for percent, value in result.items():
+            pl_module.log(f"{self.monitor}/swap_{percent:g}", value, reduce_fx="max", sync_dist=True)
+        if trainer.is_global_zero:
+            self.strip = torch.cat(strip, dim=1)
+            path = self._folder / f"step-{step:07d}"
+            write_table(path.with_suffix(".csv"), ("swapped_percent", self.monitor), result.items())
+            name = self.distance.name
+            write_figure(path, swap_figure({"tuned": result}, {"tuned": self.strip}, f"Fréchet distance ({name})"))
+
+    def swapped_pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> Tensor:
+        """Pictures (P, B, 1 or 3, H, W) uint8 for sample indices, generated at the trainer's precision."""
+        generate, maker = self._generator(pl_module)
+        indices = torch.tensor(batch, device=pl_module.device)
+        with trainer.precision_plugin.forward_context():
+            swapped = generate(indices, [percent / 100 for percent in self.percents])
+        if not isinstance(swapped, Tensor) or swapped.shape[:2] != (len(self.percents), len(batch)):
+            found = tuple(swapped.shape) if isinstance(swapped, Tensor) else type(swapped).__name__
+            raise DataError(
+                f"{maker} gave {found} for {len(self.percents)} fractions and {len(batch)} indices, expected pictures "
+                f"({len(self.percents)}, {len(batch)}, 1 or 3, H, W) uint8."
+            )
+        check_pictures(swapped[0], maker)
+        return swapped
+
+    def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[..., Tensor], str]:
+        if self.generate is not None:
+            return self.generate, "The function `generate`"
+        if isinstance(pl_module, SupportsSwap):
+            return pl_module.generate_swapped, f"{type(pl_module).__name__}.generate_swapped"
+        raise ConfigError(
+            f"ChainOfForgetting needs swapped pictures, but {type(pl_module).__name__} has no method "
+            "`generate_swapped(indices, fractions)` and the callback was given none. Add the method, or pass "
+            "`generate=`: a function of indices (B,) and P fractions that returns pictures (P, B, 1 or 3, H, W) uint8."
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history of (step, distances by p)."""
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the history."""
+        self.history = [(int(step), dict(result)) for step, result in state_dict["history"]]
+        self._latest_step = self.history[-1][0] if self.history else None
