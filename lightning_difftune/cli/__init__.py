@@ -15,6 +15,8 @@ HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
   difftune validate --config ... validation loss, FID and sample grid
   difftune compare STUDY.yaml    run configs over seeds, resume, and compare them in tables and figures
   difftune predict --config ...  build the memory bank on purpose, on all devices
+  difftune swap --config ... --ckpt_path ...
+                                 pictures whose last steps the pre-trained model does, and their distance
 
 Configs compose from left to right, and any key can be set on the command line:
 
@@ -25,7 +27,7 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
-COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare")
+COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,6 +61,10 @@ def run(args: list[str]) -> None:
         from lightning_difftune.cli.compare import compare
 
         compare(args[1:])
+    elif args[0] == "swap":
+        from lightning_difftune.cli.swap import swap
+
+        swap(args[1:])
     elif args[0] in COMMANDS or args[0].startswith("-"):
         from lightning_difftune.cli.lightning import run_lightning
 

@@ -1,0 +1,117 @@
+"""``difftune swap``: the chain of forgetting of one tuned model, or of two side by side (Fig. 1 of the paper)."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch.cli import SaveConfigCallback
+from torch import Tensor
+
+from lightning_difftune.callbacks import FID, ChainOfForgetting
+from lightning_difftune.callbacks.generation import GenerationCallback
+from lightning_difftune.cli.fitted import callbacks_of
+from lightning_difftune.cli.lightning import DiffTuneCLI, check_checkpoint, run_lightning
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.plots import swap_figure
+
+DESCRIPTION = """Leave the last p % of the reverse process to the pre-trained model and measure the pictures against p.
+
+Extractor, number of pictures and batch size are those of the config's ChainOfForgetting callback or, without one, of
+its FID callback. All other options, --config and overrides of its keys, are those of `difftune validate`; with
+checkpoints of different configs, run once for each."""
+
+
+def swap(argv: Sequence[str]) -> None:
+    """Measure each checkpoint, then write ``swap.csv``, ``swap.svg`` and ``swap.png``.
+
+    Args:
+        argv: The command line after ``swap``.
+
+    Raises:
+        ConfigError: If there is no checkpoint, or not one name for each.
+        CheckpointError: If a checkpoint cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="difftune swap", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ckpt_path", action="append", default=[], help="checkpoint of a run; twice to compare two")
+    parser.add_argument("--name", action="append", default=[], help="what a checkpoint is called in the figure")
+    parser.add_argument("--output", type=Path, default=Path("runs/swap"), help="folder of the results")
+    parser.add_argument("--percents", type=float, nargs="+", default=None, help="the p (default: 0 10 .. 100)")
+    parser.add_argument("--num_samples", type=int, default=None, help="pictures for each p (default: the config's)")
+    options, rest = parser.parse_known_args(argv)
+    if not options.ckpt_path:
+        raise ConfigError("difftune swap needs the checkpoint of a run: --ckpt_path PATH, twice to compare two.")
+    names = options.name or names_of(options.ckpt_path)
+    if len(names) != len(options.ckpt_path) or len(set(names)) != len(names):
+        raise ConfigError(f"Give each of the {len(options.ckpt_path)} checkpoints a --name of its own, got {names}.")
+    for path in options.ckpt_path:
+        check_checkpoint(Path(path))
+    options.output.mkdir(parents=True, exist_ok=True)
+
+    series: dict[str, dict[float, float]] = {}
+    strips: dict[str, Tensor] = {}
+    for name, path in zip(names, options.ckpt_path, strict=True):
+        cli = run_lightning([*rest, "--trainer.logger", "false", "--trainer.limit_val_batches", "1"], run=False)
+        chain = chain_of(cli, options)
+        chain.dirpath = options.output / name
+        kept = (c for c in vars(cli.trainer)["callbacks"] if not isinstance(c, GenerationCallback | SaveConfigCallback))
+        vars(cli.trainer)["callbacks"] = [*kept, chain]
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+        series[name], strips[name] = chain.history[-1][1], chain.strip
+    if cli.trainer.is_global_zero:
+        write_results(options.output, series, strips, chain)
+
+
+def chain_of(cli: DiffTuneCLI, options: argparse.Namespace) -> ChainOfForgetting:
+    """The callback that measures: the config's own, or one like its FID callback."""
+    own, fids = callbacks_of(cli, ChainOfForgetting), callbacks_of(cli, FID)
+    if own:
+        chain = own[0]
+    elif fids:
+        fid = fids[0]
+        chain = ChainOfForgetting(
+            fid.num_samples, feature_extractor=fid.distance.feature_extractor, batch_size=fid.batch_size
+        )
+        chain.reference, chain.cache = fid.reference, fid.cache
+    else:
+        raise ConfigError(
+            "The config has neither a ChainOfForgetting nor a FID callback that says how pictures are measured. Add "
+            "one of them to trainer.callbacks."
+        )
+    if options.percents is not None:
+        chain.percents = sorted(set(options.percents))
+    if options.num_samples is not None:
+        chain.num_samples = options.num_samples
+    return chain
+
+
+def names_of(paths: Sequence[str]) -> list[str]:
+    """The part of each path in which they differ, such as the folder of the run."""
+    if len(paths) == 1:
+        return ["tuned"]
+    parts = [Path(path).parts for path in paths]
+    differing = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) == len(paths)), -1)
+    return [Path(path[differing]).stem for path in parts]
+
+
+def write_results(
+    output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: ChainOfForgetting
+) -> None:
+    """Write the table and the figure, and say where they are and what they show."""
+    with (output / "swap.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("model", "swapped_percent", chain.monitor))
+        for name, distances in series.items():
+            writer.writerows((name, f"{percent:g}", f"{value:.6g}") for percent, value in distances.items())
+    figure = swap_figure(series, strips, f"Fréchet distance ({chain.distance.name})")
+    for suffix in ("svg", "png"):
+        figure.savefig(output / f"swap.{suffix}", dpi=150)
+    for name, distances in series.items():
+        best = min(distances, key=lambda percent: distances[percent])
+        tuned = f", {distances[0]:.4g} with none" if 0 in distances else ""
+        print(f"{name}: {chain.monitor} is least, {distances[best]:.4g}, with {best:g} % swapped{tuned}.")
+    print(f"Look at {output / 'swap.png'}; the numbers are in {output / 'swap.csv'}.")
