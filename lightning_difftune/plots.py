@@ -1,9 +1,12 @@
-"""Figures: pictures in grids and curves over training, readable in print and in grey."""
+"""Figures: pictures in grids, curves and bars, readable in print and in grey."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,11 +15,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LINES = (  # colour, dash and marker; all three differ, so that a grey print can be read
+LINES: tuple[dict[str, Any], ...] = (  # colour, dash and marker; all three differ, so that a grey print can be read
     {"color": "#0b5fa5", "linestyle": "-", "marker": "o"},
     {"color": "#c1440e", "linestyle": "--", "marker": "s"},
     {"color": "#2e7d32", "linestyle": "-.", "marker": "^"},
     {"color": "#6a3d9a", "linestyle": ":", "marker": "D"},
+    {"color": "#8c6d1f", "linestyle": (0, (6, 2, 1, 2, 1, 2)), "marker": "v"},
+    {"color": "#444444", "linestyle": (0, (1, 3)), "marker": "x"},
+)
+BARS: tuple[dict[str, Any], ...] = (  # fill and hatch; brightness and pattern both differ
+    {"color": "#0b5fa5", "edgecolor": "black"},
+    {"color": "#f2c49b", "edgecolor": "black", "hatch": "//"},
+    {"color": "#dddddd", "edgecolor": "black", "hatch": ".."},
 )
 
 
@@ -38,23 +48,67 @@ def picture_grid(axes: Axes, images: Tensor, columns: int, title: str, row_label
 
 def curves(
     axes: Axes,
-    series: Mapping[str, Sequence[tuple[int, float]]],
+    series: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
     title: str,
     y_label: str,
     x_label: str = "training step",
-    log: bool = False,
 ) -> None:
-    """Draw named series of (step, value), each with its last value written beside it."""
-    for style, (name, points) in zip(LINES, series.items(), strict=False):
-        steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, label=f"{name}: {values[-1]:.3g} at the end", markersize=4, **style)  # type: ignore[arg-type]
-    if log:
-        axes.set_yscale("log")
-    axes.set_title(title, fontsize=10, loc="left")
+    """Draw named series of (x, values): a line through the means, and a band from the least value to the largest."""
+    for style, (name, points) in zip(cycle(LINES), series.items(), strict=False):
+        xs, values = zip(*points, strict=True)
+        axes.plot(xs, [statistics.fmean(some) for some in values], label=name, markersize=4, **style)
+        if any(len(some) > 1 for some in values):
+            lows, highs = [min(some) for some in values], [max(some) for some in values]
+            axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
+    _label(axes, title, y_label)
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    if any(series):
+        axes.legend(frameon=False, fontsize=8)
+
+
+def bars(
+    axes: Axes, categories: Sequence[str], groups: Mapping[str, Sequence[Sequence[float]]], title: str, y_label: str
+) -> None:
+    """Draw a bar for each category and group: the mean of its values, with a line from the least to the largest.
+
+    Args:
+        axes: Where.
+        categories: Names along the axis.
+        groups: Values of each category by the group's name; a category without values has no bar.
+        title: Heading.
+        y_label: What is measured, and its unit.
+    """
+    width = 0.8 / len(groups)
+    for number, (style, (group, values)) in enumerate(zip(cycle(BARS), groups.items(), strict=False)):
+        there = [position for position, some in enumerate(values) if some]
+        xs = [position + (number - (len(groups) - 1) / 2) * width for position in there]
+        means = [statistics.fmean(values[position]) for position in there]
+        axes.bar(xs, means, width * 0.92, label=group or None, linewidth=0.6, **style)
+        for x, mean, position in zip(xs, means, there, strict=True):
+            low, high = min(values[position]), max(values[position])
+            axes.plot([x, x], [low, high], color="black", linewidth=1.2)
+            axes.annotate(f"{mean:.3g}", (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+    rotate = max(map(len, categories)) * len(categories) > 60
+    axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, rotation=30 if rotate else 0)
+    _label(axes, title, y_label)
+    axes.margins(y=0.1)
+    if any(groups):
+        axes.legend(frameon=False, fontsize=8)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG and, to be scaled at will, as SVG; the same figure gives the same bytes."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "difftune"}):
+        figure.savefig(path.with_suffix(".png"), dpi=120)
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+
+
+def _label(axes: Axes, title: str, y_label: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_ylabel(y_label, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -151,7 +151,10 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
     for name, run in tuned.items():
         shown = run.samples.view(10, COLUMNS, *run.samples.shape[1:])[:, :10].flatten(0, 1)
         picture_grid(axes[name], shown, 10, f"{name}: {run.recognised:.0%} recognised as their row", digits)
-    series = {name: run.curve for name, run in tuned.items()}
+    series = {
+        f"{name}: {run.curve[-1][1]:.3g} at the end": [(step, [value]) for step, value in run.curve]
+        for name, run in tuned.items()
+    }
     curves(axes["curve"], series, "Distance to the real test digits", "Frechet distance (digit-classifier features)")
     axes["curve"].set_ylim(bottom=0)
     figure.suptitle("From Omniglot characters to digits: the same steps, batch and start", fontsize=13)

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from lightning_difftune.cli.compare.figures import draw_figures
 from lightning_difftune.cli.compare.jobs import Job, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
 from lightning_difftune.cli.compare.table import comparison, write_tables
@@ -155,7 +156,7 @@ def last_line(log: Path) -> str:
 
 
 def report(study: Study, jobs: Sequence[Job], output: Path, console: Console) -> None:
-    """Write the tables of the results that are there, and print one."""
+    """Write tables and figures of the results that are there, and print the table."""
     results = [(job.run, result) for job in jobs if (result := job.result()) is not None]
     for job in jobs:
         if job.result() is not None and job.differences():
@@ -163,5 +164,7 @@ def report(study: Study, jobs: Sequence[Job], output: Path, console: Console) ->
     if not results:
         raise ConfigError(f"{output / 'results'} has no result of {study.path} to report.")
     console.print(f"{len(results)} of {len(jobs)} results in {output / 'results'}")
-    table = comparison(study, results)
-    write_tables(study, table, output, console)
+    lines = comparison(study, results)
+    write_tables(study, lines, output, console)
+    draw_figures(study, lines, output / "figures")
+    console.print(f"Tables {output / 'table.csv'}, {output / 'table.md'}; figures in {output / 'figures'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,7 +20,17 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One line of a study's table: overlays on the base, run once for each seed."""
+    """One line of a study's table: overlays on the base, run once for each seed.
+
+    Attributes:
+        name: Its key in the study file.
+        configs: Overlays on the base.
+        settings: Keys that it sets.
+        method: What it is, where several runs are of one method.
+        group: Which of the runs of its method it is, such as with or without Diff-Tuning.
+        at: Where it stands on the x-axis of a figure, by quantity.
+        against: The run that its change is measured against.
+    """
 
     name: str
     configs: tuple[Path, ...]
@@ -28,6 +38,7 @@ class StudyRun:
     method: str
     group: str
     at: Mapping[str, float]
+    against: str | None
 
 
 @dataclass(frozen=True)
@@ -105,15 +116,20 @@ def read_study(path: Path) -> Study:
         settings=keys.settings(),
         evaluators=keys.evaluators(),
         metrics=keys.metrics(),
-        runs={str(name): read_run(found, str(name), content) for name, content in runs.items()},
+        runs={str(name): read_run(found, str(name), content, runs) for name, content in runs.items()},
     )
 
 
-def read_run(path: Path, name: str, content: Any) -> StudyRun:
+def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> StudyRun:
     """One entry of ``runs:``; an empty one is the base itself."""
     keys = Keys(path, f"runs.{name}.", content if content is not None else {}, RUN_KEYS)
     if not re.fullmatch(r"[\w][\w.+-]*", name):
         raise keys.error("", f"has the name {name!r}", "Names become file names: use letters, digits, - _ + and dots.")
+    against = keys.get("against", str, "the name of another run", default="")
+    if against and against not in names:
+        raise keys.error(
+            "against", f"is {against!r}, which is no run of this study", f"Choose from {', '.join(names)}."
+        )
     at = keys.get("at", dict, "a mapping of a quantity to its value, such as {tau: 0.5}", default={})
     for quantity, value in at.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -125,10 +141,11 @@ def read_run(path: Path, name: str, content: Any) -> StudyRun:
         method=keys.get("method", str, "a text", default=name),
         group=keys.get("group", str, "a text", default=""),
         at={str(quantity): float(value) for quantity, value in at.items()},
+        against=against or None,
     )
 
 
-RUN_KEYS = ("configs", "set", "method", "group", "at")
+RUN_KEYS = ("configs", "set", "method", "group", "at", "against")
 
 
 class Keys:

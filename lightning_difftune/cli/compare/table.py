@@ -7,7 +7,7 @@ import io
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Line:
         history: Curves by metric, one for each seed.
         parameters: Trainable parameters.
         seconds: Seconds of each fit.
-        change: Relative change of the main metric against the study's first group at the same method, if it has one.
+        change: Relative change of the main metric against the run that the study names, if that is finished.
     """
 
     run: StudyRun
@@ -78,14 +78,10 @@ def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
 
 
 def with_change(line: Line, lines: Sequence[Line], metric: str) -> Line:
-    """The line with its change of a metric against the same method in the first group."""
-    first = lines[0].run.group
-    same = [one for one in lines if (one.run.method, one.run.at) == (line.run.method, line.run.at)]
-    before = next((one for one in same if one.run.group == first), None)
-    if line.run.group == first or before is None:
-        return line
-    start, end = statistics.fmean(before.values[metric]), statistics.fmean(line.values[metric])
-    return Line(**{**vars(line), "change": end / start - 1 if start else None})
+    """The line with its change of a metric; over all seeds that each of the two has."""
+    before = next((one for one in lines if one.run.name == line.run.against), None)
+    start = 0.0 if before is None else statistics.fmean(before.values[metric])
+    return replace(line, change=statistics.fmean(line.values[metric]) / start - 1) if start else line
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -161,6 +157,6 @@ def write_tables(study: Study, lines: Sequence[Line], output: Path, console: Con
     for row in cells(study, lines):
         table.add_row(*row)
     console.print(table)
-    first = lines[0].run.group
-    if any(line.change is not None for line in lines):
-        console.print(f"change: of {next(iter(study.metrics))}, against {first!r} with the same method.")
+    pairs = {line.run.against for line in lines if line.change is not None}
+    if pairs:
+        console.print(f"change: of {next(iter(study.metrics))}, against {', '.join(sorted(map(str, pairs)))}.")

@@ -6,6 +6,7 @@ import io
 import json
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--evaluate", type=list[Evaluator])
     try:
-        return parser.instantiate_classes(parser.parse_object({"evaluate": [dict(one) for one in named]})).evaluate
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # the method's name in all of version 4
+            return parser.instantiate_classes(parser.parse_object({"evaluate": [dict(one) for one in named]})).evaluate
     except DiffTuneError:
         raise
     except Exception as error:  # whatever a constructor raises

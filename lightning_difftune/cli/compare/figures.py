@@ -1,0 +1,111 @@
+"""The figures of a study, after the paper's Figs. 5 and 6."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_difftune import plots
+from lightning_difftune.cli.compare.study import Study
+from lightning_difftune.cli.compare.table import EWC, Line
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_GROUPS = 3  # side by side in one category
+EWC_LABELS = {"ewc/total": "squared L2 distance, sum", "ewc/mean": "squared L2 distance per parameter"}
+
+
+def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
+    """Draw what there are results for, as PNG and SVG.
+
+    ``curves`` is the main metric over the steps (Fig. 6a), ``final`` the metrics at the end, ``ewc`` the distance from
+    the pre-trained weights (Fig. 5), and ``sweep`` the metrics over each quantity that runs are ``at``, such as tau
+    (Figs. 6c and 6d).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    main = next(iter(study.metrics))
+    if all(main in line.history for line in lines):
+        plots.save(curves_figure(study, lines, main), folder / "curves")
+    finals = {name: f"{name} ({better} is better)" for name, better in study.metrics.items()}
+    plots.save(bars_figure(study, lines, finals), folder / "final")
+    if any(name in line.values for name in EWC for line in lines):
+        plots.save(bars_figure(study, lines, EWC_LABELS), folder / "ewc")
+    if quantities := list(dict.fromkeys(quantity for line in lines for quantity in line.run.at)):
+        plots.save(sweep_figure(study, lines, quantities), folder / "sweep")
+
+
+def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
+    """One panel for each method, or for each quantity and method where runs are ``at`` something."""
+    panels: dict[str, dict[str, Any]] = defaultdict(dict)
+    swept = {line.run.method for line in lines if line.run.at}
+    for line in lines:
+        points = by_step(line.history[metric])
+        of_method = f", {line.run.method}" if len(swept) > 1 else ""
+        titles = [f"{quantity}{of_method}" for quantity in line.run.at] or [line.run.method]
+        for title in titles:
+            panels[title][line.run.name if line.run.at else line.run.group or line.run.name] = points
+    figure, axes = grid(study, -(-len(panels) // 3), min(3, len(panels)), sharey=True)
+    for axis, (title, series) in zip(axes, panels.items(), strict=False):
+        plots.curves(axis, series, title, metric)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def by_step(histories: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, list[float]]]:
+    """The values of all seeds at each step."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for history in histories:
+        for step, value in history:
+            values[step].append(value)
+    return [(float(step), some) for step, some in sorted(values.items())]
+
+
+def bars_figure(study: Study, lines: Sequence[Line], labels: Mapping[str, str]) -> Figure:
+    """One panel for each metric: methods with their groups side by side, or else one bar for each run."""
+    groups = list(dict.fromkeys(line.run.group for line in lines))
+    paired = len({(line.run.method, line.run.group) for line in lines}) == len(lines) and len(groups) <= MOST_GROUPS
+    figure, axes = grid(study, len(labels), 1)
+    for axis, (metric, label) in zip(axes, labels.items(), strict=True):
+        if paired:
+            methods = list(dict.fromkeys(line.run.method for line in lines))
+            cells = {(line.run.method, line.run.group): line.values.get(metric, ()) for line in lines}
+            values = {group: [cells.get((method, group), ()) for method in methods] for group in groups}
+            plots.bars(axis, methods, values, metric, label)
+        else:
+            names = [line.run.name for line in lines]
+            plots.bars(axis, names, {"": [line.values.get(metric, ()) for line in lines]}, metric, label)
+    return figure
+
+
+def sweep_figure(study: Study, lines: Sequence[Line], quantities: Sequence[str]) -> Figure:
+    """The metrics over each quantity, a curve for each method and group."""
+    figure, axes = grid(study, len(study.metrics), len(quantities))
+    panels = [(metric, quantity) for metric in study.metrics for quantity in quantities]
+    for axis, (metric, quantity) in zip(axes, panels, strict=True):
+        series: dict[str, list[tuple[float, Sequence[float]]]] = defaultdict(list)
+        there = sorted((line for line in lines if quantity in line.run.at), key=lambda line: line.run.at[quantity])
+        for line in there:
+            name = ", ".join(text for text in (line.run.method, line.run.group) if text)
+            series[name].append((line.run.at[quantity], line.values[metric]))
+        label = f"{metric} ({study.metrics[metric]} is better)"
+        plots.curves(axis, series, "", label, x_label=quantity)
+        xs = [line.run.at[quantity] for line in there]
+        if min(xs) > 0 and max(xs) / min(xs) > 8:  # learning rates and sizes
+            axis.set_xscale("log")
+    return figure
+
+
+def grid(study: Study, rows: int, columns: int, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    """A figure with panels in rows, and the panels row by row."""
+    from matplotlib.figure import Figure
+
+    width = 9.0 if columns == 1 else 4.2 * columns
+    figure = Figure(figsize=(width, 3.2 * rows + 0.4), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
+    figure.suptitle(study.title, fontsize=12)
+    return figure, list(axes.flat)
