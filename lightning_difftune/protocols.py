@@ -126,8 +126,9 @@ class Annotator(Protocol):
 
     channels: int  # of its control maps, 1 or 3
 
-    def annotate(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) uint8 => control maps (B, channels, H, W) uint8 on the same device.
+    # Any stands for Tensor: configuration files would take a callable that returns a Tensor for a factory of Tensors.
+    def __call__(self, pictures: Tensor, /) -> Any:
+        """Pictures (B, 3, H, W) uint8 => control maps, a Tensor (B, channels, H, W) uint8 on the same device.
 
         A picture's map depends on that picture alone.
         """

@@ -200,7 +200,8 @@ class ControlSimilarity(GenerationCallback):
 
     def _gather(self, trainer: L.Trainer, device: torch.device, shown: dict[int, Tensor]) -> Tensor:
         """The columns (num_shown, 3, 3, H, W) of all processes, on each of them."""
-        shape = trainer.strategy.broadcast(list(next(iter(shown.values())).shape) if shown else None)
+        first = next(iter(shown.values()), None)
+        shape = trainer.strategy.broadcast([] if first is None else list(first.shape))
         columns = torch.zeros(self.num_shown, *shape, dtype=torch.uint8, device=device)
         for index, column in shown.items():
             columns[index] = column

@@ -1,5 +1,6 @@
 """Target pictures, the memory bank, and the data module that interleaves them."""
 
+from lightning_difftune.data.annotators import Canny, HEDSketch, MidasDepth, MidasNormal, UperNetSegmentation
 from lightning_difftune.data.captioned_files import ADE20k, CaptionedFolder, CocoCaptions
 from lightning_difftune.data.captions import ClassCaptions
 from lightning_difftune.data.control_examples import ControlExamples
@@ -17,10 +18,12 @@ __all__ = [
     "CUB200",
     "ADE20k",
     "ArrayImages",
+    "Canny",
     "CaptionedFolder",
     "ClassCaptions",
     "CocoCaptions",
     "ControlExamples",
+    "HEDSketch",
     "HandwrittenDigits",
     "ImageFolder",
     "ImageTargets",
@@ -29,7 +32,10 @@ __all__ = [
     "MemoryBank",
     "MemoryBankDataModule",
     "MemoryBankWriter",
+    "MidasDepth",
+    "MidasNormal",
     "NpzImages",
     "Partition",
     "RenderedOmniglot",
+    "UperNetSegmentation",
 ]

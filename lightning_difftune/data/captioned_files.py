@@ -188,15 +188,13 @@ def _read_rows(file: Path) -> list[_Row]:
             raise DataError(f"{file}, line {number}: no JSON ({error}); found {line[:80]!r}.") from error
         if not isinstance(entry, dict):
             raise DataError(f"{file}, line {number}: expected an object, found {line[:80]!r}.")
-        row = _Row(number, *(entry.get(key) for key in ("file_name", "text", "conditioning_image")))
-        for key, value in (("file_name", row.file_name), ("text", row.text)):
+        name, text, control = (entry.get(key) for key in ("file_name", "text", "conditioning_image"))
+        for key, value in (("file_name", name), ("text", text)):
             if not isinstance(value, str) or (key == "file_name" and not value):
                 raise DataError(f"{file}, line {number}: {key} is {value!r}, expected a string; keys: {sorted(entry)}.")
-        if row.conditioning_image is not None and not isinstance(row.conditioning_image, str):
-            raise DataError(
-                f"{file}, line {number}: conditioning_image is {row.conditioning_image!r}, expected a path."
-            )
-        rows.append(row)
+        if control is not None and not isinstance(control, str):
+            raise DataError(f"{file}, line {number}: conditioning_image is {control!r}, expected a path.")
+        rows.append(_Row(number, str(name), str(text), control))
     if not rows:
         raise DataError(f"{file} lists no pictures; {_FOLDER_LAYOUT}")
     return rows

@@ -138,13 +138,15 @@ class BlurredSSIM(MapSimilarity):
                 f"BlurredSSIM with a kernel of {self.kernel_size} needs maps of at least {needed} pixels a side, found "
                 f"{tuple(control_maps.shape[-2:])}. Use a smaller sigma, or larger pictures."
             )
-        blurred = [
+        generated, wanted = (
             gaussian_blur(maps.double(), [self.kernel_size] * 2, [self.sigma] * 2)
             for maps in (generated_maps, control_maps)
-        ]
-        return structural_similarity_index_measure(
-            *blurred, gaussian_kernel=True, sigma=1.5, data_range=self.data_range, reduction="none"
-        ).view(len(control_maps))
+        )
+        similarity = structural_similarity_index_measure(
+            generated, wanted, gaussian_kernel=True, sigma=1.5, data_range=self.data_range, reduction="none"
+        )
+        assert isinstance(similarity, Tensor)  # a tuple only where a full picture is asked for
+        return similarity.view(len(control_maps))  # torchmetrics squeezes a single one
 
 
 class ControlMSE(MapSimilarity):

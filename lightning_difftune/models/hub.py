@@ -41,7 +41,6 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
         CheckpointError: If the repository cannot be reached, does not exist, or holds no such model.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     hub = HfApi()
     try:
@@ -55,21 +54,56 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
         return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except CheckpointError:
         raise
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise CheckpointError(
+    except Exception as error:
+        cached = None if _is_unknown(error) else find_cached(repo_id, subfolders, revision)
+        if cached is not None:
+            return cached
+        raise _failure(repo_id, revision, error) from error
+
+
+def fetch_file(repo_id: str, name: str) -> Path:
+    """Download one file of a repository that is no model folder, or find it in the cache.
+
+    Raises:
+        CheckpointError: If the repository cannot be reached, does not exist, or holds no such file.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    hub = HfApi()
+    try:
+        info = hub.model_info(repo_id, timeout=10)  # downloading without a connection would try for half a minute
+        if name not in [entry.rfilename for entry in info.siblings or []]:
+            raise CheckpointError(f"{repo_id} on the Hugging Face hub holds no {name}.")
+        return Path(hub.hf_hub_download(repo_id, name))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        cached = None if _is_unknown(error) else try_to_load_from_cache(repo_id, name)
+        if isinstance(cached, str):
+            return Path(cached)
+        raise _failure(repo_id, None, error) from error
+
+
+def _is_unknown(error: Exception) -> bool:
+    """Whether the hub has answered that there is no such repository or revision."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+
+
+def _failure(repo_id: str, revision: str | None, error: Exception) -> CheckpointError:
+    """What to say of an error of the hub: offline mode, or whatever its HTTP library raises without a connection."""
+    if _is_unknown(error):
+        return CheckpointError(
             f"{repo_id!r} is no local folder, and the Hugging Face hub has no public model of that name"
             f"{f' at revision {revision!r}' if revision else ''}. Check the spelling, pass a local folder, or log in "
             "with `hf auth login` if it is private."
-        ) from error
-    except Exception as unreachable:  # offline mode, or whatever the hub's HTTP library raises without a connection
-        cached = find_cached(repo_id, subfolders, revision)
-        if cached is not None:
-            return cached
-        raise CheckpointError(
-            f"{repo_id!r} is no local folder and not whole in the Hugging Face cache, and the hub cannot be reached "
-            f"({type(unreachable).__name__}: {unreachable}). Pass a local folder or file; or download it where there "
-            "is a connection, copy the cache and set HF_HOME to it; or unset HF_HUB_OFFLINE if it is set."
-        ) from unreachable
+        )
+    return CheckpointError(
+        f"{repo_id!r} is no local folder and not whole in the Hugging Face cache, and the hub cannot be reached "
+        f"({type(error).__name__}: {error}). Pass a local folder or file; or download it where there "
+        "is a connection, copy the cache and set HF_HOME to it; or unset HF_HUB_OFFLINE if it is set."
+    )
 
 
 def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None) -> Path | None:

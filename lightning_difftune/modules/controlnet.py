@@ -194,7 +194,7 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
 
     def annotate(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => their control maps (B, C, H, W) uint8."""
-        return self.checked(self.annotator.annotate(pictures), type(self.annotator).__name__)
+        return self.checked(self.annotator(pictures), type(self.annotator).__name__)
 
     def checked(self, maps: Tensor, maker: str) -> Tensor:
         """Control maps (B, C, H, W) uint8 as they are.

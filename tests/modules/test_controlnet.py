@@ -26,7 +26,7 @@ class Bright:
     def __init__(self, threshold: int = 127, channels: int = 1) -> None:
         self.threshold, self.channels = threshold, channels
 
-    def annotate(self, pictures):
+    def __call__(self, pictures):
         bright = pictures.float().mean(1, keepdim=True) > self.threshold
         return bright.expand(-1, self.channels, -1, -1).to(torch.uint8) * 255
 
@@ -90,7 +90,7 @@ def test_it_trains_on_both_streams_with_control(tmp_path, pipeline_folder, laten
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
     if latent_cache:
         maps = LatentCache(tmp_path / "latents").read([3], [False])["conditioning_pixel_values"]
-        assert torch.equal(maps, Bright().annotate(torch.from_numpy(pictures_of(4)[3]).permute(2, 0, 1)[None]))
+        assert torch.equal(maps, Bright()(torch.from_numpy(pictures_of(4)[3]).permute(2, 0, 1)[None]))
 
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
@@ -104,7 +104,7 @@ def test_the_bank_has_the_pictures_own_maps(tmp_path, pipeline_folder):
     module = built(pipeline_folder)
     bank = MemoryBank.build(tmp_path / "bank", module.bank_generator(), 4, batch_size=3)
     batch = bank.read(torch.arange(4))
-    expected = Bright().annotate(to_uint8(module.decode(batch["latents"])))
+    expected = Bright()(to_uint8(module.decode(batch["latents"])))
     assert torch.equal(batch["conditioning_pixel_values"], expected)
     assert 0 < expected.float().mean() < 255
     other = built(pipeline_folder, annotator=Bright(100))

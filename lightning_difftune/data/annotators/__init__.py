@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 from lightning_difftune.data.annotators.canny import Canny
+from lightning_difftune.data.annotators.hed import HED, HEDSketch
+from lightning_difftune.data.annotators.midas import MidasDepth, MidasNormal
+from lightning_difftune.data.annotators.segmentation import UperNetSegmentation
 
-__all__ = ["Canny"]
+__all__ = ["HED", "Canny", "HEDSketch", "MidasDepth", "MidasNormal", "UperNetSegmentation"]

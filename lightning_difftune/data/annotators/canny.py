@@ -29,7 +29,7 @@ class Canny:
         >>> canny = Canny()
         >>> pictures = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
         >>> pictures[..., 4:] = 255
-        >>> canny.annotate(pictures)[0, 0, 4].tolist()
+        >>> canny(pictures)[0, 0, 4].tolist()
         [0, 0, 0, 255, 0, 0, 0, 0]
     """
 
@@ -41,7 +41,7 @@ class Canny:
         self.low = low
         self.high = high
 
-    def annotate(self, pictures: Tensor) -> Tensor:
+    def __call__(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => edges (B, 1, H, W) uint8, 0 or 255.
 
         Raises:

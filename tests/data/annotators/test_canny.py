@@ -63,7 +63,7 @@ def plain_canny(picture: np.ndarray, low: float, high: float) -> np.ndarray:
 @pytest.mark.parametrize(("low", "high"), [(100, 200), (30, 90)])
 def test_equals_the_plain_algorithm(low: float, high: float) -> None:
     pictures = scenes()
-    maps = Canny(low, high).annotate(pictures)
+    maps = Canny(low, high)(pictures)
     assert (maps.shape, maps.dtype) == ((4, 1, 24, 24), torch.uint8)
     expected = np.stack([plain_canny(picture, low, high) for picture in pictures.numpy()])
     assert 0 < expected.mean() < 0.5
@@ -73,12 +73,12 @@ def test_equals_the_plain_algorithm(low: float, high: float) -> None:
 def test_a_flat_picture_has_no_edges_and_a_weak_step_none_either() -> None:
     pictures = torch.full((2, 3, 16, 16), 90, dtype=torch.uint8)
     pictures[1, :, :, 8:] += 24  # Sobel gives 4 x 24, below 100
-    assert not Canny().annotate(pictures).any()
+    assert not Canny()(pictures).any()
 
 
 def test_a_map_depends_on_its_picture_alone() -> None:
     pictures = scenes()
-    torch.testing.assert_close(Canny().annotate(pictures[2:3]), Canny().annotate(pictures)[2:3])
+    torch.testing.assert_close(Canny()(pictures[2:3]), Canny()(pictures)[2:3])
 
 
 def test_identity_tells_the_thresholds() -> None:
@@ -98,7 +98,7 @@ def test_identity_tells_the_thresholds() -> None:
 )
 def test_other_pictures_are_refused(pictures: torch.Tensor) -> None:
     with pytest.raises(DataError, match=r"Canny annotates pictures uint8 \(B, 3, H, W\), found"):
-        Canny().annotate(pictures)
+        Canny()(pictures)
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1, 5), (200, 100)])
@@ -117,4 +117,4 @@ def test_without_opencv_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(builtins, "__import__", refusing)
     with pytest.raises(ConfigError, match=r"Canny needs OpenCV.*pip install opencv-python-headless.*\[control\]"):
-        Canny().annotate(scenes(1))
+        Canny()(scenes(1))
