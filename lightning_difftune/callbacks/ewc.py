@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lightning_difftune.callbacks.fisher import DiagonalFisher
+from lightning_difftune.callbacks.penalty import add_penalty_gradient
+from lightning_difftune.callbacks.weight_updates import (
+    WeightUpdate,
+    active_update,
+    base_weight,
+    factor_prefixes,
+    full_precision,
+    trained_updates,
+)
 from lightning_difftune.errors import CheckpointError, ConfigError
 
 
@@ -26,6 +37,16 @@ class EWC(Callback):
     layers of ``peft`` that state their update of a weight, as LoRA's do, count by that update: merged minus original
     weight, alpha / r included, whatever the factors are. (DoRA's magnitudes are no such update and do not count.)
 
+    With ``fisher`` the same distances weighted by the diagonal Fisher information,
+    :math:`\sum_i F_i (\theta_i - \theta_i^0)^2`, are logged as ``ewc_fisher/total`` and ``ewc_fisher/<block>``: moves
+    of weights that matter for the bank's samples count more. For LoRA, F is that of the merged weight.
+
+    With ``penalty`` :math:`\lambda`, training minimises :math:`\frac\lambda2 \sum_i F_i (\theta_i - \theta_i^0)^2`
+    besides (elastic weight consolidation; with F = 1 where no ``fisher`` is given). Its gradient is added where the
+    optimizer is about to step: once a step however many batches are accumulated, after AMP has unscaled the gradients
+    and DDP has averaged them, and before they are clipped. So it works in any module, and the training loss that is
+    logged does not contain it; ``ewc/penalty`` is its value.
+
     Nothing is synchronized: under DDP all processes hold the same weights. A second ``fit`` of the same module, and a
     resumed one, measure from where the first began.
 
@@ -38,10 +59,14 @@ class EWC(Callback):
         offload: Keep the pre-trained values in the host's memory, not on the accelerator. They take as much memory as
             the parameters that are trained, and a measurement copies them over block by block.
         save_reference: Have checkpoints hold the pre-trained values, which makes them larger by the size of what is
-            trained. Without them a run cannot be resumed with this callback in a new process.
+            trained, twice that with ``fisher``. Without them a run cannot be resumed with this callback in a new
+            process.
+        fisher: How to estimate the Fisher information when training starts; ``None`` weights all alike.
+        penalty: Lambda of the penalty; 0 only measures.
 
     Raises:
-        ConfigError: If ``every_n_steps`` is not positive or ``blocks`` is no regular expression.
+        ConfigError: If ``every_n_steps`` is not positive, ``blocks`` is no regular expression or ``penalty`` is
+            negative.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[EWC(every_n_steps=50)], logger=False)
@@ -53,6 +78,8 @@ class EWC(Callback):
         blocks: str | None = r"\w*blocks\.\d+|mid_block",
         offload: bool = False,
         save_reference: bool = True,
+        fisher: DiagonalFisher | None = None,
+        penalty: float = 0.0,
     ) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"every_n_steps of EWC must be at least 1, found {every_n_steps}.")
@@ -60,12 +87,17 @@ class EWC(Callback):
             self._pattern = None if blocks is None else re.compile(blocks)
         except re.error as error:
             raise ConfigError(f"blocks of EWC must be a regular expression, found {blocks!r}: {error}.") from error
+        if not penalty >= 0:
+            raise ConfigError(f"penalty of EWC must be at least 0, found {penalty}.")
         self.every_n_steps = every_n_steps
         self.offload = offload
         self.save_reference = save_reference
+        self.fisher = fisher
+        self.penalty = penalty
         self._reference: dict[str, Tensor] | None = None  # None until a fit starts or a checkpoint brings it
         self._trained: dict[str, nn.Parameter] = {}  # empty until a module is seen
-        self._updates: dict[str, _WeightUpdate] = {}  # layers whose trained parameters count by their update
+        self._updates: dict[str, WeightUpdate] = {}  # layers whose trained parameters count by their update
+        self._information: dict[str, Tensor] | None = None  # the diagonal, by the names of both
         self._latest_step = 0
 
     @torch.no_grad()
@@ -93,20 +125,32 @@ class EWC(Callback):
             blocks[self._block(name)].append(name)
 
         distances: dict[str, Tensor] = {}
+        weighted: dict[str, Tensor] = {}
         for block, names in blocks.items():  # one after the other, to need little memory
-            plain = [name for name in names if name in reference]
-            weights = [_full_precision(self._trained[name].detach()) for name in plain]
-            starts = [reference[name].to(weight) for name, weight in zip(plain, weights, strict=True)]
-            moves = list(torch._foreach_sub(weights, starts)) if weights else []
-            for name in names:
-                if name in self._updates:
-                    moves.extend(_full_precision(update) for update in _active_updates(self._updates[name]))
-            distances[block] = nn.utils.get_total_norm(moves).square()
+            moves = self._moves(names, reference)
+            distances[block] = nn.utils.get_total_norm(list(moves.values())).square()
+            if self._information is not None:
+                terms = [(self._information[name].to(move) * move.square()).sum() for name, move in moves.items()]
+                weighted[block] = torch.stack(terms).sum()
         total = torch.stack(list(distances.values())).sum()
         logged = {"ewc/total": total, "ewc/mean": total / sum(p.numel() for p in self._trained.values())}
+        parts = {"ewc": distances}
+        if weighted:
+            logged["ewc_fisher/total"] = total = torch.stack(list(weighted.values())).sum()
+            parts["ewc_fisher"] = weighted
+        if self.penalty:
+            logged["ewc/penalty"] = self.penalty / 2 * total
         if self._pattern is not None:
-            logged |= {f"ewc/{block}": distance for block, distance in distances.items()}
+            logged |= {f"{kind}/{block}": value for kind, values in parts.items() for block, value in values.items()}
         return logged
+
+    def _moves(self, names: list[str], reference: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What has become of weights since the start, in float32 or better."""
+        plain = [name for name in names if name in reference]
+        weights = [full_precision(self._trained[name].detach()) for name in plain]
+        starts = [reference[name].to(weight) for name, weight in zip(plain, weights, strict=True)]
+        moves = dict(zip(plain, torch._foreach_sub(weights, starts), strict=True)) if plain else {}
+        return moves | {name: active_update(self._updates[name]) for name in names if name in self._updates}
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -128,8 +172,8 @@ class EWC(Callback):
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not trained:
             raise ConfigError("EWC has nothing to measure: no parameter of the module requires a gradient.")
-        updates = _trained_updates(pl_module)
-        factors = tuple(f"{name}.{part}." for name, layer in updates.items() for part in layer.adapter_layer_names)
+        updates = trained_updates(pl_module)
+        factors = factor_prefixes(updates)
         plain = {name: p for name, p in trained.items() if not name.startswith(factors)}
         source = str(trainer.ckpt_path or "the loaded state")
         if self._reference is not None and not self._trained:  # loaded, from a checkpoint or by hand
@@ -141,13 +185,46 @@ class EWC(Callback):
                     "longer those. Resume without EWC, or from a checkpoint of a run with EWC(save_reference=True)."
                 )
             self._reference = {name: p.detach().clone() for name, p in plain.items()}
+            self._information = None
         self._trained = trained
         self._updates = updates
         self._place()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step that a resumed run continues from."""
+        """Note the step that a resumed run continues from, and estimate the Fisher information of a new one.
+
+        Raises:
+            CheckpointError: If the run is resumed and its checkpoint has no Fisher information.
+        """
         self._latest_step = trainer.global_step
+        assert self._reference is not None
+        weights = {name: self._trained[name] for name in self._reference}
+        weights |= {name: base_weight(layer) for name, layer in self._updates.items()}
+        if self.fisher is None:
+            self._information = None
+        elif self._information is None:
+            if trainer.global_step > 0:
+                raise CheckpointError(
+                    f"{trainer.ckpt_path or 'The earlier fit'} has no Fisher information, and the weights are no "
+                    "longer those that it is estimated at. Resume without `fisher`, or from a run that had it."
+                )
+            self._information = self.fisher.estimate(trainer, pl_module, weights)
+        else:
+            _require_match(self._information, weights, str(trainer.ckpt_path or "the loaded state"))
+        self._place()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        """Add the penalty's gradient to those of the optimizer's parameters."""
+        if not self.penalty:
+            return
+        assert self._reference is not None
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # Fused optimizers undo fp16's scale later.
+        strength = self.penalty
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            strength *= scaler.get_scale()
+        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {name: p for name, p in self._trained.items() if id(p) in mine}
+        add_penalty_gradient(strength, trained, self._reference, self._updates, self._information)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -173,8 +250,11 @@ class EWC(Callback):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """``reference`` by parameter name; empty before the first ``fit`` or without ``save_reference``."""
-        return {"reference": dict(self._reference)} if self.save_reference and self._reference is not None else {}
+        """``reference`` and ``fisher`` by name; empty before the first ``fit`` or without ``save_reference``."""
+        if not self.save_reference or self._reference is None:
+            return {}
+        information = {} if self._information is None else {"fisher": dict(self._information)}
+        return {"reference": dict(self._reference), **information}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over pre-trained values; they are tied to a module's parameters when a ``fit`` starts.
@@ -188,6 +268,7 @@ class EWC(Callback):
                 "state_dict returned."
             )
         self._reference = dict(state_dict["reference"])
+        self._information = dict(state_dict["fisher"]) if "fisher" in state_dict else None
         self._trained = {}
         self._updates = {}
 
@@ -200,41 +281,11 @@ class EWC(Callback):
     def _place(self) -> None:
         """Bring the pre-trained values to where they are kept."""
         if self._reference is not None and self._trained:
-            for name, start in self._reference.items():
-                self._reference[name] = start.to("cpu" if self.offload else self._trained[name].device)
-
-
-@runtime_checkable
-class _WeightUpdate(Protocol):
-    """A layer of ``peft`` whose adapters add to a weight."""
-
-    adapter_layer_names: tuple[str, ...]
-    active_adapters: list[str]
-
-    def get_delta_weight(self, adapter: str) -> Tensor: ...
-
-
-def _trained_updates(module: nn.Module) -> dict[str, _WeightUpdate]:
-    """The layers under ``module`` with an adapter that is trained, by name."""
-    updates = {name: layer for name, layer in module.named_modules() if isinstance(layer, _WeightUpdate)}
-    return {
-        name: layer
-        for name, layer in updates.items()
-        if any(
-            p.requires_grad and n.split(".")[0] in layer.adapter_layer_names
-            for n, p in module.get_submodule(name).named_parameters()
-        )
-    }
-
-
-def _active_updates(layer: _WeightUpdate) -> list[Tensor]:
-    """The update of the layer's weight by each active adapter that it has."""
-    parts = [getattr(layer, name, {}) for name in layer.adapter_layer_names]
-    return [layer.get_delta_weight(name) for name in layer.active_adapters if any(name in part for part in parts)]
-
-
-def _full_precision(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            devices = {name: "cpu" if self.offload else p.device for name, p in self._trained.items()}
+            devices |= {name: "cpu" if self.offload else base_weight(x).device for name, x in self._updates.items()}
+            for kept in (self._reference, self._information or {}):
+                for name, tensor in kept.items():
+                    kept[name] = tensor.to(devices[name])
 
 
 def _require_match(reference: dict[str, Tensor], plain: dict[str, nn.Parameter], source: str) -> None:
