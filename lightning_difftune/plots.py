@@ -89,8 +89,9 @@ def bars(
             low, high = min(values[position]), max(values[position])
             axes.plot([x, x], [low, high], color="black", linewidth=1.2)
             axes.annotate(f"{mean:.3g}", (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    rotate = max(map(len, categories)) * len(categories) > 60
-    axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, rotation=30 if rotate else 0)
+    rotate = max(map(len, categories)) * len(categories) > 80
+    slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
+    axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)
     _label(axes, title, y_label)
     axes.margins(y=0.1)
     if any(groups):

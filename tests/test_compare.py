@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,23 +112,44 @@ def ingredients(tmp_path_factory):
     return folder
 
 
+def start_here(folder):
+    """Do a run in this process, to be quick; returns an exit status."""
+    (folder / "log.txt").touch()
+    try:
+        work.work(folder)
+    except Killed:
+        return -9
+    return 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ingredients, tmp_path_factory):
+    """The output of the whole study."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "base.yaml").write_bytes((ingredients / "base.yaml").read_bytes())
+    write_study(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(compare, "start_process", start_here)
+        assert main(["compare", "study.yaml"]) == 0
+    return folder / "out"
+
+
 @pytest.fixture
 def project(ingredients, tmp_path, monkeypatch):
-    """A folder with a study, as the working directory; runs are done in this process, to be quick."""
+    """A folder with the study, as the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base.yaml").write_bytes((ingredients / "base.yaml").read_bytes())
     write_study(tmp_path)
-
-    def start_here(folder):
-        try:
-            (folder / "log.txt").touch()
-            work.work(folder)
-        except Killed:
-            return -9
-        return 0
-
     monkeypatch.setattr(compare, "start_process", start_here)
     return tmp_path
+
+
+@pytest.fixture
+def finished(project, undisturbed):
+    """The same with the whole study done."""
+    shutil.copytree(undisturbed, project / "out")
+    return project
 
 
 class Killed(BaseException):
@@ -144,9 +166,7 @@ def table(path="out/table.csv"):
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 
-def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, monkeypatch, capsys):
-    assert main(["compare", "study.yaml", "--output", "undisturbed"]) == 0
-
+def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undisturbed, monkeypatch, capsys):
     with monkeypatch.context() as patch:
 
         def die(self, trainer, pl_module, *args):
@@ -168,11 +188,9 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, monkeyp
     assert main(["compare", "study.yaml"]) == 0
     assert "1/4 plain-seed0: finished before" in capsys.readouterr().out
     assert Path("out/results/plain-seed0.json").read_bytes() == finished
-    assert table() == table("undisturbed/table.csv")
-    resumed, whole = (
-        json.loads(Path(folder, "results/tuned-seed0.json").read_text()) for folder in ("out", "undisturbed")
-    )
-    assert resumed["history"] == whole["history"]
+    assert table() == table(undisturbed / "table.csv")
+    whole = json.loads((undisturbed / "results/tuned-seed0.json").read_text())
+    assert result("tuned-seed0")["history"] == whole["history"]
     assert not Path("elsewhere").exists(), "loggers write into the folders of the runs"
 
 
@@ -197,11 +215,47 @@ def test_what_a_result_holds(project):
     assert (row["run"], row["seeds"], row["fd_digit_classifier std"], row["change"]) == ("tuned", "1", "", "")
 
 
-def test_a_changed_config_is_refused_or_repeated(project, capsys):
+def test_report_draws_again_from_the_results_alone(finished, monkeypatch, capsys):
+    figures = ["curves.png", "curves.svg", "ewc.png", "ewc.svg", "final.png", "final.svg", "sweep.png", "sweep.svg"]
+    assert sorted(path.name for path in Path("out/figures").iterdir()) == figures
+    assert "<svg" in Path("out/figures/sweep.svg").read_text()
+    with Image.open("out/figures/curves.png") as picture:
+        assert np.asarray(picture).std() > 5, "something is drawn"
+    outputs = [Path("out/table.csv"), Path("out/table.md"), *Path("out/figures").iterdir()]
+    written = {path: path.read_bytes() for path in outputs}
+    for path in outputs:
+        path.unlink()
+    shutil.rmtree("out/runs")
+    monkeypatch.delattr(compare, "start_process")
+    capsys.readouterr()
+    assert main(["compare", "study.yaml", "--report"]) == 0
+    assert {path: path.read_bytes() for path in outputs} == written
+    assert "4 of 4 results in out/results" in capsys.readouterr().out
+
+
+def test_the_table_has_means_spreads_and_changes(finished):
+    plain, tuned = table()
+    values = {run: [result(f"{run}-seed{seed}")["values"]["ewc/total"] for seed in (0, 1)] for run in STUDY["runs"]}
+    distances = {
+        run: [result(f"{run}-seed{seed}")["values"]["fd_digit_classifier"] for seed in (0, 1)] for run in STUDY["runs"]
+    }
+    for row in (plain, tuned):
+        assert float(row["ewc/total mean"]) == pytest.approx(np.mean(values[row["run"]]))
+        assert float(row["ewc/total std"]) == pytest.approx(np.std(values[row["run"]], ddof=1))
+    change = np.mean(distances["tuned"]) / np.mean(distances["plain"]) - 1
+    assert (plain["change"], float(tuned["change"])) == ("", pytest.approx(change))
+    markdown = Path("out/table.md").read_text().splitlines()
+    assert markdown[0].startswith(
+        "| run | method | group | fd_digit_classifier ↓ | recognised ↑ | change | ewc/total |"
+    )
+    assert f"| tuned | Full | Diff-Tuning | {np.mean(distances['tuned']):.4g} ± " in markdown[3]
+    assert f"| {change:+.1%} |" in markdown[3]
+
+
+def test_a_changed_config_is_refused_or_repeated(finished, capsys):
     only = ["compare", "study.yaml", "--seeds", "0", "--only", "plain"]
-    assert main(only) == 0
     before = Path("out/results/plain-seed0.json").read_bytes()
-    write_study(project, set={**STUDY["set"], "model.init_args.label_dropout": 0.5})
+    write_study(finished, set={**STUDY["set"], "model.init_args.label_dropout": 0.5})
     capsys.readouterr()
     assert main(only) == 2
     said = capsys.readouterr().err
@@ -215,11 +269,9 @@ def test_a_changed_config_is_refused_or_repeated(project, capsys):
     assert main(only) == 0
 
 
-def test_labels_and_output_are_no_part_of_what_is_run(project, capsys):
-    only = ["compare", "study.yaml", "--seeds", "0", "--only", "plain"]
-    assert main(only) == 0
+def test_labels_and_output_are_no_part_of_what_is_run(finished, capsys):
     runs = {"plain": {**STUDY["runs"]["plain"], "method": "Everything", "at": {}}}
-    write_study(project, title="Another title", runs=runs, output="moved")
+    write_study(finished, title="Another title", runs=runs, output="moved")
     Path("out").rename("moved")
     capsys.readouterr()
     assert main(["compare", "study.yaml", "--seeds", "0"]) == 0

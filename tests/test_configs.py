@@ -20,6 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks import EMA, FID, SampleGrid
+from lightning_difftune.cli import main
+from lightning_difftune.cli.compare.jobs import read_jobs
+from lightning_difftune.cli.compare.study import read_study
+from lightning_difftune.cli.compare.work import evaluators
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.data import MemoryBank, MemoryBankDataModule
 from lightning_difftune.data.source_facts import labels_of
@@ -28,7 +32,9 @@ from lightning_difftune.modules import DiTDiffTuningModule
 from lightning_difftune.modules.presets import OFFICIAL, PAPER, active_settings, describe_preset
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))
+ALL_FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))
+STUDIES = [file for file in ALL_FILES if file.startswith("configs/studies/")]
+FILES = [file for file in ALL_FILES if file not in STUDIES]
 BASE = "configs/dit/base.yaml"
 TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
     "configs/dit/food101.yaml": ("10.68", "6.05", 101),
@@ -281,6 +287,27 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
         kept = cli.model.label_table == "keep"
         assert cli.model.dit.num_classes == (1000 if kept else cli.datamodule.num_classes)
         assert cli.model.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("file", STUDIES)
+def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
+    file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (line,) = re.findall(r"^ +difftune (compare .*)$", header(file), flags=re.MULTILINE)
+    args = shlex.split(line)
+    assert args[1] == file
+    assert main([*args, "--dry-run"]) == 0
+    study = read_study(Path(file))
+    listed = capsys.readouterr().out.splitlines()
+    assert listed == [f"{run}-seed{seed}: to do" for seed in study.seeds for run in study.runs]
+    assert len(evaluators(list(study.evaluators))) == len(study.evaluators)
+    for job in read_jobs(study, list(study.runs.values()), [0], study.output):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(job.config()))
+        cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)
+        cli.model.configure_model()
+        scheduler = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
+        assert scheduler.total_steps == cli.trainer.max_steps
+        assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
 
 
 @pytest.mark.parametrize("file", OVERLAYS)

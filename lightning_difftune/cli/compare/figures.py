@@ -44,10 +44,11 @@ def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
     swept = {line.run.method for line in lines if line.run.at}
     for line in lines:
         points = by_step(line.history[metric])
-        of_method = f", {line.run.method}" if len(swept) > 1 else ""
-        titles = [f"{quantity}{of_method}" for quantity in line.run.at] or [line.run.method]
-        for title in titles:
-            panels[title][line.run.name if line.run.at else line.run.group or line.run.name] = points
+        for quantity, x in line.run.at.items():
+            title = quantity if len(swept) == 1 else f"{line.run.method}: {quantity}"
+            panels[title][f"{x:g}{line.run.group and ', '}{line.run.group}"] = points
+        if not line.run.at:
+            panels[line.run.method][line.run.group or line.run.name] = points
     figure, axes = grid(study, -(-len(panels) // 3), min(3, len(panels)), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=False):
         plots.curves(axis, series, title, metric)
@@ -94,9 +95,11 @@ def sweep_figure(study: Study, lines: Sequence[Line], quantities: Sequence[str])
             series[name].append((line.run.at[quantity], line.values[metric]))
         label = f"{metric} ({study.metrics[metric]} is better)"
         plots.curves(axis, series, "", label, x_label=quantity)
-        xs = [line.run.at[quantity] for line in there]
-        if min(xs) > 0 and max(xs) / min(xs) > 8:  # learning rates and sizes
+        xs = sorted({line.run.at[quantity] for line in there})
+        if xs[0] > 0 and xs[-1] / xs[0] > 8:  # learning rates and sizes
             axis.set_xscale("log")
+            axis.minorticks_off()
+        axis.set_xticks(xs, labels=[f"{x:g}" for x in xs], fontsize=8)
     return figure
 
 

@@ -19,6 +19,7 @@ from lightning_difftune.data.shards.atomic import atomic_write
 from lightning_difftune.errors import ConfigError
 
 EWC = ("ewc/total", "ewc/mean")  # shown where a run has them
+WORDS = ("run", "method", "group")  # columns of words; the others are of numbers
 
 
 @dataclass(frozen=True)
@@ -95,31 +96,26 @@ def shown(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
 
 
-def header(study: Study, lines: Sequence[Line]) -> list[str]:
-    """Headings of the table that is read."""
-    arrows = {"lower": "↓", "higher": "↑"}
-    ewc = [name for name in EWC if any(name in line.values for line in lines)]
-    metrics = [f"{name} {arrows[better]}" for name, better in study.metrics.items()]
-    return ["run", "method", "group", *metrics, "change", *ewc, "trainable", "seconds", "seeds"]
-
-
 def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
-    """Rows of the table that is read."""
-    ewc = [name for name in EWC if any(name in line.values for line in lines)]
-    return [
+    """The table that is read, headings first, without columns that say nothing."""
+    arrows = {"lower": "↓", "higher": "↑"}
+    metrics = [f"{name} {arrows[better]}" for name, better in study.metrics.items()]
+    rows = [["run", "method", "group", *metrics, "change", *EWC, "trainable", "seconds", "seeds"]]
+    rows += [
         [
             line.run.name,
             line.run.method,
             line.run.group,
             *(shown(line.values[name]) for name in study.metrics),
             "" if line.change is None else f"{line.change:+.1%}",
-            *(shown(line.values[name]) if name in line.values else "" for name in ewc),
+            *(shown(line.values[name]) if name in line.values else "" for name in EWC),
             f"{line.parameters:,}",
             shown(line.seconds),
             ", ".join(map(str, line.seeds)),
         ]
         for line in lines
     ]
+    return [list(row) for row in zip(*(column for column in zip(*rows, strict=True) if any(column[1:])), strict=True)]
 
 
 def csv_text(study: Study, lines: Sequence[Line]) -> str:
@@ -141,9 +137,9 @@ def csv_text(study: Study, lines: Sequence[Line]) -> str:
 
 def markdown(study: Study, lines: Sequence[Line]) -> str:
     """The table for a README."""
-    heads = header(study, lines)
-    rules = ["---" if head in ("run", "method", "group") else "---:" for head in heads]
-    rows = [heads, rules, *cells(study, lines)]
+    heads, *rows = cells(study, lines)
+    rules = ["---" if head in WORDS else "---:" for head in heads]
+    rows = [heads, rules, *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
 
 
@@ -152,9 +148,10 @@ def write_tables(study: Study, lines: Sequence[Line], output: Path, console: Con
     atomic_write(output / "table.csv", csv_text(study, lines).encode())
     atomic_write(output / "table.md", markdown(study, lines).encode())
     table = Table(title=study.title, title_justify="left")
-    for head in header(study, lines):
-        table.add_column(head, justify="left" if head in ("run", "method", "group") else "right")
-    for row in cells(study, lines):
+    heads, *rows = cells(study, lines)
+    for head in heads:
+        table.add_column(head, justify="left" if head in WORDS else "right")
+    for row in rows:
         table.add_row(*row)
     console.print(table)
     pairs = {line.run.against for line in lines if line.change is not None}
