@@ -1,0 +1,134 @@
+"""``difftune swap`` on a tiny project: what it writes for one checkpoint and for two, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_difftune.cli import main
+from lightning_difftune.cli.swap import names_of
+from lightning_difftune.models import DiT, export_dit
+
+FEATURES = """
+import torch
+class Means(torch.nn.Module):
+    num_features = 2
+    def forward(self, images):
+        return images.float().flatten(1).unfold(1, 32, 32).mean(2)
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Two finished runs in a folder that is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "swap_features.py").write_text(FEATURES)
+    torch.manual_seed(0)
+    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    export_dit(model, tmp_path / "tiny.safetensors")
+    pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
+    for number, pixels in enumerate(pictures):
+        path = tmp_path / "pictures" / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    folder = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": "pictures"}}
+    fid = {"num_samples": 6, "batch_size": 4, "feature_extractor": {"class_path": "swap_features.Means"}}
+    config = {
+        "model": {
+            "class_path": "lightning_difftune.DiTDiffTuningModule",
+            "init_args": {"model": "tiny.safetensors", "sampler": {"num_inference_steps": 4}},
+        },
+        "data": {
+            "class_path": "lightning_difftune.MemoryBankDataModule",
+            "init_args": {
+                "target": folder,
+                "val_target": folder,
+                "num_classes": 3,
+                "image_size": 8,
+                "channels": 1,
+                "bank": "bank",
+                "bank_size": 4,
+                "batch_size": 5,
+            },
+        },
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": "run",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+            "callbacks": [
+                {"class_path": "lightning_difftune.callbacks.EMA", "init_args": {"decay": 0.5}},
+                {"class_path": "lightning_difftune.callbacks.FID", "init_args": fid},
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"save_last": True, "save_top_k": 0},
+                },
+            ],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    for name, lr in (("one", "0.001"), ("two", "0.1")):
+        optimizer = ["--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.lr", lr]
+        where = ["--trainer.callbacks.init_args.dirpath", name]  # of the last callback
+        assert main(["fit", "--config", "run.yaml", *optimizer, *where]) == 0
+    return tmp_path
+
+
+def table(folder):
+    with (folder / "swap.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_models_side_by_side(project, capsys):
+    args = ["swap", "--config", "run.yaml", "--percents", "0", "50", "100", "--output", "both"]
+    assert main([*args, "--ckpt_path", "one/last.ckpt", "--ckpt_path", "two/last.ckpt"]) == 0
+    said = capsys.readouterr().out
+    assert "one: fd_means is least" in said
+    assert "Look at both/swap.png" in said
+    rows = table(project / "both")
+    assert [(row["model"], row["swapped_percent"]) for row in rows] == [
+        (name, percent) for name in ("one", "two") for percent in ("0", "50", "100")
+    ]
+    by_key = {(row["model"], row["swapped_percent"]): float(row["fd_means"]) for row in rows}
+    assert by_key["one", "0"] != by_key["two", "0"]
+    assert by_key["one", "100"] == by_key["two", "100"]  # the pre-trained model, whatever was tuned
+    assert {path.name for path in (project / "both").iterdir()} >= {"swap.csv", "swap.svg", "swap.png", "one", "two"}
+    assert not (project / "run" / "lightning_logs").exists()
+
+    # Without a swap it is what `difftune validate` measures, with the averaged weights.
+    assert main(["validate", "--config", "run.yaml", "--ckpt_path", "one/last.ckpt"]) == 0
+    logged = next(line for line in capsys.readouterr().out.splitlines() if "fd_means" in line)
+    assert float(logged.split()[-2]) == pytest.approx(by_key["one", "0"], rel=1e-4)
+
+    alone = ["swap", "--config", "run.yaml", "--ckpt_path", "two/last.ckpt", "--num_samples", "3"]
+    assert main([*alone, "--percents", "0", "--name", "my model", "--output", "alone"]) == 0
+    assert [row["model"] for row in table(project / "alone")] == ["my model"]
+
+
+def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for args, message in (
+        ([], "needs the checkpoint of a run"),
+        (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
+        (["--ckpt_path", "a.ckpt", "--name", "a", "--name", "b"], "a --name of its own"),
+    ):
+        assert main(["swap", *args]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_names_are_what_the_paths_differ_in():
+    assert names_of(["runs/full/v0/last.ckpt", "runs/difftune/v0/last.ckpt"]) == ["full", "difftune"]
+    assert names_of(["a.ckpt", "b.ckpt"]) == ["a", "b"]
+    assert names_of(["a.ckpt"]) == ["tuned"]
