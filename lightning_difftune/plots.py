@@ -118,7 +118,7 @@ def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label
     for style, (name, distances) in zip(LINES, series.items(), strict=False):
         percents = sorted(distances)
         values = [distances[percent] for percent in percents]
-        axes.plot(percents, values, label=name, markersize=4, **style)  # type: ignore[arg-type]
+        axes.plot(percents, values, label=name, markersize=4, **style)
         best = min(distances, key=lambda percent: distances[percent])
         axes.plot(best, distances[best], marker="*", markersize=13, color=style["color"], linestyle="none")
     axes.set_title("Least distance marked by a star", fontsize=10, loc="left")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_difftune.callbacks.generation import GenerationCallback, check_pictures
-from lightning_difftune.callbacks.pictures import PictureLog
+from lightning_difftune.callbacks.pictures import PictureLog, grid_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.protocols import SupportsControl, SupportsControlExamples
 
@@ -150,10 +150,8 @@ class ControlSimilarity(GenerationCallback):
             metric.to("cpu")
         columns = self._gather(trainer, pl_module.device, shown)
         if trainer.is_global_zero:
-            from torchvision.utils import make_grid
-
             rows = columns.transpose(0, 1).flatten(0, 1)  # (3 * num_shown, 3, H, W)
-            self.picture_log.show(trainer, make_grid(rows, nrow=self.num_shown), step)
+            self.picture_log.show(trainer, grid_of(rows, self.num_shown), step)
         self.history.append((step, value))
         # All processes hold the same value; the maximum of them is that value to the bit, which a mean need not be.
         pl_module.log(self.monitor, value, prog_bar=True, reduce_fx="max", sync_dist=True)

@@ -6,10 +6,33 @@ from io import BytesIO
 from pathlib import Path
 
 import lightning as L
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_artifact
+
+SIDE = 96  # pixels; smaller pictures are shown enlarged
+GAP = 2  # pixels around each
+
+
+def grid_of(pictures: Tensor, columns: int) -> Tensor:
+    """Pictures (N, 1 or 3, H, W) uint8 in rows of ``columns``, small ones with larger pixels => (3, height, width)."""
+    from torchvision.utils import make_grid
+
+    factor = max(1, SIDE // pictures.shape[-1])
+    enlarged = pictures.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return make_grid(enlarged, nrow=columns, padding=GAP)
+
+
+def pictures_of(grid: Path, rows: int, columns: int) -> Tensor:
+    """The pictures (rows, columns, 3, H, W) uint8 of a saved :func:`grid_of`, as large as they are shown there."""
+    with Image.open(grid) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, GAP:, GAP:]
+    height, width = pixels.shape[1] // rows, pixels.shape[2] // columns
+    cells = pixels.unfold(1, height, height).unfold(2, width, width)  # (3, rows, columns, height, width)
+    return cells[..., :-GAP, :-GAP].permute(1, 2, 0, 3, 4)
 
 
 class PictureLog:
@@ -28,6 +51,10 @@ class PictureLog:
     def locate(self, trainer: L.Trainer) -> None:
         """Find the folder. Call it on all processes, since ``trainer.log_dir`` is a broadcast."""
         self._folder = artifact_folder(trainer, self.dirpath, self.key)
+
+    def files(self) -> dict[int, Path]:
+        """The pictures in the folder by their steps, in order."""
+        return {int(file.stem.removeprefix("step-")): file for file in sorted(self._folder.glob("step-*.png"))}
 
     def show(self, trainer: L.Trainer, picture: Tensor, step: int) -> None:
         """Save and log a picture (3, H, W) uint8 of a step; call it on the first process."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.callbacks.generation import SampleCallback
-from lightning_difftune.callbacks.pictures import PictureLog
+from lightning_difftune.callbacks.pictures import PictureLog, grid_of
 
 
 class SampleGrid(SampleCallback):
@@ -59,7 +59,5 @@ class SampleGrid(SampleCallback):
         """Generate, save and log the grid on the first process."""
         if not trainer.is_global_zero:
             return
-        from torchvision.utils import make_grid
-
         samples = torch.cat([self.pictures(trainer, pl_module, batch).cpu() for batch in self.batches()])
-        self.picture_log.show(trainer, make_grid(samples, nrow=self.columns), step)
+        self.picture_log.show(trainer, grid_of(samples, self.columns), step)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import hub
+from lightning_difftune.models.checkpoints import BUNDLED
 
 Model = TypeVar("Model")
 
@@ -14,10 +15,13 @@ Model = TypeVar("Model")
 def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -> Path:
     """The local folder of a pipeline or of a network, fetched from the hub if ``source`` is a repository.
 
+    Bundled pipelines, such as ``"sd-nano-flowers"``, go by their names.
+
     Raises:
         CheckpointError: If it is neither a folder nor a repository that can be had.
     """
-    folder = Path(source).expanduser()
+    bundled = BUNDLED / source
+    folder = bundled if bundled.is_dir() else Path(source).expanduser()
     if folder.exists():
         return folder
     if not isinstance(source, str) or not hub.is_repo_id(source):

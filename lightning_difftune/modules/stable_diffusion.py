@@ -49,7 +49,8 @@ class StableDiffusionModule(DiffTuningModule, ABC):
     prompt, the unconditional branch. Subclasses load the networks that denoise.
 
     Args:
-        model: A Stable Diffusion pipeline: hub repository or local folder in diffusers' layout.
+        model: A Stable Diffusion pipeline: hub repository or local folder in diffusers' layout, or the bundled
+            ``"sd-nano-flowers"``.
         revision: Branch, tag or commit of a hub repository.
         image_size: Side of the pictures in pixels; by default the size that the UNet was made for.
         prompts: What generated pictures show; picture i has prompt i mod n.

@@ -1,13 +1,11 @@
-"""``difftune quickstart``: the main job on real handwriting, from a bundled model to a picture, on a CPU."""
+"""``difftune quickstart``: the main job on real handwriting."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import torch
@@ -16,13 +14,13 @@ from torch import Tensor
 from lightning_difftune.callbacks import FID
 from lightning_difftune.cli.digit_classifier import digits
 from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, circumstances, count_trainable
-from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.cli.lightning import DiffTuneCLI
+from lightning_difftune.cli.quickstart.methods import METHODS, tune
 from lightning_difftune.data import MemoryBank
 from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.sampling import to_uint8
 
-METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # overlays on quickstart.yaml
 COLUMNS = 20  # pictures of each digit that are generated, classified and counted
 
 
@@ -37,59 +35,36 @@ class Tuned:
     parameters: int
 
 
-def quickstart(argv: Sequence[str]) -> None:
+def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
     """Sample a bank, tune twice, export, and draw the report.
 
     Args:
-        argv: The command line after ``quickstart``.
+        output: Folder of the results.
+        options: ``steps`` and ``seed``.
     """
-    parser = argparse.ArgumentParser(
-        prog="difftune quickstart",
-        description="Diff-Tune the bundled Omniglot model to handwritten digits, beside full fine-tuning.",
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder of the results")
-    parser.add_argument("--steps", type=int, default=None, help="training steps of each method (default: the config's)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    options.output.mkdir(parents=True, exist_ok=True)
-
+    output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     evaluator = RecognisedDigits(COLUMNS)
     real, labels = digits("test")
     accuracy = (evaluator.classifier.classify(real) == labels).float().mean().item()
 
+    settings = []
+    if options.steps is not None:
+        settings += ["--trainer.max_steps", str(options.steps)]
+        settings += ["--trainer.val_check_interval", str(max(1, options.steps // 4))]
+        settings += ["--model.init_args.lr_scheduler.init_args.total_steps", str(options.steps)]
     tuned, bank = {}, None
-    for name, overlays in METHODS.items():
+    for name in METHODS:
         print(f"\n{name}", flush=True)
-        cli, seconds = tune(name, overlays, options)
+        cli, seconds = tune(name, "quickstart.yaml", output, options.seed, settings)
         tuned[name] = evaluate(cli, evaluator, seconds)
         if name == "Diff-Tuning":
-            export = export_tuned(cli, options.output / "dit-nano-digits.safetensors")
-            bank = MemoryBank(options.output / "bank")
+            export = export_tuned(cli, output / "dit-nano-digits.safetensors")
+            bank = MemoryBank(output / "bank")
     assert bank is not None
-    write_metrics(options, tuned, accuracy, time.perf_counter() - started)
-    draw_report(options.output / "report.png", real, bank, tuned)
-    print_summary(options.output, export, tuned, accuracy)
-
-
-def tune(name: str, overlays: Sequence[str], options: argparse.Namespace) -> tuple[DiffTuneCLI, float]:
-    """Run ``difftune fit`` for one method; returns its CLI object and the seconds it took."""
-    folder = options.output / name.lower().replace(" ", "-")
-    args = ["fit"]
-    with as_file(files("lightning_difftune.configs")) as configs:
-        for config in ["quickstart.yaml", *overlays]:
-            args += ["--config", str(configs / config)]
-        if not overlays:
-            args += ["--data.init_args.bank", str(options.output / "bank")]
-        if options.steps is not None:
-            args += ["--trainer.max_steps", str(options.steps)]
-            args += ["--trainer.val_check_interval", str(max(1, options.steps // 4))]
-            args += ["--model.init_args.lr_scheduler.init_args.total_steps", str(options.steps)]
-        args += ["--seed_everything", str(options.seed)]
-        args += ["--trainer.default_root_dir", str(folder), "--trainer.logger.init_args.save_dir", str(folder)]
-        start = time.perf_counter()
-        cli = run_lightning(args)
-    return cli, time.perf_counter() - start
+    write_metrics(output, options.seed, tuned, accuracy, time.perf_counter() - started)
+    draw_report(output / "report.png", real, bank, tuned)
+    print_summary(output, export, tuned, accuracy)
 
 
 def evaluate(cli: DiffTuneCLI, evaluator: RecognisedDigits, seconds: float) -> Tuned:
@@ -108,7 +83,7 @@ def export_tuned(cli: DiffTuneCLI, path: Path) -> Path:
     return path
 
 
-def write_metrics(options: argparse.Namespace, tuned: dict[str, Tuned], accuracy: float, seconds: float) -> None:
+def write_metrics(output: Path, seed: int, tuned: dict[str, Tuned], accuracy: float, seconds: float) -> None:
     """Write every figure of the run to ``metrics.json``."""
     metrics = {
         "methods": {
@@ -124,11 +99,11 @@ def write_metrics(options: argparse.Namespace, tuned: dict[str, Tuned], accuracy
         },
         "classifier_accuracy_on_real_test_digits": round(accuracy, 4),
         "pictures_counted": 10 * COLUMNS,
-        "seed": options.seed,
+        "seed": seed,
         "seconds": round(seconds, 1),
         **circumstances(),
     }
-    (options.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tuned]) -> None:

@@ -1,0 +1,182 @@
+"""``difftune quickstart --controlnet``: a Canny ControlNet on flowers, with and without Diff-Tuning."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_difftune.callbacks import ControlSimilarity, SuddenConvergence
+from lightning_difftune.callbacks.pictures import pictures_of
+from lightning_difftune.callbacks.sudden_convergence import Leap
+from lightning_difftune.cli.fitted import callbacks_of, circumstances, count_trainable
+from lightning_difftune.cli.lightning import DiffTuneCLI
+from lightning_difftune.cli.quickstart.methods import METHODS, tune
+from lightning_difftune.errors import DataError
+from lightning_difftune.models import export_network
+
+STEPS = 600  # of each method; configs/controlnet/flowers.yaml has more
+SHOWN = 5  # moments of the training in the report
+
+
+@dataclass
+class Tuned:
+    """One finished method."""
+
+    curve: list[tuple[int, float]]  # similarity over training steps
+    leap: Leap | None
+    convergence_step: int | None
+    grids: dict[int, Path]  # the callback's pictures by step
+    seconds: float
+    parameters: int
+
+
+def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
+    """Sample and annotate a bank, train twice, export, and draw the report.
+
+    Args:
+        output: Folder of the results.
+        options: ``steps``, ``seed`` and ``flowers``.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    steps = options.steps if options.steps is not None else STEPS
+    settings = [
+        *flowers(options.flowers),
+        *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(max(1, steps // 12))),
+        *("--data.init_args.latent_cache", str(output / "latents"), "--data.init_args.bank_size", "300"),
+    ]
+    tuned = {}
+    for name in METHODS:
+        print(f"\n{name}", flush=True)
+        cli, seconds = tune(name, "controlnet/flowers.yaml", output, options.seed, settings)
+        tuned[name] = result_of(cli, seconds)
+        if name == "Diff-Tuning":
+            export = export_network(cli.model.controlnet, output / "controlnet-canny-flowers", overwrite=True)
+    write_metrics(output, options.seed, tuned, time.perf_counter() - started)
+    draw_report(output / "report.png", tuned)
+    print_summary(output, export, tuned)
+
+
+def flowers(path: Path) -> list[str]:
+    """Settings of the command line that train on these pictures; downloads them if they are torchvision's and missing.
+
+    Raises:
+        DataError: If they are missing and cannot be had.
+    """
+    if path.suffix == ".npz":
+        sources = {"target": "train", "val_target": "test"}  # the file's own names
+        kind, key = "lightning_difftune.data.NpzImages", "path"
+    else:
+        from torchvision.datasets import Flowers102
+
+        try:
+            Flowers102(str(path), download=True)
+        except Exception as error:  # whatever the download raises without a connection
+            raise DataError(
+                f"Oxford Flowers is not in {path} and cannot be downloaded ({type(error).__name__}: {error}). Run this "
+                "where there is a connection, copy the folder, and name it with --flowers."
+            ) from error
+        sources = {"target": "test", "val_target": "train"}
+        kind, key = "torchvision.datasets.Flowers102", "root"
+    settings = []
+    for name, split in sources.items():
+        source = f"--data.init_args.{name}.init_args.source"
+        settings += [source, kind, f"{source}.init_args.{key}", str(path), f"{source}.init_args.split", split]
+    return settings
+
+
+def result_of(cli: DiffTuneCLI, seconds: float) -> Tuned:
+    """What a finished run has to show."""
+    (similarity,) = callbacks_of(cli, ControlSimilarity)
+    (convergence,) = callbacks_of(cli, SuddenConvergence)
+    return Tuned(
+        similarity.history,
+        convergence.leap,
+        convergence.convergence_step,
+        similarity.picture_log.files(),
+        seconds,
+        count_trainable(cli),
+    )
+
+
+def write_metrics(output: Path, seed: int, tuned: dict[str, Tuned], seconds: float) -> None:
+    """Write every figure of the run to ``metrics.json``."""
+    metrics: dict[str, Any] = {
+        "methods": {
+            name: {
+                "control_ssim": [{"step": step, "value": round(value, 4)} for step, value in run.curve],
+                "leap": run.leap._asdict() if run.leap is not None else None,
+                "convergence_step": run.convergence_step,
+                "fit_seconds": round(run.seconds, 1),
+                "trainable_parameters": run.parameters,
+            }
+            for name, run in tuned.items()
+        },
+        "seed": seed,
+        "seconds": round(seconds, 1),
+        **circumstances(),
+    }
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:
+    """Moments of a training, and pictures (SHOWN + 1, columns, 3, H, W): the controls, then what came of them."""
+    steps = list(grids)
+    chosen = [steps[round(k * (len(steps) - 1) / max(1, SHOWN - 1))] for k in range(SHOWN)]
+    at = [pictures_of(grids[step], 3, columns) for step in chosen]
+    return chosen, torch.stack([at[0][0], *(pictures[1] for pictures in at)])
+
+
+def draw_report(path: Path, tuned: dict[str, Tuned], columns: int = 8) -> None:
+    """Draw both curves, and what each method drew after the same controls at the same moments."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    from lightning_difftune.plots import curves, picture_grid
+
+    mpl.rcParams["font.family"] = "DejaVu Sans"
+    figure = Figure(figsize=(15, 6.2), layout="constrained", facecolor="white")
+    axes = figure.subplot_mosaic([["curve", *tuned]], width_ratios=[1.1, 1, 1])
+    series = {name: [(step, [value]) for step, value in run.curve] for name, run in tuned.items()}
+    curves(axes["curve"], series, "How well pictures follow held-out edges", "SSIM of blurred Canny maps")
+    for name, run in tuned.items():
+        steps, strip = strip_of(run.grids, columns)
+        labels = ["control", *(f"step {step}" for step in steps)]
+        picture_grid(axes[name], strip.flatten(0, 1), columns, name, labels)
+    figure.suptitle("A Canny ControlNet for 32 px flowers: the same steps, batch, start and noise", fontsize=13)
+    figure.savefig(path, dpi=120)
+
+
+def print_summary(output: Path, export: Path, tuned: dict[str, Tuned]) -> None:
+    """Say what was reached, where it is, and what to do next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Quickstart: ControlNet", title_justify="left")
+    for heading in ("method", "SSIM at the end", "largest leap", "between steps", "time"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, run in tuned.items():
+        leap = (
+            ("none", "") if run.leap is None else (f"{run.leap.rise:.3f}", f"{run.leap.start_step}-{run.leap.end_step}")
+        )
+        table.add_row(name, f"{run.curve[-1][1]:.3f}", *leap, f"{run.seconds:.0f} s")
+    console = Console(soft_wrap=True)
+    console.print()
+    console.print(table)
+    console.print(
+        "SSIM: similarity of blurred Canny maps, of held-out pictures and of what was drawn after their maps.\n"
+        f"Look at      {output / 'report.png'}\n"
+        f"Figures      {output / 'metrics.json'}\n"
+        f"ControlNet   {export}   (diffusers' ControlNetModel.from_pretrained opens it)\n"
+        "Next         the whole run: difftune fit --config configs/controlnet/flowers.yaml\n"
+        "             Stable Diffusion 1.5: difftune fit --config configs/controlnet/base.yaml \\\n"
+        "                                   --config configs/controlnet/edge.yaml",
+        highlight=False,
+    )
