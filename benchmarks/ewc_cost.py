@@ -59,8 +59,9 @@ class Denoising(L.LightningModule):
         return self.loss(batch)
 
     def train_dataloader(self) -> Any:
-        """The same batch for ever."""
-        return [self.samples(self.batch_size)] * 10_000
+        """Batches of those samples."""
+        data = torch.utils.data.TensorDataset(*self.samples(8 * self.batch_size))
+        return torch.utils.data.DataLoader(data, self.batch_size)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what is trained."""

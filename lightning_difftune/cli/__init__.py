@@ -17,6 +17,8 @@ HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
   difftune predict --config ...  build the memory bank on purpose, on all devices
   difftune swap --config ... --ckpt_path ...
                                  pictures whose last steps the pre-trained model does, and their distance
+  difftune export --ckpt_path ... --output ...
+                                 a run's tuned model as a file or folder of its own, averaged and merged
 
 Configs compose from left to right, and any key can be set on the command line:
 
@@ -27,7 +29,7 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
-COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap")
+COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +67,10 @@ def run(args: list[str]) -> None:
         from lightning_difftune.cli.swap import swap
 
         swap(args[1:])
+    elif args[0] == "export":
+        from lightning_difftune.cli.export import export
+
+        export(args[1:])
     elif args[0] in COMMANDS or args[0].startswith("-"):
         from lightning_difftune.cli.lightning import run_lightning
 

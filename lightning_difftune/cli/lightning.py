@@ -171,6 +171,35 @@ class ConfigReader(DiffTuneCLI):
             return self.parser.dump(self.parser.parse_args(list(args), defaults=False), skip_none=False)
 
 
+class ModelReader(DiffTuneCLI):
+    """Makes the model of a run without its trainer, and the data, whose files may be elsewhere, when asked to."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(**_WIRING, args=list(args), run=False)
+
+    def instantiate_classes(self) -> None:
+        """Make the model alone."""
+        self.composed = self.config
+        self.config = Namespace(model=self.composed["model"])
+        self.parser = part_parser(L.LightningModule, "model")
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None."""
+
+    def open_data(self) -> Any:
+        """The data module; raises whatever keeps it from being made."""
+        parser = part_parser(L.LightningDataModule, "data")
+        return parser.instantiate_classes(Namespace(data=self.composed["data"])).data
+
+
+def part_parser(kind: type, key: str) -> DiffTuneParser:
+    """A parser that knows one part of a config."""
+    parser = DiffTuneParser()
+    parser.add_lightning_class_args(kind, key, subclass_mode=True)
+    return parser
+
+
 def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     """Run one LightningCLI command, such as ``["fit", "--config", "configs/quickstart.yaml"]``.
 
