@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_difftune.callbacks import SuddenConvergence
+from lightning_difftune.callbacks import ControlSimilarity, SuddenConvergence
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.metrics import BlurredSSIM, ControlMSE, PixelAccuracy
 
 FLAT_THEN_HIGH = [0.1, 0.12, 0.11, 0.1, 0.7, 0.72, 0.71, 0.73]  # after steps 1, 2, ..
 
@@ -137,17 +138,20 @@ def test_no_leap_where_nothing_rises(values: list[float]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "threshold", "mode"),
+    ("task", "threshold", "mode", "metric"),
     [
-        ("edge", 0.55, "max"),
-        ("sketch", 0.75, "max"),
-        ("depth", 0.04, "min"),
-        ("normal", 0.06, "min"),
-        ("segmentation_coco", 0.5, "max"),
-        ("segmentation_ade20k", 0.4, "max"),
+        ("edge", 0.55, "max", BlurredSSIM),
+        ("sketch", 0.75, "max", BlurredSSIM),
+        ("depth", 0.04, "min", ControlMSE),
+        ("normal", 0.06, "min", ControlMSE),
+        ("segmentation_coco", 0.5, "max", PixelAccuracy),
+        ("segmentation_ade20k", 0.4, "max", PixelAccuracy),
     ],
 )
-def test_knows_the_tasks_of_the_paper(task: Any, threshold: float, mode: str) -> None:
+def test_knows_the_tasks_of_the_paper(task: Any, threshold: float, mode: str, metric: type) -> None:
+    similarity = ControlSimilarity(metric())
+    assert SuddenConvergence.for_task(task).monitor == similarity.monitor
+    assert similarity.metric.higher_is_better == (mode == "max")
     callback = SuddenConvergence.for_task(task, monitor="val/score", patience=2, stop=True, window=7)
     assert (callback.monitor, callback.threshold, callback.mode) == ("val/score", threshold, mode)
     assert (callback.patience, callback.stop, callback.window) == (2, True, 7)
@@ -296,6 +300,19 @@ def test_is_set_up_from_a_config() -> None:
     )
     (callback,) = parser.instantiate(config).callbacks
     assert (callback.monitor, callback.threshold, callback.patience) == ("val/ssim", 0.55, 2)
+
+
+def test_a_task_of_the_paper_is_named_in_a_config_and_watched_in_a_fit(tmp_path: Path) -> None:
+    class Controlled(CurveModel):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.log("control/ssim", self.value() or 0.0)
+
+    parser = ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    task = {"class_path": "lightning_difftune.callbacks.SuddenConvergence.for_task", "init_args": {"task": "edge"}}
+    (callback,) = parser.instantiate(parser.parse_object({"callbacks": [task]})).callbacks
+    make_trainer(tmp_path, callback).fit(Controlled([0.3, 0.5, 0.55, 0.5, 0.6, 0.7, 0.7, 0.7]))
+    assert callback.convergence_step == 5  # the first above 0.55
 
 
 def run_as_one_of_two(folder: Path) -> None:
