@@ -1,0 +1,142 @@
+"""Tuners on a UNet of diffusers, as in Stable Diffusion: LoRA and its files, biases, and all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.models import export_network
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.modules import TextToImageDiffTuningModule
+from lightning_difftune.protocols import Tuner
+from lightning_difftune.tuners import AdaptFormer, BitFit, DiffFit, LoRA, VPTDeep
+
+ATTENTION = ("to_q", "to_v")
+
+
+def tiny_unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        8,
+        block_out_channels=(8, 8),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=2,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+    ).eval()
+
+
+@torch.no_grad()
+def output_of(unet: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    x, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 3, 8, generator=generator)
+    return unet(x, torch.tensor([1, 999]), text).sample
+
+
+def trained(unet: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+
+
+def tuned_unet(tuner: LoRA) -> Any:
+    unet = tiny_unet()
+    tuner.apply(unet)
+    for parameter in trained(unet).values():
+        nn.init.normal_(parameter, std=0.3)
+    return unet
+
+
+@pytest.mark.parametrize("tuner", [LoRA(rank=2, target_modules=ATTENTION), BitFit()], ids=lambda t: type(t).__name__)
+def test_starts_as_the_pretrained_function_to_the_bit_and_merges(tuner: Any, tmp_path: Path) -> None:
+    unet = tiny_unet()
+    before, names = output_of(unet), list(unet.state_dict())
+    tuner.apply(unet)
+    assert torch.equal(output_of(unet), before)
+    kind = "lora_" if isinstance(tuner, LoRA) else "bias"
+    assert trained(unet)
+    assert all(kind in name for name in trained(unet))
+    for parameter in trained(unet).values():
+        nn.init.normal_(parameter, std=0.3)
+    tuned = output_of(unet)
+    assert not torch.allclose(tuned, before, atol=1e-3)
+
+    merged = tuner.merge(unet)
+    torch.testing.assert_close(output_of(merged), tuned, rtol=1e-4, atol=1e-5)
+    assert list(merged.state_dict()) == names
+    again = type(unet).from_pretrained(export_network(merged, tmp_path / "unet")).eval()
+    assert torch.equal(output_of(again), output_of(merged))
+
+
+def test_updates_are_where_they_were_asked_for() -> None:
+    unet = tiny_unet()
+    LoRA(rank=2, target_modules=("attn2.to_k", "to_out.0")).apply(unet)
+    layers = {name.rpartition(".lora_")[0] for name in trained(unet)}
+    assert layers
+    assert all(name.endswith(("attn2.to_k", "attn1.to_out.0", "attn2.to_out.0")) for name in layers)
+
+
+def test_adapters_are_files_of_peft(tmp_path: Path) -> None:
+    tuner = LoRA(rank=2, alpha=6, target_modules=ATTENTION)
+    unet = tuned_unet(tuner)
+    tuner.save_adapter(unet, tmp_path / "ours", base="abc")
+    opened = PeftModel.from_pretrained(tiny_unet(), str(tmp_path / "ours"))
+    assert torch.equal(output_of(opened), output_of(unet))
+
+    opened.save_pretrained(str(tmp_path / "theirs"))
+    for folder in ("ours", "theirs"):
+        other = tiny_unet()
+        tuner.apply(other)
+        tuner.load_adapter(other, tmp_path / folder, base="abc")
+        assert torch.equal(output_of(other), output_of(unet))
+
+
+def test_an_adapter_of_another_base_or_setting_changes_nothing(tmp_path: Path) -> None:
+    tuner = LoRA(rank=2, target_modules=ATTENTION)
+    tuner.save_adapter(tuned_unet(tuner), tmp_path, base="abc")
+    unet = tiny_unet()
+    tuner.apply(unet)
+    state = fingerprint(unet)
+    with pytest.raises(CheckpointError, match="trained from the base abc, but the model here starts from def"):
+        tuner.load_adapter(unet, tmp_path, base="def")
+    with pytest.raises(CheckpointError, match=r"targets \['to_q', 'to_v'\]; this tuner has 2, 8 and \['to_k'\]"):
+        LoRA(rank=2, target_modules=("to_k",)).load_adapter(unet, tmp_path, base="abc")
+    assert fingerprint(unet) == state
+
+
+@pytest.mark.parametrize(
+    ("tuner", "message"),
+    [
+        (LoRA(rank=2), r"names end in \['q', 'v'\]; UNet2DConditionModel has none.*to_k.*to_q"),
+        (LoRA(rank=2, target_modules=("to_q", "to_w")), r"names end in \['to_w'\]"),
+        (LoRA(rank=9, target_modules=ATTENTION), r"rank 9 is larger than the layer .*to_[qv], which is 8 wide"),
+        (DiffFit(), r"DiffFit looks for 'blocks' in UNet2DConditionModel, .*it has .*down_blocks"),
+        (AdaptFormer(), "AdaptFormer looks for 'blocks' in UNet2DConditionModel"),
+        (VPTDeep(), "VPTDeep looks for 'blocks' in UNet2DConditionModel"),
+    ],
+)
+def test_what_does_not_fit_says_so_and_changes_nothing(tuner: Tuner, message: str) -> None:
+    unet = tiny_unet()
+    names, state = set(trained(unet)), fingerprint(unet)
+    with pytest.raises(ConfigError, match=message):
+        tuner.apply(unet)
+    assert set(trained(unet)) == names
+    assert fingerprint(unet) == state
+    BitFit().apply(unet)
+
+
+def test_full_fine_tuning_trains_all_of_it(pipeline_folder: str) -> None:
+    module = TextToImageDiffTuningModule(pipeline_folder)
+    module.configure_model()
+    assert {id(p) for p in module.trainable_parameters()} == {id(p) for p in module.unet.parameters()}
+    low = TextToImageDiffTuningModule(pipeline_folder, tuner=LoRA(rank=2, target_modules=ATTENTION))
+    low.configure_model()
+    assert all("lora_" in name for name, p in low.named_parameters() if p.requires_grad)
