@@ -47,7 +47,7 @@ def eps_mse_loss(
         (B,) float32.
     """
     error = squared_error(output, noise if target is None else target)
-    return error if weighting is None else error * weighting(diffusion.snr(t))
+    return error if weighting is None else error * weighting.weights(diffusion.snr(t))
 
 
 def v_mse_loss(
@@ -75,7 +75,7 @@ def v_mse_loss(
     a, b = diffusion.coefficients(t, x0)
     error = squared_error(output, a * noise - b * x0 if target is None else target)
     snr = diffusion.snr(t)
-    return error if weighting is None else error * weighting(snr) * snr / (snr + 1)
+    return error if weighting is None else error * weighting.weights(snr) * snr / (snr + 1)
 
 
 def x0_mse_loss(
@@ -94,7 +94,7 @@ def x0_mse_loss(
     """
     error = squared_error(output, x0 if target is None else target)
     snr = diffusion.snr(t)
-    return error if weighting is None else error * weighting(snr) * snr
+    return error if weighting is None else error * weighting.weights(snr) * snr
 
 
 def velocity_mse_loss(
@@ -124,7 +124,7 @@ def velocity_mse_loss(
             "objective's `diffusion` to lightning_difftune.diffusion.RectifiedFlow."
         )
     error = squared_error(output, noise - x0 if target is None else target)
-    return error if weighting is None else error * weighting(diffusion.snr(t)) * (1 - diffusion.s[t]).square()
+    return error if weighting is None else error * weighting.weights(diffusion.snr(t)) * (1 - diffusion.s[t]).square()
 
 
 def hybrid_loss(

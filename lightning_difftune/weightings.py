@@ -19,7 +19,7 @@ class LossWeighting(Protocol):
     a^2 + b^2 = 1, that it is SNR / (SNR + 1) || v - v_hat ||^2. The weights of x0 and v are those factors times eps's.
     """
 
-    def __call__(self, snr: Tensor) -> Tensor:
+    def weights(self, snr: Tensor) -> Tensor:
         """SNR (B,), at least 0 => weights (B,), at least 0."""
         ...
 
@@ -37,7 +37,7 @@ class MinSNRWeighting:
 
     Example:
         >>> import torch
-        >>> MinSNRWeighting(gamma=5)(torch.tensor([0.5, 5.0, 50.0]))
+        >>> MinSNRWeighting(gamma=5).weights(torch.tensor([0.5, 5.0, 50.0]))
         tensor([1.0000, 1.0000, 0.1000])
     """
 
@@ -49,7 +49,7 @@ class MinSNRWeighting:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(gamma={self.gamma:g})"
 
-    def __call__(self, snr: Tensor) -> Tensor:
+    def weights(self, snr: Tensor) -> Tensor:
         """min(SNR, gamma) / SNR, same shape as ``snr``."""
         return (self.gamma / snr).clamp(max=1)
 
@@ -69,7 +69,7 @@ class P2Weighting:
 
     Example:
         >>> import torch
-        >>> P2Weighting()(torch.tensor([1.0, 3.0]))
+        >>> P2Weighting().weights(torch.tensor([1.0, 3.0]))
         tensor([0.5000, 0.2500])
     """
 
@@ -81,6 +81,6 @@ class P2Weighting:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(k={self.k:g}, gamma={self.gamma:g})"
 
-    def __call__(self, snr: Tensor) -> Tensor:
+    def weights(self, snr: Tensor) -> Tensor:
         """1 / (k + SNR)^gamma, same shape as ``snr``."""
         return (self.k + snr) ** -self.gamma

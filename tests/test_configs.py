@@ -47,6 +47,15 @@ TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
     "configs/dit/cars.yaml": ("6.04", "5.37", 196),
 }
 OVERLAYS = [file for file in FILES if file.startswith("configs/dit/") and file != BASE]
+ABLATIONS = {  # what a run with each says that it changes
+    "snr": "schedule = SNRSchedule(k=1, gamma=1)",
+    "p2": "loss weighting = P2Weighting(k=1, gamma=1)",
+    "min_snr": "loss weighting = MinSNRWeighting(gamma=5)",
+    "retention_only": "reconsolidation weight = 0.0",
+    "reconsolidation_only": "retention share = no retention, retention weight = 0.0",
+    "online_teacher": "retention target = OnlineTeacher()",
+    "stored_predictions": "retention target = StoredPredictions(seed=0)",
+}
 # A partition by counts cannot be made of a data set that has twenty pictures, nor the paper's bottleneck of 64 or
 # five prompted blocks of a DiT that has one block of width 16.
 SMALL_SIZES = json.dumps({"train": 10, "val": 2, "test": 4})
@@ -387,6 +396,9 @@ def test_presets_are_what_they_are_called() -> None:
     }
     assert described.pop("configs/presets/full.yaml").startswith("Preset: standard fine-tuning")
     assert described.pop("configs/presets/paper.yaml").startswith("Preset: paper-literal.")
+    for name, change in ABLATIONS.items():
+        text = described.pop(f"configs/ablations/{name}.yaml")
+        assert text.startswith(f"Preset: custom; nearest is official code, with {change}. "), text
     assert all(text.startswith("Preset: official code.") for text in described.values()), described
 
 
@@ -425,9 +437,15 @@ class TinyFeatures(nn.Module):
         return images.float().flatten(1)[:, :4]
 
 
-@pytest.mark.parametrize("file", ["configs/dit/flowers.yaml", "configs/presets/paper.yaml"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("configs/dit/flowers.yaml", "configs/presets/paper.yaml"),
+        *(f"configs/ablations/{name}.yaml" for name in ABLATIONS if name != "reconsolidation_only"),  # has no bank
+    ],
+)
 def test_two_steps_of_training(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_difftune.callbacks.fid.InceptionV3Features", TinyFeatures)
+    monkeypatch.setattr("lightning_difftune.callbacks.distance.InceptionV3Features", TinyFeatures)
     callbacks = settings(BASE)["trainer"]["callbacks"]
     smaller = {
         "FID": {"num_samples": 8, "cache_dir": str(tmp_path / "fid")},

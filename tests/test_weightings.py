@@ -115,7 +115,7 @@ def test_flow_matching_is_weighted_as_its_noise_is():
     for weighting in (MinSNRWeighting(), P2Weighting()):
         found = velocity_mse_loss(velocity, x0, x_t, noise, T, process, weighting)
         expected = (eps_hat - noise).square().flatten(1).mean(1)
-        weights = [weighting(torch.tensor(((1 - s) / s) ** 2)) for s in ((T + 1) / 1000).tolist()]
+        weights = [weighting.weights(torch.tensor(((1 - s) / s) ** 2)) for s in ((T + 1) / 1000).tolist()]
         torch.testing.assert_close(found, expected * torch.stack(weights), rtol=1e-3, atol=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_the_variational_term_has_no_weight():
     output, x0, x_t, noise, t, process = batch(PROCESSES["linear"])
     output = torch.cat([output, output.tanh()], dim=1)
     weighting = P2Weighting()
-    expected = eps_mse_loss(output, x0, x_t, noise, t, process) * weighting(process.snr(t))
+    expected = eps_mse_loss(output, x0, x_t, noise, t, process) * weighting.weights(process.snr(t))
     expected = expected + variational_loss(output, x0, x_t, t, process)
     torch.testing.assert_close(hybrid_loss(output, x0, x_t, noise, t, process, weighting), expected)
 
