@@ -14,7 +14,13 @@ if TYPE_CHECKING:
         TextToImageDiffTuningModule,
     )
     from lightning_difftune.objective import DiffTuningObjective, WeightedDiffTuningObjective
-    from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, PowerSchedule, SNRSchedule
+    from lightning_difftune.schedules import (
+        ForgettingSchedule,
+        MeasuredSchedule,
+        MirroredPowerSchedule,
+        PowerSchedule,
+        SNRSchedule,
+    )
 
 __version__ = "0.1.0"
 
@@ -24,6 +30,7 @@ _HOMES = {
     "DiffTuningModule": "modules",
     "DiffTuningObjective": "objective",
     "ForgettingSchedule": "schedules",
+    "MeasuredSchedule": "schedules",
     "MemoryBank": "data",
     "MemoryBankDataModule": "data",
     "MirroredPowerSchedule": "schedules",
@@ -39,6 +46,7 @@ __all__ = [
     "DiffTuningModule",
     "DiffTuningObjective",
     "ForgettingSchedule",
+    "MeasuredSchedule",
     "MemoryBank",
     "MemoryBankDataModule",
     "MirroredPowerSchedule",

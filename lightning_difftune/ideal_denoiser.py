@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion
 from lightning_difftune.errors import DataError
+from lightning_difftune.protocols import Denoiser
 
 
 def ideal_denoiser(
@@ -89,3 +91,41 @@ def ideal_noise(
     diffusion = GaussianDiffusion().to(x_t.device) if diffusion is None else diffusion
     x0 = ideal_denoiser(x_t, t, data, diffusion, chunk_size)
     return diffusion.implied_noise(x_t.float(), x0, t)
+
+
+@torch.no_grad()
+def distance_to_ideal(
+    denoise: Denoiser,
+    x0: Tensor,
+    condition: Any,
+    data: Tensor,
+    timesteps: Sequence[int],
+    diffusion: ForwardProcess | None = None,
+    seed: int = 0,
+    chunk_size: int = 4096,
+) -> list[tuple[int, float]]:
+    """How far a network is from the ideal denoiser of a data set, over the noise levels.
+
+    Args:
+        denoise: The network.
+        x0: Clean samples (B, C, H, W) that are noised, not necessarily of the data set.
+        condition: Their condition, as the network takes it.
+        data: The samples (N, C, H, W) whose ideal denoiser it is.
+        timesteps: Where to measure.
+        diffusion: The forward process; :class:`~lightning_difftune.diffusion.GaussianDiffusion` by default.
+        seed: Of the noise, which is the same at all timesteps.
+        chunk_size: Samples compared at a time.
+
+    Returns:
+        For each timestep, (t, root mean squared difference of the two estimates of x0).
+    """
+    diffusion = GaussianDiffusion().to(x0.device) if diffusion is None else diffusion
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed)).to(x0)
+    distances = []
+    for step in timesteps:
+        t = torch.full((len(x0),), step, device=x0.device)
+        x_t = diffusion.add_noise(x0, noise, t)
+        estimate = diffusion.predict_x0(x_t, denoise(x_t, t, condition)[:, : x0.shape[1]].float(), t)
+        ideal = ideal_denoiser(x_t, t, data, diffusion, chunk_size)
+        distances.append((step, (estimate - ideal).square().mean().sqrt().item()))
+    return distances

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,3 +151,67 @@ def swap_figure(series: Mapping[str, Mapping[float, float]], strips: Mapping[str
         axes[name].set_xticks(centres, labels=[f"{percent:g}" for percent in percents], fontsize=8)
         axes[name].set_xlabel("last steps done by the pre-trained model (%)", fontsize=9)
     return figure
+
+
+def heat_map(axes: Axes, values: Tensor, steps: Sequence[int], edges: Sequence[int], title: str, label: str) -> None:
+    """Draw values (K bins, N steps) over training steps and noise levels, with a line where they change sign.
+
+    Args:
+        axes: Where.
+        values: One row for each bin of timesteps, data at the bottom.
+        steps: The N steps of the measurements.
+        edges: The K + 1 borders of the bins.
+        title: Above the map.
+        label: What the colours mean.
+    """
+    middles = [(a + b) / 2 for a, b in pairwise(steps)]
+    borders = [steps[0] - (middles[0] - steps[0] if middles else 0.5), *middles]
+    borders.append(steps[-1] + (steps[-1] - middles[-1] if middles else 0.5))
+    mesh = axes.pcolormesh(borders, edges, values.numpy(), cmap="cividis", rasterized=True)
+    if len(steps) > 1 and len(edges) > 2 and bool((values > 0).any()) and bool((values < 0).any()):
+        centres = [(a + b) / 2 for a, b in pairwise(edges)]
+        axes.contour(steps, centres, values.numpy(), levels=[0], colors="white", linewidths=1.5)
+    axes.figure.colorbar(mesh, ax=axes, label=label)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("timestep t (0 is data)")
+
+
+def forgetting_figure(
+    history: Sequence[tuple[int, Mapping[str, Sequence[float]]]],
+    pretrained: Mapping[str, Sequence[float]],
+    edges: Sequence[int],
+) -> Figure:
+    """Heat maps of the loss over training step and timestep, relative to the pre-trained model's: one a kind of data.
+
+    Args:
+        history: (step, losses by bin for each kind) of the measurements.
+        pretrained: The pre-trained model's losses by bin, for each kind.
+        edges: Borders of the bins.
+    """
+    from matplotlib.figure import Figure
+
+    names = {"target": "Held-out target data: below 0 is learnt", "bank": "Memory bank: above 0 is forgotten"}
+    figure = Figure(figsize=(5.5 * len(pretrained), 3.8), layout="constrained", facecolor="white")
+    for axes, (kind, before) in zip(
+        figure.subplots(1, len(pretrained), squeeze=False)[0], pretrained.items(), strict=True
+    ):
+        losses = torch.tensor([by_kind[kind] for _, by_kind in history], dtype=torch.float64).T
+        change = 100 * (losses / torch.tensor(before, dtype=torch.float64)[:, None] - 1)
+        steps = [step for step, _ in history]
+        heat_map(axes, change, steps, edges, names.get(kind, kind), "loss against the pre-trained model's (%)")
+    return figure
+
+
+def ideal_distances(axes: Axes, series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> None:
+    """Draw named distances to ideal denoisers over the timestep: (t, root mean squared difference of x0) for each."""
+    for style, (name, points) in zip(LINES, series.items(), strict=False):
+        timesteps, values = zip(*points, strict=True)
+        axes.plot(timesteps, values, label=name, markersize=3, **style)  # type: ignore[arg-type]
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel("timestep t (0 is data)")
+    axes.set_ylabel("RMS distance to the ideal denoiser")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -68,6 +68,36 @@ class SupportsSwap(Protocol):
 
 
 @runtime_checkable
+class SupportsDenoisingLosses(Protocol):
+    """A module whose denoising can be compared with that of the network it was tuned from."""
+
+    @property
+    def num_timesteps(self) -> int:
+        """T of the forward process."""
+        ...
+
+    def prepare(self, batch: Any, draws: Any) -> tuple[Tensor, Any, Tensor]:
+        """A batch of its data => x0 (B, c, h, w), condition, is_retention (B,) bool; eval mode drops no condition."""
+        ...
+
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """Output of the network as it is now; see :class:`Denoiser`."""
+        ...
+
+    def pretrained(self) -> Denoiser:
+        """The network as it was before tuning, frozen, on this module's device."""
+        ...
+
+    def source_condition(self, condition: Any) -> Any:
+        """What the pre-trained network understands of a condition of this module."""
+        ...
+
+    def denoising_losses(self, denoise: Denoiser, x0: Tensor, condition: Any, t: Tensor, noise: Tensor) -> Tensor:
+        """Simple losses (B,) of a network on x0 (B, c, h, w) under noise of that shape at t (B,) int64."""
+        ...
+
+
+@runtime_checkable
 class SupportsReferenceImages(Protocol):
     """A data module that can show the real pictures which generated ones are compared with."""
 

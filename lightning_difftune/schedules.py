@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,3 +122,103 @@ class SNRSchedule:
     def retention(self, s: Tensor) -> Tensor:
         """1 - psi(s) / psi(1), same shape as s."""
         return 1 - self.reconsolidation(s) / self.reconsolidation(torch.ones_like(s))
+
+
+class MeasuredSchedule:
+    """Psi from a file: how much tuning improved the denoising of target data at each noise level, and xi = 1 - psi.
+
+    Where the pre-trained model denoises target data as well as a tuned one, there is nothing to adapt and everything to
+    retain. :class:`~lightning_difftune.callbacks.ForgettingMeter` measures and writes such a file. Psi is linear
+    between the measured levels and constant beyond them.
+
+    Args:
+        path: A JSON file as :func:`fit_schedule` writes it.
+
+    Raises:
+        ConfigError: If the file is missing or is no schedule.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            content = json.loads(self.path.read_text())
+            s, psi = (np.asarray(content[key], dtype=np.float64) for key in ("s", "psi"))
+        except OSError as error:
+            raise ConfigError(f"The schedule {path} cannot be read: {error}. Check its path.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no measured schedule: it is not JSON with lists 's' and 'psi'.") from error
+        if (
+            s.ndim != 1
+            or s.shape != psi.shape
+            or len(s) < 2
+            or not (np.diff(s) > 0).all()
+            or not (s[0] > 0 and s[-1] <= 1)
+            or not (np.diff(psi) >= 0).all()
+            or not (psi[0] >= 0 and 0 < psi[-1] <= 1)
+        ):
+            raise ConfigError(
+                f"{path} is no measured schedule. It needs two levels 's' or more, rising in (0, 1], and as many "
+                f"values 'psi', not falling, in [0, 1] and not all 0; found s = {s.tolist()}, psi = {psi.tolist()}."
+            )
+        self.s, self.psi = s, psi
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.path.name})"
+
+    def reconsolidation(self, s: Tensor) -> Tensor:
+        """Psi between the measured levels, same shape as s."""
+        return torch.from_numpy(np.interp(s.double().cpu().numpy(), self.s, self.psi)).to(s)
+
+    def retention(self, s: Tensor) -> Tensor:
+        """1 - psi(s), same shape as s."""
+        return 1 - self.reconsolidation(s)
+
+
+def fit_schedule(
+    path: str | Path, s: Sequence[float], pretrained_loss: Sequence[float], tuned_loss: Sequence[float]
+) -> MeasuredSchedule:
+    """Turn losses on target data into a schedule, write it as JSON and open it.
+
+    Psi is the part of the pre-trained model's loss that tuning removed, 1 - tuned / pretrained, at least 0; made
+    non-decreasing in s by least squares (isotonic regression) and scaled to a maximum of 1.
+
+    Args:
+        path: The file.
+        s: K noise levels, rising in (0, 1].
+        pretrained_loss: The pre-trained model's losses on target data at these levels (K,).
+        tuned_loss: The tuned model's (K,).
+
+    Raises:
+        ConfigError: If the losses are not positive numbers, or tuning improved nothing.
+    """
+    before, after = np.asarray(pretrained_loss, dtype=np.float64), np.asarray(tuned_loss, dtype=np.float64)
+    if not (before.shape == after.shape == (len(s),) and (before > 0).all() and np.isfinite(after).all()):
+        raise ConfigError(f"A schedule needs a positive loss of both models at each of the {len(s)} levels.")
+    gain = np.maximum(0, 1 - after / before)
+    psi = isotonic(gain)
+    if psi[-1] <= 0:
+        raise ConfigError(
+            "The tuned model denoises target data nowhere better than the pre-trained one, so there is no schedule to "
+            "fit. Train longer before measuring."
+        )
+    content = {
+        "s": [float(level) for level in s],
+        "psi": (psi / psi[-1]).round(6).tolist(),
+        "pretrained_loss": before.tolist(),
+        "tuned_loss": after.tolist(),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    return MeasuredSchedule(path)
+
+
+def isotonic(values: np.ndarray) -> np.ndarray:
+    """The non-decreasing sequence nearest to values (K,) in least squares, by its min-max formula.
+
+    Example:
+        >>> isotonic(np.array([0.0, 3.0, 1.0, 4.0])).tolist()
+        [0.0, 2.0, 2.0, 4.0]
+    """
+    count = len(values)
+    means = [[values[j : k + 1].mean() if j <= k else np.inf for k in range(count)] for j in range(count)]
+    return np.array([max(min(means[j][i:]) for j in range(i + 1)) for i in range(count)])

@@ -1,11 +1,20 @@
 """Invariants of psi and xi, and slow twins of their formulas."""
 
+import numpy as np
 import pytest
 import torch
 
-from lightning_difftune import ForgettingSchedule, MirroredPowerSchedule, PowerSchedule, SNRSchedule
+from lightning_difftune import (
+    DiffTuningObjective,
+    ForgettingSchedule,
+    MeasuredSchedule,
+    MirroredPowerSchedule,
+    PowerSchedule,
+    SNRSchedule,
+)
 from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.schedules import fit_schedule, isotonic
 
 S = torch.arange(1, 1001, dtype=torch.float64) / 1000
 TAUS = [0.0, 0.3, 0.5, 0.7, 1.0, 1.5]
@@ -80,3 +89,67 @@ def test_bad_tau_is_refused(kind, tau):
 def test_bad_snr_settings_are_refused():
     with pytest.raises(ConfigError, match="k >= 1"):
         SNRSchedule(k=0.5)
+
+
+def test_a_measured_schedule_adapts_where_tuning_helped_and_retains_elsewhere(tmp_path):
+    s = [0.1, 0.3, 0.5, 0.7, 0.9]
+    schedule = fit_schedule(tmp_path / "new" / "psi.json", s, [1.0, 2.0, 1.0, 1.0, 0.5], [1.1, 2.0, 0.8, 0.9, 0.1])
+    # gains 0, 0, 0.2, 0.1, 0.8; the two that fall are averaged, and the largest is scaled to 1
+    psi = schedule.reconsolidation(torch.tensor([0.01, *s, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(psi, torch.tensor([0, 0, 0, 0.1875, 0.1875, 1, 1], dtype=torch.float64))
+    between = torch.tensor([[0.4], [0.8]])
+    torch.testing.assert_close(schedule.reconsolidation(between), torch.tensor([[0.09375], [0.59375]]))
+    torch.testing.assert_close(schedule.retention(between), torch.tensor([[0.90625], [0.40625]]))
+    again = MeasuredSchedule(tmp_path / "new" / "psi.json")
+    assert torch.equal(again.reconsolidation(psi), schedule.reconsolidation(psi))
+    assert repr(again) == "MeasuredSchedule(psi.json)"
+    objective = DiffTuningObjective(again)
+    assert objective.uses_retention
+    assert objective.psi.diff().min() >= 0
+
+
+def test_isotonic_regression_is_the_nearest_rising_sequence():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        values = rng.normal(size=6)
+        found = isotonic(values)
+        assert (np.diff(found) >= -1e-12).all()
+        others = np.sort(found + rng.normal(size=(2000, 6)) * rng.uniform(0, 1, (2000, 1)), axis=1)
+        assert ((others - values) ** 2).sum(1).min() >= ((found - values) ** 2).sum() - 1e-12
+    assert isotonic(np.array([1.0, 2.0, 3.0])).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON with lists"),
+        ('{"s": [0.5]}', "is not JSON with lists"),
+        ('{"s": [0.2, 0.8], "psi": ["a", 1]}', "is not JSON with lists"),
+        ('{"s": [0.5], "psi": [1]}', "needs two levels"),
+        ('{"s": [0.2, 0.8], "psi": [0, 0.5, 1]}', "needs two levels"),
+        ('{"s": [0.8, 0.2], "psi": [0, 1]}', "needs two levels"),
+        ('{"s": [0.0, 0.2], "psi": [0, 1]}', "needs two levels"),
+        ('{"s": [0.2, 0.8], "psi": [1, 0.5]}', "needs two levels"),
+        ('{"s": [0.2, 0.8], "psi": [0, 1.5]}', "needs two levels"),
+        ('{"s": [0.2, 0.8], "psi": [0, 0]}', "needs two levels"),
+        ('{"s": [0.2, 0.8], "psi": [0, NaN]}', "needs two levels"),
+    ],
+)
+def test_files_that_are_no_schedule_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "psi.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        MeasuredSchedule(tmp_path / "psi.json")
+
+
+def test_measurements_that_give_no_schedule_are_refused(tmp_path):
+    for before, after, message in (
+        ([1.0, 1.0], [1.0, 1.1], "nowhere better"),
+        ([1.0], [0.5], "positive loss of both models at each of the 2"),
+        ([0.0, 1.0], [0.5, 0.5], "positive loss"),
+        ([1.0, 1.0], [float("nan"), 0.5], "positive loss"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fit_schedule(tmp_path / "psi.json", [0.2, 0.8], before, after)
+    assert not (tmp_path / "psi.json").exists()

@@ -7,7 +7,17 @@ from lightning_difftune.callbacks.control_similarity import ControlSimilarity
 from lightning_difftune.callbacks.ema import EMA
 from lightning_difftune.callbacks.ewc import EWC
 from lightning_difftune.callbacks.fid import FID
+from lightning_difftune.callbacks.forgetting_meter import ForgettingMeter
 from lightning_difftune.callbacks.sample_grid import SampleGrid
 from lightning_difftune.callbacks.sudden_convergence import SuddenConvergence
 
-__all__ = ["EMA", "EWC", "FID", "ChainOfForgetting", "ControlSimilarity", "SampleGrid", "SuddenConvergence"]
+__all__ = [
+    "EMA",
+    "EWC",
+    "FID",
+    "ChainOfForgetting",
+    "ControlSimilarity",
+    "ForgettingMeter",
+    "SampleGrid",
+    "SuddenConvergence",
+]

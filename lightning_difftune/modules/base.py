@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric
 from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.models.checkpoints import check_state
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.pretrained import PretrainedSamples
@@ -295,6 +296,18 @@ class DiffTuningModule(L.LightningModule, ABC):
         output = self.objective(self.denoise, x0, condition, is_retention, draws)
         self.val_loss.update(output.reconsolidation, len(x0))
         self.log("val/loss", self.val_loss, prog_bar=True)
+
+    @property
+    def num_timesteps(self) -> int:
+        """T of the forward process."""
+        return self.objective.diffusion.num_timesteps
+
+    def denoising_losses(self, denoise: Denoiser, x0: Tensor, condition: Any, t: Tensor, noise: Tensor) -> Tensor:
+        """Simple losses (B,) of a network: those of the objective without weights or a variational term."""
+        process = self.objective.diffusion
+        x_t = process.add_noise(x0, noise, t)
+        loss = eps_mse_loss if self.objective.loss is hybrid_loss else self.objective.loss
+        return loss(denoise(x_t, t, condition), x0, x_t, noise, t, process)
 
     def on_predict_start(self) -> None:
         """Keep one pre-trained copy while ``predict`` fills the memory bank."""

@@ -1,0 +1,265 @@
+"""The forgetting meter: at which noise levels a model learns the target, and at which it forgets the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
+from lightning_difftune.draws import Draws
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.plots import forgetting_figure
+from lightning_difftune.protocols import Denoiser, SupportsDenoisingLosses
+from lightning_difftune.schedules import fit_schedule
+
+COST = 0.02  # of the training, at the default interval
+PASSES = 3  # forward passes that a training step of the same batch costs about as much as
+
+
+class ForgettingMeter(Callback):
+    """Measure the loss by noise level during training, and its gap to the frozen pre-trained model.
+
+    The same few samples, with the same noise and timesteps, are denoised every time: of held-out target data (the first
+    batch of the validation data) and of the memory bank (from the first training batches). The timesteps of a bin are
+    spread evenly over it. What the loggers get is ``forgetting/target/t000-099``, the loss by the weights of that step,
+    and ``forgetting_gap/target/t000-099``, the loss minus the pre-trained model's; likewise for ``bank``. A negative
+    gap on the target is learning, a positive one on the bank is forgetting. The pre-trained model is loaded for one
+    measurement at the start and dropped.
+
+    At the end of training, ``forgetting/losses.csv``, a heat map of the relative gap over steps and timesteps
+    (``forgetting.svg`` and ``.png``), and ``schedule.json``, a proposal for
+    :class:`~lightning_difftune.schedules.MeasuredSchedule`, are written. Only the first process measures.
+
+    Args:
+        every_n_steps: Optimizer steps between two measurements; there is also one at the start, once the bank's samples
+            have come by, and one at the trainer's ``max_steps``. ``None`` measures as often as is estimated to cost 2 %
+            of the training, counting a training step as three forward passes of its batch.
+        num_bins: Bins of equal width over the T timesteps.
+        num_samples: Samples of each of the two kinds in every bin.
+        seed: Of their noise.
+        dirpath: Folder of the files; ``None`` is ``forgetting`` in the logger's folder, or in the trainer's
+            ``default_root_dir``.
+
+    Raises:
+        ConfigError: If a number is not positive or, when training starts, if the module cannot compare itself with a
+            pre-trained network or there are no held-out data.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[ForgettingMeter(num_bins=20)], logger=False)
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        num_bins: int = 10,
+        num_samples: int = 16,
+        seed: int = 0,
+        dirpath: str | Path | None = None,
+    ) -> None:
+        for name, number in (("every_n_steps", every_n_steps), ("num_bins", num_bins), ("num_samples", num_samples)):
+            if number is not None and number < 1:
+                raise ConfigError(f"{name} of ForgettingMeter must be at least 1, found {number}.")
+        self.every_n_steps = every_n_steps
+        self.num_bins = num_bins
+        self.num_samples = num_samples
+        self.seed = seed
+        self.dirpath = dirpath
+        self.interval = every_n_steps
+        self.edges: list[int] = []  # borders of the bins, num_bins + 1
+        self.history: list[tuple[int, dict[str, list[float]]]] = []  # step, and losses by bin of each kind
+        self.pretrained: dict[str, list[float]] = {}
+        self._folder = Path()
+        self._target: Any = None
+        self._bank: Any = None
+        self._probe: tuple[Tensor, Any, Tensor] | None = None  # x0, condition, is_retention; None until complete
+        self._latest_step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the module and find the folder while all processes are here."""
+        self._folder = artifact_folder(trainer, self.dirpath, "forgetting")
+        if stage == "fit" and not isinstance(pl_module, SupportsDenoisingLosses):
+            raise ConfigError(
+                f"ForgettingMeter compares a module with the network it was tuned from, but {type(pl_module).__name__} "
+                "lacks some of num_timesteps, prepare, denoise, pretrained, source_condition and denoising_losses. Add "
+                "what protocols.SupportsDenoisingLosses lists, or remove the callback."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the held-out samples."""
+        step = self._latest_step = trainer.global_step
+        self._probe = None
+        self.history = [(s, losses) for s, losses in self.history if s <= step] if step > 0 else []
+        if not self.history:  # a new run, not one that goes on
+            self._bank, self.pretrained = None, {}
+        if not trainer.is_global_zero:
+            return
+        source: Any = getattr(trainer, "datamodule", None) or pl_module
+        loader = source.val_dataloader()
+        batch = next(iter(loader), None) if loader is not None else None
+        if batch is None:
+            raise ConfigError(
+                "ForgettingMeter needs held-out target data, but the validation data are empty. Set val_target of the "
+                "data, or remove the callback."
+            )
+        self._target = first_of(batch["target"], self.num_samples)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Gather samples of the bank from the first batches, then measure where training starts."""
+        if not trainer.is_global_zero or self._probe is not None:
+            return
+        retention = batch.get("retention")
+        if retention is not None and (self._bank is None or count_of(self._bank) < self.num_samples):
+            bank = retention if self._bank is None else joined(self._bank, retention)
+            self._bank = first_of(bank, self.num_samples)
+            if count_of(self._bank) < self.num_samples:
+                return
+        self._start(trainer, pl_module, count_of(batch["target"]) + (0 if retention is None else count_of(retention)))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measure, if the optimizer has stepped and it is time to."""
+        step = trainer.global_step
+        if step == self._latest_step or self._probe is None or self.interval is None:
+            return
+        self._latest_step = step
+        if step % self.interval == 0 or step == trainer.max_steps:
+            self._record(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write table, heat map and proposed schedule, and let the samples go."""
+        self._target = self._probe = None
+        if not trainer.is_global_zero or not self.history:
+            return
+        bins = list(zip(self.edges, self.edges[1:], strict=False))
+        rows = [
+            (step, kind, first, end - 1, loss, pretrained)
+            for step, losses in self.history
+            for kind, by_bin in losses.items()
+            for (first, end), loss, pretrained in zip(bins, by_bin, self.pretrained[kind], strict=True)
+        ]
+        header = ("step", "data", "first_t", "last_t", "loss", "pretrained_loss")
+        write_table(self._folder / "losses.csv", header, rows)
+        write_figure(self._folder / "forgetting", forgetting_figure(self.history, self.pretrained, self.edges))
+        levels = [(first + end + 1) / 2 / self.edges[-1] for first, end in bins]
+        path = self._folder / "schedule.json"
+        try:
+            fit_schedule(path, levels, self.pretrained["target"], self.history[-1][1]["target"])
+            rank_zero_info(f"The forgetting meter proposes the schedule {path} (lightning_difftune.MeasuredSchedule).")
+        except (ConfigError, OSError) as error:
+            rank_zero_warn(f"The forgetting meter proposes no schedule: {error}")
+
+    # -- details ------------------------------------------------------------------------------------------------------
+
+    def _start(self, trainer: L.Trainer, pl_module: Any, batch_size: int) -> None:
+        """Prepare the samples once, and measure the pre-trained model."""
+        batch = {"target": trainer.strategy.batch_to_device(self._target, dataloader_idx=0)}
+        if self._bank is not None:
+            self._bank = batch["retention"] = move_data_to_device(self._bank, pl_module.device)
+        self.edges = [round(k * pl_module.num_timesteps / self.num_bins) for k in range(self.num_bins + 1)]
+        with evaluating(trainer, pl_module):
+            self._probe = pl_module.prepare(batch, Draws(self.seed, 0, pl_module.device))
+            if self.interval is None:
+                passes = self.num_bins * len(self._probe[0])
+                self.interval = math.ceil(passes / (COST * PASSES * batch_size))
+            if not self.pretrained:
+                condition = pl_module.source_condition(self._probe[1])
+                self.pretrained = self._losses(pl_module, pl_module.pretrained(), condition)
+        if not self.history or self.history[-1][0] < trainer.global_step:
+            self._record(trainer, pl_module, trainer.global_step)
+
+    def _losses(self, pl_module: Any, denoise: Denoiser, condition: Any) -> dict[str, list[float]]:
+        """Mean loss of target and bank samples in each bin."""
+        assert self._probe is not None
+        x0, _, is_retention = self._probe
+        kinds = {"target": ~is_retention, "bank": is_retention}
+        kinds = {kind: mask for kind, mask in kinds.items() if bool(mask.any())}
+        places = torch.zeros(len(x0), device=x0.device)  # in the bin, from 0 to 1, evenly for each kind
+        for mask in kinds.values():
+            count = int(mask.sum())
+            places[mask] = (torch.arange(count, device=x0.device) + 0.5) / count
+        means = []
+        for k, (first, end) in enumerate(zip(self.edges, self.edges[1:], strict=False)):
+            t = (first + places * (end - first)).long()
+            noise = Draws(self.seed, k + 1, x0.device).normal(*x0.shape)
+            losses = pl_module.denoising_losses(denoise, x0, condition, t, noise)
+            means.append(torch.stack([losses[mask].mean() for mask in kinds.values()]))
+        return dict(zip(kinds, torch.stack(means, dim=1).tolist(), strict=True))
+
+    def _record(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
+        """Measure the weights of this step, and log."""
+        assert self._probe is not None
+        with evaluating(trainer, pl_module):
+            losses = self._losses(pl_module, pl_module.denoise, self._probe[1])
+        self.history.append((step, losses))
+        digits = len(str(self.edges[-1] - 1))
+        scalars = {}
+        for kind, by_bin in losses.items():
+            for k, loss in enumerate(by_bin):
+                name = f"{kind}/t{self.edges[k]:0{digits}}-{self.edges[k + 1] - 1:0{digits}}"
+                scalars[f"forgetting/{name}"] = loss
+                scalars[f"forgetting_gap/{name}"] = loss - self.pretrained[kind][k]
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured so far, and the bank's samples, so that a resumed run measures the same."""
+        return {"history": list(self.history), "pretrained": dict(self.pretrained), "bank": self._bank}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what was measured before a run was resumed.
+
+        Raises:
+            CheckpointError: If it was measured with another number of bins.
+        """
+        widths = {len(by_bin) for by_bin in state_dict["pretrained"].values()}
+        if widths - {self.num_bins}:
+            raise CheckpointError(
+                f"The checkpoint's ForgettingMeter has {widths.pop()} bins, this one {self.num_bins}. Set num_bins to "
+                "that of the run."
+            )
+        self.history, self.pretrained = list(state_dict["history"]), dict(state_dict["pretrained"])
+        self._bank = state_dict["bank"]
+
+
+@contextmanager
+def evaluating(trainer: L.Trainer, module: nn.Module) -> Iterator[None]:
+    """A ``with`` block in eval mode, without gradients, at the trainer's precision; each part's mode comes back."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def first_of(samples: dict[str, Any], count: int) -> dict[str, Any]:
+    """The first samples of a dict of columns."""
+    return {name: column[:count] for name, column in samples.items()}
+
+
+def count_of(samples: dict[str, Any]) -> int:
+    """How many samples a dict of columns has."""
+    return len(next(iter(samples.values())))
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The samples of two dicts of columns, tensors or lists."""
+    return {
+        name: torch.cat([column, second[name]]) if isinstance(column, Tensor) else [*column, *second[name]]
+        for name, column in first.items()
+    }
