@@ -6,7 +6,7 @@ import torch
 
 from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow
 from lightning_difftune.errors import DataError
-from lightning_difftune.ideal_denoiser import ideal_denoiser, ideal_noise
+from lightning_difftune.ideal_denoiser import distance_to_ideal, ideal_denoiser, ideal_noise
 
 PROCESSES = [GaussianDiffusion(), RectifiedFlow()]
 
@@ -96,3 +96,23 @@ def test_data_of_another_shape_or_none_are_refused():
     for nothing in ([], torch.zeros(0, 1, 4, 4)):
         with pytest.raises(DataError, match="are empty"):
             ideal_denoiser(x_t, t, nothing)
+
+
+def test_the_distance_to_the_ideal_is_zero_for_the_ideal_and_grows_with_the_mistake():
+    data, x0 = pictures(20, side=4), pictures(20, side=4)[:6]
+    timesteps = [0, 300, 999]
+    for process in PROCESSES:
+
+        def ideal(x_t, t, condition, process=process):
+            clean = ideal_denoiser(x_t, t, data, process)
+            noise = process.implied_noise(x_t, clean, t)
+            return torch.cat([process.target(clean, noise) + condition, torch.full_like(noise, torch.nan)], dim=1)
+
+        right = distance_to_ideal(ideal, x0, 0.0, data, timesteps, process)
+        assert [t for t, _ in right] == timesteps
+        assert max(distance for _, distance in right) < 2e-3
+        wrong = distance_to_ideal(ideal, x0, 0.5, data, timesteps, process)
+        for (_, distance), t in zip(wrong, timesteps, strict=True):
+            a, b = process.coefficients(torch.tensor([t]), x0)
+            expected = 0.5 * (b if isinstance(process, RectifiedFlow) else b / a)
+            assert distance == pytest.approx(expected.item(), rel=0.01)
