@@ -207,7 +207,7 @@ def ideal_distances(axes: Axes, series: Mapping[str, Sequence[tuple[int, float]]
     """Draw named distances to ideal denoisers over the timestep: (t, root mean squared difference of x0) for each."""
     for style, (name, points) in zip(LINES, series.items(), strict=False):
         timesteps, values = zip(*points, strict=True)
-        axes.plot(timesteps, values, label=name, markersize=3, **style)  # type: ignore[arg-type]
+        axes.plot(timesteps, values, label=name, markersize=3, **style)
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel("timestep t (0 is data)")
     axes.set_ylabel("RMS distance to the ideal denoiser")

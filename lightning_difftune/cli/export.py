@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -186,7 +186,7 @@ def difference(module: DiffTuningModule, other: nn.Module) -> float:
     """How far another network's outputs are from the trained one's, over the largest output, at three noise levels."""
     indices = torch.arange(3)
     x_t = noise_of(0, indices, module.sample_shape).to(module.device)
-    columns = RetentionBatch(latents=x_t, **module.bank_columns(indices, x_t))
+    columns = cast("RetentionBatch", {"latents": x_t, **module.bank_columns(indices, x_t)})
     steps = module.objective.diffusion.num_timesteps
     given = x_t, torch.tensor([0, steps // 2, steps - 1]), module.retention_condition(columns)
     trained = module.trainable_modules()[0]

@@ -22,7 +22,7 @@ from lightning_difftune.cli.nano_autoencoder import new_autoencoder, peak_signal
 from lightning_difftune.data import ImageTargets, NpzImages
 from lightning_difftune.data.source_facts import class_names_of
 from lightning_difftune.errors import DataError
-from lightning_difftune.modules.controlnet import DEFAULT_PROMPT
+from lightning_difftune.prompts import DEFAULT_PROMPT
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL, UNet2DConditionModel

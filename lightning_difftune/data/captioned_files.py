@@ -14,8 +14,8 @@ from lightning_difftune.data.image_files import describe_files, find_pictures, p
 from lightning_difftune.data.source_facts import digest_arrays, digest_files
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import DataError
+from lightning_difftune.prompts import DEFAULT_PROMPT
 
-DEFAULT_PROMPT = "a high-quality, detailed, and professional image"  # the paper's, and the ControlNet authors'
 _FOLDER_LAYOUT = (
     'expected metadata.jsonl with lines such as {"file_name": "1.png", "text": "a red house"}, or a text file beside '
     "each picture, 1.txt beside 1.png."

@@ -18,6 +18,7 @@ from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules.base import adamw
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.prompts import DEFAULT_PROMPT
 from lightning_difftune.protocols import (
     Annotator,
     Denoiser,
@@ -28,8 +29,6 @@ from lightning_difftune.protocols import (
     Tuner,
 )
 from lightning_difftune.sampling import Sampler, to_uint8
-
-DEFAULT_PROMPT = "a high-quality, detailed, and professional image"  # ControlNet's, and the paper's
 
 
 class ControlNetDiffTuningModule(StableDiffusionModule):
