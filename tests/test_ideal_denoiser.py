@@ -106,7 +106,8 @@ def test_the_distance_to_the_ideal_is_zero_for_the_ideal_and_grows_with_the_mist
         def ideal(x_t, t, condition, process=process):
             clean = ideal_denoiser(x_t, t, data, process)
             noise = process.implied_noise(x_t, clean, t)
-            return torch.cat([process.target(clean, noise) + condition, torch.full_like(noise, torch.nan)], dim=1)
+            target = noise - clean if isinstance(process, RectifiedFlow) else noise
+            return torch.cat([target + condition, torch.full_like(noise, torch.nan)], dim=1)
 
         right = distance_to_ideal(ideal, x0, 0.0, data, timesteps, process)
         assert [t for t, _ in right] == timesteps

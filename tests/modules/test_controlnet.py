@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_difftune import ControlNetDiffTuningModule, MemoryBank, MemoryBankDataModule
-from lightning_difftune.callbacks import EMA
+from lightning_difftune.callbacks import EMA, ForgettingMeter
 from lightning_difftune.data import LatentCache
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
@@ -229,3 +229,22 @@ def test_mistakes_are_refused(pipeline_folder):
         built(pipeline_folder).generate_controlled(
             torch.arange(2), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), ["", ""]
         )
+
+
+def test_the_forgetting_meter_compares_it_with_the_network_without_control(tmp_path, pipeline_folder):
+    module, meter = module_of(pipeline_folder), ForgettingMeter(2, num_bins=2, num_samples=2)
+    source = [(picture, "a photo of a cat") for picture in pictures_of(12)]
+    trainer_of(tmp_path, 3, meter, limit_val_batches=0).fit(module, data_of(tmp_path, val_target=source))
+    assert [step for step, _ in meter.history] == [1, 2, 3]  # a batch has one sample of the bank
+    for kind in ("target", "bank"):
+        assert meter.history[-1][1][kind] == pytest.approx(meter.pretrained[kind], rel=0.05)  # three small steps away
+        assert meter.history[-1][1][kind] != meter.pretrained[kind]
+
+
+def test_the_ends_of_a_swap_are_with_control_and_without(pipeline_folder):
+    module, indices = awake(built(pipeline_folder)), torch.arange(2)
+    conditions = module.controlled(["a cat", "a dog"], Bright()(torch.full((2, 3, 16, 16), 200, dtype=torch.uint8)))
+    module.conditions = lambda indices: conditions
+    both = module.generate_swapped(indices, [0.0, 1.0])
+    assert torch.equal(both[0], module.generate(indices))
+    assert not torch.equal(both[0], both[1])

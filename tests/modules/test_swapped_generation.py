@@ -13,7 +13,7 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import velocity_mse_loss
 from lightning_difftune.models import DiT
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import SupportsSwap
+from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsSwap
 from lightning_difftune.sampling import Sampler, sample, to_uint8
 
 STEPS = 6
@@ -146,3 +146,19 @@ def test_a_scheduler_of_the_other_process_is_refused():
         DiTDiffTuningModule(tiny_dit(), objective=flow)
     with pytest.raises(ConfigError, match="the bank_sampler integrates with FlowMatchEulerDiscreteScheduler"):
         DiTDiffTuningModule(tiny_dit(), bank_sampler=Sampler(FLOW))
+
+
+def test_the_losses_of_the_forgetting_meter_are_simple_ones():
+    module = module_of()
+    x0, t = torch.rand(3, 1, 8, 8) - 0.5, torch.tensor([0, 400, 999])
+    labels, noise = torch.tensor([0, 1, 2]), torch.randn(3, 1, 8, 8)
+    process = module.objective.diffusion
+    x_t = process.add_noise(x0, noise, t)
+    assert isinstance(module, SupportsDenoisingLosses)
+    with torch.no_grad():
+        found = module.denoising_losses(module.denoise, x0, labels, t, noise)  # of a hybrid loss, the noise part
+        expected = (module.dit(x_t, t, labels)[:, :1] - noise).square().mean((1, 2, 3))
+        source = module.denoising_losses(module.pretrained(), x0, module.source_condition(labels), t, noise)
+        before = (tiny_dit()(x_t, t, torch.full((3,), 6))[:, :1] - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(source, before)
