@@ -165,8 +165,7 @@ def heat_map(axes: Axes, values: Tensor, steps: Sequence[int], edges: Sequence[i
         label: What the colours mean.
     """
     middles = [(a + b) / 2 for a, b in pairwise(steps)]
-    borders = [steps[0] - (middles[0] - steps[0] if middles else 0.5), *middles]
-    borders.append(steps[-1] + (steps[-1] - middles[-1] if middles else 0.5))
+    borders = [steps[0], *middles, steps[-1]] if middles else [steps[0] - 0.5, steps[0] + 0.5]
     mesh = axes.pcolormesh(borders, edges, values.numpy(), cmap="cividis", rasterized=True)
     if len(steps) > 1 and len(edges) > 2 and bool((values > 0).any()) and bool((values < 0).any()):
         centres = [(a + b) / 2 for a, b in pairwise(edges)]
@@ -182,7 +181,7 @@ def forgetting_figure(
     pretrained: Mapping[str, Sequence[float]],
     edges: Sequence[int],
 ) -> Figure:
-    """Heat maps of the loss over training step and timestep, relative to the pre-trained model's: one a kind of data.
+    """Heat maps of log2(loss / the pre-trained model's) over training step and timestep: one a kind of data.
 
     Args:
         history: (step, losses by bin for each kind) of the measurements.
@@ -197,9 +196,9 @@ def forgetting_figure(
         figure.subplots(1, len(pretrained), squeeze=False)[0], pretrained.items(), strict=True
     ):
         losses = torch.tensor([by_kind[kind] for _, by_kind in history], dtype=torch.float64).T
-        change = 100 * (losses / torch.tensor(before, dtype=torch.float64)[:, None] - 1)
+        change = (losses / torch.tensor(before, dtype=torch.float64)[:, None]).log2()
         steps = [step for step, _ in history]
-        heat_map(axes, change, steps, edges, names.get(kind, kind), "loss against the pre-trained model's (%)")
+        heat_map(axes, change, steps, edges, names.get(kind, kind), "log2 of loss / pre-trained model's loss")
     return figure
 
 

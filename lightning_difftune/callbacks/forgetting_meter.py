@@ -36,7 +36,7 @@ class ForgettingMeter(Callback):
     gap on the target is learning, a positive one on the bank is forgetting. The pre-trained model is loaded for one
     measurement at the start and dropped.
 
-    At the end of training, ``forgetting/losses.csv``, a heat map of the relative gap over steps and timesteps
+    At the end of training, ``forgetting/losses.csv``, a heat map of the relative loss over steps and timesteps
     (``forgetting.svg`` and ``.png``), and ``schedule.json``, a proposal for
     :class:`~lightning_difftune.schedules.MeasuredSchedule`, are written. Only the first process measures.
 
