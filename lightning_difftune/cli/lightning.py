@@ -54,13 +54,14 @@ class DiffTuneParser(LightningArgumentParser):
 
 
 class DiffTuneCLI(LightningCLI):
-    """LightningCLI whose seed and number of classes are set once, for the model and the data."""
+    """LightningCLI whose seed, number of classes and picture size are set once, for the model and the data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the model and the data must agree on."""
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
-        parser.link_arguments("data.init_args.num_classes", "model.init_args.num_classes")
+        for name in ("num_classes", "image_size"):  # where the model has no such argument, nothing is linked
+            parser.link_arguments(f"data.init_args.{name}", f"model.init_args.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and look at a checkpoint before Lightning opens it."""

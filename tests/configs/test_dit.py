@@ -1,29 +1,33 @@
-"""Every file of the config hub, run by the command in its own header on tiny data in the real layouts."""
+"""The DiT configs, the presets, the tuners and the ablations, on tiny data in the real layouts."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import chain
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from config_files import CONFIGS, arguments, composition, files_of, header, leaves, settings, smaller_callbacks
+from tiny_data import (
+    Pictures,
+    accept_flowers,
+    make_artbench10,
+    make_caltech101,
+    make_cars,
+    make_cub200,
+    make_df20_mini,
+    make_flowers,
+    make_folder,
+    make_food101,
+    make_sun397,
+)
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks import EMA, FID, SampleGrid
-from lightning_difftune.cli import main
-from lightning_difftune.cli.compare.jobs import read_jobs
-from lightning_difftune.cli.compare.study import read_study
-from lightning_difftune.cli.compare.work import evaluators
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.data import MemoryBank, MemoryBankDataModule
 from lightning_difftune.data.source_facts import labels_of
@@ -31,10 +35,7 @@ from lightning_difftune.models import DiT, export_dit
 from lightning_difftune.modules import DiTDiffTuningModule
 from lightning_difftune.modules.presets import OFFICIAL, PAPER, active_settings, describe_preset
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-ALL_FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))
-STUDIES = [file for file in ALL_FILES if file.startswith("configs/studies/")]
-FILES = [file for file in ALL_FILES if file not in STUDIES]
+FILES = files_of("dit")
 BASE = "configs/dit/base.yaml"
 TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
     "configs/dit/food101.yaml": ("10.68", "6.05", 101),
@@ -69,144 +70,6 @@ SMALLER = {
 }
 
 
-def header(file: str) -> str:
-    """The comment that a file opens with, without its marks."""
-    lines = (CONFIGS.parent / file).read_text().splitlines()
-    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
-    return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
-
-
-def command(file: str) -> list[str]:
-    """The arguments of the ``difftune fit`` command in a file's header."""
-    joined = header(file).replace("\\\n", " ")
-    (line,) = re.findall(r"^ +difftune (fit .*)$", joined, flags=re.MULTILINE)
-    return shlex.split(line)
-
-
-def settings(file: str) -> Any:
-    return yaml.safe_load((CONFIGS.parent / file).read_text())
-
-
-def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Settings by dotted path; lists count as one setting."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {k: v for name, branch in tree.items() for k, v in leaves(branch, f"{path}.{name}").items()}
-
-
-class Pictures:
-    """Flat grey pictures, a new level each, so that a picture is recognised wherever it turns up."""
-
-    def __init__(self) -> None:
-        self.level = 0
-
-    def __call__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.level += 3
-        # PNG in a file that says .jpg: readers go by the content, and the levels stay exact.
-        Image.new("RGB", (12, 9), (self.level,) * 3).save(path, format="PNG")
-
-
-def make_food101(data: Path, save: Pictures) -> None:
-    folder = data / "food101/food-101"
-    for split, numbers in {"train": range(3), "test": range(3, 5)}.items():
-        names = {dish: [f"{dish}/{number}" for number in numbers] for dish in ("apple_pie", "baby_back_ribs")}
-        for path in chain(*names.values()):
-            save(folder / "images" / f"{path}.jpg")
-        (folder / "meta").mkdir(exist_ok=True)
-        (folder / "meta" / f"{split}.json").write_text(json.dumps(names))
-
-
-def make_sun397(data: Path, save: Pictures) -> None:
-    folder = data / "sun397/SUN397"
-    for number in range(16):
-        save(folder / ("a/abbey", "b/bow_window/indoor")[number % 2] / f"sun_{number:04d}.jpg")
-    (folder / "ClassName.txt").write_text("/a/abbey\n/b/bow_window/indoor\n")
-
-
-def make_df20_mini(data: Path, save: Pictures) -> None:
-    folder = data / "df20_mini"
-    for split, numbers in {"train": range(6), "public_test": range(6, 10)}.items():
-        rows = ["observationID,image_path,scientificName"]
-        for number in numbers:
-            save(folder / "DF20M" / f"{number}-1.JPG")
-            species = ("Boletus edulis Bull.", '"Amanita muscaria (L.) Lam., 1783"')[number % 2]
-            rows.append(f"{number},{number}-1.JPG,{species}")
-        (folder / f"DF20M-{split}_metadata_PROD.csv").write_text("\n".join(rows))
-
-
-def make_caltech101(data: Path, save: Pictures) -> None:
-    for category in ("BACKGROUND_Google", "Faces", "accordion"):
-        for number in range(1, 11):
-            save(data / "caltech101/101_ObjectCategories" / category / f"image_{number:04d}.jpg")
-
-
-def make_cub200(data: Path, save: Pictures) -> None:
-    folder = data / "cub200/CUB_200_2011"
-    birds = {1: "001.Black_footed_Albatross", 2: "002.Laysan_Albatross"}
-    files = {number: f"{birds[number % 2 + 1]}/{number}.jpg" for number in range(1, 11)}
-    for file in files.values():
-        save(folder / "images" / file)
-    for name, lines in {
-        "images": files,
-        "image_class_labels": {number: number % 2 + 1 for number in files},
-        "train_test_split": {number: int(number <= 6) for number in files},
-        "classes": birds,
-    }.items():
-        (folder / f"{name}.txt").write_text("".join(f"{key} {value}\n" for key, value in lines.items()))
-
-
-def make_artbench10(data: Path, save: Pictures) -> None:
-    for split, count in {"train": 3, "test": 2}.items():
-        for style in ("art_nouveau", "baroque"):
-            for number in range(count):
-                save(data / "artbench-10-imagefolder-split" / split / style / f"{number}.jpg")
-
-
-def make_flowers(data: Path, save: Pictures) -> None:
-    from scipy.io import savemat
-    from torchvision.datasets import Flowers102
-
-    folder = data / "flowers/flowers-102"
-    for number in range(1, 13):
-        save(folder / "jpg" / f"image_{number:05d}.jpg")
-    savemat(folder / "imagelabels.mat", {"labels": np.arange(12) % 2 + 1})
-    savemat(folder / "setid.mat", {"trnid": np.arange(1, 4), "valid": np.arange(4, 7), "tstid": np.arange(7, 13)})
-    for name in ("label", "setid"):  # torchvision checks the sums of the real files
-        file = Flowers102._file_dict[name][0]
-        Flowers102._file_dict[name] = (file, hashlib.md5((folder / file).read_bytes()).hexdigest())
-
-
-def make_cars(data: Path, save: Pictures) -> None:
-    from scipy.io import savemat
-
-    folder = data / "stanford_cars"
-    (folder / "devkit").mkdir(parents=True)
-    for split, list_file in {
-        "train": "devkit/cars_train_annos.mat",
-        "test": "cars_test_annos_withlabels.mat",
-    }.items():
-        rows = [(f"{number:05d}.jpg", number % 2 + 1) for number in range(1, 5)]
-        for file, _ in rows:
-            save(folder / f"cars_{split}" / file)
-        savemat(folder / list_file, {"annotations": np.array(rows, dtype=[("fname", "O"), ("class", "O")])})
-    savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array(["AM General Hummer", "Acura RL"], dtype=object)})
-
-
-def make_folder(data: Path, save: Pictures) -> None:
-    for number in range(20):
-        save(data / "pictures" / ("daisy", "rose")[number % 2] / f"{number}.jpg")
-
-
-def make_omniglot(data: Path) -> None:
-    ink = np.full((105, 105), 255, np.uint8)
-    ink[30:70, 50:54] = 0
-    for character in ("character01", "character02"):
-        folder = data / "omniglot/omniglot-py/images_background/Latin" / character
-        folder.mkdir(parents=True)
-        Image.fromarray(ink).convert("1").save(folder / "0001_01.png")
-
-
 DATA_SETS: list[Callable[[Path, Pictures], None]] = [
     *(make_food101, make_sun397, make_df20_mini, make_caltech101, make_cub200, make_artbench10),
     *(make_flowers, make_cars, make_folder),
@@ -230,26 +93,18 @@ def make_models(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A working directory with the hub, every data set where its config looks for it, and tiny models."""
-    from torchvision.datasets import Flowers102
-
-    folder = tmp_path_factory.mktemp("workplace")
-    (folder / "configs").symlink_to(CONFIGS)
+def ingredients(workplace: Path) -> Iterator[None]:
+    """Every data set where its config looks for it, and tiny models."""
+    for make in DATA_SETS:
+        make(workplace / "data", Pictures())
+    make_models(workplace)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Flowers102, "_file_dict", dict(Flowers102._file_dict))
-        for make in DATA_SETS:
-            make(folder / "data", Pictures())
-        make_omniglot(folder / "data")
-        make_models(folder)
-        patch.chdir(folder)
-        yield folder
+        accept_flowers(workplace / "data", patch)
+        yield
 
 
 def tiny(file: str) -> list[str]:
     """Command-line settings that put the tiny models into a run of ``file``'s command."""
-    if BASE not in command(file):
-        return []
     return [
         *("--model.init_args.model", "dit.safetensors"),
         *("--model.init_args.autoencoder.init_args.source", "vae"),
@@ -261,7 +116,7 @@ def tiny(file: str) -> list[str]:
 @cache
 def instantiate(file: str) -> DiffTuneCLI:
     """The objects that a file's command makes, without running it."""
-    return run_lightning([*command(file)[1:], *tiny(file)], run=False)
+    return run_lightning([*composition(file), *tiny(file)], run=False)
 
 
 def levels(datamodule: MemoryBankDataModule, which: str) -> list[int]:
@@ -274,15 +129,6 @@ def levels(datamodule: MemoryBankDataModule, which: str) -> list[int]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_header_opens_with_a_command_that_names_the_file(file: str) -> None:
-    args = command(file)
-    named = [args[position + 1] for position, arg in enumerate(args) if arg == "--config"]
-    assert file in named
-    assert all((CONFIGS.parent / name).is_file() for name in named)
-    assert header(file)[:1].isupper(), "a sentence that says what the file is for comes first"
-
-
-@pytest.mark.parametrize("file", FILES)
 def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     cli = instantiate(file)
     assert isinstance(cli.model, DiTDiffTuningModule)
@@ -291,33 +137,10 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     assert cli.model.seed == cli.datamodule.seed == 0
     assert any(isinstance(callback, EMA) for callback in cli.trainer.callbacks)
     assert labels_of(cli.datamodule.target.source) is not None, "labels are checked before the run starts"
-    if BASE in command(file):
-        cli.model.configure_model()
-        kept = cli.model.label_table == "keep"
-        assert cli.model.dit.num_classes == (1000 if kept else cli.datamodule.num_classes)
-        assert cli.model.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 64, 64)
-
-
-@pytest.mark.parametrize("file", STUDIES)
-def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
-    file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    (line,) = re.findall(r"^ +difftune (compare .*)$", header(file), flags=re.MULTILINE)
-    args = shlex.split(line)
-    assert args[1] == file
-    assert main([*args, "--dry-run"]) == 0
-    study = read_study(Path(file))
-    listed = capsys.readouterr().out.splitlines()
-    assert listed == [f"{run}-seed{seed}: to do" for seed in study.seeds for run in study.runs]
-    assert len(evaluators(list(study.evaluators))) == len(study.evaluators)
-    different = {(run.configs, *run.settings): run for run in study.runs.values()}  # but for values such as a rate
-    for job in read_jobs(study, list(different.values()), [0], study.output):
-        (tmp_path / "run.yaml").write_text(yaml.safe_dump(job.config()))
-        cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)
-        cli.model.configure_model()
-        scheduler = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
-        assert scheduler.total_steps == cli.trainer.max_steps
-        assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
+    cli.model.configure_model()
+    kept = cli.model.label_table == "keep"
+    assert cli.model.dit.num_classes == (1000 if kept else cli.datamodule.num_classes)
+    assert cli.model.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("file", OVERLAYS)
@@ -388,12 +211,7 @@ def test_base_has_the_settings_of_the_paper() -> None:
 
 
 def test_presets_are_what_they_are_called() -> None:
-    described = {
-        file: describe_preset(cli.model, cli.datamodule)
-        for file in FILES
-        if BASE in command(file)
-        for cli in [instantiate(file)]
-    }
+    described = {file: describe_preset(cli.model, cli.datamodule) for file in FILES for cli in [instantiate(file)]}
     assert described.pop("configs/presets/full.yaml").startswith("Preset: standard fine-tuning")
     assert described.pop("configs/presets/paper.yaml").startswith("Preset: paper-literal.")
     for name, change in ABLATIONS.items():
@@ -407,7 +225,7 @@ def test_paper_and_official_preset_undo_each_other() -> None:
     assert active_settings(paper.model, paper.datamodule) == PAPER
     assert paper.model.bank_sampler.guidance_channels == 3, "the bank is shared"
     assert type(paper.model.optimizer([nn.Parameter(torch.zeros(1))])) is torch.optim.Adam
-    args = [*command("configs/presets/paper.yaml")[1:], "--config", "configs/presets/official.yaml", *tiny(BASE)]
+    args = [*composition("configs/presets/paper.yaml"), "--config", "configs/presets/official.yaml", *tiny(BASE)]
     official = run_lightning(args, run=False)
     assert active_settings(official.model, official.datamodule) == OFFICIAL
     optimizer = official.model.optimizer([nn.Parameter(torch.zeros(1))])
@@ -417,7 +235,7 @@ def test_paper_and_official_preset_undo_each_other() -> None:
 
 def test_print_config_shows_the_composed_settings(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        run_lightning([*command("configs/presets/paper.yaml"), "--trainer.max_steps", "5", "--print_config"])
+        run_lightning([*arguments("configs/presets/paper.yaml"), "--trainer.max_steps", "5", "--print_config"])
     assert exit_.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["trainer"]["max_steps"] == 5
@@ -446,23 +264,21 @@ class TinyFeatures(nn.Module):
 )
 def test_two_steps_of_training(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_difftune.callbacks.distance.InceptionV3Features", TinyFeatures)
-    callbacks = settings(BASE)["trainer"]["callbacks"]
-    smaller = {
-        "FID": {"num_samples": 8, "cache_dir": str(tmp_path / "fid")},
-        "SampleGrid": {"num_samples": 4},
-        "ModelCheckpoint": {"every_n_train_steps": 2, "save_last": "link"},
-    }
-    for callback in callbacks:
-        callback.setdefault("init_args", {}).update(smaller.get(callback["class_path"].rsplit(".")[-1], {}))
-    (tmp_path / "smaller.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    smaller = smaller_callbacks(
+        BASE,
+        tmp_path,
+        FID={"num_samples": 8, "cache_dir": str(tmp_path / "fid")},
+        SampleGrid={"num_samples": 4},
+        ModelCheckpoint={"every_n_train_steps": 2, "save_last": "link"},
+    )
     few = f"""
-        --config {tmp_path / "smaller.yaml"} --trainer.max_steps 2 --trainer.val_check_interval 2
+        --config {smaller} --trainer.max_steps 2 --trainer.val_check_interval 2
         --trainer.default_root_dir {tmp_path / "run"} --trainer.enable_progress_bar false
         --data.init_args.bank {tmp_path / "bank"} --data.init_args.bank_size 8 --data.init_args.num_workers 0
         --data.init_args.latent_cache {tmp_path / "latents"} --data.init_args.image_size 64
         --model.init_args.sampler.num_inference_steps 4 --model.init_args.bank_sampler.num_inference_steps 4
     """
-    cli = run_lightning([*command(file), *tiny(file), *few.split()])
+    cli = run_lightning([*arguments(file), *tiny(file), *few.split()])
 
     assert cli.trainer.global_step == 2
     logged = cli.trainer.callback_metrics

@@ -1,0 +1,38 @@
+"""Every file of the config hub opens with its command, is short of line, and has a family that tests it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from config_files import ALL_FILES, CONFIGS, FAMILIES, arguments, files_of, header
+
+
+def test_every_file_is_covered_by_exactly_one_family() -> None:
+    assert sorted(file for family in FAMILIES for file in files_of(family)) == ALL_FILES
+    for family in FAMILIES:
+        assert files_of(family), f"nothing is left of the family {family}"
+        tests = Path(__file__).with_name(f"test_{family}.py").read_text()
+        assert f'files_of("{family}")' in tests, "all of its files are tested, not a list of some"
+
+
+def test_an_installed_wheel_has_every_folder() -> None:
+    listed = (CONFIGS.parent / "pyproject.toml").read_text()
+    packages = set(re.findall(r'"lightning_difftune\.configs\.(\w+)"', listed))
+    assert packages == {Path(file).parts[1] for file in ALL_FILES if len(Path(file).parts) > 2}
+
+
+@pytest.mark.parametrize("file", ALL_FILES)
+def test_header_opens_with_a_command_that_names_the_file(file: str) -> None:
+    args = arguments(file)
+    named = [arg for arg in args if arg.startswith("configs/")]
+    assert file in named
+    assert all((CONFIGS.parent / name).is_file() for name in named)
+    assert header(file)[:1].isupper(), "a sentence that says what the file is for comes first"
+
+
+@pytest.mark.parametrize("file", ALL_FILES)
+def test_lines_are_of_120_characters_at_most(file: str) -> None:
+    lines = (CONFIGS.parent / file).read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120]

@@ -1,0 +1,38 @@
+"""The studies of `difftune compare`; what the command does with them is tested in tests/test_compare.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from config_files import arguments, files_of
+
+from lightning_difftune.cli import main
+from lightning_difftune.cli.compare.jobs import read_jobs
+from lightning_difftune.cli.compare.study import read_study
+from lightning_difftune.cli.compare.work import evaluators
+from lightning_difftune.cli.lightning import run_lightning
+
+pytestmark = pytest.mark.usefixtures("workplace")
+
+
+@pytest.mark.parametrize("file", files_of("studies"))
+def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
+    file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    args = arguments(file)
+    assert args[:2] == ["compare", file]
+    assert main([*args, "--dry-run"]) == 0
+    study = read_study(Path(file))
+    listed = capsys.readouterr().out.splitlines()
+    assert listed == [f"{run}-seed{seed}: to do" for seed in study.seeds for run in study.runs]
+    assert len(evaluators(list(study.evaluators))) == len(study.evaluators)
+    different = {(run.configs, *run.settings): run for run in study.runs.values()}  # but for values such as a rate
+    for job in read_jobs(study, list(different.values()), [0], study.output):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(job.config()))
+        cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)
+        cli.model.configure_model()
+        scheduler = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
+        assert scheduler.total_steps == cli.trainer.max_steps
+        assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
