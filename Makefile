@@ -30,7 +30,7 @@ clean:
 	$(PYTHON) -m venv .venv
 
 .venv/.demo: pyproject.toml constraints.txt | .venv/bin/python
-	$(INSTALL) '.[demo]'
+	$(INSTALL) '.[demo,control]'
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python

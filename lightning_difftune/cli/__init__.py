@@ -11,6 +11,8 @@ from lightning_difftune.errors import ConfigError, DiffTuneError
 HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
 
   difftune quickstart            Diff-Tune a small bundled model to handwritten digits: about four minutes on a CPU
+  difftune quickstart --controlnet
+                                 train a Canny ControlNet for 32 px flowers, with and without Diff-Tuning
   difftune fit --config ...      fine-tune; builds a missing memory bank first
   difftune validate --config ... validation loss, FID and sample grid
   difftune compare STUDY.yaml    run configs over seeds, resume, and compare them in tables and figures
