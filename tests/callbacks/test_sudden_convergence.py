@@ -311,7 +311,7 @@ def test_a_task_of_the_paper_is_named_in_a_config_and_watched_in_a_fit(tmp_path:
     parser.add_argument("--callbacks", type=list[Callback])
     task = {"class_path": "lightning_difftune.callbacks.SuddenConvergence.for_task", "init_args": {"task": "edge"}}
     (callback,) = parser.instantiate(parser.parse_object({"callbacks": [task]})).callbacks
-    make_trainer(tmp_path, callback).fit(Controlled([0.3, 0.5, 0.55, 0.5, 0.6, 0.7, 0.7, 0.7]))
+    make_trainer(tmp_path, callback).fit(Controlled([0.3, 0.5, 0.54, 0.5, 0.6, 0.7, 0.7, 0.7]))
     assert callback.convergence_step == 5  # the first above 0.55
 
 

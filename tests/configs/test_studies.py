@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from config_files import arguments, files_of
+from tiny_data import Pictures, accept_flowers, make_flowers
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.compare.jobs import read_jobs
@@ -14,7 +16,14 @@ from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.work import evaluators
 from lightning_difftune.cli.lightning import run_lightning
 
-pytestmark = pytest.mark.usefixtures("workplace")
+
+@pytest.fixture(scope="module", autouse=True)
+def data(workplace: Path) -> Iterator[None]:
+    """Flowers in torchvision's layout; the digits come with a dependency."""
+    make_flowers(workplace / "data", Pictures())
+    with pytest.MonkeyPatch.context() as patch:
+        accept_flowers(workplace / "data", patch)
+        yield
 
 
 @pytest.mark.parametrize("file", files_of("studies"))
@@ -33,6 +42,7 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(job.config()))
         cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)
         cli.model.configure_model()
-        scheduler = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
-        assert scheduler.total_steps == cli.trainer.max_steps
+        if cli.model.lr_scheduler is not None:
+            scheduler = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
+            assert scheduler.total_steps == cli.trainer.max_steps
         assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
