@@ -95,7 +95,9 @@ def bars(
     _label(axes, title, y_label)
     axes.margins(y=0.1)
     if any(groups):
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(
+            frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups)
+        )  # above all bars
 
 
 def save(figure: Figure, path: Path) -> None:
