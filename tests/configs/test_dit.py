@@ -214,6 +214,9 @@ def test_presets_are_what_they_are_called() -> None:
     described = {file: describe_preset(cli.model, cli.datamodule) for file in FILES for cli in [instantiate(file)]}
     assert described.pop("configs/presets/full.yaml").startswith("Preset: standard fine-tuning")
     assert described.pop("configs/presets/paper.yaml").startswith("Preset: paper-literal.")
+    flow = described.pop("configs/presets/flow_matching.yaml")
+    assert "loss = velocity_mse_loss" in flow
+    assert "schedule = PowerSchedule(tau=1)" in flow
     for name, change in ABLATIONS.items():
         text = described.pop(f"configs/ablations/{name}.yaml")
         assert text.startswith(f"Preset: custom; nearest is official code, with {change}. "), text
@@ -258,7 +261,7 @@ class TinyFeatures(nn.Module):
 @pytest.mark.parametrize(
     "file",
     [
-        *("configs/dit/flowers.yaml", "configs/presets/paper.yaml"),
+        *("configs/dit/flowers.yaml", "configs/presets/paper.yaml", "configs/presets/flow_matching.yaml"),
         *(f"configs/ablations/{name}.yaml" for name in ABLATIONS if name != "reconsolidation_only"),  # has no bank
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from config_files import composition, files_of
-from tiny_data import Pictures, accept_flowers, make_flowers, make_omniglot
+from tiny_data import Pictures, accept_flowers, make_flowers, make_omniglot, make_tiny_imagenet
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule, TextToImageDiffTuningModule
 from lightning_difftune.callbacks import EMA
@@ -20,6 +20,7 @@ FLOWERS = "configs/pretrain/flowers.yaml"
 @pytest.fixture(scope="module", autouse=True)
 def ingredients(workplace: Path) -> Iterator[None]:
     make_omniglot(workplace / "data")
+    make_tiny_imagenet(workplace / "data")
     make_flowers(workplace / "data", Pictures())
     with pytest.MonkeyPatch.context() as patch:
         accept_flowers(workplace / "data", patch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.work import evaluators
 from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.schedules import fit_schedule
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,6 +26,15 @@ def data(workplace: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         accept_flowers(workplace / "data", patch)
         yield
+
+
+def leave_measured_schedule(config: dict[str, Any], output: Path) -> None:
+    """What the forgetting meter of a run writes, for the run of its study that trains with it."""
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"].endswith(".ForgettingMeter"):
+            folder = Path(callback["init_args"]["dirpath"])
+            assert folder.is_relative_to(output)
+            fit_schedule(folder / "schedule.json", [0.25, 0.75], [1.0, 1.0], [1.0, 0.5])
 
 
 @pytest.mark.parametrize("file", files_of("studies"))
@@ -40,6 +51,7 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
     different = {(run.configs, *run.settings): run for run in study.runs.values()}  # but for values such as a rate
     for job in read_jobs(study, list(different.values()), [0], study.output):
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(job.config()))
+        leave_measured_schedule(job.config(), study.output)
         cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)
         cli.model.configure_model()
         if cli.model.lr_scheduler is not None:
