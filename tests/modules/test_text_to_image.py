@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.losses import eps_mse_loss
 from lightning_difftune.modules.stable_diffusion import stable_diffusion_objective, stable_diffusion_sampler
 from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
-from lightning_difftune.sampling import Sampler
+from lightning_difftune.sampling import Sampler, sample, to_uint8
 from lightning_difftune.tuners import LoRA
 
 CAPTIONS = ["a photo of a cat", "a photo of a dog", "grey"]
@@ -124,6 +125,42 @@ def test_captions_are_dropped_once_a_sample_and_retained_samples_have_their_bank
     assert torch.equal(condition[count:], module.text_encoder.encode(["", "grey", "grey"]))
     module.eval()
     assert torch.equal(module.prepare({"target": target}, Draws(0, 0))[1], embeddings)
+
+
+def test_domain_guidance_takes_the_empty_prompt_of_the_pipeline_before_tuning(pipeline_folder):
+    plain, domain = stable_diffusion_sampler(2, 3.0), stable_diffusion_sampler(2, 3.0)
+    domain.domain_guidance = True
+    module, indices = built(pipeline_folder), torch.arange(2)
+    pipeline = copy.deepcopy(module.unet)
+    condition, null = module.conditions(indices)
+
+    def guided(x_t, t, _):
+        text, empty = module.denoise(x_t, t, condition), pipeline(x_t, t, null).sample
+        return empty + 3.0 * (text - empty)
+
+    module.sampler = plain
+    before = module.generate(indices).int()
+    module.sampler = domain
+    assert (module.generate(indices).int() - before).abs().max() <= 1, "both networks are the pipeline's"
+    with torch.no_grad():
+        for parameter in module.unet.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    expected = sample(guided, module.start_noise(indices), domain.scheduler, 2)
+    assert (module.generate(indices).int() - to_uint8(module.decode(expected)).int()).abs().max() <= 1
+    module.sampler = plain
+    assert (module.generate(indices).int() - to_uint8(module.decode(expected)).int()).abs().max() > 1
+
+
+def test_the_ends_of_a_swap_are_the_tuned_pipeline_and_the_pipeline(pipeline_folder):
+    module, indices = built(pipeline_folder), torch.arange(2)
+    before = module.generate(indices)
+    with torch.no_grad():
+        for parameter in module.unet.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    swapped = module.generate_swapped(indices, [0.0, 1.0])
+    assert torch.equal(swapped[0], module.generate(indices))
+    assert torch.equal(swapped[1], before)
+    assert not torch.equal(swapped[0], swapped[1])
 
 
 def test_the_bank_is_of_the_pipeline_even_after_tuning(tmp_path, pipeline_folder):
