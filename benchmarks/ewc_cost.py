@@ -10,17 +10,12 @@ included. Prints a table and writes it as JSON. The share should be below 1 % wi
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor, nn
+from harness import Stopwatch, parser_of, quiet_trainer, report
+from torch import Tensor
 
 from lightning_difftune.callbacks import EWC
 from lightning_difftune.callbacks.fisher import DiagonalFisher
@@ -68,76 +63,25 @@ class Denoising(L.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
 
-class TimedEWC(EWC):
-    """Times its own hooks, and the run around them."""
-
-    warm_up = 10  # steps that do not count
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start the clocks after the warm-up."""
-        if trainer.global_step == self.warm_up:
-            self.own, self.began = 0.0, now(pl_module)
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Time the penalty."""
-        start = now(pl_module) if self.penalty else 0.0
-        super().on_before_optimizer_step(trainer, pl_module, optimizer)
-        if self.penalty and trainer.global_step >= self.warm_up:
-            self.own += now(pl_module) - start
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Time the measurement."""
-        is_time = trainer.global_step % self.every_n_steps == 0
-        start = now(pl_module) if is_time else time.perf_counter()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        end = now(pl_module) if is_time else time.perf_counter()
-        if trainer.global_step > self.warm_up:
-            self.own += end - start
-        self.total = end - getattr(self, "began", end)
-
-
-def now(module: nn.Module) -> float:
-    """Seconds, once the device has nothing left to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(options: argparse.Namespace, lora: bool, **settings: Any) -> dict[str, float]:
     """One run: seconds a step, and the callback's share of it."""
     L.seed_everything(0)
-    module, ewc = Denoising(options.size, options.batch_size, lora), TimedEWC(**settings)
-    steps = options.intervals * ewc.every_n_steps + TimedEWC.warm_up
-    steps -= steps % ewc.every_n_steps - TimedEWC.warm_up  # the clock runs for whole intervals
-    trainer = L.Trainer(
-        max_steps=steps,
-        precision=options.precision,
-        devices=1,
-        callbacks=[ewc],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module)
-    training = ewc.total - ewc.own
+    module, ewc = Denoising(options.size, options.batch_size, lora), EWC(**settings)
+    clock = Stopwatch(ewc, ("on_before_optimizer_step", "on_train_batch_end"))
+    # The clock runs for whole intervals, and so for as many measurements.
+    steps = options.intervals * ewc.every_n_steps + clock.warm_up
+    quiet_trainer(steps, clock, ewc, precision=options.precision).fit(module)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    timed = steps - TimedEWC.warm_up
-    return {"trained": trained, "step_seconds": training / timed, "share": ewc.own / training}
+    return {"trained": trained, "step_seconds": clock.training / clock.steps, "share": clock.share}
 
 
 def main() -> None:
     """Run the four cases."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "ewc_cost")
     parser.add_argument("--size", default="nano", help="nano, or a published size such as DiT-XL/2")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--intervals", type=int, default=2, help="how many times the default interval is timed")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/ewc_cost.json"))
     options = parser.parse_args()
 
     def loss(module: Any, batch: Sample) -> Tensor:
@@ -153,16 +97,12 @@ def main() -> None:
         "full, Fisher": measure(options, lora=False, fisher=fisher),
         "full, Fisher and penalty": measure(options, lora=False, fisher=fisher, penalty=1.0),
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    table = Table(title=f"EWC every {EWC().every_n_steps} steps, {options.size}, batch {options.batch_size}, {device}")
-    for heading in ("trained", "parameters", "ms a step", "EWC's share"):
-        table.add_column(heading, justify="left" if heading == "trained" else "right")
-    for name, row in results.items():
-        table.add_row(name, f"{row['trained']:,}", f"{row['step_seconds'] * 1e3:.1f}", f"{row['share']:.2%}")
-    Console().print(table)
-    settings = {name: str(value) for name, value in vars(options).items()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"device": device, "settings": settings, "results": results}, indent=2) + "\n")
+    rows = [
+        (name, f"{row['trained']:,}", f"{row['step_seconds'] * 1e3:.1f}", f"{row['share']:.2%}")
+        for name, row in results.items()
+    ]
+    title = f"EWC every {EWC().every_n_steps} steps, {options.size}, batch {options.batch_size}"
+    report(options, title, ("trained", "parameters", "ms a step", "EWC's share"), rows, results)
 
 
 if __name__ == "__main__":

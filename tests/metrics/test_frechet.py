@@ -64,8 +64,8 @@ def test_equals_torchmetrics() -> None:
     assert measured(extractor, real, fake) == pytest.approx(in_float32, rel=1e-5)
 
 
-@pytest.mark.parametrize(("n_real", "n_fake"), [(9, 7), (300, 7), (2, 2)])
-def test_is_exact_with_fewer_pictures_than_features(n_real: int, n_fake: int) -> None:
+@pytest.mark.parametrize(("n_real", "n_fake"), [(300, 250), (300, 7), (7, 300), (9, 7), (2, 2)])
+def test_is_exact_with_more_and_with_fewer_pictures_than_features(n_real: int, n_fake: int) -> None:
     extractor, real, fake = RandomFeatures(num_features=40), pictures(n_real, 1), pictures(n_fake, 2, high=200)
     a, b = features_of(extractor, real), features_of(extractor, fake)
     x, y = a - a.mean(0), b - b.mean(0)
@@ -112,6 +112,17 @@ def test_runs_the_extractor_in_evaluation_mode_at_full_precision_without_gradien
     distance = FrechetDistance(extractor)
     distance.update(real, real=True)
     assert not distance.real_features_sum.requires_grad
+
+
+def test_other_real_pictures_give_another_distance() -> None:
+    extractor, real, other, fake = RandomFeatures(), pictures(40, 1), pictures(40, 4, high=90), pictures(40, 2)
+    distance = FrechetDistance(extractor)
+    distance.update(real, real=True)
+    distance.update(fake, real=False)
+    assert distance.compute().item() == measured(extractor, real, fake, batch_size=40)
+    distance.reset_real()
+    distance.update(other, real=True)
+    assert distance.compute().item() == measured(extractor, other, fake, batch_size=40)
 
 
 def test_real_statistics_outlive_reset_and_can_be_moved_to_another_metric() -> None:
