@@ -15,6 +15,7 @@ HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
                                  train a Canny ControlNet for 32 px flowers, with and without Diff-Tuning
   difftune fit --config ...      fine-tune; builds a missing memory bank first
   difftune validate --config ... validation loss, FID and sample grid
+  difftune plan --config ...     what it will cost: operations, memory, disk and hours
   difftune compare STUDY.yaml    run configs over seeds, resume, and compare them in tables and figures
   difftune predict --config ...  build the memory bank on purpose, on all devices
   difftune swap --config ... --ckpt_path ...
@@ -31,7 +32,7 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
-COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "export")
+COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "export", "plan")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +74,10 @@ def run(args: list[str]) -> None:
         from lightning_difftune.cli.export import export
 
         export(args[1:])
+    elif args[0] == "plan":
+        from lightning_difftune.cli.plan import plan
+
+        plan(args[1:])
     elif args[0] in COMMANDS or args[0].startswith("-"):
         from lightning_difftune.cli.lightning import run_lightning
 

@@ -1,0 +1,157 @@
+"""``difftune plan``: what a config will cost, before it is run."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightning_difftune.cli.lightning import ModelReader
+from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
+from lightning_difftune.cli.plan.probe import Costs, Probe, count
+from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured, Speed
+from lightning_difftune.data.shards.atomic import atomic_write
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.modules import DiffTuningModule
+from lightning_difftune.protocols import SupportsEncode
+
+DESCRIPTION = """Say what a config costs before it is run: floating-point operations, memory, disk and hours of its
+memory bank, latent cache, training and evaluation. Nothing is trained or written.
+
+For a named accelerator the hours are operations over a part of its peak; for `measured`, each part is timed on this
+machine. All other options are --config and overrides of its keys, as of `difftune fit`."""
+
+
+def plan(argv: Sequence[str]) -> None:
+    """Print what a run costs.
+
+    Args:
+        argv: The command line after ``plan``.
+
+    Raises:
+        DiffTuneError: If the config cannot be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="difftune plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=[*ACCELERATORS, "measured"], default="a100", help="whose hours (default: a100)"
+    )
+    parser.add_argument("--utilisation", type=float, default=0.35, help="of a named device's peak (default: 0.35)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    options, rest = parser.parse_known_args(argv)
+    if not 0 < options.utilisation <= 1:
+        raise ConfigError(f"--utilisation is a part of the peak, in (0, 1], got {options.utilisation}.")
+    reader = ModelReader(rest)
+    module: Any = reader.model
+    if not isinstance(module, DiffTuningModule) or not isinstance(module, SupportsEncode):
+        raise ConfigError(
+            f"difftune plan knows Diff-Tuning modules with encode() and encoder_identity(); {type(module).__name__} is "
+            "none."
+        )
+    config = reader.composed
+    data, precision = config.data.init_args, str(config.trainer.precision or "32-true")
+    module.configure_model()
+    module.train()
+    shape = (data.channels, data.image_size, data.image_size)
+    costs = count(module, shape, precision)
+    speed = measured(module, data, shape, precision) if options.device == "measured" else None
+    if speed is None:
+        speed = DataSheet(options.device, options.utilisation, precision, costs)
+    found = phases(config, module, costs, *sizes(reader))
+    show(found, costs, speed, data.batch_size, num_devices(config.trainer), options)
+
+
+def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precision: str) -> Speed:
+    """This machine's speed, on its GPU if it has one; the module is trained for a moment."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = copy.deepcopy(module).to(device)
+    trained.train()
+    of_training = Probe(trained, shape, data.batch_size, precision)
+    return Measured(of_training, Probe(trained, shape, data.build_batch_size, precision))
+
+
+def sizes(reader: ModelReader) -> tuple[int | None, int | None]:
+    """Pictures of the target and of the held-out target, if their files are here."""
+    try:
+        data = reader.open_data()
+    except Exception:  # whatever a data set raises where its files are not
+        return None, None
+    return len(data.target), len(data.val_target) if data.val_target is not None else 0
+
+
+def show(
+    found: Sequence[Phase], costs: Costs, speed: Speed, batch_size: int, devices: int, options: argparse.Namespace
+) -> None:
+    """Print the table, and write it as JSON if asked to."""
+    table = Table(title=f"{speed.name}, {devices} device{'s' if devices > 1 else ''}", title_justify="left")
+    for heading in ("", "what", "FLOPs", "time", "disk"):
+        table.add_column(heading, justify="left" if heading in ("", "what") else "right")
+    total = sum(phase.seconds(speed, devices) for phase in found)
+    for phase in found:
+        cells = f"{phase.flops(costs):.2g}", duration(phase.seconds(speed, devices)), size(phase.disk)
+        table.add_row(phase.name, phase.what, *cells)
+    table.add_section()
+    flops, disk = sum(phase.flops(costs) for phase in found), sum(phase.disk for phase in found)
+    table.add_row("in all", "", f"{flops:.2g}", duration(total), size(disk))
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    weights, optimizer = costs.trained * 4 + costs.frozen_bytes, costs.trained * 4 * 3
+    averages, activations = costs.trained * 4, costs.activation_bytes * batch_size
+    memory = weights + optimizer + averages + activations
+    console.print(
+        f"Memory of a training step, about {size(memory)} a device: weights {size(weights)}, gradients and Adam "
+        f"{size(optimizer)}, EMA {size(averages)}, activations of {batch_size} samples {size(activations)}."
+    )
+    console.print(
+        "Not counted: reading pictures, feature extractors, and what a device waits for. A named device's hours are as "
+        "good as --utilisation is; --device measured times this machine."
+    )
+    if options.json is not None:
+        content = {
+            "device": speed.name,
+            "devices": devices,
+            "memory_bytes": memory,
+            "phases": {
+                phase.name: {
+                    "what": phase.what,
+                    "flops": phase.flops(costs),
+                    "seconds": phase.seconds(speed, devices),
+                    "disk_bytes": phase.disk,
+                }
+                for phase in found
+            },
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(options.json, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that reads best.
+
+    Example:
+        >>> duration(42), duration(4200), duration(420_000)
+        ('42 s', '1.2 h', '117 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.{1 if seconds < 36_000 else 0}f} h"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best.
+
+    Example:
+        >>> size(0), size(52_000_000), size(3.4e10)
+        ('', '52 MB', '34 GB')
+    """
+    if count == 0:
+        return ""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"

@@ -1,0 +1,179 @@
+"""The parts of a run, one batch of each, to be counted or timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_difftune.draws import Draws
+from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.modules import DiffTuningModule
+from lightning_difftune.protocols import DiffTuningBatch, TargetBatch
+
+PARTS = ("train", "denoise", "denoise_source", "encode", "decode", "bank_columns")
+
+
+class Probe:
+    """A module with a batch of made-up pictures, and what a run does with them.
+
+    The methods named after the parts of a run, :data:`PARTS`, each do that part once for the whole batch.
+
+    Args:
+        module: The module, built, on the device that counts; it has ``encode``.
+        picture_shape: (C, H, W) of the pictures.
+        batch_size: B.
+        precision: The trainer's, such as ``bf16-mixed``.
+    """
+
+    def __init__(
+        self, module: DiffTuningModule, picture_shape: tuple[int, ...], batch_size: int, precision: str
+    ) -> None:
+        self.module: Any = module
+        self.batch_size = batch_size
+        device = module.device
+        self.autocast: Callable[[], Any] = nullcontext
+        if precision == "bf16-mixed":
+            self.autocast = lambda: torch.autocast(device.type, torch.bfloat16)
+        generator = torch.Generator().manual_seed(0)
+        self.indices = torch.arange(batch_size)
+        pictures = torch.rand(batch_size, *picture_shape, generator=generator) * 2 - 1
+        self.target = cast(
+            "TargetBatch",
+            {
+                "pixel_values": pictures.to(device),
+                "class_labels": torch.zeros(batch_size, dtype=torch.int64, device=device),
+                "captions": ["a picture"] * batch_size,
+            },
+        )
+        self.latents = torch.randn(batch_size, *module.sample_shape, generator=generator).to(device)
+        self.t = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.source_condition = module.source_conditions(self.indices)[0]
+        self.source = module.frozen_denoiser()
+        self.encoded = self.encode()
+        self.columns = {"latents": self.latents, **self.bank_columns()}
+        batch: DiffTuningBatch = {"target": self.encoded}
+        self.x0, self.condition, self.is_retention = module.prepare(batch, Draws(0, 0, device))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return self.module.trainable_parameters()
+
+    def loss(self) -> Tensor:
+        """The objective on target samples; one of the bank costs the same."""
+        module, noise = self.module, torch.zeros_like(self.x0)
+        samples = self.x0, self.condition, self.is_retention, self.t, noise
+        with self.autocast():
+            return module.objective.at(module.denoise, *samples, None, module.teacher).loss
+
+    def train(self) -> tuple[Tensor | None, ...]:
+        """Forward and backward."""
+        return torch.autograd.grad(self.loss(), self.parameters, allow_unused=True)
+
+    @torch.no_grad()
+    def denoise(self) -> Tensor:
+        """One forward pass of the tuned network."""
+        with self.autocast():
+            return self.module.denoise(self.latents, self.t, self.condition)
+
+    @torch.no_grad()
+    def denoise_source(self) -> Tensor:
+        """One forward pass of the pre-trained network."""
+        with self.autocast():
+            return self.source(self.latents, self.t, self.source_condition)
+
+    @torch.no_grad()
+    def encode(self) -> TargetBatch:
+        """Pictures to what is trained on."""
+        return self.module.encode(self.target)
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        """Latents to pictures."""
+        return self.module.decode(self.latents)
+
+    @torch.no_grad()
+    def bank_columns(self) -> dict[str, Tensor]:
+        """What the bank keeps beside latents, such as control maps of the decoded samples."""
+        return self.module.bank_columns(self.indices, self.latents)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one sample costs.
+
+    Attributes:
+        flops: Floating-point operations of each part, a multiplication and an addition being two.
+        activation_bytes: What a training step keeps for the backward pass.
+        bank_bytes: On disk, in a memory bank.
+        cache_bytes: On disk, in a latent cache, without the mirror image.
+        trained: Parameters that are trained.
+        frozen_bytes: Parameters that are not, in the types that they are kept in.
+    """
+
+    flops: dict[str, float]
+    activation_bytes: float
+    bank_bytes: float
+    cache_bytes: float
+    trained: int
+    frozen_bytes: float
+
+
+def count(module: DiffTuningModule, picture_shape: tuple[int, ...], precision: str) -> Costs:
+    """Count what one sample costs, for pictures (C, H, W), on the CPU.
+
+    The denoising networks only go through the motions, on tensors without values, so that the largest is counted in
+    seconds. The autoencoder, and an annotator, work on one picture and on two.
+    """
+    probe, pair = (Probe(module, picture_shape, batch_size, precision) for batch_size in (1, 2))
+    flops = {}
+    for part in PARTS:
+        values = nullcontext() if part in ("encode", "decode", "bank_columns") else without_values()
+        with values, FlopCounterMode(display=False) as counter:
+            getattr(probe, part)()
+        flops[part] = float(counter.get_total_flops())
+    trained = probe.parameters
+    names = {id(parameter) for parameter in trained}
+    frozen = [p for p in all_parameters(probe.module) if id(p) not in names]
+    halves = {name: x for name, x in probe.encoded.items() if isinstance(x, Tensor)}
+    return Costs(
+        flops,
+        saved_bytes(pair) - saved_bytes(probe),
+        sum(x.nbytes for x in probe.columns.values()),
+        sum(x.numel() * (2 if x.is_floating_point() else x.element_size()) for x in halves.values()),
+        sum(p.numel() for p in trained),
+        sum(p.nbytes for p in frozen),
+    )
+
+
+def without_values() -> FakeTensorMode:
+    """A ``with`` block in which tensors have shapes and no values."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def saved_bytes(probe: Probe) -> float:
+    """What a training step keeps for its backward pass, each storage once, weights included."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with without_values(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = probe.loss()
+    del loss  # what was saved lives until here, so that no storage is taken for another
+    return float(sum(storages.values()))
+
+
+def all_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a module and of the frozen networks that it keeps out of its checkpoints."""
+    parts = [module, *(part.network for part in module.modules() if isinstance(part, Frozen))]
+    return list({id(p): p for part in parts for p in part.parameters()}.values())

@@ -1,0 +1,117 @@
+"""How long a part of a run takes on a device: by its data sheet, or measured here."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lightning_difftune.cli.plan.probe import PARTS, Costs, Probe
+
+
+class Speed(Protocol):
+    """Seconds for one sample of a part."""
+
+    name: str
+
+    def seconds(self, part: str) -> float:
+        """Seconds for one sample of one of :data:`~lightning_difftune.cli.plan.probe.PARTS`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device by its data sheet.
+
+    Attributes:
+        memory: GiB.
+        flops: Dense peak in FLOP/s, by the type that matrices are multiplied in.
+    """
+
+    memory: int
+    flops: dict[str, float]
+
+
+# Dense peaks of NVIDIA's data sheets, SXM modules; tf32 is what float32 matrices are multiplied in here.
+ACCELERATORS = {
+    "a100": Accelerator(80, {"bf16": 312e12, "tf32": 156e12}),
+    "h100": Accelerator(80, {"bf16": 989e12, "tf32": 494e12}),
+    "h200": Accelerator(141, {"bf16": 989e12, "tf32": 494e12}),
+}
+TYPES = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "bf16", "16-true": "bf16"}  # fp16's peak is bf16's
+
+
+class DataSheet:
+    """A named accelerator that reaches a part of its peak.
+
+    Args:
+        device: Its name in :data:`ACCELERATORS`.
+        utilisation: The part of the peak, in (0, 1].
+        precision: The trainer's.
+        costs: What is to be computed. Autoencoder and annotator compute in float32.
+    """
+
+    def __init__(self, device: str, utilisation: float, precision: str, costs: Costs) -> None:
+        self.costs, self.utilisation = costs, utilisation
+        self.accelerator = ACCELERATORS[device]
+        self.networks = TYPES.get(precision, "tf32")
+        self.name = f"{device.upper()} at {utilisation:.0%} of its {self.networks} peak"
+
+    def seconds(self, part: str) -> float:
+        """FLOPs over FLOP/s."""
+        kind = self.networks if part in ("train", "denoise", "denoise_source") else "tf32"
+        return self.costs.flops[part] / (self.accelerator.flops[kind] * self.utilisation)
+
+
+class Measured:
+    """This machine's device, timed.
+
+    Args:
+        of_training: A probe of the training's batch size, on the device. Its weights are trained on.
+        of_building: One of the batch size that banks, caches and pictures are made in.
+        least: Seconds that each part is timed for at least.
+    """
+
+    def __init__(self, of_training: Probe, of_building: Probe, least: float = 2.0) -> None:
+        module = of_training.module
+        device = module.device
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
+        optimizer = module.optimizer(of_training.parameters)
+
+        def step() -> None:
+            of_training.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        parts: dict[str, Callable[[], object]] = {part: getattr(of_building, part) for part in PARTS}
+        parts["train"] = step
+        sizes = {part: of_training.batch_size if part == "train" else of_building.batch_size for part in parts}
+        self._seconds = {part: timed(run, device, least) / sizes[part] for part, run in parts.items()}
+
+    def seconds(self, part: str) -> float:
+        """As measured."""
+        return self._seconds[part]
+
+
+def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
+    """Seconds of one call, the median of as many as fit into the time, three at least, after a first one."""
+    times: list[float] = []
+    first = True
+    while len(times) < 3 or sum(times) < least:
+        start = now(device)
+        run()
+        if not first:
+            times.append(now(device) - start)
+        first = False
+    return statistics.median(times)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,161 @@
+"""``difftune plan``: what is counted, what a config has a machine do, and what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from lightning_difftune import DiTDiffTuningModule
+from lightning_difftune.cli import main
+from lightning_difftune.cli.plan.probe import PARTS, Probe, count, saved_bytes, without_values
+from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured
+from lightning_difftune.models import DiT, FrozenAutoencoder
+from lightning_difftune.tuners import LoRA
+
+HIDDEN, DEPTH, SIDE, CHANNELS = 32, 2, 8, 4
+
+
+def module_of(**settings) -> DiTDiffTuningModule:
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8] * 2,
+        norm_num_groups=2,
+        latent_channels=CHANNELS,
+    )
+    model = DiT(SIDE, 2, CHANNELS, HIDDEN, DEPTH, 2, num_classes=6)
+    module = DiTDiffTuningModule(model, num_classes=3, autoencoder=FrozenAutoencoder(autoencoder), **settings)
+    module.configure_model()
+    return module.train()
+
+
+def costs_of(**settings):
+    return count(module_of(**settings), (3, 16, 16), "32-true")
+
+
+def test_a_forward_pass_is_the_sum_of_its_matrix_products() -> None:
+    tokens, patch = (SIDE // 2) ** 2, 2 * 2 * CHANNELS
+    block = tokens * 12 * HIDDEN**2 + 2 * tokens**2 * HIDDEN + 6 * HIDDEN**2  # projections and MLP, attention, adaLN
+    ends = tokens * patch * HIDDEN + tokens * HIDDEN * 2 * patch + 2 * HIDDEN**2  # patches in, out; last modulation
+    timestep = 256 * HIDDEN + HIDDEN**2
+    costs = costs_of()
+    assert costs.flops["denoise"] == 2 * (DEPTH * block + ends + timestep)
+    assert costs.flops["denoise_source"] == costs.flops["denoise"]
+    # Backward is twice the forward pass, but for gradients of the input.
+    assert 2.8 * costs.flops["denoise"] < costs.flops["train"] <= 3 * costs.flops["denoise"]
+    assert costs.flops["decode"] > costs.flops["encode"] > 0
+
+
+def test_parameters_and_bytes() -> None:
+    costs, module = costs_of(), module_of()
+    assert costs.trained == sum(p.numel() for p in module.dit.parameters() if p.requires_grad)
+    autoencoder = sum(p.nbytes for p in module.autoencoder.network.parameters())
+    assert costs.frozen_bytes == autoencoder + module.dit.pos_embed.nbytes
+    assert costs.bank_bytes == CHANNELS * SIDE * SIDE * 4 + 8, "float32 latents and a label"
+    assert costs.cache_bytes == 2 * CHANNELS * SIDE * SIDE * 2 + 8, "mean and std in float16, and a label"
+
+
+def test_shapes_alone_tell_what_a_step_keeps() -> None:
+    one, two = (Probe(module_of(), (3, 16, 16), size, "32-true") for size in (1, 2))
+
+    def really_kept(probe: Probe) -> int:
+        storages: dict[int, int] = {}
+        keep = lambda x: storages.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = probe.loss()
+        del loss
+        return sum(storages.values())
+
+    assert saved_bytes(two) - saved_bytes(one) == pytest.approx(really_kept(two) - really_kept(one), rel=0.02)
+
+
+def test_less_is_trained_and_kept_with_lora() -> None:
+    full, lora = costs_of(), costs_of(tuner=LoRA(rank=2))
+    assert lora.trained < full.trained / 4
+    assert lora.frozen_bytes > full.frozen_bytes
+    assert lora.flops["train"] < full.flops["train"]
+
+
+def test_bf16_keeps_less_than_float32() -> None:
+    costs = [count(module_of(), (3, 16, 16), precision) for precision in ("32-true", "bf16-mixed")]
+    assert costs[1].activation_bytes < 0.9 * costs[0].activation_bytes
+
+
+def test_counting_leaves_no_values_behind() -> None:
+    module = module_of()
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    probe = Probe(module, (3, 16, 16), 1, "32-true")
+    with without_values():
+        probe.train()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in module.named_parameters())
+
+
+def test_hours_by_a_data_sheet() -> None:
+    costs = costs_of()
+    speeds = [DataSheet("a100", part, "bf16-mixed", costs).seconds("train") for part in (0.25, 0.5)]
+    assert speeds[0] == 2 * speeds[1] == costs.flops["train"] / (0.25 * 312e12)
+    slower = DataSheet("a100", 0.25, "32-true", costs)
+    assert slower.seconds("train") == 2 * speeds[0]
+    assert slower.seconds("encode") == DataSheet("a100", 0.25, "bf16-mixed", costs).seconds("encode")
+    assert all(accelerator.flops["bf16"] > accelerator.flops["tf32"] for accelerator in ACCELERATORS.values())
+
+
+def test_every_part_is_timed_here() -> None:
+    module = module_of()
+    before = module.dit.pos_embed.clone()
+    speed = Measured(Probe(module, (3, 16, 16), 4, "32-true"), Probe(module, (3, 16, 16), 8, "32-true"), least=0.0)
+    assert all(speed.seconds(part) > 0 for part in PARTS)
+    assert speed.seconds("train") > speed.seconds("denoise")
+    assert torch.equal(module.dit.pos_embed, before)
+
+
+def plan_of(tmp_path: Path, *args: str) -> dict:
+    assert main(["plan", "--config", "configs/quickstart.yaml", *args, "--json", str(tmp_path / "plan.json")]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    phases = plan["phases"]
+    assert list(phases) == ["memory bank", "training", "evaluation"]
+    assert phases["memory bank"]["what"] == "1,000 samples, 10 steps, guided"
+    assert phases["training"]["what"] == "700 steps of 64 samples"
+    assert phases["evaluation"]["what"] == "4 validations, 1,600 pictures generated in all"
+    # 20 passes a sample of the bank, and 3 passes' worth a training sample.
+    ratio = phases["training"]["flops"] / phases["memory bank"]["flops"]
+    assert ratio == pytest.approx(700 * 64 * 3 / (1000 * 20), rel=0.02)
+    assert phases["memory bank"]["disk_bytes"] == 1000 * (20 * 20 * 4 + 8)
+    assert "Memory of a training step" in printed
+    assert "A100 at 35% of its tf32 peak, 1 device" in printed
+
+
+def test_devices_guidance_and_retention_count(tmp_path: Path) -> None:
+    one = plan_of(tmp_path)["phases"]
+    settings = ["--trainer.devices", "4", "--model.init_args.bank_sampler.guidance_scale", "1"]
+    four = plan_of(tmp_path, *settings)["phases"]
+    assert four["training"]["flops"] == 4 * one["training"]["flops"], "batch_size is a device's"
+    assert four["training"]["seconds"] == pytest.approx(one["training"]["seconds"])
+    assert four["memory bank"]["flops"] == one["memory bank"]["flops"] / 2
+    assert four["memory bank"]["seconds"] == pytest.approx(one["memory bank"]["seconds"] / 8)
+    assert "memory bank" not in plan_of(tmp_path, "--config", "configs/presets/full.yaml")["phases"]
+
+
+def test_files_that_are_not_here_are_unknown_and_not_an_error(tmp_path: Path) -> None:
+    args = ["--config", "configs/controlnet/flowers.yaml", "--json", str(tmp_path / "plan.json")]
+    assert main(["plan", *args, "--device", "h100"]) == 0
+    phases = json.loads((tmp_path / "plan.json").read_text())["phases"]
+    assert phases["latent cache"]["what"] == "unknown: the target's files are not here"
+    assert phases["memory bank"]["disk_bytes"] == 1000 * (4 * 16 * 16 * 4 + 8 + 32 * 32), "control maps are kept, too"
+    assert phases["training"]["flops"] > 0
+
+
+def test_mistakes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", "configs/quickstart.yaml", "--utilisation", "35"]) == 2
+    assert "--utilisation is a part of the peak" in capsys.readouterr().err
+    assert main(["plan", "--config", "nothing.yaml"]) == 2
