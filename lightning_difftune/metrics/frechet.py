@@ -21,9 +21,9 @@ class FrechetDistance(FrechetInceptionDistance):
     what it is otherwise. torchmetrics' class supplies the states: sums in float64, which add up over processes, so the
     distance does not depend on how many there were. Different from it, the extractor is always run in evaluation mode
     and without autocast, the real sums outlive :meth:`reset` and can be taken out and put back, and the trace is
-    computed from singular values of factors instead of eigenvalues of a product of covariances, which is several times
-    faster and stays exact where there are fewer pictures than features. The real factor is kept from one
-    :meth:`compute` to the next.
+    computed from factors of the covariances instead of eigenvalues of their product, which is several times faster and
+    stays exact where there are fewer pictures than features. The real factor is kept from one :meth:`compute` to the
+    next.
 
     Args:
         feature_extractor: Maps pictures uint8 to features (B, D); has ``num_features`` = D and, if it likes, ``name``.
@@ -121,8 +121,7 @@ class FrechetDistance(FrechetInceptionDistance):
         mean_fake, cov_fake = _moments(
             self.fake_features_sum, self.fake_features_cov_sum, self.fake_features_num_samples
         )
-        # With S = F F^T, the eigenvalues of (S_r S_g)^(1/2) are the singular values of F_r^T F_g.
-        trace_of_root = torch.linalg.svdvals(self._factor_of(cov_real).T @ _factor(cov_fake)).sum()
+        trace_of_root = _trace_of_root(self._factor_of(cov_real), cov_fake)
         distance = (mean_real - mean_fake).square().sum() + cov_real.trace() + cov_fake.trace() - 2 * trace_of_root
         return distance.clamp(min=0)  # rounding may leave -1e-12 between equal sets
 
@@ -166,12 +165,30 @@ def _moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tenso
     return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
 
+def _trace_of_root(factor: Tensor, cov: Tensor) -> Tensor:
+    """F (D, r) and a covariance S (D, D) => tr (F F^T S)^(1/2), a scalar."""
+    triangle = _cholesky(cov)
+    if triangle is not None:  # with S = L L^T, they are the singular values of F^T L
+        return torch.linalg.svdvals(factor.T @ triangle).sum()
+    # S is singular, and the roots of the eigenvalues of F^T S F are much quicker to have. Zeros among them, which
+    # rounding has moved, would each add its root.
+    product = factor.T @ cov @ factor
+    values = torch.linalg.eigvalsh((product + product.T) / 2)
+    return values[values > product.trace() * len(cov) * torch.finfo(cov.dtype).eps].sqrt().sum()
+
+
 def _factor(cov: Tensor) -> Tensor:
     """A covariance (D, D) => F (D, rank) with F F^T = cov; directions that hold nothing but rounding are left out."""
-    rounding = len(cov) * torch.finfo(cov.dtype).eps
-    triangle, failed = torch.linalg.cholesky_ex(cov)  # sixteen times as fast as the eigenvectors
-    if not failed and triangle.diagonal().min() ** 2 > rounding * cov.diagonal().max():
+    triangle = _cholesky(cov)
+    if triangle is not None:
         return triangle
     variances, directions = torch.linalg.eigh(cov)
-    significant = variances > variances[-1] * rounding
+    significant = variances > variances[-1] * len(cov) * torch.finfo(cov.dtype).eps
     return directions[:, significant] * variances[significant].sqrt()
+
+
+def _cholesky(cov: Tensor) -> Tensor | None:
+    """A covariance (D, D) => L (D, D), lower, with L L^T = cov; ``None`` if it is singular, but for rounding."""
+    triangle, failed = torch.linalg.cholesky_ex(cov)
+    least = len(cov) * torch.finfo(cov.dtype).eps * cov.diagonal().max()
+    return None if failed or triangle.diagonal().min() ** 2 <= least else triangle
