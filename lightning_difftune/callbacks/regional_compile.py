@@ -1,0 +1,94 @@
+"""Regional compilation: the repeated blocks of a network are compiled, each kind once, instead of the whole network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.models.frozen import Frozen
+
+
+class RegionalCompile(Callback):
+    """Compile the repeated blocks of the module's networks by ``torch.compile``, in place.
+
+    Blocks of one class and shape share their compiled code, so a transformer of 28 blocks is compiled in the time of
+    one. Names in the state dict stay, and so do checkpoints, averages and exports. On other devices than ``devices``
+    nothing is compiled: on a CPU it rarely pays.
+
+    Args:
+        blocks: Class names of the blocks; ``None`` takes those that a network calls repeated (diffusers'
+            ``_repeated_blocks``) and otherwise those of which a ``ModuleList`` has two or more.
+        devices: Device types to compile on.
+        backend: As for ``torch.compile``.
+        mode: As for ``torch.compile``, such as ``max-autotune-no-cudagraphs``.
+
+    Raises:
+        ConfigError: When training starts, if there is no block to compile.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[RegionalCompile()], logger=False)
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[str] | None = None,
+        devices: Sequence[str] = ("cuda",),
+        backend: str = "inductor",
+        mode: str | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.devices = tuple(devices)
+        self.backend = backend
+        self.mode = mode
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compile, once the module is built and where it trains."""
+        if pl_module.device.type not in self.devices:
+            return
+        found = list(repeated_blocks(pl_module, self.blocks))
+        if not found:
+            raise ConfigError(
+                f"RegionalCompile finds no {' or '.join(self.blocks or ()) or 'repeated block'} in "
+                f"{type(pl_module).__name__}. Name the classes of its blocks, or remove the callback."
+            )
+        for block in found:
+            block.compile(backend=self.backend, mode=self.mode)  # in place: forward alone is another one
+        kinds = sorted({type(block).__name__ for block in found})
+        rank_zero_info(f"RegionalCompile: {len(found)} blocks ({', '.join(kinds)}); the first steps compile them.")
+
+
+def repeated_blocks(module: nn.Module, names: Sequence[str] | None = None) -> Iterator[nn.Module]:
+    """The outermost blocks of these class names, or of those that repeat; of frozen networks, too."""
+    names = repeated_names(module) if names is None else names
+    for child in children_of(module):
+        if type(child).__name__ in names:
+            yield child
+        else:
+            yield from repeated_blocks(child, names)
+
+
+def repeated_names(module: nn.Module) -> list[str]:
+    """Class names that a network itself calls repeated or, where none does, of which a list has two or more."""
+    parts = list(descendants(module))
+    declared = [name for part in parts for name in getattr(part, "_repeated_blocks", None) or ()]
+    if declared:
+        return declared
+    lists = [[type(child).__name__ for child in part] for part in parts if isinstance(part, nn.ModuleList)]
+    return [name for names in lists for name in names if names.count(name) > 1]
+
+
+def descendants(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all that it is made of."""
+    yield module
+    for child in children_of(module):
+        yield from descendants(child)
+
+
+def children_of(module: nn.Module) -> list[nn.Module]:
+    """A module's children, among them a frozen network that is kept out of its checkpoints."""
+    return [*module.children(), *([module.network] if isinstance(module, Frozen) else [])]
