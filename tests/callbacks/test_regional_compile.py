@@ -33,8 +33,8 @@ class Stacked(BoringModel):
     """Three blocks, and a frozen one that is in no checkpoint."""
 
     def __init__(self) -> None:
-        super().__init__()
         torch.manual_seed(0)
+        super().__init__()
         self.blocks = nn.ModuleList([Block() for _ in range(3)])
         self.teacher = Frozen(nn.Sequential(Block()))
 
