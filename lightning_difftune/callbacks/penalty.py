@@ -24,11 +24,16 @@ def add_penalty_gradient(
         updates: Layers whose factors count by their update of a weight: theta - theta0 is that update.
         information: F by the names of both; ``None`` for 1.
     """
-    with torch.no_grad():
-        for name in trained.keys() & reference.keys():
-            weight = full_precision(trained[name].detach())
-            pull = (weight - reference[name].to(weight)) * strength
-            add_gradient(trained[name], pull if information is None else pull * information[name].to(pull))
+    names = [name for name in trained if name in reference]
+    if names:
+        with torch.no_grad():
+            weights = [full_precision(trained[name].detach()) for name in names]
+            starts = [reference[name].to(weight) for name, weight in zip(names, weights, strict=True)]
+            pulls = list(torch._foreach_sub(weights, starts))
+            torch._foreach_mul_(pulls, strength)
+            if information is not None:
+                torch._foreach_mul_(pulls, [information[n].to(pull) for n, pull in zip(names, pulls, strict=True)])
+            add_gradients([trained[name] for name in names], pulls)
     for name, layer in updates.items():
         factors = [p for factor, p in trained.items() if factor.startswith(f"{name}.")]
         if factors:
@@ -36,14 +41,16 @@ def add_penalty_gradient(
                 squares = active_update(layer).square()
                 weighted = squares if information is None else squares * information[name].to(squares)
                 gradients = torch.autograd.grad(strength / 2 * weighted.sum(), factors, allow_unused=True)
-            for parameter, gradient in zip(factors, gradients, strict=True):
-                if gradient is not None:
-                    add_gradient(parameter, gradient)
+            found = [(p, gradient) for p, gradient in zip(factors, gradients, strict=True) if gradient is not None]
+            add_gradients([p for p, _ in found], [gradient for _, gradient in found])
 
 
-def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add to what a parameter has, or start it."""
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter)
-    else:
-        parameter.grad.add_(gradient.to(parameter.grad))
+def add_gradients(parameters: list[nn.Parameter], gradients: list[Tensor]) -> None:
+    """Add to what the parameters have, or start it."""
+    known = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    more = [gradient.to(p.grad) for p, gradient in zip(parameters, gradients, strict=True) if p.grad is not None]
+    if known:
+        torch._foreach_add_(known, more)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.grad is None:
+            parameter.grad = gradient.to(parameter)

@@ -1,0 +1,46 @@
+"""How many samples a device computes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> int:
+    """Double a batch until the device's memory is full, or the limit is reached.
+
+    Args:
+        run: Computes as many samples as it is told; its error where the memory is full is torch's
+            ``OutOfMemoryError``, as accelerators raise it. A CPU has none, so it computes ``limit`` at most.
+        limit: Largest batch that is tried.
+        start: First batch that is tried; halved if even that is too large.
+
+    Returns:
+        The largest batch that was computed.
+
+    Raises:
+        OutOfMemoryError: If a single sample is too large.
+
+    Example:
+        >>> largest_batch(lambda count: None, limit=100)
+        100
+    """
+    size, fits = min(start, limit), 0
+    while True:
+        try:
+            run(size)
+        except torch.OutOfMemoryError:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if fits:
+                return fits
+            if size == 1:
+                raise
+            size //= 2
+            limit = size
+        else:
+            fits = size
+            if size == limit:
+                return fits
+            size = min(2 * size, limit)
