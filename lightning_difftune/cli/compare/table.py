@@ -97,14 +97,14 @@ def shown(values: Sequence[float]) -> str:
 
 
 def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
-    """The table that is read, headings first, without columns that say nothing."""
+    """The table that is read, headings first, without columns that say nothing or repeat the run's name."""
     arrows = {"lower": "↓", "higher": "↑"}
     metrics = [f"{name} {arrows[better]}" for name, better in study.metrics.items()]
     rows = [["run", "method", "group", *metrics, "change", *EWC, "trainable", "seconds", "seeds"]]
     rows += [
         [
             line.run.name,
-            line.run.method,
+            "" if all(one.run.method == one.run.name for one in lines) else line.run.method,
             line.run.group,
             *(shown(line.values[name]) for name in study.metrics),
             "" if line.change is None else f"{line.change:+.1%}",
@@ -153,6 +153,8 @@ def write_tables(study: Study, lines: Sequence[Line], output: Path, console: Con
         table.add_column(head, justify="left" if head in WORDS else "right")
     for row in rows:
         table.add_row(*row)
+    if not console.is_terminal:  # a log has no width to keep to
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
     pairs = {line.run.against for line in lines if line.change is not None}
     if pairs:
