@@ -22,6 +22,7 @@ HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
                                  pictures whose last steps the pre-trained model does, and their distance
   difftune export --ckpt_path ... --output ...
                                  a run's tuned model as a file or folder of its own, averaged and merged
+  difftune report RUN            a run's curves, pictures and config, and what to try next, as one HTML page
 
 Configs compose from left to right, and any key can be set on the command line:
 
@@ -32,7 +33,7 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
-COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "export", "plan")
+COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "export", "plan", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +79,10 @@ def run(args: list[str]) -> None:
         from lightning_difftune.cli.plan import plan
 
         plan(args[1:])
+    elif args[0] == "report":
+        from lightning_difftune.cli.report import report
+
+        report(args[1:])
     elif args[0] in COMMANDS or args[0].startswith("-"):
         from lightning_difftune.cli.lightning import run_lightning
 

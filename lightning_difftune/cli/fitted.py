@@ -1,15 +1,10 @@
-"""What is asked of a finished run: its callbacks, its averaged weights, and where it ran."""
+"""What is asked of a finished run: its callbacks and its averaged weights."""
 
 from __future__ import annotations
 
-import platform
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import lightning as L
-import torch
-
-from lightning_difftune import __version__
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.cli.lightning import DiffTuneCLI
 
@@ -30,17 +25,3 @@ def averaged_weights(cli: DiffTuneCLI) -> AbstractContextManager[None]:
 def count_trainable(cli: DiffTuneCLI) -> int:
     """Parameters that the run trains."""
     return sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
-
-
-def circumstances() -> dict[str, Any]:
-    """Versions, threads and hardware, for whoever repeats the run."""
-    return {
-        "versions": {
-            "lightning_difftune": __version__,
-            "torch": torch.__version__,
-            "lightning": L.__version__,
-            "python": platform.python_version(),
-        },
-        "threads": torch.get_num_threads(),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
-    }

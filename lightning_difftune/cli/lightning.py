@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_difftune.callbacks.progress_bar import StepProgressBar
+from lightning_difftune.cli.environment import SaveRun
 from lightning_difftune.data import MemoryBank, MemoryBankDataModule
 from lightning_difftune.errors import CheckpointError, ConfigError, DiffTuneError
 
@@ -218,6 +219,7 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     try:
         return DiffTuneCLI(
             **_WIRING,
+            save_config_callback=SaveRun,
             save_config_kwargs={"overwrite": True},
             args=list(args),
             run=run,

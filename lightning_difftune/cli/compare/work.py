@@ -17,7 +17,8 @@ from PIL import Image
 
 from lightning_difftune.callbacks import SuddenConvergence
 from lightning_difftune.cli.compare.record import RunRecord
-from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, circumstances, count_trainable
+from lightning_difftune.cli.environment import circumstances
+from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, count_trainable
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.data.shards.atomic import atomic_write
 from lightning_difftune.errors import ConfigError, DiffTuneError

@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_difftune.callbacks import ControlSimilarity, SuddenConvergence
 from lightning_difftune.callbacks.pictures import pictures_of
 from lightning_difftune.callbacks.sudden_convergence import Leap
-from lightning_difftune.cli.fitted import callbacks_of, circumstances, count_trainable
+from lightning_difftune.cli.environment import circumstances
+from lightning_difftune.cli.fitted import callbacks_of, count_trainable
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
 from lightning_difftune.errors import DataError

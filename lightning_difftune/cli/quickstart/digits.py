@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lightning_difftune.callbacks import FID
 from lightning_difftune.cli.digit_classifier import digits
-from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, circumstances, count_trainable
+from lightning_difftune.cli.environment import circumstances
+from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, count_trainable
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
 from lightning_difftune.data import MemoryBank

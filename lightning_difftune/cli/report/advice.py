@@ -1,0 +1,221 @@
+"""What to try next, by a few rules; each shows the numbers that it follows from."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_difftune.cli.report.figures import scores
+from lightning_difftune.cli.report.run_folder import RunFolder, Series
+
+FEWEST_OF_A_CLASS = 10
+INCEPTION_FEATURES = 2048
+GAIN = 0.02  # of a score in the last quarter of a run, which is still worth training for
+LOSS = 0.05  # of a score or loss since its best, which is more than a wobble
+RISE = 0.10  # of the retention loss from the first third of a run to the last
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something to try.
+
+    Attributes:
+        what: The advice.
+        evidence: What was measured.
+        command: How, where a command line says it; empty otherwise.
+    """
+
+    what: str
+    evidence: str
+    command: str = ""
+
+
+def advise(run: RunFolder) -> list[Advice]:
+    """The advice of every rule that the run gives reason for."""
+    return [advice for rule in RULES if (advice := rule(run)) is not None]
+
+
+def diverged(run: RunFolder) -> Advice | None:
+    """The loss is not finite."""
+    bad = [step for step, value in run.metrics.get("train/loss", []) if not math.isfinite(value)]
+    if not bad:
+        return None
+    return Advice(
+        "Lower the learning rate, or train in bf16-mixed or 32-true instead of 16-mixed.",
+        f"train/loss is not finite at {len(bad)} of {len(run.metrics['train/loss'])} steps, first at step {bad[0]:,}.",
+    )
+
+
+def unfinished(run: RunFolder) -> Advice | None:
+    """The logs end before the last step."""
+    if not run.stopped_early:
+        return None
+    evidence = f"The logs end at step {run.last_step:,} of {run.max_steps:,}"
+    if run.checkpoint is None:
+        return Advice(
+            "Save checkpoints, so that a run that stops can go on: ModelCheckpoint with every_n_train_steps.",
+            f"{evidence}, and the folder has no checkpoint.",
+        )
+    return Advice(
+        "Go on where the run stopped.",
+        f"{evidence}; {run.checkpoint.name} is there.",
+        f"difftune fit --config {run.path / 'config.yaml'} --ckpt_path {run.checkpoint}",
+    )
+
+
+def train_longer(run: RunFolder) -> Advice | None:
+    """A score was still getting better."""
+    for name, higher in scores(run).items():
+        series = run.finite(name)
+        before = _before_last_quarter(series)
+        if run.stopped_early or before is None or series[-1][1] != _best(series, higher)[1]:
+            continue
+        gain = abs(series[-1][1] - before[1]) / max(abs(before[1]), 1e-12)
+        if gain > GAIN:
+            return Advice(
+                "Train longer: it was still getting better.",
+                f"{name} was {before[1]:.4g} at step {before[0]:,} and is best at the end, {series[-1][1]:.4g} at step "
+                f"{series[-1][0]:,}: {gain:.0%} better in the last quarter of the run.",
+                _steps(run, 2 * run.max_steps) if run.max_steps else "",
+            )
+    return None
+
+
+def stop_earlier(run: RunFolder) -> Advice | None:
+    """A score has been better than it is at the end."""
+    for name, higher in scores(run).items():
+        series = run.finite(name)
+        if len(series) < 3:
+            continue
+        (step, best), (last_step, last) = _best(series, higher), series[-1]
+        if abs(last - best) > LOSS * abs(best):
+            mode = "max" if higher else "min"
+            return Advice(
+                f"Stop earlier, or lower the learning rate; ModelCheckpoint(monitor='{name}', mode='{mode}') keeps the "
+                "best weights.",
+                f"{name} was best at step {step:,}, {best:.4g}, and is {last:.4g} at step {last_step:,}.",
+            )
+    return None
+
+
+def retain_more(run: RunFolder) -> Advice | None:
+    """The loss on the memory bank rises: the pre-trained model's knowledge is being lost."""
+    values = [value for _, value in run.finite("train/retention")]
+    third = len(values) // 3
+    if third < 4:
+        return None
+    first, last = values[:third], values[-third:]
+    rise = statistics.fmean(last) - statistics.fmean(first)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / third)
+    if not rise > max(RISE * statistics.fmean(first), 2 * error):
+        return None
+    share = run.setting("data", "init_args", "retention_share")
+    larger = min(0.5, 1.5 * share) if isinstance(share, int | float) and 0 < share < 0.5 else None
+    return Advice(
+        "Retain more: a larger share of the memory bank in each batch, or a larger retention_weight.",
+        f"train/retention rose from {statistics.fmean(first):.3g}, the mean of the first third of the run, to "
+        f"{statistics.fmean(last):.3g} in the last (the standard error of the difference is {error:.1g}).",
+        f"--data.init_args.retention_share {larger:g}" if larger else "",
+    )
+
+
+def overfits(run: RunFolder) -> Advice | None:
+    """The loss on held-out pictures rises while that on training pictures falls."""
+    held_out, train = run.finite("val/loss"), run.finite("train/reconsolidation")
+    if len(held_out) < 4 or len(train) < 8:
+        return None
+    (step, best), (last_step, last) = _best(held_out, False), held_out[-1]
+    quarter = len(train) // 4
+    early, late = (statistics.fmean(value for _, value in part) for part in (train[:quarter], train[-quarter:]))
+    if not (last > (1 + LOSS) * best and late < early):
+        return None
+    return Advice(
+        "Train fewer steps, train less of the network (a tuner, such as LoRA), or add pictures: it is memorising.",
+        f"val/loss rose from {best:.4g} at step {step:,} to {last:.4g} at step {last_step:,}, while "
+        f"train/reconsolidation fell from {early:.3g} to {late:.3g}.",
+    )
+
+
+def few_of_a_class(run: RunFolder) -> Advice | None:
+    """Classes with a handful of pictures."""
+    counts = run.environment.get("class_counts")
+    if not isinstance(counts, dict):
+        return None
+    few = {name: count for name, count in counts.items() if 0 < count < FEWEST_OF_A_CLASS}
+    if not few:
+        return None
+    least = ", ".join(f"{name} {count}" for name, count in sorted(few.items(), key=lambda item: item[1])[:5])
+    return Advice(
+        "Add pictures to the small classes, or merge them: so few are learnt by heart.",
+        f"{len(few)} of {len(counts)} classes have fewer than {FEWEST_OF_A_CLASS} pictures; the least are {least}.",
+    )
+
+
+def few_pictures_for_fid(run: RunFolder) -> Advice | None:
+    """FID of fewer pictures than Inception has features."""
+    number = (run.callback("FID") or {}).get("num_samples")
+    if "fid" not in run.metrics or not isinstance(number, int) or number >= INCEPTION_FEATURES:
+        return None
+    return Advice(
+        "Measure FID with 10,000 pictures before comparing it with anything else.",
+        f"FID was taken of {number:,} pictures. With fewer than Inception's {INCEPTION_FEATURES:,} features the "
+        "covariance is singular and the value too large, by an amount that depends on their number.",
+    )
+
+
+def measured_schedule(run: RunFolder) -> Advice | None:
+    """The forgetting meter left a schedule."""
+    file = run.path / "forgetting" / "schedule.json"
+    if not file.is_file() or "MeasuredSchedule" in run.config_text:
+        return None
+    return Advice(
+        "Try the schedule that the forgetting meter measured, in place of the fixed one.",
+        f"{file.name} says at which noise levels tuning improved the denoising of this target, and where it did not.",
+        "--model.init_args.objective.init_args.schedule lightning_difftune.MeasuredSchedule \\\n"
+        f"--model.init_args.objective.init_args.schedule.init_args.path {file}",
+    )
+
+
+def unmeasured(run: RunFolder) -> Advice | None:
+    """Nothing looked at generated pictures."""
+    if scores(run) or run.grids:
+        return None
+    return Advice(
+        "Look at pictures while it trains: callbacks SampleGrid and FID, or ControlSimilarity for a ControlNet.",
+        "No distance or similarity was logged and no pictures were saved; losses alone do not say how pictures look.",
+        "--trainer.callbacks+=lightning_difftune.callbacks.SampleGrid",
+    )
+
+
+RULES: tuple[Callable[[RunFolder], Advice | None], ...] = (
+    diverged,
+    unfinished,
+    train_longer,
+    stop_earlier,
+    retain_more,
+    overfits,
+    few_of_a_class,
+    few_pictures_for_fid,
+    measured_schedule,
+    unmeasured,
+)
+
+
+def _steps(run: RunFolder, steps: int) -> str:
+    """Options for another number of steps; a learning rate that was planned for the old number must know, too."""
+    schedule = ("model", "init_args", "lr_scheduler", "init_args", "total_steps")
+    also = f" \\\n--{'.'.join(schedule)} {steps}" if run.setting(*schedule) == run.max_steps else ""
+    return f"--trainer.max_steps {steps}{also}"
+
+
+def _best(series: Series, higher: bool) -> tuple[int, float]:
+    return (max if higher else min)(series, key=lambda point: point[1])
+
+
+def _before_last_quarter(series: Series) -> tuple[int, float] | None:
+    if len(series) < 3:
+        return None
+    border = series[-1][0] - (series[-1][0] - series[0][0]) / 4
+    return [point for point in series if point[0] <= border][-1]

@@ -1,0 +1,116 @@
+"""The advice of `difftune report`: each rule where it applies, and next to where it does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_difftune.cli.lightning import ConfigReader
+from lightning_difftune.cli.report.advice import RULES, advise
+from lightning_difftune.cli.report.page import page
+from lightning_difftune.cli.report.run_folder import read_run
+
+
+def make_run(folder, metrics, *, trainer=None, model=None, data=None, callbacks=(), environment=None):
+    """A run's folder with these logs, {name: values at steps 0, 10, 20, ..}."""
+    length = max(map(len, metrics.values()))
+    lines = [",".join(["step", *metrics])]
+    for i in range(length):
+        cells = (repr(values[i]) if i < len(values) else "" for values in metrics.values())
+        lines.append(",".join([str(10 * i), *cells]))
+    (folder / "metrics.csv").write_text("\n".join([*lines, ""]))
+    steps = {"max_steps": 10 * (length - 1) + 1, "log_every_n_steps": 10}
+    config = {
+        "trainer": {**steps, "callbacks": list(callbacks), **(trainer or {})},
+        "model": {"init_args": model or {}},
+        "data": {"init_args": data or {}},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "environment.json").write_text(json.dumps(environment or {}))
+    return read_run(folder)
+
+
+FLAT = {"train/loss": [1.0] * 12, "train/retention": [1.0, 1.1] * 6, "fid": [9.0, 5.0, 4.0, 4.0, 4.0]}
+INCEPTION = {"class_path": "lightning_difftune.callbacks.FID", "init_args": {"num_samples": 10_000}}
+FEW = {"class_path": "lightning_difftune.callbacks.FID", "init_args": {"num_samples": 400}}
+
+
+def test_nothing_to_say(tmp_path):
+    run = make_run(tmp_path, FLAT, callbacks=[INCEPTION])
+    assert advise(run) == []
+    assert f"{len(RULES)} rules looked at them" in page(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "evidence"),
+    [
+        ({"train/loss": [1.0] * 6 + [float("nan")] * 6}, "Lower the learning rate", "6 of 12 steps, first at step 60"),
+        ({"fid": [9.0, 8.0, 7.0, 6.0, 5.0]}, "Train longer", "5 at step 40: 17% better"),
+        ({"fid": [9.0, 4.0, 4.1, 4.3, 4.5]}, "Stop earlier", "best at step 10, 4, and is 4.5 at step 40"),
+        ({"control/ssim": [0.1, 0.4, 0.3]}, "mode='max'", "best at step 10, 0.4, and is 0.3"),
+        ({"train/retention": [1.0, 1.1] * 2 + [1.3] * 4 + [1.5, 1.6] * 2}, "Retain more", "from 1.05"),
+        (
+            {"train/reconsolidation": [float(9 - i / 2) for i in range(12)], "val/loss": [3.0, 2.0, 2.5, 2.9]},
+            "memorising",
+            "from 2 at step 10 to 2.9 at step 30",
+        ),
+    ],
+)
+def test_advice_from_the_curves(tmp_path, changes, said, evidence):
+    (advice,) = advise(make_run(tmp_path, {**FLAT, **changes}, callbacks=[INCEPTION]))
+    assert said in advice.what
+    assert evidence in advice.evidence
+
+
+def test_noise_is_no_rise(tmp_path):
+    """Losses that scatter by more than they rise ask for nothing."""
+    noisy = [1.0, 3.0, 0.2, 2.0, 1.0, 1.0, 1.0, 1.0, 0.3, 3.5, 0.4, 3.0]
+    assert advise(make_run(tmp_path, {**FLAT, "train/retention": noisy}, callbacks=[INCEPTION])) == []
+
+
+def test_advice_from_what_else_there_is(tmp_path):
+    run = make_run(
+        tmp_path,
+        {"train/loss": [1.0] * 12},
+        trainer={"max_steps": 500},
+        environment={"class_counts": {"a": 3, "b": 40, "c": 0}},
+    )
+    unfinished, few, unmeasured = advise(run)
+    assert "every_n_train_steps" in unfinished.what
+    assert "step 111 of 500" in unfinished.evidence
+    assert few.evidence.startswith("1 of 3 classes")
+    assert "SampleGrid" in unmeasured.what
+    (advice,) = advise(make_run(tmp_path, FLAT, callbacks=[FEW]))
+    assert "400 pictures" in advice.evidence
+
+
+def test_advised_options_are_options(tmp_path):
+    """What the page says to add to the command line parses."""
+    base = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    schedule = tmp_path / "forgetting" / "schedule.json"
+    schedule.parent.mkdir()
+    schedule.write_text("{}")
+    falling = {"fid": [9.0, 8.0, 7.0, 6.0, 5.0], "train/retention": [1.0, 1.1] * 4 + [1.5, 1.6] * 4}
+    run = make_run(
+        tmp_path,
+        {**FLAT, **falling},
+        callbacks=[INCEPTION],
+        trainer={"max_steps": 151},
+        model={"lr_scheduler": {"init_args": {"total_steps": 151}}},
+        data={"retention_share": 0.2},
+    )
+    commands = [advice.command for advice in advise(run)]
+    assert len(commands) == 3
+    options = shlex.split(" ".join(commands).replace("\\\n", " "))
+    composed = yaml.safe_load(ConfigReader().compose(["--config", str(base), *options]))
+    assert composed["trainer"]["max_steps"] == 302
+    assert composed["model"]["init_args"]["lr_scheduler"]["init_args"]["total_steps"] == 302
+    assert composed["data"]["init_args"]["retention_share"] == pytest.approx(0.3)
+    assert composed["model"]["init_args"]["objective"]["init_args"]["schedule"] == {
+        "class_path": "lightning_difftune.MeasuredSchedule",
+        "init_args": {"path": str(schedule)},
+    }
