@@ -1,16 +1,17 @@
 # make demo        install and run the quickstart: about five minutes on two CPU cores
-# make test        linters, type checks, import contract and the test suite
+# make test        linters, type checks, import contract, documentation and the test suite
 # make test-slow   the tests that take more than 20 seconds each
+# make docs        the documentation, as build/docs/index.html
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/difftune quickstart
 
-test: lint
+test: lint docs
 	$(BIN)/pytest
 
 test-slow: .venv/.dev
@@ -21,6 +22,9 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy lightning_difftune
 	$(BIN)/lint-imports
+
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -27,6 +27,7 @@ from lightning_difftune.sampling import Sampler
 # -- the README's example ---------------------------------------------------------------------------------------------
 
 
+# --8<-- [start:module]
 class UNetDiffTuningModule(DiffTuningModule):
     """An unconditional diffusers UNet in pixel space."""
 
@@ -63,6 +64,7 @@ class UNetDiffTuningModule(DiffTuningModule):
         return lambda x_t, t, condition: unet(x_t, t).sample
 
 
+# --8<-- [end:module]
 # -- its tests --------------------------------------------------------------------------------------------------------
 
 
