@@ -1,0 +1,178 @@
+"""The documentation: command lines that exist, code that imports, keys, names and messages that are there."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import shutil
+import tomllib
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from lightning_difftune import ControlNetDiffTuningModule, DiTDiffTuningModule, MemoryBankDataModule, cli
+from lightning_difftune.cli.lightning import ConfigReader
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"])
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LIGHTNING = ("fit", "validate", "test", "predict")
+
+
+def blocks(language):
+    """The code blocks of all pages: (page, number of the block, its text)."""
+    pattern = re.compile(rf"^( *)```{language}\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+    for page in PAGES:
+        for number, found in enumerate(pattern.finditer(page.read_text(encoding="utf-8")), start=1):
+            text = "\n".join(line.removeprefix(found[1]) for line in found[2].splitlines())
+            yield pytest.param(text, id=f"{page.relative_to(ROOT)}-{number}")
+
+
+class Parsed(Exception):
+    """Raised where a command's own parser has accepted its arguments."""
+
+
+@pytest.fixture
+def anywhere(tmp_path, monkeypatch):
+    """A folder in which the paths of the documentation's commands mean the repository's configs, or nothing."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    run = tmp_path / "runs" / "quickstart" / "diff-tuning" / "lightning_logs" / "version_0"
+    run.mkdir(parents=True)
+    shutil.copy(ROOT / "configs" / "quickstart.yaml", run / "config.yaml")
+    monkeypatch.chdir(tmp_path)
+
+
+def check_difftune(args, monkeypatch):
+    """Have a command line parsed by what would run it, and nothing run."""
+    if args[0] in LIGHTNING:
+        compose(args[1:])
+        return
+    rest = []
+    known = argparse.ArgumentParser.parse_known_args
+
+    def parse_known(parser, argv=None, namespace=None):
+        rest.extend(known(parser, argv, namespace)[1])
+        raise Parsed
+
+    def parse(parser, argv=None, namespace=None):
+        assert not known(parser, argv, namespace)[1]
+        raise Parsed
+
+    def refuse(parser, message):
+        pytest.fail(message)
+
+    assert args[0] in cli.COMMANDS
+    for name, method in (("parse_args", parse), ("parse_known_args", parse_known), ("error", refuse)):
+        monkeypatch.setattr(argparse.ArgumentParser, name, method)
+    with pytest.raises(Parsed):
+        cli.run(args)
+    monkeypatch.undo()
+    if rest:
+        compose(rest)
+    for name in args[1:]:
+        assert not name.startswith("configs/") or Path(name).is_file()
+
+
+def compose(args):
+    """Compose configs and overrides; a checkpoint's path is nothing that could be checked here."""
+    args = [arg for arg in args if arg != "--print_config"]
+    while "--ckpt_path" in args:
+        place = args.index("--ckpt_path")
+        del args[place : place + 2]
+    ConfigReader().compose(args)
+
+
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_commands_exist(block, anywhere):
+    lines = [line for line in block.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+    assert lines
+    targets = re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[0] == "difftune":
+            with pytest.MonkeyPatch.context() as monkeypatch:
+                check_difftune(words[1:], monkeypatch)
+        elif words[0] == "cp":
+            shutil.copy(words[1], words[2])
+        elif words[0] == "make":
+            assert set(words[1:]) <= set(targets)
+        elif words[:2] == ["python", "-c"]:
+            compile(words[2], line, "exec")
+        elif words[:2] == ["pip", "install"]:
+            extras = re.findall(r"\[(.*)\]", words[-1])
+            assert set(",".join(extras).split(",")) <= {"", *PROJECT["optional-dependencies"]}
+        else:
+            assert words[0] in {"git", "pre-commit"}, f"no test knows how to check {line!r}"
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_code_imports_what_there_is(block):
+    if block.startswith("--8<--"):  # a part of a file of the tests
+        file, section = block.removeprefix("--8<-- ").strip('"').split(":")
+        assert f"# --8<-- [start:{section}]" in (ROOT / file).read_text()
+        return
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "lightning_difftune":
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_keys_exist():
+    """Every key that starts at the model, the data or the trainer is an argument there."""
+    models = (
+        inspect.signature(DiTDiffTuningModule).parameters | inspect.signature(ControlNetDiffTuningModule).parameters
+    )
+    known = {
+        "model.init_args": set(models),
+        "data.init_args": set(inspect.signature(MemoryBankDataModule).parameters),
+        "trainer": set(inspect.signature(L.Trainer).parameters),
+    }
+    found = []
+    for page in PAGES:
+        for scope, key in re.findall(r"`(?:--)?(model\.init_args|data\.init_args|trainer)\.(\w+)", page.read_text()):
+            found.append(key)
+            assert key in known[scope], f"{page.name}: {scope}.{key}"
+    assert len(found) > 50
+
+
+def test_classes_exist():
+    """What is named with its module is there."""
+    for page in PAGES:
+        for name in re.findall(r"`(lightning_difftune(?:\.\w+)*\.[A-Za-z]\w*)`", page.read_text()):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), f"{page.name}: {name}"
+
+
+def test_configs_exist():
+    for page in PAGES:
+        for name in re.findall(r"`(configs/[\w/]+(?:\.yaml)?)`", page.read_text()):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_quoted_messages_are_ours():
+    """The headings of the troubleshooting page that quote an error quote one that the code has."""
+    sources = [file.read_text() for file in (ROOT / "lightning_difftune").rglob("*.py")]
+    code = re.sub(r'"\n\s*f?"', "", "\n".join(sources))
+    headings = re.findall(r"^### (\".*)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert headings
+    for quoted in re.findall(r'"([^"]*)"', "\n".join(headings)):
+        for part in quoted.split("..."):
+            assert part.strip() in code, quoted
+
+
+def test_every_dependency_is_explained():
+    """Each package has a row in one of the first two tables, and there are no others."""
+    tables = (ROOT / "docs" / "dependencies.md").read_text().split("## What we write by hand")[0]
+    listed = set()
+    for row in re.findall(r"^\| .* \|$", tables, re.MULTILINE):
+        listed.update(re.findall(r"`([\w-]+)`", row.rsplit(" | ", 1)[0]))
+    wanted = [*PROJECT["dependencies"]]
+    for extra in PROJECT["optional-dependencies"].values():
+        wanted += extra
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in wanted}
+    assert names - {"lightning_difftune"} == listed
