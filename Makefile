@@ -2,11 +2,12 @@
 # make test        linters, type checks, import contract, documentation and the test suite
 # make test-slow   the tests that take more than 20 seconds each
 # make docs        the documentation, as build/docs/index.html
+# make package     wheel and source distribution, in dist/
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs package clean
 
 demo: .venv/.demo
 	$(BIN)/difftune quickstart
@@ -24,7 +25,10 @@ lint: .venv/.dev
 	$(BIN)/lint-imports
 
 docs: .venv/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+package: .venv/.dev
+	$(BIN)/python -m build
 
 clean:
 	rm -rf .venv build dist *.egg-info
