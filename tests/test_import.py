@@ -1,4 +1,4 @@
-"""Importing the package brings in nothing heavy, and each part only what it needs (benchmarks/import_time.py times it)."""
+"""Imports bring in nothing heavy, and parts of the package only what they need; see benchmarks/import_time.py."""
 
 from __future__ import annotations
 
