@@ -90,7 +90,7 @@ def test_advice_from_what_else_there_is(tmp_path):
 
 def test_advised_options_are_options(tmp_path):
     """What the page says to add to the command line parses."""
-    base = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    base = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
     schedule = tmp_path / "forgetting" / "schedule.json"
     schedule.parent.mkdir()
     schedule.write_text("{}")

@@ -1,4 +1,4 @@
-"""A run for the commands that look at runs."""
+"""A short run to report."""
 
 from __future__ import annotations
 
