@@ -28,6 +28,13 @@ def test_one_version():
     assert version in re.findall(r"\d+\.\d+\.\d+", (ROOT / "CHANGELOG.md").read_text().split("## ")[1])
 
 
+def test_every_package_is_listed():
+    """A folder of code that is missing from the list would be missing from the wheel alone."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = {file.parent for file in (ROOT / "lightning_difftune").rglob("__init__.py")}
+    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= listed
+
+
 def test_citation_has_what_the_format_asks_for():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
