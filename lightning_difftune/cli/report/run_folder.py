@@ -94,11 +94,11 @@ def find_run(path: Path) -> Path:
     Raises:
         DataError: If there is none.
     """
-    if any((path / mark).is_file() for mark in MARKS):
-        return path
     versions = [folder for folder in path.glob("lightning_logs/*") if any((folder / mark).is_file() for mark in MARKS)]
     if versions:
         return max(versions, key=lambda folder: max(file.stat().st_mtime for file in folder.iterdir()))
+    if any((path / mark).is_file() for mark in MARKS):
+        return path
     if not path.is_dir():
         raise DataError(f"{path} is no folder. `difftune report` takes the folder of a run, where its config.yaml is.")
     below = sorted({file.parent for mark in MARKS for file in path.glob(f"**/{mark}")})[:5]
