@@ -15,6 +15,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 
+import lightning_difftune
 from lightning_difftune import ControlNetDiffTuningModule, DiTDiffTuningModule, MemoryBankDataModule, cli
 from lightning_difftune.cli.lightning import ConfigReader
 
@@ -120,6 +121,15 @@ def test_code_imports_what_there_is(block):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "lightning_difftune":
             module = importlib.import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_every_public_package_has_its_page():
+    """What is in a package's ``__all__`` is on the page that renders the package."""
+    rendered = set(re.findall(r"^::: (\S+)$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE))
+    for file in (ROOT / "lightning_difftune").glob("*/__init__.py"):
+        if "__all__" in file.read_text():
+            assert f"lightning_difftune.{file.parent.name}" in rendered
+    assert {f"lightning_difftune.{home}" for home in lightning_difftune._HOMES.values()} <= rendered
 
 
 def test_keys_exist():

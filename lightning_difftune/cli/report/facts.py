@@ -110,6 +110,11 @@ def _results(run: RunFolder) -> list[str]:
                 f"{name} ({better} is better) went from {series[0][1]:.4g} to {series[-1][1]:.4g}; its best was "
                 f"{best:.4g} at step {step:,}."
             )
+    if converged := run.finite("sudden_convergence/step"):
+        results.append(f"It converged suddenly at step {converged[-1][1]:,.0f}.")
+    elif leap := run.finite("sudden_convergence/leap"):
+        start, end = (run.finite(f"sudden_convergence/leap_{side}_step")[-1][1] for side in ("start", "end"))
+        results.append(f"Its largest leap is {leap[-1][1]:.4g}, from step {start:,.0f} to {end:,.0f}.")
     if "fid" not in run.metrics and any(name.startswith("fd_") for name in run.metrics):
         results.append("A Fréchet distance through another network than Inception compares with no published FID.")
     return results

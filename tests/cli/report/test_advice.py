@@ -11,6 +11,8 @@ import yaml
 
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.report.advice import RULES, advise
+from lightning_difftune.cli.report.facts import summary
+from lightning_difftune.cli.report.figures import panels
 from lightning_difftune.cli.report.page import page
 from lightning_difftune.cli.report.run_folder import read_run
 
@@ -43,6 +45,16 @@ def test_nothing_to_say(tmp_path):
     run = make_run(tmp_path, FLAT, callbacks=[INCEPTION])
     assert advise(run) == []
     assert f"{len(RULES)} rules looked at them" in page(run)
+
+
+def test_a_controlnets_convergence_is_a_sentence_not_a_curve(tmp_path):
+    logged = {"control/ssim": [0.1, 0.2, 0.5], "sudden_convergence/leap": [0.3]}
+    logged |= {"sudden_convergence/leap_start_step": [10.0], "sudden_convergence/leap_end_step": [20.0]}
+    run = make_run(tmp_path, logged)
+    assert "Its largest leap is 0.3, from step 10 to 20." in summary(run)
+    assert [panel.title for panel in panels(run)] == ["control/ssim"]
+    converged = make_run(tmp_path, {**logged, "sudden_convergence/step": [1800.0]})
+    assert "It converged suddenly at step 1,800." in summary(converged)
 
 
 @pytest.mark.parametrize(
