@@ -113,10 +113,9 @@ def test_commands_exist(block, anywhere):
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_code_imports_what_there_is(block):
-    if block.startswith("--8<--"):  # a part of a file of the tests
-        file, section = block.removeprefix("--8<-- ").strip('"').split(":")
+    for file, section in re.findall(r'^--8<-- "(.*):(.*)"$', block, re.MULTILINE):  # a part of a file of the tests
         assert f"# --8<-- [start:{section}]" in (ROOT / file).read_text()
-        return
+    block = re.sub(r"^--8<--.*$", "", block, flags=re.MULTILINE)
     for node in ast.walk(ast.parse(block)):
         if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "lightning_difftune":
             module = importlib.import_module(node.module)
