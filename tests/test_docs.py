@@ -85,6 +85,8 @@ def compose(args):
     while "--ckpt_path" in args:
         place = args.index("--ckpt_path")
         del args[place : place + 2]
+        if not args:  # the checkpoint alone, which has its run's settings
+            return
     ConfigReader().compose(args)
 
 
