@@ -80,13 +80,13 @@ def check_difftune(args, monkeypatch):
 
 
 def compose(args):
-    """Compose configs and overrides; a checkpoint's path is nothing that could be checked here."""
+    """Compose configs and overrides; of a checkpoint, only its path is left out."""
     args = [arg for arg in args if arg != "--print_config"]
+    if "--ckpt_path" in args and "--config" not in args:  # a checkpoint has its run's settings
+        args = ["--config", "configs/quickstart.yaml", *args]
     while "--ckpt_path" in args:
         place = args.index("--ckpt_path")
         del args[place : place + 2]
-        if not args:  # the checkpoint alone, which has its run's settings
-            return
     ConfigReader().compose(args)
 
 
