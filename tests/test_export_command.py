@@ -16,6 +16,7 @@ from lightning_difftune.cli import main
 from lightning_difftune.cli.export import difference, plain_network, write
 from lightning_difftune.models import DiT, export_dit, load_dit
 from lightning_difftune.models.diffusers_layout import load_exact_transformer
+from lightning_difftune.sampling import Sampler
 
 T, Y = torch.tensor([0, 500, 999]), torch.tensor([0, 2, 6])
 
@@ -215,8 +216,38 @@ def test_data_that_is_elsewhere_is_not_needed(project, tmp_path, capsys):
     elsewhere = ["--data.init_args.target.init_args.root", "nowhere"]
     status, said = exported(checkpoint_of(project), tmp_path / "tuned.safetensors", capsys, *elsewhere)
     assert status == 0, said
+    assert "class names: those of the checkpoint" in said
+    expected = ["ant", "bee", "cat", "unused 0", "unused 1", "unused 2"]
+    assert load_dit(tmp_path / "tuned.safetensors").class_names == expected
+    content = torch.load(checkpoint_of(project), weights_only=True)
+    assert content["class_names"] == expected
+    content["class_names"] = None  # as checkpoints were before they kept the names
+    old = tmp_path / "version_0" / "old.ckpt"
+    old.parent.mkdir()
+    torch.save(content, old)
+    shutil.copy(checkpoint_of(project).parents[1] / "config.yaml", old.parent)
+    status, said = exported(old, tmp_path / "old.safetensors", capsys, *elsewhere)
+    assert status == 0, said
     assert "class names: none, since the data cannot be opened" in said
-    assert load_dit(tmp_path / "tuned.safetensors").class_names is None
+    assert load_dit(tmp_path / "old.safetensors").class_names is None
+    assert exported(old, tmp_path / "named.safetensors", capsys)[0] == 0
+    assert load_dit(tmp_path / "named.safetensors").class_names == expected
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ""])
+def test_how_pictures_are_drawn_travels_with_the_model(project, suffix, tmp_path, capsys):
+    solver = ["--model.init_args.sampler.num_inference_steps", "7", "--model.init_args.sampler.scheduler"]
+    solver += ['{"class_path": "diffusers.DPMSolverMultistepScheduler"}']
+    status, said = exported(checkpoint_of(project), tmp_path / f"tuned{suffix}", capsys, *solver)
+    assert status == 0, said
+    again = Sampler.from_spec(load_dit(tmp_path / f"tuned{suffix}").sampling)
+    assert (type(again.scheduler).__name__, again.num_inference_steps) == ("DPMSolverMultistepScheduler", 7)
+    assert again.scheduler.config.lambda_min_clipped == -float("inf")
+    if not suffix:
+        from diffusers import DPMSolverMultistepScheduler
+
+        theirs = DPMSolverMultistepScheduler.from_pretrained(tmp_path / "tuned" / "scheduler")
+        assert theirs.config.lambda_min_clipped == -float("inf")
 
 
 def test_mistakes_are_refused_and_change_nothing(project, tmp_path, capsys):

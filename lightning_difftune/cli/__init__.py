@@ -20,6 +20,7 @@ HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
   difftune predict --config ...  build the memory bank on purpose, on all devices
   difftune swap --config ... --ckpt_path ...
                                  pictures whose last steps the pre-trained model does, and their distance
+  difftune sample SOURCE ...     pictures of a run, an export or a bundled model, by class or prompt
   difftune export --ckpt_path ... --output ...
                                  a run's tuned model as a file or folder of its own, averaged and merged
   difftune report RUN            a run's curves, pictures and config, and what to try next, as one HTML page
@@ -33,7 +34,7 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
-COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "export", "plan", "report")
+COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "sample", "export", "plan", "report")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,6 +72,10 @@ def run(args: list[str]) -> None:
         from lightning_difftune.cli.swap import swap
 
         swap(args[1:])
+    elif args[0] == "sample":
+        from lightning_difftune.cli.sample import sample
+
+        sample(args[1:])
     elif args[0] == "export":
         from lightning_difftune.cli.export import export
 

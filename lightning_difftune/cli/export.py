@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-import yaml
 from torch import nn
 
-from lightning_difftune.callbacks import EMA
-from lightning_difftune.cli.lightning import ModelReader, check_checkpoint
+from lightning_difftune.cli.lightning import ModelReader
+from lightning_difftune.cli.tuned import open_run
 from lightning_difftune.draws import noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models import DiT, export_dit, export_network, load_dit
@@ -54,65 +52,19 @@ def export(argv: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     if options.ckpt_path is None or options.output is None:
         raise ConfigError("difftune export needs --ckpt_path RUN/checkpoints/last.ckpt and --output FILE or FOLDER.")
-    check_checkpoint(options.ckpt_path)
-    content = torch.load(options.ckpt_path, map_location="cpu", weights_only=True, mmap=True)
-
-    with TemporaryDirectory() as workspace:
-        if "--config" not in rest:
-            rest = ["--config", str(config_beside(options.ckpt_path, Path(workspace))), *rest]
-        reader = ModelReader(rest)
-    module: Any = reader.model
-    if not isinstance(module, DiffTuningModule):
-        raise ConfigError(f"difftune export knows the Diff-Tuning modules; the config has a {type(module).__name__}.")
-    restore(module, content)
-    done = [f"{options.ckpt_path}, step {content.get('global_step', '?')}, tuned from {module.base_identity['name']}"]
-    with averages_of(module, content, options.raw, done):
+    run = open_run(options.ckpt_path, rest)
+    module = run.module
+    done = [f"{options.ckpt_path}, step {run.step}, tuned from {module.base_identity['name']}"]
+    with run.weights(options.raw, done):
         network = plain_network(module, done)
-        if isinstance(network, DiT) and network.class_names is None:
-            network.class_names = class_names_of(reader, network.num_classes, done)
+        if isinstance(network, DiT):
+            network.sampling = module.sampler.spec()
+            if network.class_names is None:
+                network.class_names = class_names_of(run.reader, network.num_classes, done)
+            else:
+                done.append("class names: those of the checkpoint")
         write(module, network, options, done)
     print("\n".join(done))
-
-
-def config_beside(checkpoint: Path, workspace: Path) -> Path:
-    """The part of a run's saved config that makes its model and data.
-
-    Raises:
-        ConfigError: If there is no config beside the checkpoint or one folder up.
-    """
-    places = [folder / "config.yaml" for folder in checkpoint.resolve().parents[:2]]
-    saved = next((place for place in places if place.is_file()), None)
-    if saved is None:
-        raise ConfigError(
-            f"There is no config of the run beside {checkpoint}: looked for {places[0]} and {places[1]}. Pass what the "
-            "run was started with, --config BASE --config OVERLAY ..."
-        )
-    settings = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    kept = workspace / "config.yaml"
-    kept.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k in ("seed_everything", "model", "data")}))
-    return kept
-
-
-def restore(module: DiffTuningModule, content: dict[str, Any]) -> None:
-    """Build the module's networks and give them the checkpoint's weights."""
-    module.configure_model()
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"])
-    module.eval()
-
-
-def averages_of(
-    module: DiffTuningModule, content: dict[str, Any], raw: bool, done: list[str]
-) -> AbstractContextManager[None]:
-    """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights."""
-    states = [state for state in content.get("callbacks", {}).values() if "averages" in state]
-    if raw or not states:
-        done.append("weights: as trained" + ("" if states else "; the checkpoint has no averages"))
-        return nullcontext()
-    average = EMA()
-    average.load_state_dict(states[0])
-    done.append(f"weights: averaged by EMA over {average.num_updates:,} updates")
-    return average.average_parameters(module)
 
 
 def plain_network(module: DiffTuningModule, done: list[str]) -> Any:

@@ -132,6 +132,11 @@ class MemoryBankDataModule(L.LightningDataModule):
             raise ConfigError(f"A batch_size of {self.batch_size} leaves no target sample beside the bank's.")
 
     @property
+    def class_names(self) -> list[str] | None:
+        """Names of the target's classes in the order of their labels, where its source has them."""
+        return self.target.class_names if self.num_classes is not None else None
+
+    @property
     def retention_batch_size(self) -> int:
         """Bank samples in a batch: ``int(retention_share * batch_size)``, 0 without a bank."""
         return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0

@@ -18,6 +18,7 @@ from lightning_difftune.models.checkpoint_files import read_json, read_safetenso
 from lightning_difftune.models.dit import SIZES, DiT
 
 BUNDLED = Path(__file__).parent / "weights"
+SAMPLING_FILE = "sampling.json"  # in an exported diffusers folder, beside model_index.json
 FORMAT_VERSION = 1  # of the safetensors that export_dit writes
 PUBLISHED_HEADS = {(hidden_size, depth): num_heads for hidden_size, depth, num_heads in SIZES.values()}
 WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}  # such a name is a path, not a repository
@@ -30,6 +31,7 @@ class Contents(NamedTuple):
     architecture: dict[str, Any]
     class_names: list[str] | None
     file: Path  # that the tensors are in
+    sampling: dict[str, Any] | None = None  # scheduler, steps and guidance of the run that it comes from
 
 
 def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str | None = None) -> DiT:
@@ -55,7 +57,7 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
     """
     path = locate(source, revision)
     contents = read_folder(path) if path.is_dir() else read_file(path, num_heads)
-    state, architecture, class_names, file = contents
+    state, architecture, class_names, file, sampling = contents
     if num_heads is not None and num_heads != architecture.get("num_heads"):
         raise CheckpointError(f"{path} says that it has {architecture.get('num_heads')} heads, not {num_heads}.")
     try:
@@ -67,6 +69,7 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
         check_state(state, diffusers_layout.to_diffusers(model.state_dict(), architecture["depth"]), file)
         state = diffusers_layout.from_diffusers(state, architecture, file)
     check_state(state, model.state_dict(), file)
+    model.sampling = sampling
     # One copy at a time: afterwards the model owns its memory, and nothing depends on the file mapped until then.
     model.load_state_dict({name: state.pop(name).to(torch.float32, copy=True) for name in list(state)}, assign=True)
     return model
@@ -103,6 +106,7 @@ def read_file(file: Path, num_heads: int | None = None) -> Contents:
     try:
         version = int(metadata["format_version"])
         architecture, class_names = dict(json.loads(metadata["architecture"])), json.loads(metadata["class_names"])
+        sampling = json.loads(metadata.get("sampling", "null"))
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file}: its metadata is incomplete or damaged ({error!r}). Export it again.") from error
     if version > FORMAT_VERSION:
@@ -110,7 +114,7 @@ def read_file(file: Path, num_heads: int | None = None) -> Contents:
             f"{file} has format version {version}; this release reads up to {FORMAT_VERSION}. "
             "Upgrade lightning_difftune."
         )
-    return Contents(state, architecture, class_names, file)
+    return Contents(state, architecture, class_names, file, sampling)
 
 
 def read_folder(folder: Path) -> Contents:
@@ -129,7 +133,8 @@ def read_folder(folder: Path) -> Contents:
     classes = [str(i) for i in range(architecture["num_classes"])]
     names = [labels[i] for i in classes] if labels.keys() >= set(classes) else None
     state = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
-    return Contents(state, architecture, names, file)
+    settings = folder / SAMPLING_FILE
+    return Contents(state, architecture, names, file, read_json(settings) if settings.exists() else None)
 
 
 def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file: Path) -> dict[str, Any]:

@@ -164,6 +164,7 @@ class DiT(nn.Module):
             "learn_sigma": learn_sigma,
         }
         self.class_names = class_names
+        self.sampling: dict[str, Any] | None = None  # how pictures are drawn from it, if known; travels with exports
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_difftune import __version__
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
-from lightning_difftune.models.checkpoints import FORMAT_VERSION, check_state, load_dit
+from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
 
@@ -130,6 +130,7 @@ def write_safetensors(model: DiT, file: Path) -> None:
         "library_version": __version__,
         "architecture": json.dumps(model.architecture),
         "class_names": json.dumps(model.class_names),
+        **({} if model.sampling is None else {"sampling": json.dumps(model.sampling)}),
     }
     save_file(plain_state(model), file, metadata)
 
@@ -148,12 +149,19 @@ def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | N
     state = {name: tensor.clone() for name, tensor in to_diffusers(plain_state(model), architecture["depth"]).items()}
     save_file(state, transformer / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
-    scheduler.save_pretrained(folder / "scheduler")
+    kind = "DDIMScheduler"
+    if model.sampling is None:
+        DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False).save_pretrained(folder / "scheduler")
+    else:
+        kind, words = model.sampling["scheduler"], model.sampling["scheduler_config"]
+        settings = {key: float(value) if value in ("inf", "-inf") else value for key, value in words.items()}
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": kind, **version, **settings})
+        write_json(folder / SAMPLING_FILE, model.sampling)
     index: dict[str, object] = {
         "_class_name": "DiTPipeline",
         **version,
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", kind],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
         "vae": [None, None],
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +79,10 @@ def open_text_encoder(source: str | Path, revision: str | None) -> tuple[CLIPTok
     text_model: Any = transformers.CLIPTextModel
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        network, info = text_model.from_pretrained(
-            folder / "text_encoder", local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        with without_bars():
+            network, info = text_model.from_pretrained(
+                folder / "text_encoder", local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(
             f"{folder} has no tokenizer and text_encoder that transformers' CLIP classes can open: {error}. It must be "
@@ -92,3 +94,18 @@ def open_text_encoder(source: str | Path, revision: str | None) -> tuple[CLIPTok
             f"the first is {sorted(map(str, info['missing_keys']))[0]}."
         )
     return tokenizer, network
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Leave out transformers' progress bars, which take the screen for a file that is read in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

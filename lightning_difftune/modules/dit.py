@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch, Tuner
+from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, SupportsClassNames, TargetBatch, Tuner
 from lightning_difftune.sampling import Sampler
 
 
@@ -30,7 +31,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         model: The pre-trained model: a bundled name, a file or folder or hub id that
             :func:`~lightning_difftune.models.load_dit` reads, or a :class:`DiT` as it is (fresh weights included).
         num_classes: Classes K of the target; by default those of the model.
-        class_names: Names of the target's classes, saved with exports.
+        class_names: Names of the target's classes, saved with checkpoints and exports; those of the data by default.
         label_table: ``"keep"`` reuses rows 0..K-1 of the pre-trained table and its null row, as the authors' code
             does; ``"resize"`` starts K fresh rows beside the copied null row, as Table 1 counts them.
         label_dropout: Probability that a target sample is shown without its label.
@@ -109,8 +110,9 @@ class DiTDiffTuningModule(DiffTuningModule):
                 f"{self.dit.num_classes}. Use label_table: resize."
             )
         elif self.class_names is not None:
-            rest = self.dit.num_classes - len(self.class_names)
-            self.dit.class_names = [*self.class_names, *(f"unused {i}" for i in range(rest))]
+            self.name_classes(self.class_names)
+        elif self.num_classes != self.dit.num_classes:
+            self.dit.class_names = None  # the rows are reused, and their names are of what they were
         if self.autoencoder is not None:
             channels = self.autoencoder.latent_shape(64)[0]
             if channels != self.dit.sample_shape[0]:
@@ -118,6 +120,36 @@ class DiTDiffTuningModule(DiffTuningModule):
                     f"The autoencoder makes latents of {channels} channels but {name} denoises {self.dit.sample_shape}."
                 )
         return identity
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Name the first rows of the label table; the rows behind them, if there are any, are called unused.
+
+        Raises:
+            ConfigError: If there are more names than rows.
+        """
+        rest = self.dit.num_classes - len(names)
+        if rest < 0:
+            raise ConfigError(f"{len(names)} class names were given for a label table of {self.dit.num_classes} rows.")
+        self.dit.class_names = [*names, *(f"unused {i}" for i in range(rest))]
+
+    def on_fit_start(self) -> None:
+        """Take over the names of the data's classes, unless names were given."""
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        names = data.class_names if isinstance(data, SupportsClassNames) else None
+        if self.class_names is None and names is not None:
+            self.name_classes(names[: self.num_classes])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the classes, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["class_names"] = self.dit.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the names of the classes over, unless names were given."""
+        super().on_load_checkpoint(checkpoint)
+        if self.class_names is None and checkpoint.get("class_names") is not None:
+            self.dit.class_names = checkpoint["class_names"]
 
     def trainable_modules(self) -> list[nn.Module]:
         """The transformer."""

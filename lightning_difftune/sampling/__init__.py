@@ -3,6 +3,18 @@
 from lightning_difftune.sampling.guidance import Guided
 from lightning_difftune.sampling.loop import Reverse, sample, swap
 from lightning_difftune.sampling.sampler import Sampler, to_uint8
-from lightning_difftune.sampling.schedulers import NoiseScheduler, ddim, is_flow
+from lightning_difftune.sampling.schedulers import NoiseScheduler, adds_noise, ddim, is_flow, scheduler_named
 
-__all__ = ["Guided", "NoiseScheduler", "Reverse", "Sampler", "ddim", "is_flow", "sample", "swap", "to_uint8"]
+__all__ = [
+    "Guided",
+    "NoiseScheduler",
+    "Reverse",
+    "Sampler",
+    "adds_noise",
+    "ddim",
+    "is_flow",
+    "sample",
+    "scheduler_named",
+    "swap",
+    "to_uint8",
+]

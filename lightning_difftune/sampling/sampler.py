@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.sampling.guidance import Guided
 from lightning_difftune.sampling.loop import sample, swap
-from lightning_difftune.sampling.schedulers import ddim
+from lightning_difftune.sampling.schedulers import ddim, scheduler_from
 
 
 @dataclass
@@ -87,6 +87,20 @@ class Sampler:
     def swap(self, model: Guided, tail: Guided, noise: Tensor, fractions: Sequence[float]) -> Tensor:
         """Noise (B, C, H, W) => samples (P, B, C, H, W) whose last ``fractions`` (P of them) are done by ``tail``."""
         return swap(model, tail, noise, self.scheduler, fractions, self.num_inference_steps)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Sampler:
+        """The sampler that a :meth:`spec` describes.
+
+        Raises:
+            ConfigError: If the spec is incomplete, or this version of diffusers does not have its scheduler.
+        """
+        try:
+            scheduler = scheduler_from(spec["scheduler"], spec["scheduler_config"])
+            settings = {key: spec[key] for key in ("num_inference_steps", "guidance_scale", "guidance_channels")}
+        except KeyError as error:
+            raise ConfigError(f"This description of a sampler lacks {error}: {dict(spec)}") from error
+        return cls(scheduler, **settings, domain_guidance=bool(spec.get("domain_guidance", False)))
 
     def spec(self) -> dict[str, Any]:
         """The settings as plain values, for a memory bank's manifest."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import difflib
+import inspect
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from lightning_difftune.errors import ConfigError
+
+# The settings of a scheduler that are about the process it reverses, not about how it does so.
+_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
 class NoiseScheduler(Protocol):
@@ -66,3 +75,77 @@ def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
     steps = scheduler.config.num_train_timesteps
     sigmas: Tensor = scheduler.sigmas[: len(scheduler.timesteps)]  # type: ignore[attr-defined]
     return (sigmas * steps).round().long().sub(1).clamp(0, steps - 1).to(scheduler.timesteps.device)
+
+
+def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
+    """A scheduler of diffusers over the noise levels of another one, with defaults in all else.
+
+    Args:
+        name: Its class, such as ``"DDIMScheduler"`` or ``"UniPCMultistepScheduler"``; ``"DDIM"`` is enough.
+        process: Settings of the other scheduler; its betas and what it predicts are taken.
+
+    Raises:
+        ConfigError: If diffusers has no such class, or it cannot be made over these noise levels.
+
+    Example:
+        >>> scheduler_named("UniPCMultistep", ddim().config).config.beta_end
+        0.02
+    """
+    import diffusers
+
+    class_name = name if name.endswith("Scheduler") else f"{name}Scheduler"
+    if class_name not in dir(diffusers):
+        known = [entry.removesuffix("Scheduler") for entry in dir(diffusers) if entry.endswith("Scheduler")]
+        asked = class_name.removesuffix("Scheduler")
+        near = [entry for entry in known if entry.lower().startswith(asked.lower())]
+        near = near[:4] or difflib.get_close_matches(asked, known) or ["DDIM", "UniPCMultistep"]
+        raise ConfigError(f"diffusers has no {class_name}. Did you mean {', '.join(near)}?")
+    kind = getattr(diffusers, class_name)
+    accepted = inspect.signature(kind.__init__).parameters
+    settings: dict[str, Any] = {key: process[key] for key in _PROCESS if key in process and key in accepted}
+    if "clip_sample" in accepted:
+        settings["clip_sample"] = False  # latents have no bounds, and pixels are clamped once, at the end
+    try:
+        scheduler: NoiseScheduler = kind(**settings)
+    except (ImportError, TypeError, ValueError, NotImplementedError) as error:
+        raise ConfigError(f"{class_name} cannot be made: {str(error).strip().partition(chr(10))[0]}") from error
+    return scheduler
+
+
+def scheduler_from(name: str, config: Mapping[str, Any]) -> NoiseScheduler:
+    """The scheduler of a :meth:`Sampler.spec`, where infinities are words.
+
+    Raises:
+        ConfigError: If this version of diffusers does not have it.
+    """
+    import diffusers
+
+    kind: Any = getattr(diffusers, name, None)
+    if kind is None:
+        raise ConfigError(f"This version of diffusers has no {name}, which the model was sampled with.")
+    scheduler: NoiseScheduler = kind.from_config(
+        {key: float(value) if value in ("inf", "-inf") else value for key, value in config.items()}
+    )
+    return scheduler
+
+
+def adds_noise(scheduler: NoiseScheduler) -> bool:
+    """Whether steps draw random numbers, so that a sample depends on what was drawn before.
+
+    Example:
+        >>> adds_noise(ddim()), adds_noise(scheduler_named("DDPM", ddim().config))
+        (False, True)
+    """
+
+    def last_of(seed: int) -> Tensor:
+        reverse: Any = copy.deepcopy(scheduler)
+        reverse.set_timesteps(12)
+        x = torch.ones(1, 1, 2, 2)
+        torch.manual_seed(seed)
+        for timestep in reverse.timesteps:
+            model_input = reverse.scale_model_input(x, timestep) if hasattr(reverse, "scale_model_input") else x
+            x = reverse.step(model_input, timestep, x).prev_sample
+        return x
+
+    with torch.random.fork_rng(devices=[]):
+        return not torch.equal(last_of(0), last_of(1))

@@ -1,0 +1,262 @@
+"""``difftune sample``: pictures of a run, an export or a bundled model, as files that say how they were made."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from lightning_difftune import __version__
+from lightning_difftune.callbacks.pictures import grid_of
+from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.sources import Source, open_source
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.modules import ControlNetDiffTuningModule, DiffTuningModule, DiTDiffTuningModule
+from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
+from lightning_difftune.sampling import Sampler, adds_noise, is_flow, scheduler_named
+
+DESCRIPTION = """Draw pictures with a model and save them as PNG files, one each and all in grid.png, a row a class.
+
+  difftune sample runs/flowers/version_0/checkpoints/last.ckpt --classes sunflower rose --num_samples 8
+  difftune sample tuned.safetensors --classes 3 17 --seed 1 --guidance_scale 3 --solver UniPCMultistep --steps 20
+  difftune sample sd-nano-flowers --prompts "a photo of a sunflower" "a photo of a rose" --output sunflowers
+
+SOURCE is a checkpoint of a run (or the run's folder), an export, a model that `load_dit` opens, a Stable Diffusion
+pipeline or the name of a bundled model. Sampler settings that are not given are the run's or the export's own.
+Picture j of a class has the start noise of (seed, j), so it stays the same whatever else is drawn beside it.
+Each PNG carries its settings as text, under "parameters". The same command line gives the same bytes on the same
+machine; another batch size or device rounds differently and may move a pixel by one level in 255."""
+
+FEW_CLASSES = 10  # rows of the grid where neither classes nor prompts are asked for
+
+
+def sample(argv: Sequence[str]) -> None:
+    """Draw the pictures and say where they are.
+
+    Args:
+        argv: The command line after ``sample``.
+
+    Raises:
+        ConfigError: If the command line cannot be used, or names a class that is not there.
+        CheckpointError: If the source cannot be opened.
+    """
+    options, rest = parser().parse_known_args(argv)
+    if options.source is None:
+        raise ConfigError("difftune sample needs what to draw with: `difftune sample SOURCE`; see --help.")
+    if options.num_samples < 1 or options.batch_size < 1:
+        raise ConfigError("--num_samples and --batch_size must be at least 1.")
+    output = free_folder(options.output, options.overwrite)
+    source = open_source(options.source, rest, base=options.base, vae=options.vae, text=options.prompts is not None)
+    module = source.module.to(device_of(options.device))
+    module.seed = options.seed
+    module.sampler = sampler_of(source, options)
+    rows = rows_of(module, options)
+    with source.weights(options.raw):
+        parameters = parameters_of(source, options)
+        pictures = draw(module, rows, options.num_samples, options.batch_size)
+    save(pictures, [name for name, _ in rows], output, parameters)
+    print("\n".join([*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures beside it"]))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    options = CommandParser("sample", DESCRIPTION)
+    options.add_argument("source", nargs="?", help="checkpoint, export, pipeline, or bundled name")
+    what = options.add_mutually_exclusive_group()
+    what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first ten)")
+    what.add_argument("--prompts", nargs="+", metavar="TEXT", help="for text-to-image (default: the run's)")
+    options.add_argument("--num_samples", type=int, default=4, metavar="N", help="pictures of each (default: 4)")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--guidance_scale", type=float, metavar="G", help="strength of guidance; 1 is none")
+    options.add_argument("--guidance_channels", metavar="K", help="guided leading channels, or `all`")
+    options.add_argument(
+        "--domain_guidance", action="store_true", help="guide away from the pre-trained model (arXiv 2504.01521)"
+    )
+    options.add_argument("--solver", metavar="NAME", help="a scheduler of diffusers, such as DDIM or UniPCMultistep")
+    options.add_argument("--steps", type=int, metavar="N", help="reverse steps")
+    options.add_argument("--output", type=Path, help="folder (default: runs/samples, or with the next free number)")
+    options.add_argument("--overwrite", action="store_true", help="write into a folder with files in it")
+    options.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
+    options.add_argument("--base", help="of an export: the model that it was tuned from, or a UNet's pipeline")
+    options.add_argument("--vae", help="autoencoder of a latent DiT in one file, such as stabilityai/sd-vae-ft-ema")
+    options.add_argument("--batch_size", type=int, default=16, metavar="B", help="pictures at a time (default: 16)")
+    options.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU, if there is one)")
+    return options
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device asked for, or a GPU if there is one.
+
+    Raises:
+        ConfigError: If there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name} cannot be used: {str(error).partition(chr(10))[0]}") from error
+
+
+def free_folder(folder: Path | None, overwrite: bool) -> Path:
+    """The folder asked for, or ``runs/samples``, with the next free number if that is taken.
+
+    Raises:
+        ConfigError: If the folder asked for has files in it, and those may not be replaced.
+    """
+    if folder is not None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+            raise ConfigError(f"{folder} is not empty. Choose another --output, or pass --overwrite.")
+        return folder
+    default = Path("runs/samples")
+    numbers = (default.with_name(f"samples-{n}") for n in range(1, 100_000))
+    return default if not default.exists() else next(place for place in numbers if not place.exists())
+
+
+def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
+    """The model's own sampler with what the command line changes.
+
+    Raises:
+        ConfigError: If a setting is out of range, or the solver does not fit the model.
+    """
+    own, changes = source.module.sampler, dict[str, Any]()
+    if options.steps is not None:
+        changes["num_inference_steps"] = options.steps
+    if options.guidance_scale is not None:
+        changes["guidance_scale"] = options.guidance_scale
+    if options.guidance_channels is not None:
+        channels = options.guidance_channels
+        if channels != "all" and not channels.isdecimal():
+            raise ConfigError(f"--guidance_channels is {channels!r}; expected a number, or `all`.")
+        changes["guidance_channels"] = None if channels == "all" else int(channels)
+    if options.domain_guidance:
+        changes["domain_guidance"] = True
+    if options.solver is not None:
+        changes["scheduler"] = scheduler_named(options.solver, own.scheduler.config)
+    sampler = replace(own, **changes)
+    if source.knows_sampler and is_flow(sampler.scheduler) != is_flow(own.scheduler):
+        what = "a velocity (flow matching)" if is_flow(own.scheduler) else "noise"
+        raise ConfigError(f"The model predicts {what}, which {type(sampler.scheduler).__name__} does not integrate.")
+    if sampler.domain_guidance and not source.has_base:
+        raise ConfigError("Domain Guidance needs the model that this one was tuned from; name it with --base.")
+    if adds_noise(sampler.scheduler):
+        raise ConfigError(
+            f"{type(sampler.scheduler).__name__} adds noise at each step, so that a picture would depend on those "
+            "drawn before it. Take a solver without: DDIM, UniPCMultistep, DPMSolverMultistep, EulerDiscrete."
+        )
+    return sampler
+
+
+def rows_of(module: DiffTuningModule, options: argparse.Namespace) -> list[tuple[str, Any]]:
+    """What each row of the grid shows, and the class or prompt that the model is asked for.
+
+    Raises:
+        ConfigError: If the model takes the other one, or control maps, or does not have such a class.
+    """
+    if isinstance(module, ControlNetDiffTuningModule):
+        raise ConfigError("A ControlNet draws after control maps, which difftune sample does not take. See `validate`.")
+    if isinstance(module, StableDiffusionModule):
+        if options.classes is not None:
+            raise ConfigError("This model is asked in words: use --prompts in place of --classes.")
+        return [(prompt, prompt) for prompt in options.prompts or module.prompts]
+    if not isinstance(module, DiTDiffTuningModule):
+        raise ConfigError(f"difftune sample does not know how to ask a {type(module).__name__}.")
+    if options.prompts is not None:
+        raise ConfigError("This model knows classes and no words: use --classes in place of --prompts.")
+    names, count = module.dit.class_names, module.num_classes
+    asked = options.classes if options.classes is not None else [str(i) for i in range(min(count, FEW_CLASSES))]
+    labels = [class_of(one, names, count) for one in asked]
+    return [(names[label] if names is not None else f"class {label}", label) for label in labels]
+
+
+def class_of(asked: str, names: Sequence[str] | None, count: int) -> int:
+    """The number of a class by its name, or one of several names between commas; else by the number itself.
+
+    Case, underscores and hyphens do not matter.
+
+    Raises:
+        ConfigError: If there is no such class.
+
+    Example:
+        >>> class_of("white shark", ["tench, Tinca tinca", "great white shark, White_shark"], 2), class_of("1", None, 2)
+        (1, 1)
+    """
+    labels: dict[str, int] = {}
+    for label, name in enumerate(names or ()):
+        for synonym in (name, *name.split(",")):
+            labels.setdefault(plain(synonym), label)
+    if plain(asked) in labels:
+        return labels[plain(asked)]
+    if asked.isdecimal() and int(asked) < count:
+        return int(asked)
+    if names is None:
+        raise ConfigError(f"There is no class {asked!r}: this model has no names, and the numbers 0 to {count - 1}.")
+    near = difflib.get_close_matches(plain(asked), labels, n=5)
+    known = (
+        f"Did you mean {', '.join(near)}?"
+        if near
+        else f"Its classes are {', '.join(names[:10])}" + (", ..." if len(names) > 10 else ".")
+    )
+    raise ConfigError(f"There is no class {asked!r} among the {count}. {known}")
+
+
+def plain(name: str) -> str:
+    """A name as it is compared."""
+    return re.sub(r"[\s_-]+", " ", name).strip().lower()
+
+
+@torch.inference_mode()
+def draw(module: DiffTuningModule, rows: Sequence[tuple[str, Any]], num_samples: int, batch_size: int) -> Tensor:
+    """Pictures (rows * num_samples, C, H, W) uint8 on the CPU, row by row."""
+    asked = [(key, index) for _, key in rows for index in range(num_samples)]
+    pictures = []
+    for start in range(0, len(asked), batch_size):
+        keys, indices = zip(*asked[start : start + batch_size], strict=True)
+        if isinstance(module, DiTDiffTuningModule):
+            conditions = module.class_conditions(torch.tensor(keys))
+        else:
+            conditions = module.prompted(tuple(keys), torch.arange(len(keys)))  # type: ignore[operator]
+        pictures.append(module.generate(torch.tensor(indices), conditions).cpu())
+    return torch.cat(pictures)
+
+
+def parameters_of(source: Source, options: argparse.Namespace) -> dict[str, Any]:
+    """What decides the pictures, as plain JSON values."""
+    return {
+        "source": options.source,
+        "weights": source.fingerprint,
+        "raw": options.raw,
+        "seed": options.seed,
+        **source.module.sampler.spec(),
+    }
+
+
+def save(pictures: Tensor, names: Sequence[str], output: Path, parameters: dict[str, Any]) -> None:
+    """Write ``grid.png`` and one file for each of the pictures, with the parameters in their text chunks."""
+    output.mkdir(parents=True, exist_ok=True)
+    columns = len(pictures) // len(names)
+    write_png(grid_of(pictures, columns), output / "grid.png", {"rows": list(names), **parameters})
+    for position, picture in enumerate(pictures):
+        row, index = divmod(position, columns)
+        slug = re.sub(r"[^a-z0-9]+", "-", names[row].lower()).strip("-")[:40].rstrip("-") or "unconditional"
+        file = output / f"{row:02d}-{slug}-{index:03d}.png"
+        write_png(picture, file, {"shows": names[row], "index": index, **parameters})
+
+
+def write_png(picture: Tensor, file: Path, parameters: dict[str, Any]) -> None:
+    """Write a picture (1 or 3, H, W) uint8 with its parameters, as JSON."""
+    text = PngInfo()
+    text.add_text("Software", f"lightning_difftune {__version__}")
+    text.add_text("parameters", json.dumps(parameters))
+    pixels = picture.permute(1, 2, 0).numpy()
+    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, pnginfo=text)

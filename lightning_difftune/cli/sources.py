@@ -1,0 +1,152 @@
+"""What pictures can be drawn with: runs, exports, published models and pipelines, each as a module with a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from lightning_difftune.cli.tuned import TunedRun, open_run
+from lightning_difftune.diffusion import RectifiedFlow
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.losses import velocity_mse_loss
+from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
+from lightning_difftune.models.checkpoint_files import read_json
+from lightning_difftune.models.checkpoints import BUNDLED, fingerprint
+from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.modules import DiffTuningModule, DiTDiffTuningModule, TextToImageDiffTuningModule
+from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.sampling import Sampler, is_flow
+
+
+class Source:
+    """A model to draw pictures with.
+
+    Args:
+        module: Built, in eval mode.
+        done: What to say about it.
+        run: The run that it comes from, if it does.
+        has_base: Whether the model that it was tuned from is there, too.
+        knows_sampler: Whether its sampler is its own, and not a guess.
+    """
+
+    def __init__(
+        self,
+        module: DiffTuningModule,
+        done: list[str],
+        run: TunedRun | None = None,
+        has_base: bool = True,
+        knows_sampler: bool = True,
+    ) -> None:
+        self.module, self.done, self.run = module, done, run
+        self.has_base, self.knows_sampler = has_base, knows_sampler
+
+    def weights(self, raw: bool) -> AbstractContextManager[None]:
+        """A ``with`` block in which a run's averages are the weights, if it has any and they are wanted."""
+        return self.run.weights(raw, self.done) if self.run is not None else nullcontext()
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the weights as they are now."""
+        return "+".join(fingerprint(network) for network in self.module.trainable_modules())
+
+
+def open_source(
+    name: str, settings: Sequence[str] = (), *, base: str | None = None, vae: str | None = None, text: bool = False
+) -> Source:
+    """Open a model by its path or name.
+
+    Args:
+        name: A run's checkpoint or folder, a DiT or an export of one, a Stable Diffusion pipeline, a UNet's folder, or
+            the name of a bundled model.
+        settings: For a run, ``--config`` and overrides of its keys.
+        base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
+        vae: The autoencoder of a latent DiT that comes without one.
+        text: Whether a hub repository is a text-to-image pipeline.
+
+    Raises:
+        ConfigError: If something is missing to draw with it, or settings are given that only runs have.
+        CheckpointError: If it cannot be opened.
+    """
+    path = Path(name).expanduser()
+    last = path / "checkpoints" / "last.ckpt"
+    if path.suffix == ".ckpt" or last.exists():
+        run = open_run(last if last.exists() else path, settings)
+        said = f"{run.checkpoint}, step {run.step}, tuned from {run.module.base_identity['name']}"
+        return Source(run.module, [said], run)
+    if settings:
+        raise ConfigError(f"Unknown options: {' '.join(settings)}. Only a checkpoint takes keys of its run's config.")
+    folder = BUNDLED / name if (BUNDLED / name).is_dir() else path
+    kind = kind_of(folder) if folder.is_dir() else ""
+    if kind.startswith("StableDiffusion") or (text and not folder.exists()):
+        module: DiffTuningModule = TextToImageDiffTuningModule(name)
+        module.configure_model()
+    elif kind == "UNet2DConditionModel":
+        module = open_unet(name, base)
+    elif kind == "ControlNetModel":
+        raise ConfigError(f"{name} is a ControlNet, which draws after control maps; open it with diffusers' pipelines.")
+    else:
+        module = open_dit(name, folder, base, vae)
+    network = module.trainable_modules()[0]
+    knows_sampler = not isinstance(network, DiT) or network.sampling is not None
+    return Source(module.eval(), [f"{name}: {type(network).__name__}"], None, base is not None, knows_sampler)
+
+
+def kind_of(folder: Path) -> str:
+    """The class that a diffusers folder states; empty if it states none."""
+    files = (folder / "model_index.json", folder / "config.json")
+    stated = next((read_json(file) for file in files if file.exists()), {})
+    return str(stated.get("_class_name", ""))
+
+
+def open_unet(name: str, base: str | None) -> DiffTuningModule:
+    """A pipeline with the UNet of a folder in place of its own."""
+    from diffusers.models import UNet2DConditionModel
+
+    if base is None:
+        raise ConfigError(f"{name} is a UNet alone. Name the pipeline that it belongs to: --base FOLDER or owner/name.")
+    module = TextToImageDiffTuningModule(base)
+    module.configure_model()
+    module.unet = open_network(UNet2DConditionModel, name)
+    return module
+
+
+def open_dit(name: str, folder: Path, base: str | None, vae: str | None) -> DiffTuningModule:
+    """A DiT with the sampler that it was exported with, and its autoencoder if it denoises latents."""
+    dit = load_dit(name)
+    sampler = Sampler.from_spec(dit.sampling) if dit.sampling is not None else Sampler()
+    module = DiTDiffTuningModule(
+        model=base if base is not None else dit,
+        autoencoder=autoencoder_of(folder, vae, dit.sample_shape[0], name),
+        objective=objective_for(sampler),
+        sampler=sampler,
+    )
+    module.configure_model()
+    module.dit = dit
+    return module
+
+
+def objective_for(sampler: Sampler) -> DiffTuningObjective | None:
+    """An objective whose process the sampler reverses; ``None`` for the default one."""
+    if not is_flow(sampler.scheduler):
+        return None
+    return DiffTuningObjective(loss=velocity_mse_loss, diffusion=RectifiedFlow())
+
+
+def autoencoder_of(folder: Path, vae: str | None, channels: int, name: str) -> FrozenAutoencoder | None:
+    """The autoencoder that is asked for, or that lies in the folder; ``None`` for a model of pixels.
+
+    Raises:
+        ConfigError: If a model of latents comes without.
+    """
+    if vae is not None:
+        return FrozenAutoencoder(vae)
+    config = folder / "vae" / "config.json"
+    if config.exists():
+        return FrozenAutoencoder(folder, read_json(config).get("scaling_factor", 0.18215), "vae")
+    if channels in (1, 3):
+        return None
+    raise ConfigError(
+        f"{name} denoises latents of {channels} channels and comes without the autoencoder that decodes them. Name it: "
+        "--vae stabilityai/sd-vae-ft-ema, or a folder."
+    )

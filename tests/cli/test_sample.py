@@ -1,0 +1,172 @@
+"""``difftune sample``: the same command gives the same bytes, whatever a model is opened from."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lightning_difftune.cli import main
+from lightning_difftune.cli.sample import class_of
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.models import DiT, export_dit
+
+
+def sampled(output, *args):
+    assert main(["sample", *map(str, args), "--output", str(output)]) == 0
+    return {file.name: file.read_bytes() for file in output.iterdir()}
+
+
+def pixels_of(output):
+    files = [file for file in sorted(output.iterdir()) if file.name != "grid.png"]
+    return np.stack([np.asarray(Image.open(file)) for file in files]).astype(int)
+
+
+def text_of(file):
+    with Image.open(file) as image:
+        return json.loads(image.text["parameters"])
+
+
+def test_the_same_command_gives_the_same_bytes(tiny_run, tmp_path):
+    args = [tiny_run.checkpoint, "--classes", "Sunflower", "oxeye-daisy", "1", "--num_samples", "3", "--seed", "5"]
+    first = sampled(tmp_path / "a", *args)
+    assert sampled(tmp_path / "b", *args) == first
+    rows = ("00-sunflower", "01-oxeye-daisy", "02-rose")
+    assert first.keys() == {"grid.png", *(f"{row}-{j:03d}.png" for row in rows for j in range(3))}
+    another = sampled(tmp_path / "c", *args, "--batch_size", "2")
+    assert another.keys() == first.keys()
+    assert abs(pixels_of(tmp_path / "a") - pixels_of(tmp_path / "c")).max() <= 1
+    assert text_of(tmp_path / "c" / "grid.png") == text_of(tmp_path / "a" / "grid.png")
+    assert sampled(tmp_path / "d", *args[:-1], "6")["grid.png"] != first["grid.png"]
+
+
+def test_a_picture_does_not_depend_on_those_beside_it(tiny_run, tmp_path):
+    alone = ("--classes", "rose", "--num_samples", "1", "--batch_size", "1")
+    beside = ("--classes", "sunflower", "rose", "--num_samples", "2", "--batch_size", "1")
+    one = sampled(tmp_path / "one", tiny_run.checkpoint, *alone)
+    assert sampled(tmp_path / "two", tiny_run.checkpoint, *beside)["01-rose-000.png"] == one["00-rose-000.png"]
+
+
+def test_the_text_and_the_grid_say_what_is_shown(tiny_run, tmp_path):
+    settings = ["--guidance_scale", "3", "--guidance_channels", "all", "--solver", "UniPCMultistep", "--steps", "5"]
+    sampled(
+        tmp_path / "a", tiny_run.checkpoint, "--classes", "rose", "2", "--num_samples", "2", "--seed", "7", *settings
+    )
+    said = text_of(tmp_path / "a" / "01-sunflower-001.png")
+    expected = {"shows": "sunflower", "index": 1, "seed": 7, "guidance_scale": 3.0, "guidance_channels": None}
+    expected |= {"scheduler": "UniPCMultistepScheduler", "num_inference_steps": 5, "source": str(tiny_run.checkpoint)}
+    assert said.items() >= expected.items()
+    assert said["scheduler_config"]["beta_end"] == 0.02
+    assert text_of(tmp_path / "a" / "grid.png")["rows"] == ["rose", "sunflower"]
+    grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    assert grid.shape == (2 + 2 * 98, 2 + 2 * 98, 3)
+    singles = pixels_of(tmp_path / "a")
+    for row in range(2):
+        for column in range(2):
+            cell = grid[2 + 98 * row :, 2 + 98 * column :, 0][:96:12, :96:12]
+            assert (cell == singles[2 * row + column]).all()
+
+
+def test_an_export_draws_what_its_run_draws(tiny_run, tmp_path, capsys):
+    args = ("--classes", "rose", "--num_samples", "2")
+    run = sampled(tmp_path / "run", tiny_run.checkpoint, *args)
+    for name in ("tuned.safetensors", "tuned"):
+        assert main(["export", "--ckpt_path", str(tiny_run.checkpoint), "--output", str(tmp_path / name)]) == 0
+        sampled(tmp_path / f"of-{name}", tmp_path / name, *args)
+        assert (pixels_of(tmp_path / f"of-{name}") == pixels_of(tmp_path / "run")).all()
+        theirs, ours = text_of(tmp_path / f"of-{name}" / "grid.png"), text_of(tmp_path / "run" / "grid.png")
+        assert {**theirs, "source": 0} == {**ours, "source": 0}  # the same weights and sampler
+    raw = sampled(tmp_path / "raw", tiny_run.checkpoint, *args, "--raw")
+    assert raw["00-rose-000.png"] != run["00-rose-000.png"]
+    assert text_of(tmp_path / "raw" / "grid.png")["weights"] != ours["weights"]
+
+
+def test_domain_guidance_needs_the_base_and_uses_it(tiny_run, tmp_path, capsys):
+    args = ("--classes", "rose", "--guidance_scale", "4")
+    plain = sampled(tmp_path / "plain", tiny_run.checkpoint, *args)
+    run = sampled(tmp_path / "run", tiny_run.checkpoint, *args, "--domain_guidance")
+    assert run["00-rose-000.png"] != plain["00-rose-000.png"]
+    tuned = tmp_path / "tuned.safetensors"
+    assert main(["export", "--ckpt_path", str(tiny_run.checkpoint), "--output", str(tuned)]) == 0
+    sampled(tmp_path / "export", tuned, *args, "--domain_guidance", "--base", tiny_run.base)
+    assert (pixels_of(tmp_path / "export") == pixels_of(tmp_path / "run")).all()
+    assert main(["sample", str(tuned), *args, "--domain_guidance", "--output", str(tmp_path / "x")]) == 2
+    assert "name it with --base" in capsys.readouterr().err
+
+
+def test_text_to_image_by_prompt(pipeline_folder, tmp_path, capsys):
+    from diffusers import UNet2DConditionModel
+
+    args = ("--prompts", "a photo of a cat", "", "--num_samples", "2", "--steps", "2", "--batch_size", "1")
+    first = sampled(tmp_path / "a", pipeline_folder, *args)
+    assert set(first) == {"grid.png"} | {
+        f"{row}-00{j}.png" for row in ("00-a-photo-of-a-cat", "01-unconditional") for j in (0, 1)
+    }
+    assert text_of(tmp_path / "a" / "00-a-photo-of-a-cat-001.png")["shows"] == "a photo of a cat"
+    assert "Loading weights" not in capsys.readouterr().err
+    unet = UNet2DConditionModel.from_pretrained(pipeline_folder, subfolder="unet")
+    with torch.no_grad():
+        next(unet.parameters()).mul_(3)
+    unet.save_pretrained(tmp_path / "unet")
+    other = sampled(tmp_path / "b", tmp_path / "unet", "--base", pipeline_folder, *args)
+    assert other["01-unconditional-000.png"] != first["01-unconditional-000.png"]
+    status = main(["sample", str(tmp_path / "unet"), *args, "--output", str(tmp_path / "c")])
+    assert (status, "--base FOLDER" in capsys.readouterr().err) == (2, True)
+
+
+def test_a_run_folder_and_default_places(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tiny_run.folder / "checkpoints" / "last.ckpt").unlink(missing_ok=True)
+    (tiny_run.folder / "checkpoints" / "last.ckpt").symlink_to(tiny_run.checkpoint.name)
+    try:
+        for place in ("samples", "samples-1", "samples-2"):
+            assert main(["sample", str(tiny_run.folder), "--num_samples", "1"]) == 0
+            assert len(list((tmp_path / "runs" / place).glob("0?-*.png"))) == 3  # the target's classes
+    finally:
+        (tiny_run.folder / "checkpoints" / "last.ckpt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "needs what to draw with"),
+        (["RUN", "--classes", "rosse"], "no class 'rosse' among the 3. Did you mean rose"),
+        (["RUN", "--classes", "3"], "no class '3' among the 3. Its classes are oxeye_daisy, rose, sunflower."),
+        (["RUN", "--prompts", "a rose"], "use --classes in place of --prompts"),
+        (["RUN", "--solver", "UniPC"], "diffusers has no UniPCScheduler. Did you mean UniPCMultistep"),
+        (["RUN", "--solver", "EulerAncestralDiscrete"], "adds noise at each step"),
+        (["RUN", "--solver", "FlowMatchEulerDiscrete"], "The model predicts noise, which FlowMatchEuler"),
+        (["RUN", "--steps", "0"], "num_inference_steps must be at least 1"),
+        (["RUN", "--guidance_channels", "three"], "expected a number, or `all`"),
+        (["RUN", "--num_samples", "0"], "must be at least 1"),
+        (["RUN", "--num_samples", "few"], r"invalid int value: 'few'\n`difftune sample --help`"),
+        (["RUN", "--device", "abacus"], "--device abacus cannot be used"),
+        (["RUN", "--modle", "x"], "unrecognized arguments: --modle x"),
+        (["tiny.safetensors", "--modle", "x"], "Unknown options: --modle x. Only a checkpoint takes keys"),
+        (["none.ckpt"], "none.ckpt does not exist"),
+        (["none"], "'none' is no file or folder and no bundled model"),
+        (["latent.safetensors"], "latents of 4 channels and comes without the autoencoder.*--vae"),
+        (["RUN", "--output", "."], "is not empty. Choose another --output, or pass --overwrite"),
+    ],
+)
+def test_mistakes_say_what_to_do(tiny_run, tmp_path, monkeypatch, capsys, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.safetensors").symlink_to(tiny_run.base)
+    export_dit(DiT(4, 2, 4, hidden_size=8, depth=1, num_heads=2, num_classes=3), tmp_path / "latent.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["sample", *(str(tiny_run.checkpoint) if arg == "RUN" else arg for arg in args)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said, re.DOTALL), said
+    assert "usage:" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_go_before_numbers():
+    digits = ["zero", "2", "1"]
+    assert [class_of(one, digits, 3) for one in ("zero", "1", "2", "0")] == [0, 2, 1, 0]
+    with pytest.raises(ConfigError, match="no names, and the numbers 0 to 4"):
+        class_of("rose", None, 5)
