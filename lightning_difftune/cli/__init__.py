@@ -20,6 +20,7 @@ HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
   difftune predict --config ...  build the memory bank on purpose, on all devices
   difftune swap --config ... --ckpt_path ...
                                  pictures whose last steps the pre-trained model does, and their distance
+  difftune data check PATH       what is in a data set: classes, sizes, damaged files, duplicates, the split
   difftune sample SOURCE ...     pictures of a run, an export or a bundled model, by class or prompt
   difftune export --ckpt_path ... --output ...
                                  a run's tuned model as a file or folder of its own, averaged and merged
@@ -34,7 +35,10 @@ Configs compose from left to right, and any key can be set on the command line:
 """
 
 
-COMMANDS = ("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "sample", "export", "plan", "report")
+COMMANDS = (
+    *("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "sample", "export", "plan", "data"),
+    "report",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,17 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        run(args)
+        return run(args)
     except DiffTuneError as error:
         if debug:
             raise
         print(f"difftune: {message_of(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
-def run(args: list[str]) -> None:
-    """Run one command; imports what it needs, so that ``--help`` is quick."""
+def run(args: list[str]) -> int:
+    """Run one command and return its exit status; imports what it needs, so that ``--help`` is quick."""
     if args[0] == "quickstart":
         from lightning_difftune.cli.quickstart import quickstart
 
@@ -72,6 +75,10 @@ def run(args: list[str]) -> None:
         from lightning_difftune.cli.swap import swap
 
         swap(args[1:])
+    elif args[0] == "data":
+        from lightning_difftune.cli.data_check import data
+
+        return data(args[1:])
     elif args[0] == "sample":
         from lightning_difftune.cli.sample import sample
 
@@ -94,6 +101,7 @@ def run(args: list[str]) -> None:
         run_lightning(args)
     else:
         raise ConfigError(f"{args[0]!r} is no command; choose from {', '.join(COMMANDS)}. `difftune --help` says more.")
+    return 0
 
 
 def message_of(error: DiffTuneError) -> str:

@@ -6,6 +6,7 @@ from lightning_difftune.data.captions import ClassCaptions
 from lightning_difftune.data.control_examples import ControlExamples
 from lightning_difftune.data.datamodule import MemoryBankDataModule
 from lightning_difftune.data.digits import HandwrittenDigits
+from lightning_difftune.data.hub_images import HubImages
 from lightning_difftune.data.image_arrays import ArrayImages, NpzImages
 from lightning_difftune.data.image_files import CUB200, ImageFolder, ListedImages
 from lightning_difftune.data.images import ImageTargets
@@ -13,6 +14,7 @@ from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter
 from lightning_difftune.data.omniglot import RenderedOmniglot
 from lightning_difftune.data.partition import Partition
+from lightning_difftune.data.web_dataset import WebDatasetShards
 
 __all__ = [
     "CUB200",
@@ -25,6 +27,7 @@ __all__ = [
     "ControlExamples",
     "HEDSketch",
     "HandwrittenDigits",
+    "HubImages",
     "ImageFolder",
     "ImageTargets",
     "LatentCache",
@@ -38,4 +41,5 @@ __all__ = [
     "Partition",
     "RenderedOmniglot",
     "UperNetSegmentation",
+    "WebDatasetShards",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ class ShuffledStream:
         self.rank, self.world_size = rank, world_size
         self._shuffle = lru_cache(maxsize=2)(self._shuffle_of_pass)
 
-    def __reduce__(self) -> tuple[type, tuple[int, ...]]:
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         """Pickle without the cached shuffles, for data loader workers."""
         return type(self), (self.num_samples, self.batch_size, self.seed, self.rank, self.world_size)
 
@@ -52,13 +53,68 @@ class ShuffledStream:
         """The B sample indices of this rank at one step."""
         first = step * self.batch_size * self.world_size + self.rank
         positions = range(first, first + self.batch_size * self.world_size, self.world_size)
-        return [int(self._shuffle(p // self.num_samples)[p % self.num_samples]) for p in positions]
+        return [self.sample_at(p) for p in positions]
+
+    def sample_at(self, position: int) -> int:
+        """The sample at one position of the stream."""
+        return int(self._shuffle(position // self.num_samples)[position % self.num_samples])
 
     def coins(self, step: int) -> list[bool]:
         """B fair coin tosses of this rank at one step."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, step, 1))
         tosses = torch.rand(self.batch_size * self.world_size, generator=generator) < 0.5
         return tosses[self.rank :: self.world_size].tolist()
+
+
+class BalancedStream(ShuffledStream):
+    """An endless pass over the classes of a long tail: each comes equally often, whatever the number of its samples.
+
+    The stream goes through all classes in shuffled order, then again in another order; class c gives the next sample of
+    its own shuffled passes each time. So a class of one picture is shown as often as one of a thousand, no picture
+    of a class comes twice before the others of it, and global batch k is still a function of (seed, k).
+
+    Args:
+        labels: Classes (N,) int64 of the samples; those without a sample are left out.
+        batch_size: As in the base.
+        seed: As in the base.
+        rank: As in the base.
+        world_size: As in the base.
+
+    Example:
+        >>> stream = BalancedStream(np.array([0, 0, 0, 0, 0, 0, 7]), batch_size=4, seed=0)
+        >>> sorted(int(stream.labels[i]) for i in stream.indices(0))
+        [0, 0, 7, 7]
+    """
+
+    def __init__(
+        self, labels: npt.NDArray[np.int64], batch_size: int, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
+        super().__init__(len(labels), batch_size, seed, rank, world_size)
+        self.labels = labels
+        classes = np.unique(labels)
+        self._members = [np.flatnonzero(labels == label) for label in classes]
+        self._order = lru_cache(maxsize=2)(self._order_of_pass)
+        self._turns = lru_cache(maxsize=2 * len(classes))(self._turns_of_class)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        """Pickle without the cached shuffles, for data loader workers."""
+        return type(self), (self.labels, self.batch_size, self.seed, self.rank, self.world_size)
+
+    def _order_of_pass(self, number: int) -> npt.NDArray[np.int64]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, number, 2))
+        return torch.randperm(len(self._members), generator=generator).numpy()
+
+    def _turns_of_class(self, position: int, number: int) -> npt.NDArray[np.int64]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, number, 3, position))
+        members = self._members[position]
+        return members[torch.randperm(len(members), generator=generator).numpy()]
+
+    def sample_at(self, position: int) -> int:
+        """The sample at one position of the stream."""
+        turn, place = divmod(position, len(self._members))
+        chosen = int(self._order(turn)[place])  # comes once in each pass, so this is its turn number `turn`
+        number, within = divmod(turn, len(self._members[chosen]))
+        return int(self._turns(chosen, number)[within])
 
 
 class TrainingBatches(Dataset[DiffTuningBatch]):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_difftune.data.batches import (
+    BalancedStream,
     EvaluationBatches,
     EvaluationSteps,
     LabelledTargets,
@@ -20,6 +21,7 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
 )
+from lightning_difftune.data.image_files import shorten
 from lightning_difftune.data.images import ImageTargets, check_labels
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
@@ -31,6 +33,7 @@ from lightning_difftune.protocols import SupportsBankGeneration, SupportsEncode
 
 # A process without a batch would leave validation while the others wait for it.
 _FEWEST_EVALUATION_BATCHES = 64
+FEW_PICTURES = 10  # of a class
 
 
 class MemoryBankDataModule(L.LightningDataModule):
@@ -58,6 +61,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         reference: What FID compares with: the held-out pictures or the training pictures.
         latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
         horizontal_flip: Whether half of the target pictures are mirrored.
+        class_balanced: Whether all classes of the target are shown equally often, however few pictures some have.
         on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
         build_batch_size: Batch size when a bank or cache is built, and the largest one of validation.
         num_workers: Worker processes that read the data.
@@ -89,6 +93,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         reference: Literal["val", "train"] = "val",
         latent_cache: str | Path | None = None,
         horizontal_flip: bool = False,
+        class_balanced: bool = False,
         on_corrupt: Literal["error", "skip"] = "error",
         build_batch_size: int = 64,
         num_workers: int = 0,
@@ -106,6 +111,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.latent_cache_path = Path(latent_cache) if latent_cache is not None else None
         self.horizontal_flip = horizontal_flip
+        self.class_balanced = class_balanced
         self.build_batch_size = build_batch_size
         self.num_workers = num_workers
         self.seed = seed
@@ -140,6 +146,23 @@ class MemoryBankDataModule(L.LightningDataModule):
     def retention_batch_size(self) -> int:
         """Bank samples in a batch: ``int(retention_share * batch_size)``, 0 without a bank."""
         return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0
+
+    def setup(self, stage: str) -> None:
+        """Warn of classes that are too small to be learned, before a run starts."""
+        labels = self.target.labels() if self.num_classes is not None else None
+        if stage != "fit" or labels is None:
+            return
+        counts = torch.bincount(labels, minlength=self.num_classes or 0)
+        small = torch.nonzero(counts < FEW_PICTURES).flatten().tolist()
+        if small:
+            names = self.class_names
+            worst = sorted(small, key=counts.tolist().__getitem__)
+            said = [f"{names[i] if names is not None else f'class {i}'} {int(counts[i])}" for i in worst if counts[i]]
+            rank_zero_info(
+                f"{len(small)} of {len(counts)} classes have fewer than {FEW_PICTURES} pictures, which is little to "
+                f"learn a class from: {shorten(said, 4) or 'all of them none'}. Samples of these will repeat what "
+                "there is; add pictures, or merge classes."
+            )
 
     # -- where the run stands ---------------------------------------------------------------------------------------
 
@@ -221,12 +244,24 @@ class MemoryBankDataModule(L.LightningDataModule):
         share = (self._rank, self._world_size)
         batches = TrainingBatches(
             LabelledTargets(read, self.num_classes, self.target.describe),
-            ShuffledStream(len(self.target), self.batch_size - retained, seed_of(self.seed, 0), *share),
+            self._target_stream(self.batch_size - retained, *share),
             bank.read if bank is not None else None,
             ShuffledStream(len(bank), retained, seed_of(self.seed, 1), *share) if bank is not None else None,
             self.horizontal_flip,
         )
         return self._loader(batches, TrainingSteps(batches, self._batches_taken if self.trainer is not None else None))
+
+    def _target_stream(self, batch_size: int, rank: int, world_size: int) -> ShuffledStream:
+        seed = seed_of(self.seed, 0)
+        if not self.class_balanced:
+            return ShuffledStream(len(self.target), batch_size, seed, rank, world_size)
+        labels = self.target.labels()
+        if labels is None:
+            raise ConfigError(
+                "class_balanced needs to know the classes of all pictures without reading them, and this data set does "
+                "not tell. Use one with labels, such as lightning_difftune.data.ImageFolder, or class_balanced: false."
+            )
+        return BalancedStream(labels.numpy(), batch_size, seed, rank, world_size)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
         """Held-out target batches, every picture once over all ranks; none without ``val_target``.

@@ -2,11 +2,13 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from lightning_difftune.data.batches import (
+    BalancedStream,
     EvaluationBatches,
     EvaluationSteps,
     LabelledTargets,
@@ -120,3 +122,32 @@ def test_a_label_outside_the_table_names_its_picture():
     assert len(labelled([0, 1], [False, False])["class_labels"]) == 2
     with pytest.raises(DataError, match=r"picture-5.jpg.*outside the label table"):
         labelled([1, 5], [False, False])
+
+
+LONG_TAIL = np.array([4] * 50 + [0] * 9 + [7])  # classes of 50, 9 and 1 samples
+
+
+def test_classes_of_a_long_tail_come_equally_often():
+    stream = BalancedStream(LONG_TAIL, 5, seed=0)
+    order = [index for step in range(180) for index in stream.indices(step)]  # 900 = 300 turns of 3 classes
+    assert {label: int((LONG_TAIL[order] == label).sum()) for label in (0, 4, 7)} == {0: 300, 4: 300, 7: 300}
+    assert all(sorted(LONG_TAIL[order[i : i + 3]]) == [0, 4, 7] for i in range(0, 900, 3))
+    for label, count in ((4, 50), (0, 9)):  # nobody of a class comes again before all others of it
+        own = [index for index in order if LONG_TAIL[index] == label]
+        passes = [own[i : i + count] for i in range(0, len(own) - count + 1, count)]
+        assert len(set(own[:count])) == count
+        assert all(sorted(one) == sorted(own[:count]) for one in passes)
+        assert len({tuple(one) for one in passes}) == len(passes)
+    orders = {tuple(LONG_TAIL[order[i : i + 3]]) for i in range(0, 900, 3)}
+    assert len(orders) == 6  # of the classes, all occur
+    assert BalancedStream(LONG_TAIL, 5, seed=1).indices(0) != stream.indices(0)
+
+
+def test_the_balanced_stream_is_a_function_of_seed_and_step_too():
+    whole = BalancedStream(LONG_TAIL, 6, seed=3)
+    shares = [BalancedStream(LONG_TAIL, 2, 3, rank, 3) for rank in range(3)]
+    later = pickle.loads(pickle.dumps(shares[1]))
+    for step in (*range(20), 3, 100):
+        for rank, share in enumerate(shares):
+            assert share.indices(step) == whole.indices(step)[rank::3]
+        assert later.indices(step) == shares[1].indices(step)

@@ -82,3 +82,34 @@ def test_mistakes_are_refused(tmp_path):
         data_of().predict_dataloader()
     with pytest.raises(ConfigError, match="no autoencoder"):
         data_of(latent_cache=tmp_path).train_dataloader()
+
+
+def test_balanced_classes_come_equally_often():
+    tail = ArrayImages(np.zeros((43, 8, 8), np.uint8), [0] * 40 + [1, 1] + [3])
+    data = data_of(tail, class_balanced=True, batch_size=6)
+    labels = torch.cat([data.train_dataloader().dataset[step]["target"]["class_labels"] for step in range(20)])
+    assert torch.bincount(labels, minlength=4).tolist() == [40, 40, 0, 40]
+
+
+def test_balance_needs_labels():
+    unknown = [(np.zeros((8, 8), np.uint8), 0)]
+    with pytest.raises(ConfigError, match="class_balanced needs to know the classes"):
+        data_of(unknown, class_balanced=True).train_dataloader()
+
+
+def test_small_classes_are_told_when_a_run_starts(caplog):
+    source = ArrayImages(
+        np.zeros((23, 8, 8), np.uint8), [0] * 12 + [1] * 3 + [2] * 8, class_names=["ant", "bee", "cat"]
+    )
+    data = data_of(source)
+    with caplog.at_level("INFO"):
+        data.setup("validate")
+        assert caplog.text == ""
+        data.setup("fit")
+    assert "3 of 4 classes have fewer than 10 pictures" in caplog.text
+    assert "bee 3, cat 8. Samples" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        data_of(ArrayImages(np.zeros((40, 8, 8), np.uint8), np.arange(40) % 4)).setup("fit")
+        data_of([(np.zeros((8, 8), np.uint8), "a caption")], num_classes=None).setup("fit")
+    assert caplog.text == ""

@@ -1,0 +1,197 @@
+"""Data sets of Hugging Face's ``datasets`` as an image source: local, from the hub, or the first part of a stream."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from lightning_difftune.errors import ConfigError, DataError
+
+_CAPTION_COLUMNS = ("text", "caption", "prompt")
+
+
+class HubImages(Dataset[tuple[Any, ...]]):
+    """A data set of Hugging Face's ``datasets`` with a column of pictures and one of labels or captions.
+
+    Columns are found by their features where they are not named: the first of type ``Image``; then the first
+    ``ClassLabel``, whose names become the classes', or a column ``text``, ``caption`` or ``prompt``. Labels that are
+    strings are numbered in the order of their sorted values. Pictures are decoded when they are read, one at a time.
+
+    **Streams.** Every step of a run reads samples by their numbers, so that it can be repeated, resumed and spread over
+    more processes; a stream has no numbers. ``keep`` therefore takes the first ``limit`` examples of the stream,
+    writes them to a folder once, as they are encoded, and reads that folder from then on. Nothing beyond them is
+    downloaded, and a latent cache or a second run does not touch the network again.
+
+    Args:
+        path: Folder written by ``save_to_disk``, a folder or name that ``load_dataset`` opens, such as
+            ``"owner/flowers"``, or a ``datasets.Dataset``.
+        split: Which split.
+        image_column: The pictures; found by their type by default.
+        label_column: The labels.
+        caption_column: The captions, in place of labels.
+        name: Configuration of a data set that has several.
+        revision: Branch, tag or commit of a data set on the hub.
+        keep: Folder for the first ``limit`` examples, which are then streamed instead of downloaded whole.
+        limit: How many examples ``keep`` takes.
+
+    Raises:
+        ConfigError: ``datasets`` is not installed, or the arguments do not go together.
+        DataError: The data set cannot be opened, or a column is missing or of another type.
+    """
+
+    def __init__(
+        self,
+        path: str | Path | Any,
+        split: str = "train",
+        image_column: str | None = None,
+        label_column: str | None = None,
+        caption_column: str | None = None,
+        name: str | None = None,
+        revision: str | None = None,
+        keep: str | Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        if (keep is None) != (limit is None) or (limit is not None and limit < 1):
+            raise ConfigError(
+                f"keep and limit go together: a folder, and how many examples to keep; got limit={limit}."
+            )
+        if label_column is not None and caption_column is not None:
+            raise ConfigError("HubImages has labels or captions: set label_column or caption_column, not both.")
+        self.path = str(path) if isinstance(path, str | Path) else "the data set"
+        if keep is not None and limit is not None:
+            dataset = kept_stream(str(path), split, name, revision, Path(keep), limit)
+        else:
+            dataset = open_dataset(path, split, name, revision) if isinstance(path, str | Path) else path
+        self._image, target = find_columns(dataset, image_column, label_column, caption_column, self.path)
+        self._dataset = dataset.select_columns([self._image]).cast_column(self._image, _undecoded())
+        column: Any = dataset.with_format(None)[target][:] if target is not None else [0] * len(dataset)
+        self.class_names: list[str] | None = None
+        if target is not None and (target == caption_column or (label_column is None and target in _CAPTION_COLUMNS)):
+            self.captions = [str(text) for text in column]
+            return
+        if target is not None:
+            self.class_names = getattr(dataset.features[target], "names", None)
+        if column and isinstance(column[0], str):
+            self.class_names = sorted(set(column))
+            numbers = {value: number for number, value in enumerate(self.class_names)}
+            column = [numbers[value] for value in column]
+        self.labels = _integers(column, target, self.path)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        entry = self._dataset[index][self._image]
+        source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
+        return Image.open(source), self.captions[index] if hasattr(self, "captions") else int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        """Where picture ``index`` is, for messages."""
+        return f"example {index} of {self.path}"
+
+
+def open_dataset(path: str | Path, split: str, name: str | None, revision: str | None) -> Any:
+    """A split of a data set that can be indexed.
+
+    Raises:
+        ConfigError: If ``datasets`` is not installed.
+        DataError: If it cannot be opened.
+    """
+    datasets = _library()
+    saved = Path(path).expanduser()
+    try:
+        if any((saved / file).exists() for file in ("dataset_dict.json", "state.json")):
+            found = datasets.load_from_disk(str(saved))
+            return found[split] if isinstance(found, datasets.DatasetDict) else found
+        return datasets.load_dataset(str(path), name, split=split, revision=revision)
+    except Exception as error:  # whatever the builders, the hub and its HTTP library raise
+        raise DataError(f"{path} cannot be opened as a data set, split {split!r}: {_reason(error)}") from error
+
+
+def kept_stream(path: str, split: str, name: str | None, revision: str | None, folder: Path, limit: int) -> Any:
+    """The first examples of a stream, written to a folder if they are not there yet.
+
+    Raises:
+        ConfigError: If ``datasets`` is not installed.
+        DataError: If the stream cannot be opened, or the folder holds another number of examples.
+    """
+    datasets = _library()
+    if not folder.exists():
+        from datasets.table import embed_table_storage
+
+        try:
+            stream = datasets.load_dataset(path, name, split=split, revision=revision, streaming=True)
+            features = stream.features or stream._resolve_features().features
+            for column, feature in features.items():
+                if isinstance(feature, datasets.Image):
+                    stream = stream.cast_column(column, _undecoded())
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workspace:
+                examples = datasets.Dataset.from_list(list(stream.take(limit))).cast(features)
+                # Where the stream only says where a picture is, it is fetched and stored, as push_to_hub does.
+                whole = examples.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
+                whole.with_format(None).save_to_disk(f"{workspace}/kept")
+                if not folder.exists():  # else another process was quicker
+                    os.replace(f"{workspace}/kept", folder)
+        except Exception as error:  # as above
+            raise DataError(f"{path} cannot be streamed, split {split!r}: {_reason(error)}") from error
+    kept = open_dataset(folder, split, None, None)
+    if len(kept) > limit:
+        raise DataError(f"{folder} holds {len(kept)} examples, but limit is {limit}. Choose another folder for keep.")
+    return kept
+
+
+def find_columns(
+    dataset: Any, image: str | None, label: str | None, caption: str | None, path: str
+) -> tuple[str, str | None]:
+    """The columns of the pictures, and of their labels or captions if there are any.
+
+    Raises:
+        DataError: If one is missing, or there are no pictures.
+    """
+    datasets = _library()
+    features: dict[str, Any] = dict(dataset.features)
+    for column in (image, label, caption):
+        if column is not None and column not in features:
+            raise DataError(f"{path} has no column {column!r}; found {', '.join(features)}.")
+    image = image or next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None or not isinstance(features[image], datasets.Image):
+        found = {key: type(kind).__name__ for key, kind in features.items()}
+        raise DataError(f"{path} has no column of pictures (type Image); found {found}. Cast it to datasets.Image().")
+    if label is None and caption is None:
+        label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+        caption = next((key for key in _CAPTION_COLUMNS if key in features), None)
+    return image, label or caption
+
+
+def _undecoded() -> Any:
+    return _library().Image(decode=False)
+
+
+def _integers(column: Sequence[Any], name: str | None, path: str) -> Any:
+    labels = np.asarray(column)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{path}: the column {name!r} has labels of type {labels.dtype}; expected integers or strings.")
+    return labels.astype(np.int64)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _library() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            "Data sets of Hugging Face need the package `datasets`. Install it: pip install 'lightning_difftune[hf]'."
+        ) from error
+    return datasets

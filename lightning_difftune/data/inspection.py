@@ -1,0 +1,131 @@
+"""What the pictures of a source are like, one by one and together, before anything is trained on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_difftune.data.pixels import to_pixels
+from lightning_difftune.data.source_facts import captions_of, class_names_of, labels_of, location_of
+from lightning_difftune.errors import DataError
+
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"})
+
+
+class PictureFacts(NamedTuple):
+    """What is known of one picture."""
+
+    label: int | None  # None for captions
+    width: int = 0  # pixels, upright
+    height: int = 0
+    is_grey: bool = False
+    has_alpha: bool = False
+    is_rotated: bool = False  # by its EXIF orientation
+    digest: str = ""  # of the pixels, upright and with their transparency
+    error: str | None = None  # why it cannot be read
+
+
+class SourceFacts:
+    """What a source holds.
+
+    Args:
+        source: The image source.
+        pictures: One entry for each of its pictures.
+    """
+
+    def __init__(self, source: Any, pictures: Sequence[PictureFacts]) -> None:
+        self.source, self.pictures = source, list(pictures)
+        self.readable = [picture for picture in self.pictures if picture.error is None]
+
+    def name(self, index: int) -> str:
+        """What to call picture ``index``."""
+        return location_of(self.source, index) or f"image {index}"
+
+    def counts(self) -> dict[str, int]:
+        """Pictures by the name or number of their class, in the order of the classes; empty for captions."""
+        counts = Counter(picture.label for picture in self.pictures if picture.label is not None)
+        names = class_names_of(self.source) or []
+        labels = range(max([*counts, len(names) - 1]) + 1) if counts else ()
+        return {names[label] if label < len(names) else f"class {label}": counts[label] for label in labels}
+
+    def unreadable(self) -> dict[str, str]:
+        """Pictures that cannot be read, and why."""
+        return {self.name(i): picture.error for i, picture in enumerate(self.pictures) if picture.error is not None}
+
+    def duplicates(self) -> list[list[int]]:
+        """Groups of pictures with exactly the same pixels, by their numbers."""
+        groups: dict[str, list[int]] = {}
+        for index, picture in enumerate(self.pictures):
+            if picture.error is None:
+                groups.setdefault(picture.digest, []).append(index)
+        return [group for group in groups.values() if len(group) > 1]
+
+
+def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] | None = None) -> SourceFacts:
+    """Decode every picture of a source and note what it is like.
+
+    Args:
+        source: A map-style data set of ``(image, label)`` or ``(image, caption)``.
+        num_workers: Worker processes.
+        progress: Called with the number of pictures that are done.
+
+    Raises:
+        DataError: If the source yields something else than pictures.
+    """
+    labels = labels_of(source) if captions_of(source) is None else None
+    known = None if labels is None else labels.tolist()
+    loader = DataLoader(_Facts(source, known), batch_size=None, num_workers=num_workers)
+    pictures = []
+    for facts in loader:
+        if isinstance(facts, DataError):
+            raise facts
+        pictures.append(facts)
+        if progress is not None:
+            progress(len(pictures))
+    return SourceFacts(source, pictures)
+
+
+class _Facts(Dataset[PictureFacts | DataError]):
+    """Item i is what is known of picture i."""
+
+    def __init__(self, source: Any, labels: list[int] | None) -> None:
+        self.source, self.labels = source, labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> PictureFacts | DataError:
+        known = None if self.labels is None else self.labels[index]
+        try:
+            image, label, *_ = self.source[index]
+            if known is None and not isinstance(label, str):
+                known = int(label)
+            return facts_of(image, known)
+        except DataError as error:  # raised in a worker, its message would arrive inside a printed traceback
+            return error
+        except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes
+            return PictureFacts(known, error=f"{type(error).__name__}: {error}")
+
+
+def facts_of(image: Any, label: int | None) -> PictureFacts:
+    """What one picture is like; raises what Pillow does on damaged bytes."""
+    to_pixels(image, 1, 3)  # as training would, for its errors
+    if isinstance(image, Tensor):
+        image = image.permute(1, 2, 0).squeeze(2).numpy() if image.ndim == 3 else image.numpy()
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image.squeeze(2) if image.ndim == 3 and image.shape[2] == 1 else image)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    upright = ImageOps.exif_transpose(image) if orientation != 1 else image
+    has_alpha = bool(upright.has_transparency_data)
+    pixels = upright.convert("RGBA" if has_alpha else "RGB") if upright.mode not in _GREY_MODES else upright
+    digest = hashlib.sha256(f"{pixels.mode} {pixels.size}".encode() + pixels.tobytes()).hexdigest()
+    width, height = upright.size
+    is_grey = upright.mode in _GREY_MODES
+    return PictureFacts(label, width, height, is_grey, has_alpha, orientation != 1, digest)

@@ -1,0 +1,181 @@
+"""WebDataset shards as an image source: tar files whose members are found by number, without unpacking them."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from lightning_difftune.data.image_files import IMAGE_EXTENSIONS, shorten
+from lightning_difftune.data.source_facts import digest_arrays, digest_files
+from lightning_difftune.errors import DataError
+
+# WebDataset's rule: the key of a sample is its path up to the first dot of the file's name.
+_KEY = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class _Member(NamedTuple):
+    """Where a file lies in a shard."""
+
+    shard: int
+    offset: int
+    size: int
+
+
+class WebDatasetShards(Dataset[tuple[Any, ...]]):
+    """Pictures in WebDataset's layout: tar files with ``key.jpg`` and, of the same key, ``key.cls`` or ``key.txt``.
+
+    The shards are read by position and not as a stream: their tables of contents are taken once, at a few microseconds
+    a picture, and then every picture can be reached by its number. So a run can be repeated, resumed and spread over
+    more processes like one of files. Shards must be local and uncompressed for that.
+
+    Args:
+        shards: A file, a folder of ``.tar`` files, a pattern such as ``"data/train-{000..011}.tar"`` or
+            ``"data/train-*.tar"``, or a list of files.
+        class_names: Names of the classes, in the order of the numbers in ``.cls``.
+        label_extension: The files of class numbers.
+        caption_extension: The files of captions, used where there are no class numbers.
+
+    Raises:
+        DataError: There are no shards, or no pictures in them; one is damaged or compressed; a picture has no label and
+            others do, or one that is no number.
+    """
+
+    def __init__(
+        self,
+        shards: str | Path | Sequence[str],
+        class_names: Sequence[str] | None = None,
+        label_extension: str = "cls",
+        caption_extension: str = "txt",
+    ) -> None:
+        self.shards = find_shards(shards)
+        self.class_names = None if class_names is None else list(class_names)
+        self.names: list[str] = []
+        self._pictures: list[_Member] = []
+        texts: dict[str, list[_Member | None]] = {label_extension: [], caption_extension: []}
+        for number, shard in enumerate(self.shards):
+            for key, files in read_contents(shard, number).items():
+                extension = next((one for one in files if f".{one.lower()}" in IMAGE_EXTENSIONS), None)
+                if extension is not None:
+                    self.names.append(f"{key}.{extension}")
+                    self._pictures.append(files[extension])
+                    for name, members in texts.items():
+                        members.append(files.get(name))
+        if not self._pictures:
+            raise DataError(f"no pictures in {len(self.shards)} shards, the first is {self.shards[0]}.")
+        kept = {name: [m for m in members if m is not None] for name, members in texts.items()}
+        self.labels = np.zeros(len(self), np.int64)
+        extension = next((name for name, members in kept.items() if members), None)
+        if extension is None:
+            return
+        if len(kept[extension]) < len(self):
+            bare = [name for name, member in zip(self.names, texts[extension], strict=True) if member is None]
+            raise DataError(f"{len(bare)} of {len(self)} pictures have no .{extension}: {shorten(bare)}.")
+        words = [self._read(member).decode("utf-8", "replace").strip() for member in kept[extension]]
+        if extension == caption_extension:
+            del self.labels
+            self.captions = [" ".join(text.split()) for text in words]
+            return
+        wrong = next((i for i, word in enumerate(words) if not word.isdecimal()), None)
+        if wrong is not None:
+            raise DataError(f"{self.describe(wrong)}: its .{extension} says {words[wrong][:40]!r}, expected a number.")
+        self.labels = np.asarray([int(word) for word in words], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image = Image.open(io.BytesIO(self._read(self._pictures[index])))
+        return image, self.captions[index] if hasattr(self, "captions") else int(self.labels[index])
+
+    def _read(self, member: _Member) -> bytes:
+        with open(self.shards[member.shard], "rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
+
+    def describe(self, index: int) -> str:
+        """Where picture ``index`` is, for messages."""
+        return f"{self.names[index]} in {self.shards[self._pictures[index].shard]}"
+
+    def content_digest(self) -> str:
+        """A hash of the shards' names, sizes and modification times, and of the captions."""
+        return digest_arrays(digest_files(self.shards), *getattr(self, "captions", []))
+
+
+def find_shards(shards: str | Path | Sequence[str]) -> list[str]:
+    """The files that a path, pattern or list stands for.
+
+    Raises:
+        DataError: If there are none, or they are elsewhere.
+
+    Example:
+        >>> find_shards("data/{0..1}.tar")
+        Traceback (most recent call last):
+        lightning_difftune.errors.DataError: the shards data/0.tar, data/1.tar do not exist.
+    """
+    if not isinstance(shards, str | Path):
+        files = [str(shard) for shard in shards]
+    elif "://" in str(shards) or str(shards).startswith("pipe:"):
+        raise DataError(f"{shards} is not a local file. Shards are read by position: download them first.")
+    elif Path(shards).is_dir():
+        files = sorted(map(str, Path(shards).glob("*.tar")))
+    elif "*" in str(shards):
+        pattern = Path(shards)
+        files = sorted(map(str, Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))))
+    else:
+        files = expand(str(shards))
+    if not files:
+        raise DataError(f"there are no .tar files at {shards}.")
+    missing = [file for file in files if not Path(file).is_file()]
+    if missing:
+        raise DataError(f"the shards {shorten(missing)} do not exist.")
+    return files
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a range in braces stands for.
+
+    Example:
+        >>> expand("a-{08..10}.tar")
+        ['a-08.tar', 'a-09.tar', 'a-10.tar']
+    """
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return [name for number in numbers for name in expand(pattern[: found.start()] + number + pattern[found.end() :])]
+
+
+def read_contents(shard: str, number: int) -> dict[str, dict[str, _Member]]:
+    """Files of a shard by key and extension.
+
+    Raises:
+        DataError: If it is damaged or compressed.
+    """
+    contents: dict[str, dict[str, _Member]] = {}
+    size = Path(shard).stat().st_size
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for entry in archive:
+                found = _KEY.match(entry.name)
+                if not entry.isfile() or found is None:
+                    continue
+                if entry.offset_data + entry.size > size:
+                    raise tarfile.ReadError(f"{entry.name} is cut off")
+                key, extension = found.groups()
+                contents.setdefault(key, {})[extension] = _Member(number, entry.offset_data, entry.size)
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(
+            f"{shard} is no whole, uncompressed tar file ({error}); download it again, or unpack a compressed one with "
+            "gunzip."
+        ) from error
+    return contents

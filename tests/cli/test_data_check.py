@@ -1,0 +1,136 @@
+"""``difftune data check``: every kind of trouble in one folder, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from lightning_difftune.cli import main
+from lightning_difftune.data import ImageFolder, Partition
+
+
+def picture(width, height, mode="RGB", seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    return Image.fromarray(pixels, "RGBA").convert(mode)
+
+
+@pytest.fixture
+def trouble(tmp_path):
+    """Twelve roses and three daisies, each odd in a way of its own."""
+    roses, daisies = tmp_path / "flowers" / "rose", tmp_path / "flowers" / "daisy"
+    for folder in (roses, daisies):
+        folder.mkdir(parents=True)
+    for number in range(8):
+        picture(32, 32, seed=number).save(roses / f"{number}.png")
+    shutil.copy(roses / "0.png", roses / "copy.png")
+    picture(40, 20, "L", seed=20).save(roses / "grey.png")
+    picture(32, 32, "RGBA", seed=21).save(roses / "alpha.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(64, 32, seed=22).save(roses / "turned.jpg", exif=exif)
+    picture(32, 32, seed=3).save(daisies / "rose.png")  # the pixels of a rose
+    (daisies / "cut.png").write_bytes((roses / "1.png").read_bytes()[:200])
+    picture(20, 20, seed=24).save(daisies / "small [red].png")
+    return tmp_path / "flowers"
+
+
+def checked(capsys, *args):
+    status = main(["data", "check", *map(str, args)])
+    captured = capsys.readouterr()
+    return status, captured.out + captured.err
+
+
+def test_everything_is_counted(trouble, capsys):
+    status, said = checked(capsys, trouble, "--json", "--image_size", "32")
+    assert status == 1
+    found = json.loads(said)
+    assert (found["kind"], found["pictures"], found["labels"]) == ("ImageFolder", 15, "classes")
+    assert found["classes"] == {"daisy": 3, "rose": 12}
+    assert found["small_classes"] == ["daisy"]
+    assert found["width"] == {"min": 20, "median": 32, "max": 40}
+    assert found["height"] == {"min": 20, "median": 32, "max": 64}  # the turned one is 32 x 64 upright
+    assert found["aspect_ratio"] == {"min": 0.5, "median": 1, "max": 2}
+    assert [found[key] for key in ("enlarged", "cropped", "grey", "alpha", "exif_rotated")] == [2, 2, 1, 1, 1]
+    (name,) = found["unreadable"]
+    assert name == str(trouble / "daisy/cut.png")
+    assert "OSError" in found["unreadable"][name]
+    names = [
+        [str(trouble / one) for one in group]
+        for group in (["daisy/rose.png", "rose/3.png"], ["rose/0.png", "rose/copy.png"])
+    ]
+    assert sorted(found["duplicates"]) == names
+    assert found["duplicates_of_two_classes"] == 1
+    held = set(Partition(ImageFolder(trouble), {"train": 0.9, "val": 0.1}, "val").indices)
+    assert (found["split"]["train"], found["split"]["val"]) == (15 - len(held), len(held)) == (14, 1)
+
+
+def test_workers_see_the_same(trouble, capsys):
+    assert checked(capsys, trouble, "--json", "--num_workers", "2") == checked(capsys, trouble, "--json")
+
+
+def test_the_tables_name_what_is_wrong(trouble, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    status, said = checked(capsys, trouble)
+    assert status == 1
+    words = (
+        "15 with classes",
+        "daisy",
+        "few",
+        "cannot be read:",
+        "cut.png",
+        "the same picture:",
+        "copy.png",
+        "1 held out",
+    )
+    for word in words:
+        assert word in said, said
+
+
+def test_clean_data_is_fine_and_a_given_split_is_compared(tmp_path, capsys):
+    for number in range(20):
+        folder = tmp_path / ("train" if number < 15 else "val") / "rose"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(32, 32, seed=number).save(folder / f"{number}.png")
+    shutil.copy(tmp_path / "train/rose/3.png", tmp_path / "val/rose/3.png")
+    status, said = checked(capsys, tmp_path / "train", "--val", tmp_path / "val", "--json")
+    assert status == 0
+    assert json.loads(said)["split"] == {"by": "given", "train": 15, "val": 6, "in_both": 1, "unreadable": {}}
+    (tmp_path / "val/rose/16.png").write_bytes(b"")
+    assert checked(capsys, tmp_path / "train", "--val", tmp_path / "val", "--json")[0] == 1
+    status, said = checked(capsys, tmp_path)
+    assert status == 2
+    assert "are the splits train, val, not classes" in said
+
+
+def test_arrays_and_captions(tmp_path, capsys):
+    split = ["train"] * 3 + ["test"]
+    np.savez(tmp_path / "a.npz", images=np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8), split=split)
+    status, said = checked(
+        capsys, tmp_path / "a.npz", "--split", "train", "--val", f"{tmp_path / 'a.npz'}:test", "--json"
+    )
+    found = json.loads(said)
+    assert (status, found["pictures"], found["grey"], found["classes"]) == (0, 3, 3, {"class 0": 3})
+    assert found["split"]["val"] == 1
+    (tmp_path / "captions").mkdir()
+    picture(8, 8).save(tmp_path / "captions/1.png")
+    (tmp_path / "captions/1.txt").write_text("a rose")
+    found = json.loads(checked(capsys, tmp_path / "captions", "--json")[1])
+    assert (found["labels"], found["classes"], found["split"]["val"]) == ("captions", {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["data"], "`difftune data check PATH`"),
+        (["data", "chekc"], "`difftune data check PATH`"),
+        (["data", "check"], "The following arguments are required: path"),
+        (["data", "check", "nowhere"], "the image folder nowhere does not exist"),
+    ],
+)
+def test_mistakes(args, message, capsys):
+    assert main(args) == 2
+    assert message in capsys.readouterr().err
