@@ -11,21 +11,32 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import ModelReader
+from lightning_difftune.cli.model_card import Card, base_of
+from lightning_difftune.cli.push import push
 from lightning_difftune.cli.tuned import open_run
 from lightning_difftune.draws import noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.models import DiT, export_dit, export_network, load_dit
+from lightning_difftune.models import DiT, export_dit, export_network, hub, load_dit
+from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.export import exact_arithmetic, put_in_place
+from lightning_difftune.models.usage import usage_of_adapter, usage_of_dit, usage_of_file, usage_of_network
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import RetentionBatch
+from lightning_difftune.tuners import LoRA
 
 DESCRIPTION = """Write the tuned network of a run's checkpoint, for others to open.
 
-The averaged weights are taken where the checkpoint has them, and a tuner's layers are merged into the plain network.
-A DiT goes to FILE.safetensors (official key names) or to a folder for diffusers; a UNet or ControlNet to a folder.
-What was written is read back, and must compute the same as the tuned network before it takes its place.
+  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned.safetensors   one file, official key names
+  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned               a folder for diffusers
+  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output adapter --format peft
+  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned --push user/name --license apache-2.0
+
+The averaged weights are taken where the checkpoint has them, and a tuner's layers are merged into the plain network; a
+LoRA can also stay an adapter. What was written is read back, and must compute the same as the tuned network before it
+takes its place. A model card comes with it: README.md in a folder, tuned.md beside tuned.safetensors.
 
 The run's config is found beside its checkpoint. All other options are --config and overrides of its keys."""
 
@@ -40,31 +51,91 @@ def export(argv: Sequence[str]) -> None:
 
     Raises:
         ConfigError: If the command line or a config cannot be used, or the tuner cannot be merged.
-        CheckpointError: If the checkpoint cannot be used, or the result does not compute the same.
+        CheckpointError: If the checkpoint cannot be used, the result does not compute the same, or the hub refuses it.
     """
-    parser = argparse.ArgumentParser(
-        prog="difftune export", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("export", DESCRIPTION)
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint of a run")
     parser.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
+    parser.add_argument("--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output")
     parser.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the output")
+    parser.add_argument("--license", metavar="NAME", help="the base's, for the card (default: what the base says)")
+    parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
     options, rest = parser.parse_known_args(argv)
     if options.ckpt_path is None or options.output is None:
         raise ConfigError("difftune export needs --ckpt_path RUN/checkpoints/last.ckpt and --output FILE or FOLDER.")
+    if options.push is not None and not hub.is_repo_id(options.push):
+        raise ConfigError(f"--push takes user/name, got {options.push!r}.")
+    is_file = options.output.suffix == ".safetensors"
+    if options.format is not None and (options.format == "safetensors") != is_file:
+        raise ConfigError(f"--format {options.format} does not go into {options.output}: only safetensors are a file.")
+    card = Card(options.output)
+    for taken in (options.output, *(card.files() if is_file else ())):
+        if taken.exists() and not options.overwrite:
+            raise CheckpointError(f"{taken} exists. Choose another path, or pass --overwrite.")
     run = open_run(options.ckpt_path, rest)
     module = run.module
     done = [f"{options.ckpt_path}, step {run.step}, tuned from {module.base_identity['name']}"]
     with run.weights(options.raw, done):
-        network = plain_network(module, done)
-        if isinstance(network, DiT):
-            network.sampling = module.sampler.spec()
-            if network.class_names is None:
-                network.class_names = class_names_of(run.reader, network.num_classes, done)
-            else:
-                done.append("class names: those of the checkpoint")
-        write(module, network, options, done)
+        if options.format == "peft":
+            network = write_adapter(module, options, done)
+            usage = usage_of_adapter(network, base_of(run))
+        else:
+            network = plain_network(module, done)
+            if isinstance(network, DiT):
+                network.sampling = module.sampler.spec()
+                name_classes(network, run.reader, done)
+            write(module, network, options, done)
+            usage = usage_of(network, module, options.output, base_of(run))
+    card.write(run, network, usage, options.license, done)
+    if options.push is not None:
+        files = {options.output.name: options.output} if is_file else {"": options.output}
+        done.append(f"pushed to {push(options.push, {**files, **card.places()}, options.private)}")
     print("\n".join(done))
+
+
+def usage_of(network: Any, module: DiffTuningModule, output: Path, base: str) -> str:
+    """How an export is used."""
+    if not isinstance(network, DiT):
+        return usage_of_network(network, base)
+    if output.suffix == ".safetensors":
+        return usage_of_file(output.name, network.sample_shape[0])
+    return usage_of_dit(network.architecture, network.sampling, getattr(module, "autoencoder", None) is not None)
+
+
+def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: list[str]) -> Any:
+    """Write a LoRA's layers as peft does, and return the network that they belong to.
+
+    Raises:
+        ConfigError: If the run did not train a LoRA.
+        CheckpointError: If what was written does not read back.
+    """
+    (network,) = module.trainable_modules()
+    if not isinstance(module.tuner, LoRA):
+        kind = "the whole network" if module.tuner is None else type(module.tuner).__name__
+        raise ConfigError(f"--format peft writes the layers of a LoRA; this run trained {kind}. Leave the option out.")
+    base = str(module.base_identity["fingerprint"])
+    before = fingerprint(network)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{options.output.name}.", dir=options.output.parent) as workspace:
+        draft = Path(workspace) / options.output.name
+        draft.mkdir()
+        module.tuner.save_adapter(network, draft, base)
+        module.tuner.load_adapter(network, draft, base)
+        if fingerprint(network) != before:
+            raise CheckpointError("Not exported: the adapter does not read back as it was.")
+        put_in_place(draft, options.output, Path(workspace) / "replaced")
+    done.append(f"tuner: LoRA, kept as an adapter for peft\nwrote {options.output}")
+    return network
+
+
+def name_classes(network: DiT, reader: ModelReader, done: list[str]) -> None:
+    """Take the names of the classes from the run's data, if the checkpoint has none."""
+    if network.class_names is None:
+        network.class_names = class_names_of(reader, network.num_classes, done)
+    else:
+        done.append("class names: those of the checkpoint")
 
 
 def plain_network(module: DiffTuningModule, done: list[str]) -> Any:

@@ -21,30 +21,7 @@ from lightning_difftune.models.autoencoder import FrozenAutoencoder
 from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
-
-README = """\
-# DiT exported by lightning_difftune {version}
-
-This folder opens with `diffusers.DiTPipeline.from_pretrained`. Three things to know:
-
-1. diffusers' class computes another timestep embedding than the one that this model was trained with
-   (`downscale_freq_shift` of 1 instead of 0). On random weights that changes the output by 2 % at t = 100 and by 11 %
-   at t = 999. For the exact function:
-
-   ```python
-   from diffusers import DiTPipeline
-   from lightning_difftune.models.diffusers_layout import make_exact
-
-   pipeline = DiTPipeline.from_pretrained("path/to/this/folder"{vae_argument})
-   make_exact(pipeline.transformer)
-   ```
-
-   `load_exact_transformer("path/to/this/folder")` of the same module opens the transformer alone.
-2. `DiTPipeline` takes class 1000 as "no class" in classifier-free guidance. {null_class}
-3. {vae}
-
-`lightning_difftune.models.load_dit("path/to/this/folder")` reads the folder back without loss.
-"""
+from lightning_difftune.models.usage import usage_of_dit
 
 
 def export_dit(
@@ -175,19 +152,8 @@ def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | N
         write_json(config_file, {**config, "scaling_factor": autoencoder.scaling_factor})
     write_json(folder / "model_index.json", index)
 
-    classes = architecture["num_classes"]
-    readme = README.format(
-        version=__version__,
-        null_class="That is right for this model."
-        if classes == 1000
-        else f"This model has {classes} classes and its null class is {classes}, so guidance needs another loop, "
-        "such as `lightning_difftune.sampling.sample`; in the pipeline, use `guidance_scale=1`.",
-        vae="`vae` is the autoencoder that it was trained with."
-        if autoencoder is not None
-        else "It comes without an autoencoder: pass the one that its latents come from as `vae=`. For a model of raw "
-        "pixels there is none, and `DiTPipeline` cannot draw pictures; use `lightning_difftune.sampling.sample`.",
-        vae_argument="" if autoencoder is not None else ", vae=autoencoder",
-    )
+    usage = usage_of_dit(architecture, model.sampling, autoencoder is not None)
+    readme = f"# DiT exported by lightning_difftune {__version__}\n\n{usage}"
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, make_exact
-from lightning_difftune.sampling import ddim, sample
+from lightning_difftune.sampling import Sampler, ddim, sample, scheduler_named
 
 FORMATS = {"safetensors": "model.safetensors", "diffusers": "model"}
 
@@ -236,11 +238,48 @@ class TestPipeline:
             assert torch.equal(transformer(x, timestep=t, class_labels=y).sample, expected)
             assert torch.equal(load_exact_transformer(path)(x, timestep=t, class_labels=y).sample, expected)
 
-    @pytest.mark.parametrize(("num_classes", "words"), [(10, "guidance_scale=1"), (1000, "right for this model")])
-    def test_readme_says_what_differs(self, tmp_path: Path, num_classes: int, words: str) -> None:
-        readme = (
-            export_dit(random_dit(num_classes=num_classes), tmp_path / "m", "diffusers") / "README.md"
-        ).read_text()
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"num_classes": 10}, "Pass the autoencoder that the latents come from as `vae=`. Its class 1000"),
+            ({"num_classes": 1000}, "draws with it, guidance included"),
+            ({"num_classes": 10, "in_channels": 1}, "cannot draw with it"),
+        ],
+    )
+    def test_readme_says_what_differs(self, tmp_path: Path, changes: dict, words: str) -> None:
+        readme = (export_dit(random_dit(**changes), tmp_path / "m", "diffusers") / "README.md").read_text()
         assert "make_exact" in readme
         assert "downscale_freq_shift" in readme
         assert words in readme
+
+    def test_a_velocity_model_is_not_offered_to_the_pipeline(self, tmp_path: Path) -> None:
+        model = random_dit()
+        model.sampling = {"scheduler": "FlowMatchEulerDiscreteScheduler", "scheduler_config": {"shift": 1.0}}
+        readme = (export_dit(model, tmp_path / "m", "diffusers") / "README.md").read_text()
+        assert "which diffusers' `DiTPipeline` does not integrate" in readme
+
+    @pytest.mark.parametrize("guided", [None, 3])
+    @pytest.mark.parametrize("solver", ["DDIM", "DPMSolverMultistep", "EulerDiscrete"])
+    def test_the_readmes_code_draws_what_we_draw(self, tmp_path: Path, solver: str, guided: int | None) -> None:
+        model = random_dit(num_classes=10)
+        sampler = Sampler(scheduler_named(solver, ddim().config), 5, guidance_scale=2.0, guidance_channels=guided)
+        model.sampling = sampler.spec()
+        autoencoder = tiny_autoencoder()
+        code = code_of(export_dit(model, tmp_path / "m", "diffusers", autoencoder=autoencoder))
+        found: dict[str, Tensor] = {}
+        exec(code, found)
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        y = torch.tensor([0, 1])
+        ours = autoencoder.decode(sampler(model, noise, y, torch.full_like(y, 10)))
+        torch.testing.assert_close(found["pictures"], ours, atol=1e-5, rtol=0)
+
+    def test_the_readmes_code_does_without_this_package(self, tmp_path: Path) -> None:
+        code = code_of(export_dit(random_dit(in_channels=1), tmp_path / "m", "diffusers"))
+        code += "\nimport sys\nassert pictures.shape == (2, 1, 8, 8)\nassert 'lightning_difftune' not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
+
+
+def code_of(folder: Path) -> str:
+    """The Python of an export's README, for that folder."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    return code.replace("path/to/this/folder", str(folder))

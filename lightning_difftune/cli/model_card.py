@@ -1,0 +1,204 @@
+"""The model card of an export: what was tuned from what, on which data, and how well, written from the run."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_difftune import __version__
+from lightning_difftune.cli.tuned import TunedRun, run_folder
+from lightning_difftune.models import DiT, hub
+
+BUNDLED_LICENSES = {
+    "dit-nano-omniglot": "apache-2.0",
+    "dit-nano-omniglot-flow": "apache-2.0",
+    "sd-nano-flowers": "other",
+}
+
+
+class RunRecord:
+    """What a run's folder tells about it.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: TunedRun) -> None:
+        self.run = run
+        self.folder = run_folder(run.checkpoint)
+        config = self.folder / "config.yaml" if self.folder is not None else None
+        self.config: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {}
+
+    def metrics(self) -> dict[str, float]:
+        """The latest value of each measurement in ``metrics.csv``, those of training left out."""
+        file = self.folder / "metrics.csv" if self.folder is not None else None
+        if file is None or not file.exists():
+            return {}
+        with file.open(newline="", encoding="utf-8") as opened:
+            latest = {name: value for row in csv.DictReader(opened) for name, value in row.items() if value}
+        left_out = ("train/", "lr-", "epoch", "step")
+        return {name: float(value) for name, value in latest.items() if not name.startswith(left_out)}
+
+    def grid(self) -> Path | None:
+        """The latest sample grid."""
+        grids = sorted(self.folder.glob("samples/step-*.png")) if self.folder is not None else []
+        return grids[-1] if grids else None
+
+    def facts(self) -> dict[str, str]:
+        """What was tuned on what, and how, in words."""
+        module, data = self.run.module, self.config.get("data", {}).get("init_args", {})
+        objective = module.objective
+        facts = {
+            "base": f"{base_of(self.run)} (fingerprint `{str(module.base_identity.get('fingerprint'))[:12]}`)",
+            "data": described(data.get("target"))
+            + "".join(
+                f", {value} {what}"
+                for key, what in (("num_classes", "classes"), ("image_size", "px"))
+                if (value := data.get(key)) is not None
+            ),
+            "objective": f"{type(objective).__name__}, {objective.schedule!r}, retention weight "
+            f"{objective.retention_weight:g}, reconsolidation weight {objective.reconsolidation_weight:g}",
+            "memory bank": f"{data.get('bank_size')} samples, share {data.get('retention_share')} of a batch"
+            if data.get("bank") is not None
+            else "none",
+            "tuner": "none (full fine-tuning)" if module.tuner is None else type(module.tuner).__name__,
+            "optimizer": described(self.config.get("model", {}).get("init_args", {}).get("optimizer")),
+            "steps": f"{self.run.step} of batch {data.get('batch_size')}",
+            "seed": str(self.config.get("seed_everything")),
+            "sampler": f"{type(module.sampler.scheduler).__name__}, {module.sampler.num_inference_steps} steps, "
+            f"guidance {module.sampler.guidance_scale:g}",
+        }
+        return {key: value for key, value in facts.items() if "None" not in value}
+
+
+def described(entry: Any) -> str:
+    """An entry of a config in words: the class and its settings; of paths, only the last part."""
+    if not isinstance(entry, dict) or "class_path" not in entry:
+        return str(entry)
+    settings = {key: value for key, value in (entry.get("init_args") or {}).items() if value is not None}
+    said = [
+        f"{key} {Path(value).name if isinstance(value, str) else described(value)}" for key, value in settings.items()
+    ]
+    return f"{entry['class_path'].rpartition('.')[2]} ({', '.join(said)})" if said else entry["class_path"]
+
+
+def base_of(run: TunedRun) -> str:
+    """The pre-trained model's name; of a path, the last part."""
+    name = str(run.module.base_identity.get("name"))
+    return name if hub.is_repo_id(name) and not Path(name).exists() else Path(name).name
+
+
+def license_of(base: str) -> str | None:
+    """What a pre-trained model says about its licence, or None if it says nothing or cannot be asked."""
+    if base in BUNDLED_LICENSES:
+        return BUNDLED_LICENSES[base]
+    from huggingface_hub import HfApi, ModelCard
+
+    try:
+        card = Path(base) / "README.md"
+        if card.is_file():
+            return ModelCard.load(card, ignore_metadata_errors=True).data.license
+        if not Path(base).exists() and hub.is_repo_id(base):
+            stated = HfApi().model_info(base, timeout=10).card_data
+            return None if stated is None else stated.license
+    except Exception:  # whatever the hub raises without a connection
+        return None
+    return None
+
+
+def model_card(
+    record: RunRecord, network: Any, title: str, usage: str, picture: str, license_name: str | None, done: list[str]
+) -> str:
+    """A card in the hub's format: YAML front matter, what the run was, its measurements and how to use the model.
+
+    Args:
+        record: Of the run.
+        network: What is exported.
+        title: Its name.
+        usage: The card's section about how to open it.
+        picture: File of the sample grid, beside the card; empty if there is none.
+        license_name: The base's licence, if it is known better than by asking.
+        done: Gets a line if the licence is not known.
+    """
+    license_name = license_name or license_of(str(record.run.module.base_identity.get("name")))
+    if license_name is None:
+        done.append("licence of the base: unknown; name it with --license before you publish")
+    metrics, facts = record.metrics(), record.facts()
+    lines = [f"# {title}", ""]
+    lines += [f"Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773) with lightning_difftune {__version__}.", ""]
+    if picture:
+        lines += [f"![samples]({picture})", ""]
+    lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    if metrics:
+        lines += ["## Measurements", "", "| | |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in metrics.items()), ""]
+    lines += [usage.strip(), "", "## Licence", ""]
+    if license_name is None:
+        lines += [
+            "The licence of the base is not known. It holds for this model, too: look it up before publishing.",
+            "",
+        ]
+    else:
+        lines += [f"The base is licensed as `{license_name}`, which holds for this model, too.", ""]
+    return f"---\n{front_matter(record, network, title, license_name, metrics)}\n---\n\n" + "\n".join(lines)
+
+
+def front_matter(
+    record: RunRecord, network: Any, title: str, license_name: str | None, metrics: dict[str, float]
+) -> str:
+    """The card's metadata as the hub reads them, as YAML."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    task = "unconditional-image-generation" if isinstance(network, DiT) else "text-to-image"
+    base = str(record.run.module.base_identity.get("name"))
+    data = described(record.config.get("data", {}).get("init_args", {}).get("target"))
+    results = [EvalResult(task, "custom", data, name, round(value, 6)) for name, value in metrics.items()]
+    card: dict[str, Any] = {
+        "base_model": base if hub.is_repo_id(base) and not Path(base).exists() else None,
+        "library_name": "peft" if title.endswith("adapter") else "diffusers",
+        "license": license_name,
+        "license_name": "see-base-model" if license_name == "other" else None,
+        "pipeline_tag": task,
+        "tags": ["diff-tuning", "lightning_difftune", *(["dit"] if isinstance(network, DiT) else ["stable-diffusion"])],
+    }
+    if results:
+        card |= {"model_name": title, "eval_results": results}
+    return ModelCardData(**card).to_yaml().strip()
+
+
+class Card:
+    """Where an export's model card and the picture in it are.
+
+    Args:
+        output: The export.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.is_beside = output.suffix == ".safetensors"
+
+    def files(self) -> tuple[Path, Path]:
+        """The card and the picture: in a folder, or beside a file."""
+        if self.is_beside:
+            return self.output.with_suffix(".md"), self.output.with_suffix(".png")
+        return self.output / "README.md", self.output / "samples.png"
+
+    def places(self) -> dict[str, Path]:
+        """Where the files of one beside go in a repository."""
+        card, picture = self.files()
+        if not self.is_beside:
+            return {}
+        return {"README.md": card, **({picture.name: picture} if picture.exists() else {})}
+
+    def write(self, run: TunedRun, network: Any, usage: str, license_name: str | None, done: list[str]) -> None:
+        """Write the card, and the run's latest sample grid if it has one."""
+        record, (card, picture) = RunRecord(run), self.files()
+        grid = record.grid()
+        if grid is not None:
+            shutil.copyfile(grid, picture)
+        text = model_card(record, network, self.output.stem, usage, picture.name if grid else "", license_name, done)
+        card.write_text(text, encoding="utf-8")
+        done.append(f"model card: {card}")
