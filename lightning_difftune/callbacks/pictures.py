@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -63,7 +64,10 @@ class PictureLog:
         image.save(content, format="PNG")
         write_artifact(self._folder / f"step-{step:07d}.png", content.getvalue())
         for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(logger, "log_image"):  # Weights & Biases
                 logger.log_image(key=self.key, images=[image], step=step)
-            elif add_image := getattr(getattr(logger, "experiment", None), "add_image", None):
-                add_image(self.key, picture, global_step=step)
+            elif hasattr(experiment, "add_image"):  # TensorBoard
+                experiment.add_image(self.key, picture, global_step=step)
+            elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow
+                experiment.log_image(logger.run_id, np.asarray(image), key=self.key, step=step)

@@ -1,22 +1,43 @@
-"""The progress bar of runs that are measured in steps."""
+"""The progress of runs that are measured in steps: as a bar, or as lines where nobody watches."""
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+from lightning_difftune.callbacks.throughput import Throughput, pictures_in
 
 
 class StepProgressBar(RichProgressBar):
     """Lightning's rich progress bar, counting the steps of the whole run where the trainer has ``max_steps``.
 
     A target of a thousand pictures has epochs of a few seconds, and Lightning's bar starts over at each. This one
-    shows how far the run is and how long it still takes, from the step that it was resumed at.
+    shows how far the run is and how long it still takes, from the step that it was resumed at; pictures a second over
+    all processes; and what was logged for the bar, such as the losses of both streams and the latest FID.
 
     Example:
         >>> trainer = L.Trainer(max_steps=24_000, callbacks=[StepProgressBar()], logger=False)
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.throughput = Throughput()
+
+    def configure_columns(self, trainer: L.Trainer) -> list[Any]:
+        """Lightning's columns, with pictures a second behind them."""
+        return [*super().configure_columns(trainer)[:-1], PicturesColumn(self)]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self.throughput.start()
 
     @property
     def total_train_batches(self) -> int | float:
@@ -36,6 +57,7 @@ class StepProgressBar(RichProgressBar):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count on over the epochs of a run of ``max_steps``."""
+        self.throughput.stop(pictures_in(batch) * trainer.world_size)
         if trainer.max_steps < 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         else:
@@ -43,12 +65,115 @@ class StepProgressBar(RichProgressBar):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.total_batch_idx)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What the module logs for the bar, without the logger's version number."""
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
+        """What was logged for the bar, without the logger's version number."""
+        return shown_metrics(super().get_metrics(trainer, pl_module))
 
     def _start(self) -> None:
         if self.progress is not None and self.train_progress_bar_id is None:
             name = "Training".ljust(len(self.validation_description))  # the bars below each other start at one place
             self.train_progress_bar_id = self.progress.add_task(name, total=self.total_train_batches)
+
+
+class PicturesColumn(ProgressColumn):
+    """Pictures a second, of the bar of training."""
+
+    max_refresh = 0.5
+
+    def __init__(self, bar: StepProgressBar) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def render(self, task: Task) -> Text:
+        """The rate, or nothing for other bars."""
+        is_training = task.id == self.bar.train_progress_bar_id
+        return Text(f"{self.bar.throughput.rate:.0f} images/s" if is_training else "", style="dim")
+
+
+class StepLines(ProgressBar):
+    """The progress as one line an interval, for logs and other places where a bar cannot move.
+
+    A line has the step, pictures a second over all processes, the time that is left, and what was logged for the bar.
+
+    Args:
+        every_n_steps: Optimizer steps between two lines; by default a hundredth of the run, and at least the trainer's
+            ``log_every_n_steps``.
+
+    Example:
+        >>> trainer = L.Trainer(max_steps=24_000, callbacks=[StepLines(every_n_steps=100)], logger=False)
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        super().__init__()
+        self.every_n_steps = every_n_steps
+        self.throughput = Throughput()
+        self._is_enabled = True
+        self._latest = -1
+        self._began = (0.0, 0)
+
+    def disable(self) -> None:
+        """Print nothing, on all processes but the first."""
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        """Print again."""
+        self._is_enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note where the run, or its resumed part, begins."""
+        super().on_train_start(trainer, pl_module)
+        self._began, self._latest = (time.perf_counter(), trainer.global_step), trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock."""
+        self.throughput.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print a line if it is time to."""
+        self.throughput.stop(pictures_in(batch) * trainer.world_size)
+        if trainer.global_step >= self._latest + self._interval(trainer) or trainer.global_step == trainer.max_steps:
+            self._print(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print what was measured."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._latest = -1
+            self._print(trainer, pl_module)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """What was logged for the bar, without the logger's version number."""
+        return shown_metrics(super().get_metrics(trainer, pl_module))
+
+    def _interval(self, trainer: L.Trainer) -> int:
+        if self.every_n_steps is not None:
+            return self.every_n_steps
+        return max(trainer.max_steps // 100, vars(trainer).get("log_every_n_steps", 1), 1)
+
+    def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._is_enabled or trainer.global_step == self._latest:
+            return
+        self._latest = trainer.global_step
+        parts = [f"Training {trainer.global_step}", f"{self.throughput.rate:.0f} images/s"]
+        if trainer.max_steps > 0:
+            seconds, first = self._began
+            taken = (time.perf_counter() - seconds) / max(1, trainer.global_step - first)
+            parts[0] += f"/{trainer.max_steps}"
+            parts.append(f"{timedelta(seconds=round(taken * (trainer.max_steps - trainer.global_step)))} left")
+        metrics = self.get_metrics(trainer, pl_module)
+        parts += [
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
+        ]
+        print("  ".join(parts), flush=True)
+
+
+def shown_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of a bar, those of training by their short names and without the logger's version number.
+
+    Example:
+        >>> shown_metrics({"v_num": 3, "train/loss": 0.5, "val/loss": 0.25, "fid": 31.0})
+        {'loss': 0.5, 'val/loss': 0.25, 'fid': 31.0}
+    """
+    return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}

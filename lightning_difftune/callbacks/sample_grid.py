@@ -17,7 +17,7 @@ class SampleGrid(SampleCallback):
     """Generate the same samples at the end of every validation and save them as one picture.
 
     The grid is written to ``samples/step-0001000.png`` and given to every logger that takes images (TensorBoard,
-    Weights & Biases). Only the first process generates, and nothing here waits for the others.
+    Weights & Biases, MLflow). Only the first process generates, and nothing here waits for the others.
 
     Args:
         num_samples: Samples in the grid: indices 0 .. num_samples - 1.

@@ -14,10 +14,12 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
-from lightning_difftune.callbacks.progress_bar import StepProgressBar
+from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 from lightning_difftune.cli.environment import SaveRun
 from lightning_difftune.data import MemoryBank, MemoryBankDataModule
 from lightning_difftune.errors import CheckpointError, ConfigError, DiffTuneError
@@ -95,9 +97,12 @@ class DiffTuneCLI(LightningCLI):
             raise ConfigError(f"{type(cause).__name__}: {cause}\n--debug shows where it was raised.") from cause
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Create the trainer, with a progress bar that counts steps in place of Lightning's."""
+        """Create the trainer, with loggers that keep a folder for the run, and progress that counts its steps."""
+        settings = self._get(self.config_init, "trainer", default={})
+        kwargs["logger"] = loggers_of(settings.get("logger"), settings.get("default_root_dir"))
         trainer: Any = super().instantiate_trainer(**kwargs)
-        trainer.callbacks = [StepProgressBar() if type(c) is RichProgressBar else c for c in trainer.callbacks]
+        progress = StepProgressBar if Console().is_terminal or Console().is_jupyter else StepLines
+        trainer.callbacks = [progress() if type(c) is RichProgressBar else c for c in trainer.callbacks]
         return trainer
 
     def predict(self, **kwargs: Any) -> None:
@@ -106,6 +111,27 @@ class DiffTuneCLI(LightningCLI):
         if isinstance(self.datamodule, MemoryBankDataModule) and self.datamodule.bank_path is not None:
             bank = MemoryBank(self.datamodule.bank_path)
             rank_zero_info(f"Memory bank {bank.path}: {len(bank):,} samples of shape {bank.latent_shape}.")
+
+
+def loggers_of(given: Any, folder: str | None) -> Any:
+    """What a run logs to: a CSV file and TensorBoard in a new ``version_N``, or what the config says.
+
+    Loggers of services, such as Weights & Biases and MLflow, have no folder that is the run's alone, where its config,
+    checkpoints and pictures could go: the CSV file is then kept beside them.
+
+    Args:
+        given: The trainer's ``logger``: None or True, False, a logger or several.
+        folder: The trainer's ``default_root_dir``.
+    """
+    if given is False:
+        return False
+    loggers = [] if given is None or given is True else list(given) if isinstance(given, list | tuple) else [given]
+    if any(isinstance(logger, CSVLogger | TensorBoardLogger) for logger in loggers):
+        return loggers
+    table = CSVLogger(folder or ".")
+    if given is not None and given is not True:
+        return [table, *loggers]
+    return [table, TensorBoardLogger(folder or ".", version=table.version)]
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:

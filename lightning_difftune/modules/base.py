@@ -276,9 +276,9 @@ class DiffTuningModule(L.LightningModule, ABC):
         prepared = self.prepare(batch, draws)
         output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
         self.log("train/loss", output.loss.detach(), prog_bar=True)
-        self.log("train/reconsolidation", output.reconsolidation.detach())
+        self.log("train/reconsolidation", output.reconsolidation.detach(), prog_bar=True)
         if "retention" in batch:
-            self.log("train/retention", output.retention.detach())
+            self.log("train/retention", output.retention.detach(), prog_bar=True)
         return output.loss
 
     def retention_loss(self, batch: RetentionBatch, index: int) -> Tensor:

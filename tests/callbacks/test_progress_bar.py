@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import lightning as L
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_difftune.callbacks.progress_bar import StepProgressBar
+from lightning_difftune.callbacks.progress_bar import PicturesColumn, StepLines, StepProgressBar
+from lightning_difftune.callbacks.throughput import Throughput
 
 
 class Seen(L.Callback):
@@ -51,7 +54,7 @@ def fit(tmp_path, ckpt_path=None, **settings):
 def test_steps_of_the_whole_run(tmp_path):
     _, metrics, shown = fit(tmp_path, max_steps=7)
     assert shown == [("Training", step, 7) for step in range(1, 8)]
-    assert metrics.keys() == {"train/loss"}
+    assert metrics.keys() == {"loss"}
 
 
 def test_a_batch_is_not_always_a_step(tmp_path):
@@ -89,3 +92,88 @@ def test_nothing_is_shown_where_bars_are_off(tmp_path):
     trainer.fit(BoringModel())
     assert bar.progress is None
     assert bar.train_progress_bar_id is None
+
+
+def test_the_bar_shows_pictures_a_second(tmp_path):
+    rendered = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            (bar,) = [c for c in trainer.callbacks if isinstance(c, StepProgressBar)]
+            column = next(c for c in bar.progress.columns if isinstance(c, PicturesColumn))
+            rendered.append(column.render(bar.train_progress_bar).plain)
+            assert column.render(type("Task", (), {"id": -1})()).plain == ""
+
+    bar = StepProgressBar()
+    bar.throughput = Throughput(clock=iter(range(1000)).__next__)  # a second a step
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[bar, Look()],
+        max_steps=3,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(LoggingModel())
+    assert rendered == ["1 images/s"] * 3  # BoringModel's batches are of one sample
+
+
+def lines_of(tmp_path, capsys, every=None, ckpt_path=None, **settings):
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[StepLines(every)],
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **settings,
+    )
+    capsys.readouterr()
+    trainer.fit(LoggingModel(), ckpt_path=ckpt_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Training")]
+    return trainer, [line.split("  ") for line in lines]
+
+
+def test_lines_come_at_intervals_and_after_validation(tmp_path, capsys):
+    _, lines = lines_of(tmp_path, capsys, 4, max_steps=10, limit_val_batches=1, limit_train_batches=6)
+    assert [line[0] for line in lines] == [f"Training {step}/10" for step in (4, 6, 10)]
+    for line in lines:
+        assert re.fullmatch(r"\d+ images/s", line[1])
+        assert re.fullmatch(r"\d:\d\d:\d\d left", line[2])
+        assert re.fullmatch(r"loss \S+", line[3])
+
+
+def test_the_interval_is_a_hundredth_of_the_run_by_default(tmp_path, capsys):
+    _, lines = lines_of(tmp_path, capsys, max_steps=300, limit_val_batches=0, log_every_n_steps=2)
+    assert len(lines) == 100
+    trainer, lines = lines_of(tmp_path, capsys, max_steps=60, limit_val_batches=0, log_every_n_steps=20)
+    assert [line[0] for line in lines] == ["Training 20/60", "Training 40/60", "Training 60/60"]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    _, lines = lines_of(tmp_path, capsys, 5, tmp_path / "a.ckpt", max_steps=70, limit_val_batches=0)
+    assert [line[0] for line in lines] == ["Training 65/70", "Training 70/70"]
+
+
+def test_epochs_have_no_end_to_count_to(tmp_path, capsys):
+    _, lines = lines_of(tmp_path, capsys, 2, max_epochs=2, limit_train_batches=2, limit_val_batches=0)
+    assert [line[0] for line in lines] == ["Training 2", "Training 4"]
+    assert not any("left" in part for line in lines for part in line)
+
+
+def test_other_processes_say_nothing(capsys):
+    lines = StepLines(1)
+    lines.disable()
+    lines._print(type("Trainer", (), {"global_step": 3})(), None)
+    assert capsys.readouterr().out == ""
+
+
+def test_pauses_do_not_count():
+    clock = iter([0.0, 1.0, 50.0, 51.0, 52.0, 53.0])
+    meter = Throughput(window=2, clock=lambda: next(clock))
+    assert meter.rate == 0
+    for pictures in (100, 4, 8):
+        meter.start()
+        meter.stop(pictures)
+    assert meter.rate == 6  # of the latest two
+    meter.stop(1000)  # without a start
+    assert meter.rate == 6

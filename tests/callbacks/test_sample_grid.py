@@ -103,9 +103,26 @@ class ImageLogger(QuietLogger):
         self.shown.append((key, images, step))
 
 
+class ServerLogger(QuietLogger):
+    """Takes images the way MLflow does, through a client and the run's number."""
+
+    run_id = "run 7"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown: list[tuple[str, Any, str, int]] = []
+
+    @property
+    def experiment(self) -> Any:
+        return type("Client", (), {"log_image": self._log_image})
+
+    def _log_image(self, run_id: str, image: Any, *, key: str, step: int) -> None:
+        self.shown.append((run_id, image, key, step))
+
+
 def test_loggers_that_take_images_get_them(tmp_path: Path) -> None:
-    board, images = BoardLogger(), ImageLogger()
-    loggers = [board, images, CSVLogger(tmp_path), QuietLogger()]
+    board, images, server = BoardLogger(), ImageLogger(), ServerLogger()
+    loggers = [board, images, server, CSVLogger(tmp_path), QuietLogger()]
     grid = SampleGrid(num_samples=4, columns=2, dirpath=tmp_path / "samples")
     make_trainer(tmp_path, grid, max_steps=2, logger=loggers).fit(GeneratingModel(), ReferenceData())
     picture = np.asarray(Image.open(tmp_path / "samples" / "step-0000002.png"))
@@ -114,6 +131,9 @@ def test_loggers_that_take_images_get_them(tmp_path: Path) -> None:
     assert (tag, board_step, key, image_step) == ("samples", 2, "samples", 2)
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), picture)
     np.testing.assert_array_equal(np.asarray(logged), picture)
+    ((run_id, stored, stored_key, stored_step),) = server.shown
+    assert (run_id, stored_key, stored_step) == ("run 7", "samples", 2)
+    np.testing.assert_array_equal(stored, picture)
 
 
 def test_only_the_first_process_generates(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ ALL_FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFI
 FAMILIES = {
     "dit": ("ablations", "dit", "presets", "tuners"),
     "controlnet": ("controlnet",),
+    "loggers": ("loggers",),
     "pretrain": ("pretrain", "quickstart.yaml"),
     "studies": ("studies",),
     "text_to_image": ("text_to_image",),
