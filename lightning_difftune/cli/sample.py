@@ -68,7 +68,7 @@ def sample(argv: Sequence[str]) -> None:
     print("\n".join([*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures beside it"]))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """The options of the command."""
     options = CommandParser("sample", DESCRIPTION)
     options.add_argument("source", nargs="?", help="checkpoint, export, pipeline, or bundled name")
