@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightning_difftune import MemoryBank, __version__
-from lightning_difftune.cli import main
-from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.cli import COMMANDS, HELP, export, main, sample
+from lightning_difftune.cli.lightning import ConfigReader, run_lightning
 from lightning_difftune.data import ImageFolder
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import DiT, export_dit
@@ -134,7 +135,55 @@ def refused(project, capsys):
 def test_help_names_every_command(args, capsys):
     assert main(args) == 0
     out = capsys.readouterr().out
-    assert all(f"difftune {command}" in out for command in ("quickstart", "fit", "validate", "predict"))
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ") and " difftune " not in line] == [
+        *COMMANDS
+    ]
+    assert len(out.splitlines()) <= 40
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_examples_of_the_help_can_be_run(monkeypatch):
+    """Each is a command that is there, with options that it has; the configs compose."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+    examples = [shlex.split(line)[1:] for line in HELP.splitlines() if line.startswith("  difftune ")]
+    assert len(examples) == 6
+    for command, *args in examples:
+        assert command in COMMANDS
+        if command == "fit":
+            ConfigReader().compose([arg for arg in args if arg != "--print_config"])
+        elif command in ("sample", "export"):
+            known = {"sample": sample.parser, "export": export.parser}[command]()
+            assert known.parse_known_args(args)[1] == []
+
+
+@pytest.mark.parametrize("command", ["sample", "export", "data"])
+def test_help_of_our_commands_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    out = capsys.readouterr().out
+    assert out.count(f"  difftune {command} ") >= 3
+    assert len(out.splitlines()) <= 60
+
+
+def test_completion_knows_commands_and_options(tmp_path, capsys):
+    assert main(["--completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    (tmp_path / "difftune.bash").write_text(script)
+
+    def completed(*typed):
+        array = " ".join(f"'{word}'" for word in ("difftune", *typed))
+        code = f"source {tmp_path}/difftune.bash; COMP_WORDS=({array}); COMP_CWORD={len(typed)}; "
+        code += "_shtab_difftune; echo ${COMPREPLY[@]}"
+        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert set(completed("")) >= {*COMMANDS}
+    assert completed("exp") == ["export"]
+    assert {"--trainer.max_steps", "--trainer.max_epochs"} <= set(completed("fit", "--trainer.max"))
+    assert set(completed("sample", "--guidance")) == {"--guidance_channels", "--guidance_scale"}
+    assert completed("data", "ch") == ["check"]
+    assert main(["--completion", "cmd"]) == 2
+    assert "There is completion for bash, zsh" in capsys.readouterr().err
 
 
 def test_version(capsys):
@@ -249,6 +298,21 @@ def test_what_a_run_prints(project):
 def test_mistakes_in_the_settings(project, refused, args, message):
     (project / "empty").mkdir()
     refused(args, message)
+
+
+def test_a_folder_that_cannot_be_written_is_named(project, refused):
+    (project / "taken").touch()
+    root = [f"{TRAINER}default_root_dir", "taken", f"{TRAINER}logger", "true"]
+    refused([*FIT, *root], r"difftune: .*taken.*: (Not a directory|File exists)\. --debug shows where")
+
+
+def test_the_saved_config_repeats_the_run(project, checkpoint):
+    first = project / "run/lightning_logs/version_0"
+    assert main(["fit", "--config", str(first / "config.yaml")]) == 0
+    second = project / "run/lightning_logs/version_1"
+    assert (second / "metrics.csv").read_text() == (first / "metrics.csv").read_text()
+    states = [torch.load(only(f.glob("checkpoints/*.ckpt")), weights_only=True)["state_dict"] for f in (first, second)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_debug_shows_where_an_error_came_from(project):

@@ -1,4 +1,4 @@
-"""The command line: ``difftune fit | validate | test | predict --config ...``, ``quickstart`` and ``compare``."""
+"""The command line: ``difftune fit | validate | test | predict --config ...`` and the commands around them."""
 
 from __future__ import annotations
 
@@ -8,41 +8,58 @@ from collections.abc import Sequence
 from lightning_difftune import __version__
 from lightning_difftune.errors import ConfigError, DiffTuneError
 
-HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models.
+# What can be typed after `difftune`, in the groups that the help shows.
+COMMANDS = {
+    "quickstart": "Diff-Tune a small bundled model on a CPU, in four minutes",
+    "data": "what is in a data set: `difftune data check PATH`",
+    "plan": "what a config will cost: operations, memory, disk and hours",
+    "fit": "fine-tune; builds a missing memory bank first",
+    "validate": "validation loss, FID and sample grid of a checkpoint",
+    "test": "the same on the test set of a data module that has one",
+    "predict": "build the memory bank on purpose, on all devices",
+    "sample": "pictures of a run, an export or a bundled model, as PNG files",
+    "report": "a run as one HTML page: curves, pictures, what to try next",
+    "export": "a tuned model as a file or folder for others, or on the hub",
+    "swap": "leave the last steps to the pre-trained model, and measure",
+    "compare": "a study: configs over seeds, in tables and figures",
+}
 
-  difftune quickstart            Diff-Tune a small bundled model to handwritten digits: about four minutes on a CPU
+
+def lines_about(*names: str) -> str:
+    """The lines of the help about some commands."""
+    return "\n".join(f"  {name:<12}{COMMANDS[name]}" for name in names)
+
+
+HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models
+
+First steps
+{lines_about("quickstart", "data", "plan")}
+
+Runs: each takes --config FILE several times, and any key of it as an option
+{lines_about("fit", "validate", "test", "predict")}
+
+Results
+{lines_about("sample", "report", "export", "swap", "compare")}
+
+Examples
   difftune quickstart --controlnet
-                                 train a Canny ControlNet for 32 px flowers, with and without Diff-Tuning
-  difftune fit --config ...      fine-tune; builds a missing memory bank first
-  difftune validate --config ... validation loss, FID and sample grid
-  difftune plan --config ...     what it will cost: operations, memory, disk and hours
-  difftune compare STUDY.yaml    run configs over seeds, resume, and compare them in tables and figures
-  difftune predict --config ...  build the memory bank on purpose, on all devices
-  difftune swap --config ... --ckpt_path ...
-                                 pictures whose last steps the pre-trained model does, and their distance
-  difftune data check PATH       what is in a data set: classes, sizes, damaged files, duplicates, the split
-  difftune sample SOURCE ...     pictures of a run, an export or a bundled model, by class or prompt
-  difftune export --ckpt_path ... --output ...
-                                 a run's tuned model as a file or folder of its own, averaged and merged
-  difftune report RUN            a run's curves, pictures and config, and what to try next, as one HTML page
+  difftune fit --config configs/dit/base.yaml --config configs/dit/flowers.yaml
+  difftune fit --config configs/quickstart.yaml --trainer.max_steps 100
+  difftune fit --config configs/quickstart.yaml --print_config
+  difftune sample RUN/checkpoints/last.ckpt --classes sunflower rose
+  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned
 
-Configs compose from left to right, and any key can be set on the command line:
+`difftune COMMAND --help` lists the options of a command. --debug, anywhere,
+shows the traceback of an error. `--completion bash` (zsh, fish, ...) prints a
+script for the TAB key: difftune --completion bash >> ~/.bashrc
 
-  difftune fit --config configs/dit/base.yaml --config configs/dit/flowers.yaml --trainer.devices 8
-  difftune fit --config configs/dit/base.yaml --config configs/presets/paper.yaml --print_config
-
-`difftune COMMAND --help` lists the options of a command. `--debug` anywhere shows the traceback of an error.
+Exit status: 0 done; 1 `data check` found pictures that cannot be read, or
+there is a bug, with its traceback; 2 a mistake in the input, which is named.
 """
 
 
-COMMANDS = (
-    *("quickstart", "fit", "validate", "test", "predict", "compare", "swap", "sample", "export", "plan", "data"),
-    "report",
-)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``difftune``; returns the exit status: 0, or 2 for a mistake in the input."""
+    """Entry point of ``difftune``; returns the exit status, which :data:`HELP` explains."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -59,11 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"difftune: {message_of(error)}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"difftune: {error.filename}: {error.strerror}. --debug shows where it was raised.", file=sys.stderr)
+        return 2
 
 
 def run(args: list[str]) -> int:
     """Run one command and return its exit status; imports what it needs, so that ``--help`` is quick."""
-    if args[0] == "quickstart":
+    if args[0] == "--completion":
+        from lightning_difftune.cli.completion import completion
+
+        print(completion(args[1] if len(args) > 1 else "", COMMANDS))
+    elif args[0] == "quickstart":
         from lightning_difftune.cli.quickstart import quickstart
 
         quickstart(args[1:])

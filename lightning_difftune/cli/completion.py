@@ -7,9 +7,7 @@ from collections.abc import Mapping
 
 from lightning_difftune.errors import ConfigError
 
-# The commands that take a config, and what Lightning adds to its options.
-LIGHTNING = ("fit", "validate", "test", "predict")
-OTHER = ("--help", "--debug")
+LIGHTNING = ("fit", "validate", "test", "predict")  # the commands that take a config
 
 
 def completion(shell: str, commands: Mapping[str, str]) -> str:
@@ -25,7 +23,9 @@ def completion(shell: str, commands: Mapping[str, str]) -> str:
     try:
         import shtab
     except ImportError as error:
-        raise ConfigError("Completion needs the package `shtab`. Install it: pip install shtab.") from error
+        raise ConfigError(
+            "Completion needs the package `shtab`. Install it: pip install 'lightning_difftune[completion]'."
+        ) from error
     if shell not in shtab.SUPPORTED_SHELLS:
         raise ConfigError(f"There is completion for {', '.join(shtab.SUPPORTED_SHELLS)}, not for {shell!r}.")
     script: str = shtab.complete(whole_parser(commands), shell=shell)
