@@ -89,7 +89,13 @@ def described(entry: Any) -> str:
 def base_of(run: TunedRun) -> str:
     """The pre-trained model's name; of a path, the last part."""
     name = str(run.module.base_identity.get("name"))
-    return name if hub.is_repo_id(name) and not Path(name).exists() else Path(name).name
+    return name if hub_name(name) is not None else Path(name).name
+
+
+def hub_name(base: str) -> str | None:
+    """The repository on the hub that a base's name stands for, without its revision; None if it is no such name."""
+    repository = hub.repository_of(base)
+    return None if repository is None or Path(base).exists() else repository[0]
 
 
 def license_of(base: str) -> str | None:
@@ -102,8 +108,8 @@ def license_of(base: str) -> str | None:
         card = Path(base) / "README.md"
         if card.is_file():
             return ModelCard.load(card, ignore_metadata_errors=True).data.license
-        if not Path(base).exists() and hub.is_repo_id(base):
-            stated = HfApi().model_info(base, timeout=10).card_data
+        if (repo_id := hub_name(base)) is not None:
+            stated = HfApi().model_info(repo_id, timeout=10).card_data
             return None if stated is None else stated.license
     except Exception:  # whatever the hub raises without a connection
         return None
@@ -157,7 +163,7 @@ def front_matter(
     data = described(record.config.get("data", {}).get("init_args", {}).get("target"))
     results = [EvalResult(task, "custom", data, name, round(value, 6)) for name, value in metrics.items()]
     card: dict[str, Any] = {
-        "base_model": base if hub.is_repo_id(base) and not Path(base).exists() else None,
+        "base_model": hub_name(base),
         "library_name": "peft" if title.endswith("adapter") else "diffusers",
         "license": license_name,
         "license_name": "see-base-model" if license_name == "other" else None,

@@ -44,7 +44,8 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
             - a file with the official key names: the authors' ``.pt``, a training checkpoint of their code (its EMA
               weights are taken), or safetensors; no code in a pickle is ever run;
             - a diffusers folder: a pipeline's, or its ``transformer`` folder;
-            - a repository on the Hugging Face hub in that layout, ``"facebook/DiT-XL-2-256"``.
+            - a repository on the Hugging Face hub in that layout, ``"facebook/DiT-XL-2-256"`` or, at a branch, tag or
+              commit, ``"facebook/DiT-XL-2-256@main"``.
         num_heads: Attention heads. Weights do not tell them, so they are needed for a file that neither states its
             architecture (as exports do) nor has a published size.
         revision: Branch, tag or commit of a hub repository.
@@ -87,8 +88,9 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if isinstance(source, str) and hub.is_repo_id(source) and path.suffix not in WEIGHT_FILES:
-        return hub.fetch(source, ("transformer", ""), revision)
+    repository = hub.repository_of(source, revision) if isinstance(source, str) else None
+    if repository is not None and path.suffix not in WEIGHT_FILES:
+        return hub.fetch(repository[0], ("transformer", ""), repository[1])
     raise CheckpointError(
         f"{str(source)!r} is no file or folder and no bundled model (bundled: {', '.join(bundled) or 'none'}). "
         "Check the path; a hub repository is written 'owner/name'."

@@ -24,9 +24,10 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
     folder = bundled if bundled.is_dir() else Path(source).expanduser()
     if folder.exists():
         return folder
-    if not isinstance(source, str) or not hub.is_repo_id(source):
+    repository = hub.repository_of(source, revision) if isinstance(source, str) else None
+    if repository is None:
         raise CheckpointError(f"{str(source)!r} is no local folder; a hub repository is written 'owner/name'.")
-    return hub.fetch(source, (subfolder,), revision)
+    return hub.fetch(repository[0], (subfolder,), repository[1])
 
 
 def open_network(kind: type[Model], source: str | Path, subfolder: str = "", revision: str | None = None) -> Model:

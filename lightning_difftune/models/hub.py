@@ -26,6 +26,24 @@ def is_repo_id(name: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
 
 
+def repository_of(source: str, revision: str | None = None) -> tuple[str, str | None] | None:
+    """The repository and revision that ``owner/repository`` or ``owner/repository@revision`` names; None for a path.
+
+    Raises:
+        CheckpointError: If the revision is given twice, and not the same.
+
+    Example:
+        >>> repository_of("facebook/DiT-XL-2-256@refs/pr/1"), repository_of("facebook/DiT-XL-2-256", "main")
+        (('facebook/DiT-XL-2-256', 'refs/pr/1'), ('facebook/DiT-XL-2-256', 'main'))
+    """
+    repo_id, at, stated = source.partition("@")
+    if not is_repo_id(repo_id) or (at and not stated):
+        return None
+    if at and revision not in (None, stated):
+        raise CheckpointError(f"{source!r} and revision={revision!r} name two revisions. Leave one of them out.")
+    return repo_id, stated or revision
+
+
 def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None) -> Path:
     """Download the configuration and weights of one model of a repository, or find them in the cache.
 

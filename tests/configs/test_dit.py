@@ -23,6 +23,8 @@ from tiny_data import (
     make_flowers,
     make_folder,
     make_food101,
+    make_hub,
+    make_shards,
     make_sun397,
 )
 from torch import Tensor, nn
@@ -72,7 +74,7 @@ SMALLER = {
 
 DATA_SETS: list[Callable[[Path, Pictures], None]] = [
     *(make_food101, make_sun397, make_df20_mini, make_caltech101, make_cub200, make_artbench10),
-    *(make_flowers, make_cars, make_folder),
+    *(make_flowers, make_cars, make_folder, make_hub, make_shards),
 ]
 
 

@@ -48,8 +48,12 @@ def test_cached_model_opens_without_a_connection(
     (repository / "refs" / "main").write_text("a" * 40)
     assert fingerprint(load_dit("owner/name")) == fingerprint(model)
     assert fetch("owner/name", ("transformer",), revision="a" * 40).name == "a" * 40
-    with pytest.raises(CheckpointError, match="cannot be reached"):
-        load_dit("owner/name", revision="v2")
+    assert fingerprint(load_dit(f"owner/name@{'a' * 40}")) == fingerprint(model)
+    for again in ({"source": "owner/name", "revision": "v2"}, {"source": "owner/name@v2"}):
+        with pytest.raises(CheckpointError, match="cannot be reached"):
+            load_dit(**again)
+    with pytest.raises(CheckpointError, match="'owner/name@v2' and revision='main' name two revisions"):
+        load_dit("owner/name@v2", revision="main")
     (repository / "snapshots" / ("a" * 40) / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="not whole in the Hugging Face cache"):
         load_dit("owner/name")
