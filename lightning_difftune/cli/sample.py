@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Sequence
@@ -20,9 +19,8 @@ from lightning_difftune import __version__
 from lightning_difftune.callbacks.pictures import grid_of
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.sources import Source, open_source
+from lightning_difftune.cli.subjects import Subject, draw, subjects_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.modules import ControlNetDiffTuningModule, DiffTuningModule, DiTDiffTuningModule
-from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.sampling import Sampler, adds_noise, is_flow, scheduler_named
 
 DESCRIPTION = """Draw pictures with a model and save them as PNG files, one each and all in grid.png, a row a class.
@@ -30,14 +28,13 @@ DESCRIPTION = """Draw pictures with a model and save them as PNG files, one each
   difftune sample runs/flowers/version_0/checkpoints/last.ckpt --classes sunflower rose --num_samples 8
   difftune sample tuned.safetensors --classes 3 17 --seed 1 --guidance_scale 3 --solver UniPCMultistep --steps 20
   difftune sample sd-nano-flowers --prompts "a photo of a sunflower" "a photo of a rose" --output sunflowers
+  difftune sample CONTROLNET.ckpt --controls edges/1.jpg edges/2.jpg --prompts "a red house"
 
 SOURCE is a checkpoint of a run (or the run's folder), an export, a model that `load_dit` opens, a Stable Diffusion
 pipeline or the name of a bundled model. Sampler settings that are not given are the run's or the export's own.
 Picture j of a class has the start noise of (seed, j), so it stays the same whatever else is drawn beside it.
 Each PNG carries its settings as text, under "parameters". The same command line gives the same bytes on the same
 machine; another batch size or device rounds differently and may move a pixel by one level in 255."""
-
-FEW_CLASSES = 10  # rows of the grid where neither classes nor prompts are asked for
 
 
 def sample(argv: Sequence[str]) -> None:
@@ -60,11 +57,11 @@ def sample(argv: Sequence[str]) -> None:
     module = source.module.to(device_of(options.device))
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
-    rows = rows_of(module, options)
+    subjects = subjects_of(module, options)
     with source.weights(options.raw):
         parameters = parameters_of(source, options)
-        pictures = draw(module, rows, options.num_samples, options.batch_size)
-    save(pictures, [name for name, _ in rows], output, parameters)
+        pictures = draw(module, subjects, options.num_samples, options.batch_size)
+    save(pictures, subjects, output, parameters)
     print("\n".join([*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures beside it"]))
 
 
@@ -75,6 +72,7 @@ def parser() -> CommandParser:
     what = options.add_mutually_exclusive_group()
     what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first ten)")
     what.add_argument("--prompts", nargs="+", metavar="TEXT", help="for text-to-image (default: the run's)")
+    options.add_argument("--controls", nargs="+", metavar="FILE", help="for a ControlNet: pictures to take maps from")
     options.add_argument("--num_samples", type=int, default=4, metavar="N", help="pictures of each (default: 4)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--guidance_scale", type=float, metavar="G", help="strength of guidance; 1 is none")
@@ -157,79 +155,6 @@ def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
     return sampler
 
 
-def rows_of(module: DiffTuningModule, options: argparse.Namespace) -> list[tuple[str, Any]]:
-    """What each row of the grid shows, and the class or prompt that the model is asked for.
-
-    Raises:
-        ConfigError: If the model takes the other one, or control maps, or does not have such a class.
-    """
-    if isinstance(module, ControlNetDiffTuningModule):
-        raise ConfigError("A ControlNet draws after control maps, which difftune sample does not take. See `validate`.")
-    if isinstance(module, StableDiffusionModule):
-        if options.classes is not None:
-            raise ConfigError("This model is asked in words: use --prompts in place of --classes.")
-        return [(prompt, prompt) for prompt in options.prompts or module.prompts]
-    if not isinstance(module, DiTDiffTuningModule):
-        raise ConfigError(f"difftune sample does not know how to ask a {type(module).__name__}.")
-    if options.prompts is not None:
-        raise ConfigError("This model knows classes and no words: use --classes in place of --prompts.")
-    names, count = module.dit.class_names, module.num_classes
-    asked = options.classes if options.classes is not None else [str(i) for i in range(min(count, FEW_CLASSES))]
-    labels = [class_of(one, names, count) for one in asked]
-    return [(names[label] if names is not None else f"class {label}", label) for label in labels]
-
-
-def class_of(asked: str, names: Sequence[str] | None, count: int) -> int:
-    """The number of a class by its name, or one of several names between commas; else by the number itself.
-
-    Case, underscores and hyphens do not matter.
-
-    Raises:
-        ConfigError: If there is no such class.
-
-    Example:
-        >>> class_of("white shark", ["tench, Tinca tinca", "great white shark, White_shark"], 2), class_of("1", None, 2)
-        (1, 1)
-    """
-    labels: dict[str, int] = {}
-    for label, name in enumerate(names or ()):
-        for synonym in (name, *name.split(",")):
-            labels.setdefault(plain(synonym), label)
-    if plain(asked) in labels:
-        return labels[plain(asked)]
-    if asked.isdecimal() and int(asked) < count:
-        return int(asked)
-    if names is None:
-        raise ConfigError(f"There is no class {asked!r}: this model has no names, and the numbers 0 to {count - 1}.")
-    near = difflib.get_close_matches(plain(asked), labels, n=5)
-    known = (
-        f"Did you mean {', '.join(near)}?"
-        if near
-        else f"Its classes are {', '.join(names[:10])}" + (", ..." if len(names) > 10 else ".")
-    )
-    raise ConfigError(f"There is no class {asked!r} among the {count}. {known}")
-
-
-def plain(name: str) -> str:
-    """A name as it is compared."""
-    return re.sub(r"[\s_-]+", " ", name).strip().lower()
-
-
-@torch.inference_mode()
-def draw(module: DiffTuningModule, rows: Sequence[tuple[str, Any]], num_samples: int, batch_size: int) -> Tensor:
-    """Pictures (rows * num_samples, C, H, W) uint8 on the CPU, row by row."""
-    asked = [(key, index) for _, key in rows for index in range(num_samples)]
-    pictures = []
-    for start in range(0, len(asked), batch_size):
-        keys, indices = zip(*asked[start : start + batch_size], strict=True)
-        if isinstance(module, DiTDiffTuningModule):
-            conditions = module.class_conditions(torch.tensor(keys))
-        else:
-            conditions = module.prompted(tuple(keys), torch.arange(len(keys)))  # type: ignore[operator]
-        pictures.append(module.generate(torch.tensor(indices), conditions).cpu())
-    return torch.cat(pictures)
-
-
 def parameters_of(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """What decides the pictures, as plain JSON values."""
     return {
@@ -241,16 +166,22 @@ def parameters_of(source: Source, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def save(pictures: Tensor, names: Sequence[str], output: Path, parameters: dict[str, Any]) -> None:
+def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters: dict[str, Any]) -> None:
     """Write ``grid.png`` and one file for each of the pictures, with the parameters in their text chunks."""
     output.mkdir(parents=True, exist_ok=True)
-    columns = len(pictures) // len(names)
-    write_png(grid_of(pictures, columns), output / "grid.png", {"rows": list(names), **parameters})
-    for position, picture in enumerate(pictures):
-        row, index = divmod(position, columns)
-        slug = re.sub(r"[^a-z0-9]+", "-", names[row].lower()).strip("-")[:40].rstrip("-") or "unconditional"
-        file = output / f"{row:02d}-{slug}-{index:03d}.png"
-        write_png(picture, file, {"shows": names[row], "index": index, **parameters})
+    columns = len(pictures) // len(subjects)
+    write_png(grid_of(pictures, columns), output / "grid.png", {"rows": [one.name for one in subjects], **parameters})
+    for row, subject in enumerate(subjects):
+        slug = re.sub(r"[^a-z0-9]+", "-", subject.name.lower()).strip("-")[:40].rstrip("-") or "unconditional"
+        place = f"{row:02d}-{slug}"
+        shows = (
+            {"shows": subject.name} if subject.control is None else {"shows": subject.asked, "control": subject.name}
+        )
+        for index in range(columns):
+            text = {**shows, "index": index, **parameters}
+            write_png(pictures[row * columns + index], output / f"{place}-{index:03d}.png", text)
+        if subject.control is not None:
+            write_png(subject.control, output / f"{place}-control.png", {"control": subject.name})
 
 
 def write_png(picture: Tensor, file: Path, parameters: dict[str, Any]) -> None:

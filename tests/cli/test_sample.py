@@ -8,10 +8,14 @@ import re
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from lightning_difftune import ControlNetDiffTuningModule
 from lightning_difftune.cli import main
-from lightning_difftune.cli.sample import class_of
+from lightning_difftune.cli.subjects import class_of
+from lightning_difftune.data import Canny
+from lightning_difftune.data.pixels import to_pixels
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, export_dit
 
@@ -116,6 +120,46 @@ def test_text_to_image_by_prompt(pipeline_folder, tmp_path, capsys):
     assert other["01-unconditional-000.png"] != first["01-unconditional-000.png"]
     status = main(["sample", str(tmp_path / "unet"), *args, "--output", str(tmp_path / "c")])
     assert (status, "--base FOLDER" in capsys.readouterr().err) == (2, True)
+
+
+def test_a_controlnet_follows_pictures(pipeline_folder, tmp_path, monkeypatch, capsys):
+    """Opened from its checkpoint, as a run of it would leave it."""
+    monkeypatch.chdir(tmp_path)
+    annotator = {"class_path": "lightning_difftune.data.Canny"}
+    init = {"annotator": annotator, "model": pipeline_folder, "prompts": ["a photo"]}
+    model = {"class_path": "lightning_difftune.ControlNetDiffTuningModule", "init_args": init}
+    target = {"class_path": "lightning_difftune.data.CaptionedFolder", "init_args": {"root": "elsewhere"}}
+    data = {"class_path": "lightning_difftune.MemoryBankDataModule", "init_args": {"target": target, "image_size": 16}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    module = ControlNetDiffTuningModule(Canny(), pipeline_folder)
+    module.configure_model()
+    for name, parameter in module.controlnet.named_parameters():  # its outputs are zero at the start
+        if "controlnet_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    content = {"state_dict": module.state_dict(), "global_step": 1, "callbacks": {}}
+    module.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "control.ckpt")
+    Image.new("RGB", (20, 30)).save("plain.png")
+    Image.fromarray(np.kron(np.eye(4, dtype=np.uint8), np.full((8, 8), 255, np.uint8))).save("steps.png")
+    args = ["control.ckpt", "--controls", "plain.png", "steps.png", "--steps", "2", "--num_samples", "1"]
+    files = sampled(tmp_path / "out", *args)
+    names = {f"{row}-{what}.png" for row in ("00-plain", "01-steps") for what in ("000", "control")}
+    assert files.keys() == {"grid.png", *names}
+    assert files["00-plain-000.png"] != files["01-steps-000.png"]
+    assert text_of(tmp_path / "out/01-steps-000.png").items() >= {"shows": "a photo", "control": "steps"}.items()
+    expected = module.annotate(torch.from_numpy(to_pixels(Image.open("steps.png"), 16, 3))[None])[0, 0].numpy()
+    assert expected.any()
+    assert (np.asarray(Image.open("out/01-steps-control.png")) == expected).all()
+    assert not np.asarray(Image.open("out/00-plain-control.png")).any()
+    for wrong, message in (
+        (["control.ckpt"], "name pictures to take them from, --controls FILE"),
+        ([*args, "--prompts", "a", "b", "c"], "3 prompts for 2 control pictures"),
+        (["control.ckpt", "--controls", "config.yaml"], "control picture config.yaml cannot be read"),
+        (["control.ckpt", "--classes", "1"], "asked in words"),
+        ([pipeline_folder, "--controls", "plain.png"], "follows no control pictures"),
+    ):
+        assert main(["sample", *wrong, "--output", "x"]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_run_folder_and_default_places(tiny_run, tmp_path, monkeypatch, capsys):
