@@ -240,7 +240,7 @@ def test_how_pictures_are_drawn_travels_with_the_model(project, suffix, tmp_path
     solver += ['{"class_path": "diffusers.DPMSolverMultistepScheduler"}']
     status, said = exported(checkpoint_of(project), tmp_path / f"tuned{suffix}", capsys, *solver)
     assert status == 0, said
-    again = Sampler.from_spec(load_dit(tmp_path / f"tuned{suffix}").sampling)
+    again = Sampler.from_settings(load_dit(tmp_path / f"tuned{suffix}").sampling)
     assert (type(again.scheduler).__name__, again.num_inference_steps) == ("DPMSolverMultistepScheduler", 7)
     assert again.scheduler.config.lambda_min_clipped == -float("inf")
     if not suffix:

@@ -1,5 +1,7 @@
 """The denoising loop: guidance, skipped passes, schedulers, and what a sample depends on."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
@@ -7,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_difftune.draws import labels_of, noise_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.sampling import Guided, Sampler, ddim, sample, swap
+from lightning_difftune.sampling import Guided, Sampler, adds_noise, ddim, is_flow, sample, scheduler_named, swap
 
 LINEAR = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
@@ -209,11 +211,38 @@ def test_mistakes_are_refused():
 
 
 def test_a_spec_is_plain_json():
-    import json
-
     for scheduler in (ddim(), DPMSolverMultistepScheduler(**LINEAR), UniPCMultistepScheduler(**LINEAR)):
         spec = Sampler(scheduler).spec()
         assert json.loads(json.dumps(spec, allow_nan=False)) == spec
     spec = Sampler(num_inference_steps=7, guidance_scale=2.0).spec()
     assert spec["scheduler"] == "DDIMScheduler"
     assert spec["scheduler_config"]["timestep_spacing"] == "leading"
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete"])
+def test_a_named_scheduler_reverses_the_same_process(name):
+    given = ddim()
+    scheduler = scheduler_named(name, given.config)
+    assert type(scheduler).__name__ == f"{name}Scheduler"
+    torch.testing.assert_close(scheduler.alphas_cumprod, given.alphas_cumprod)
+    assert not adds_noise(scheduler)
+    again = Sampler.from_settings(json.loads(json.dumps(Sampler(scheduler, 7, 2.0, None).settings())))
+    assert again.spec() == Sampler(scheduler, 7, 2.0, None).spec()
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    condition = torch.ones(2), torch.zeros(2)
+    drawn = [one(Counting(), noise, *condition) for one in (again, Sampler(scheduler, 7, 2.0, None))]
+    assert torch.equal(*drawn)
+
+
+def test_velocity_schedulers_and_noisy_ones_are_told_apart():
+    flow = scheduler_named("FlowMatchEulerDiscrete", ddim().config)
+    assert is_flow(flow)
+    assert not adds_noise(flow)
+    for name in ("DDPM", "EulerAncestralDiscrete", "LCM"):
+        assert adds_noise(scheduler_named(name, ddim().config))
+    with pytest.raises(ConfigError, match=r"diffusers has no DPMScheduler\. Did you mean DPMSolver"):
+        scheduler_named("DPM", ddim().config)
+    with pytest.raises(ConfigError, match=r"lacks 'scheduler_config'"):
+        Sampler.from_settings({"scheduler": "DDIMScheduler"})
+    with pytest.raises(ConfigError, match="This version of diffusers has no NewScheduler"):
+        Sampler.from_settings({"scheduler": "NewScheduler", "scheduler_config": {}})

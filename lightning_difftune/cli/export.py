@@ -75,7 +75,7 @@ def export(argv: Sequence[str]) -> None:
         else:
             network = plain_network(module, done)
             if isinstance(network, DiT):
-                network.sampling = module.sampler.spec()
+                network.sampling = module.sampler.settings()
                 name_classes(network, run.reader, done)
             write(module, network, options, done)
             usage = usage_of(network, module, options.output, base_of(run))

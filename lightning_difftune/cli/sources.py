@@ -114,7 +114,7 @@ def open_unet(name: str, base: str | None) -> DiffTuningModule:
 def open_dit(name: str, folder: Path, base: str | None, vae: str | None) -> DiffTuningModule:
     """A DiT with the sampler that it was exported with, and its autoencoder if it denoises latents."""
     dit = load_dit(name)
-    sampler = Sampler.from_spec(dit.sampling) if dit.sampling is not None else Sampler()
+    sampler = Sampler.from_settings(dit.sampling) if dit.sampling is not None else Sampler()
     module = DiTDiffTuningModule(
         model=base if base is not None else dit,
         autoencoder=autoencoder_of(folder, vae, dit.sample_shape[0], name),

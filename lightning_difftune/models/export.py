@@ -130,8 +130,7 @@ def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | N
     if model.sampling is None:
         DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False).save_pretrained(folder / "scheduler")
     else:
-        kind, words = model.sampling["scheduler"], model.sampling["scheduler_config"]
-        settings = {key: float(value) if value in ("inf", "-inf") else value for key, value in words.items()}
+        kind, settings = model.sampling["scheduler"], model.sampling["scheduler_config"]
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", {"_class_name": kind, **version, **settings})
         write_json(folder / SAMPLING_FILE, model.sampling)

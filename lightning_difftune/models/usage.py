@@ -108,7 +108,7 @@ def usage_of_dit(architecture: dict[str, Any], sampling: dict[str, Any] | None, 
 
     Args:
         architecture: Of the model.
-        sampling: What its sampler's ``spec`` says; the authors' protocol without.
+        sampling: What its sampler's ``settings`` say; the authors' protocol without.
         has_autoencoder: Whether the folder has a ``vae``.
     """
     sampling = sampling or {"scheduler": "DDIMScheduler", "scheduler_config": {"prediction_type": "epsilon"}}

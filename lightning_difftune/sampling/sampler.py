@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,21 +90,31 @@ class Sampler:
         return swap(model, tail, noise, self.scheduler, fractions, self.num_inference_steps)
 
     @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Sampler:
-        """The sampler that a :meth:`spec` describes.
+    def from_settings(cls, settings: Mapping[str, Any]) -> Sampler:
+        """The sampler that :meth:`settings` describes.
 
         Raises:
-            ConfigError: If the spec is incomplete, or this version of diffusers does not have its scheduler.
+            ConfigError: If they are incomplete, or this version of diffusers does not have the scheduler.
         """
         try:
-            scheduler = scheduler_from(spec["scheduler"], spec["scheduler_config"])
-            settings = {key: spec[key] for key in ("num_inference_steps", "guidance_scale", "guidance_channels")}
+            scheduler = scheduler_from(settings["scheduler"], settings["scheduler_config"])
+            others = {key: settings[key] for key in ("num_inference_steps", "guidance_scale", "guidance_channels")}
         except KeyError as error:
-            raise ConfigError(f"This description of a sampler lacks {error}: {dict(spec)}") from error
-        return cls(scheduler, **settings, domain_guidance=bool(spec.get("domain_guidance", False)))
+            raise ConfigError(f"This description of a sampler lacks {error}: {dict(settings)}") from error
+        return cls(scheduler, **others, domain_guidance=bool(settings.get("domain_guidance", False)))
+
+    def settings(self) -> dict[str, Any]:
+        """What :meth:`from_settings` makes this sampler of again, as JSON values; infinities are kept as such.
+
+        Example:
+            >>> Sampler.from_settings(Sampler(num_inference_steps=7).settings()).num_inference_steps
+            7
+        """
+        config = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
+        return {**self.spec(), "scheduler_config": json.loads(json.dumps(config, default=lambda array: array.tolist()))}
 
     def spec(self) -> dict[str, Any]:
-        """The settings as plain values, for a memory bank's manifest."""
+        """The settings as plain values that any JSON holds, for a memory bank's manifest."""
         config = {key: plain(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
         spec = {
             "scheduler": type(self.scheduler).__name__,

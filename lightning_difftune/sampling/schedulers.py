@@ -113,7 +113,7 @@ def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
 
 
 def scheduler_from(name: str, config: Mapping[str, Any]) -> NoiseScheduler:
-    """The scheduler of a :meth:`Sampler.spec`, where infinities are words.
+    """A scheduler of diffusers by its class and all of its settings.
 
     Raises:
         ConfigError: If this version of diffusers does not have it.
@@ -123,9 +123,7 @@ def scheduler_from(name: str, config: Mapping[str, Any]) -> NoiseScheduler:
     kind: Any = getattr(diffusers, name, None)
     if kind is None:
         raise ConfigError(f"This version of diffusers has no {name}, which the model was sampled with.")
-    scheduler: NoiseScheduler = kind.from_config(
-        {key: float(value) if value in ("inf", "-inf") else value for key, value in config.items()}
-    )
+    scheduler: NoiseScheduler = kind.from_config(dict(config))
     return scheduler
 
 

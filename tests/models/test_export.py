@@ -263,7 +263,7 @@ class TestPipeline:
     def test_the_readmes_code_draws_what_we_draw(self, tmp_path: Path, solver: str, guided: int | None) -> None:
         model = random_dit(num_classes=10)
         sampler = Sampler(scheduler_named(solver, ddim().config), 5, guidance_scale=2.0, guidance_channels=guided)
-        model.sampling = sampler.spec()
+        model.sampling = sampler.settings()
         autoencoder = tiny_autoencoder()
         code = code_of(export_dit(model, tmp_path / "m", "diffusers", autoencoder=autoencoder))
         found: dict[str, Tensor] = {}

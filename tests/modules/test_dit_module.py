@@ -279,3 +279,39 @@ def test_mistakes_are_refused(tmp_path, weights):
 
     with pytest.raises(ConfigError, match="froze every parameter"):
         trainer_of(tmp_path, 1).fit(module_of(weights, tuner=Everything()), data_of(tmp_path))
+
+
+def test_class_names_are_the_given_ones_or_the_datas_and_never_those_of_reused_rows(weights, tmp_path):
+    base = tiny_dit()
+    base.class_names = list("abcdef")
+    export_dit(base, tmp_path / "named.safetensors")
+    names = ["ant", "bee", "cat", "unused 0", "unused 1", "unused 2"]
+
+    def built(**settings):
+        module = DiTDiffTuningModule(model=str(tmp_path / "named.safetensors"), **settings)
+        module.configure_model()
+        return module
+
+    assert built().dit.class_names == list("abcdef")  # the same classes go on
+    assert built(num_classes=3).dit.class_names is None
+    assert built(num_classes=3, class_names=["ant", "bee", "cat"]).dit.class_names == names
+    with pytest.raises(ConfigError, match="7 class names were given for a label table of 6 rows"):
+        built(class_names=list("abcdefg"))
+
+
+def test_class_names_travel_in_the_checkpoint(weights, tmp_path):
+    named = ArrayImages(pictures().images, pictures().labels, class_names=["ant", "bee", "cat"])
+    data = MemoryBankDataModule(named, 3, image_size=8, channels=1, batch_size=5)
+    module = DiTDiffTuningModule(model=str(weights), num_classes=3, sampler=SAMPLER)
+    trainer = trainer_of(tmp_path, 2)
+    trainer.fit(module, datamodule=data)
+    names = ["ant", "bee", "cat", "unused 0", "unused 1", "unused 2"]
+    assert module.dit.class_names == names
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = DiTDiffTuningModule.load_from_checkpoint(
+        tmp_path / "run.ckpt", model=str(weights), num_classes=3, weights_only=True
+    )
+    assert again.dit.class_names == names
+    given = DiTDiffTuningModule(model=str(weights), num_classes=3, class_names=["x", "y", "z"])
+    given.on_load_checkpoint(torch.load(tmp_path / "run.ckpt", weights_only=True))
+    assert given.dit.class_names[:3] == ["x", "y", "z"]
