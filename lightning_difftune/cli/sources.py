@@ -16,7 +16,9 @@ from lightning_difftune.models.checkpoints import BUNDLED, fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.modules import DiffTuningModule, DiTDiffTuningModule, TextToImageDiffTuningModule
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.sampling import Sampler, is_flow
+from lightning_difftune.sampling import Sampler, is_flow, scheduler_named
+
+VELOCITY_MODELS = ("dit-nano-omniglot-flow",)  # bundled ones by flow matching, which their files do not say
 
 
 class Source:
@@ -88,7 +90,7 @@ def open_source(
     else:
         module = open_dit(name, folder, base, vae)
     network = module.trainable_modules()[0]
-    knows_sampler = not isinstance(network, DiT) or network.sampling is not None
+    knows_sampler = not isinstance(network, DiT) or network.sampling is not None or name in VELOCITY_MODELS
     return Source(module.eval(), [f"{name}: {type(network).__name__}"], None, base is not None, knows_sampler)
 
 
@@ -114,7 +116,7 @@ def open_unet(name: str, base: str | None) -> DiffTuningModule:
 def open_dit(name: str, folder: Path, base: str | None, vae: str | None) -> DiffTuningModule:
     """A DiT with the sampler that it was exported with, and its autoencoder if it denoises latents."""
     dit = load_dit(name)
-    sampler = Sampler.from_settings(dit.sampling) if dit.sampling is not None else Sampler()
+    sampler = sampler_for(name, dit)
     module = DiTDiffTuningModule(
         model=base if base is not None else dit,
         autoencoder=autoencoder_of(folder, vae, dit.sample_shape[0], name),
@@ -124,6 +126,15 @@ def open_dit(name: str, folder: Path, base: str | None, vae: str | None) -> Diff
     module.configure_model()
     module.dit = dit
     return module
+
+
+def sampler_for(name: str, dit: DiT) -> Sampler:
+    """The sampler that a DiT was exported with; without one, the authors' protocol."""
+    if dit.sampling is not None:
+        return Sampler.from_settings(dit.sampling)
+    if name in VELOCITY_MODELS:
+        return Sampler(scheduler_named("FlowMatchEulerDiscrete", {}), 20, 2.0, None)
+    return Sampler()
 
 
 def objective_for(sampler: Sampler) -> DiffTuningObjective | None:

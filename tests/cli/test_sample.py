@@ -102,6 +102,16 @@ def test_domain_guidance_needs_the_base_and_uses_it(tiny_run, tmp_path, capsys):
     assert "name it with --base" in capsys.readouterr().err
 
 
+def test_bundled_models_have_a_fitting_sampler(tmp_path, capsys):
+    few = ("--num_samples", "1", "--classes", "0", "--steps", "2")
+    sampled(tmp_path / "noise", "dit-nano-omniglot", *few)
+    assert text_of(tmp_path / "noise" / "grid.png")["scheduler"] == "DDIMScheduler"
+    sampled(tmp_path / "flow", "dit-nano-omniglot-flow", *few)
+    assert text_of(tmp_path / "flow" / "grid.png")["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    assert main(["sample", "dit-nano-omniglot-flow", *few, "--solver", "DDIM"]) == 2
+    assert "predicts a velocity" in capsys.readouterr().err
+
+
 def test_text_to_image_by_prompt(pipeline_folder, tmp_path, capsys):
     from diffusers import UNet2DConditionModel
 
