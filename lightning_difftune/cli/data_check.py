@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.data.datamodule import FEW_PICTURES
+from lightning_difftune.data.class_counts import FEW_PICTURES
 from lightning_difftune.data.inspection import SourceFacts, inspect
 from lightning_difftune.data.partition import Partition
 from lightning_difftune.data.sources import open_images

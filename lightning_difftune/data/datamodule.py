@@ -21,7 +21,7 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
 )
-from lightning_difftune.data.image_files import shorten
+from lightning_difftune.data.class_counts import describe_small_classes
 from lightning_difftune.data.images import ImageTargets, check_labels
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
@@ -33,7 +33,6 @@ from lightning_difftune.protocols import SupportsBankGeneration, SupportsEncode
 
 # A process without a batch would leave validation while the others wait for it.
 _FEWEST_EVALUATION_BATCHES = 64
-FEW_PICTURES = 10  # of a class
 
 
 class MemoryBankDataModule(L.LightningDataModule):
@@ -149,20 +148,11 @@ class MemoryBankDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Warn of classes that are too small to be learned, before a run starts."""
-        labels = self.target.labels() if self.num_classes is not None else None
-        if stage != "fit" or labels is None:
-            return
-        counts = torch.bincount(labels, minlength=self.num_classes or 0)
-        small = torch.nonzero(counts < FEW_PICTURES).flatten().tolist()
-        if small:
-            names = self.class_names
-            worst = sorted(small, key=counts.tolist().__getitem__)
-            said = [f"{names[i] if names is not None else f'class {i}'} {int(counts[i])}" for i in worst if counts[i]]
-            rank_zero_info(
-                f"{len(small)} of {len(counts)} classes have fewer than {FEW_PICTURES} pictures, which is little to "
-                f"learn a class from: {shorten(said, 4) or 'all of them none'}. Samples of these will repeat what "
-                "there is; add pictures, or merge classes."
-            )
+        labels = self.target.labels()
+        if stage == "fit" and self.num_classes is not None and labels is not None:
+            said = describe_small_classes(labels, self.num_classes, self.class_names)
+            if said is not None:
+                rank_zero_info(said)
 
     # -- where the run stands ---------------------------------------------------------------------------------------
 
