@@ -13,13 +13,16 @@ from rich.text import Text
 
 from lightning_difftune.callbacks.throughput import Throughput, pictures_in
 
+LOSSES_EVERY = 0.5  # seconds
+
 
 class StepProgressBar(RichProgressBar):
     """Lightning's rich progress bar, counting the steps of the whole run where the trainer has ``max_steps``.
 
     A target of a thousand pictures has epochs of a few seconds, and Lightning's bar starts over at each. This one
     shows how far the run is and how long it still takes, from the step that it was resumed at; pictures a second over
-    all processes; and what was logged for the bar, such as the losses of both streams and the latest FID.
+    all processes; the losses of training, ``train/...``, read twice a second so that no step waits for the device; and
+    what was logged for the bar, such as the latest FID.
 
     Example:
         >>> trainer = L.Trainer(max_steps=24_000, callbacks=[StepProgressBar()], logger=False)
@@ -28,6 +31,8 @@ class StepProgressBar(RichProgressBar):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.throughput = Throughput()
+        self._losses: dict[str, float] = {}
+        self._losses_read = 0.0
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
         """Lightning's columns, with pictures a second behind them."""
@@ -65,8 +70,10 @@ class StepProgressBar(RichProgressBar):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.total_batch_idx)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What was logged for the bar, without the logger's version number."""
-        return shown_metrics(super().get_metrics(trainer, pl_module))
+        """Losses of training, and what was logged for the bar, without the logger's version number."""
+        if not self._losses or time.monotonic() >= self._losses_read + LOSSES_EVERY:
+            self._losses, self._losses_read = training_losses(trainer), time.monotonic()
+        return shown_metrics({**self._losses, **super().get_metrics(trainer, pl_module)})
 
     def _start(self) -> None:
         if self.progress is not None and self.train_progress_bar_id is None:
@@ -144,8 +151,8 @@ class StepLines(ProgressBar):
             self._print(trainer, pl_module)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """What was logged for the bar, without the logger's version number."""
-        return shown_metrics(super().get_metrics(trainer, pl_module))
+        """Losses of training, and what was logged for the bar, without the logger's version number."""
+        return shown_metrics({**training_losses(trainer), **super().get_metrics(trainer, pl_module)})
 
     def _interval(self, trainer: L.Trainer) -> int:
         if self.every_n_steps is not None:
@@ -167,6 +174,11 @@ class StepLines(ProgressBar):
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
         ]
         print("  ".join(parts), flush=True)
+
+
+def training_losses(trainer: L.Trainer) -> dict[str, float]:
+    """What was last logged as ``train/...``; waits for the device."""
+    return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
 
 
 def shown_metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -275,10 +275,11 @@ class DiffTuningModule(L.LightningModule, ABC):
         draws = self.draws(self.trainer.fit_loop.total_batch_idx)
         prepared = self.prepare(batch, draws)
         output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
-        self.log("train/loss", output.loss.detach(), prog_bar=True)
-        self.log("train/reconsolidation", output.reconsolidation.detach(), prog_bar=True)
+        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
+        self.log("train/loss", output.loss.detach())
+        self.log("train/reconsolidation", output.reconsolidation.detach())
         if "retention" in batch:
-            self.log("train/retention", output.retention.detach(), prog_bar=True)
+            self.log("train/retention", output.retention.detach())
         return output.loss
 
     def retention_loss(self, batch: RetentionBatch, index: int) -> Tensor:

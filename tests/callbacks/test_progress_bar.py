@@ -28,7 +28,7 @@ class Seen(L.Callback):
 class LoggingModel(BoringModel):
     def training_step(self, batch, batch_idx):
         output = super().training_step(batch, batch_idx)
-        self.log("train/loss", output["loss"], prog_bar=True)
+        self.log("train/loss", output["loss"])
         return output
 
 

@@ -1,0 +1,85 @@
+"""No step of training waits for the device: nothing turns a tensor into a number between two logs."""
+
+from __future__ import annotations
+
+import traceback
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
+from lightning_difftune.callbacks import EMA, EWC
+from lightning_difftune.callbacks.progress_bar import StepProgressBar
+from lightning_difftune.models import DiT
+from lightning_difftune.sampling import Sampler
+
+WAITING = {  # what has to know values: on a GPU, each waits until they are computed
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.nonzero.default,
+}
+
+
+class Watch(TorchDispatchMode):
+    """Counts where tensors are read, while it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_watching, self.read = False, Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.is_watching and func in WAITING:
+            place = next(
+                f for f in reversed(traceback.extract_stack()) if "torch/" not in f.filename and f.name[0] != "_"
+            )
+            self.read[f"{place.filename}:{place.lineno}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Steps(L.Callback):
+    """Watches the steps from 3 to 12, which are of one epoch and not logged."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.watch.is_watching = 3 <= trainer.global_step < 13
+
+    def on_train_end(self, *_: Any) -> None:
+        self.watch.is_watching = False
+
+
+def test_ten_steps_read_nothing_back_but_the_bar_twice_a_second(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("lightning_difftune.callbacks.progress_bar.LOSSES_EVERY", 3600)
+    pictures = [(np.full((8, 8), i, np.uint8), i % 3) for i in range(20 * 8)]
+    module = DiTDiffTuningModule(
+        DiT(8, 4, 1, 16, 1, 2, num_classes=3),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True),
+        sampler=Sampler(num_inference_steps=2),
+    )
+    data = MemoryBankDataModule(pictures, 3, 8, 1, bank=tmp_path / "bank", bank_size=10, batch_size=10)
+    watch = Watch()
+    trainer = L.Trainer(
+        max_steps=16,
+        callbacks=[Steps(watch), EMA(), EWC(), StepProgressBar()],
+        accelerator="cpu",
+        devices=1,
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=100,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    with watch:
+        trainer.fit(module, data)
+        assert trainer.global_step == 16
+        assert not watch.read, watch.read
+        watch.is_watching = True
+        trainer.callback_metrics["train/loss"].item()
+    assert sum(watch.read.values()) == 1, "and it would have been seen"
