@@ -135,6 +135,7 @@ def test_trainers_folder_means_its_latest_run(run, tmp_path, capsys):
     logs = tmp_path / "root" / "lightning_logs"
     shutil.copytree(run, logs / "version_0")
     latest = Path(shutil.copytree(run, logs / "version_1", copy_function=shutil.copy))
+    shutil.copy(run / "config.yaml", tmp_path / "root")  # as a study leaves it
     assert main(["report", str(tmp_path / "root")]) == 0
     assert (latest / "report.html").is_file()
     assert str(latest) in capsys.readouterr().out
