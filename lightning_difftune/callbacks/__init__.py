@@ -8,6 +8,7 @@ from lightning_difftune.callbacks.ema import EMA
 from lightning_difftune.callbacks.ewc import EWC
 from lightning_difftune.callbacks.fid import FID
 from lightning_difftune.callbacks.forgetting_meter import ForgettingMeter
+from lightning_difftune.callbacks.preemption import Preemption
 from lightning_difftune.callbacks.regional_compile import RegionalCompile
 from lightning_difftune.callbacks.sample_grid import SampleGrid
 from lightning_difftune.callbacks.sudden_convergence import SuddenConvergence
@@ -19,6 +20,7 @@ __all__ = [
     "ChainOfForgetting",
     "ControlSimilarity",
     "ForgettingMeter",
+    "Preemption",
     "RegionalCompile",
     "SampleGrid",
     "SuddenConvergence",

@@ -46,6 +46,7 @@ Examples
   difftune fit --config configs/dit/base.yaml --config configs/dit/flowers.yaml
   difftune fit --config configs/quickstart.yaml --trainer.max_steps 100
   difftune fit --config configs/quickstart.yaml --print_config
+  difftune fit --ckpt_path last
   difftune sample RUN/checkpoints/last.ckpt --classes sunflower rose
   difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned
 
@@ -54,8 +55,11 @@ shows the traceback of an error. `--completion bash` (zsh, fish, ...) prints a
 script for the TAB key: difftune --completion bash >> ~/.bashrc
 
 Exit status: 0 done; 1 `data check` found pictures that cannot be read, or
-there is a bug, with its traceback; 2 a mistake in the input, which is named.
+there is a bug, with its traceback; 2 a mistake in the input, which is named;
+143 a run was stopped by a signal and has saved: `--ckpt_path last` goes on.
 """
+
+STOPPED = 143  # the status of a process that SIGTERM ended, 128 + 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"difftune: {error.filename}: {error.strerror}. --debug shows where it was raised.", file=sys.stderr)
         return 2
+    except SystemExit as error:
+        if type(error) is SystemExit:
+            raise
+        return STOPPED  # Lightning's SIGTERMException, whose module is not imported for `--help`
 
 
 def run(args: list[str]) -> int:

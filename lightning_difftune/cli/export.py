@@ -38,7 +38,7 @@ The averaged weights are taken where the checkpoint has them, and a tuner's laye
 LoRA can also stay an adapter. What was written is read back, and must compute the same as the tuned network before it
 takes its place. A model card comes with it: README.md in a folder, tuned.md beside tuned.safetensors.
 
-The run's config is found beside its checkpoint. All other options are --config and overrides of its keys."""
+The checkpoint holds the run's config. All other options are --config and overrides of its keys."""
 
 TOLERANCE = 1e-4  # of the largest output: float32 rounds differently once factors are multiplied out
 

@@ -12,17 +12,21 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
+from lightning_difftune.callbacks.preemption import Preemption, is_requeued
 from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
-from lightning_difftune.cli.environment import SaveRun
+from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
+from lightning_difftune.cli.resume import SavedConfig, check_checkpoint, completed, is_file_name, newest_checkpoint
 from lightning_difftune.data import MemoryBank, MemoryBankDataModule
-from lightning_difftune.errors import CheckpointError, ConfigError, DiffTuneError
+from lightning_difftune.errors import ConfigError, DiffTuneError
 
 # What Lightning says in every run, and nobody who runs a config can or should act on.
 for message in (
@@ -70,9 +74,15 @@ class DiffTuneCLI(LightningCLI):
         """Parse, and look at a checkpoint before Lightning opens it."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        path = self.config[command].get("ckpt_path") if command else None
-        # Lightning's own words for a checkpoint, addresses, and the folders of sharded strategies are its business.
-        if path and str(path).partition(":")[0] not in ("last", "hpc", "registry") and "://" not in str(path):
+        settings = self.config[command] if command else Namespace()
+        path = settings.get("ckpt_path")
+        if path == "last" or (path is None and command == "fit" and is_requeued()):
+            # Lightning looks in the folder of the run that begins, where there is none yet.
+            newest = newest_checkpoint(Path(settings.trainer.default_root_dir or "."))
+            path = settings["ckpt_path"] = path if newest is None else str(newest)
+            if newest is not None:
+                rank_zero_info(f"Going on from {newest}.")
+        if path and is_file_name(str(path)):
             check_checkpoint(Path(path))
 
     def instantiate_classes(self) -> None:
@@ -97,12 +107,16 @@ class DiffTuneCLI(LightningCLI):
             raise ConfigError(f"{type(cause).__name__}: {cause}\n--debug shows where it was raised.") from cause
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Create the trainer, with loggers that keep a folder for the run, and progress that counts its steps."""
+        """Create the trainer: a folder for the run, progress that counts its steps, checkpoints written whole."""
         settings = self._get(self.config_init, "trainer", default={})
         kwargs["logger"] = loggers_of(settings.get("logger"), settings.get("default_root_dir"))
         trainer: Any = super().instantiate_trainer(**kwargs)
         progress = StepProgressBar if Console().is_terminal or Console().is_jupyter else StepLines
         trainer.callbacks = [progress() if type(c) is RichProgressBar else c for c in trainer.callbacks]
+        if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
+            trainer.callbacks.append(Preemption())  # it saves what the others have made of a step
+        if not isinstance(trainer.strategy, FSDPStrategy) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def predict(self, **kwargs: Any) -> None:
@@ -139,27 +153,6 @@ def causes_of(error: BaseException) -> Iterator[BaseException]:
     while error.__cause__ is not None:
         error = error.__cause__
         yield error
-
-
-def check_checkpoint(path: Path) -> None:
-    """Make sure that a file is a whole checkpoint of a run; its tensors are not read.
-
-    Raises:
-        CheckpointError: If it is not.
-    """
-    if path.is_dir():
-        return
-    if not path.is_file():
-        raise CheckpointError(f"The checkpoint {path} does not exist. Check ckpt_path.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load has no type of its own for damaged files
-        raise CheckpointError(
-            f"{path} is no whole checkpoint of a run ({str(error).partition(chr(10))[0]}). Take another one of the "
-            "run's; weights without a run, such as an export, go into --model.init_args.model."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is no checkpoint of a run; weights alone go into --model.init_args.model.")
 
 
 # How the command line is put together, whether it runs a command or only reads configs.
@@ -245,9 +238,9 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     try:
         return DiffTuneCLI(
             **_WIRING,
-            save_config_callback=SaveRun,
+            save_config_callback=SavedConfig,
             save_config_kwargs={"overwrite": True},
-            args=list(args),
+            args=completed(args) if run else list(args),
             run=run,
         )
     except MisconfigurationException as error:

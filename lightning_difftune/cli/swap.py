@@ -13,7 +13,8 @@ from torch import Tensor
 from lightning_difftune.callbacks import FID, ChainOfForgetting
 from lightning_difftune.callbacks.generation import GenerationCallback
 from lightning_difftune.cli.fitted import callbacks_of
-from lightning_difftune.cli.lightning import DiffTuneCLI, check_checkpoint, run_lightning
+from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.cli.resume import check_checkpoint
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.plots import swap_figure
 

@@ -1,18 +1,17 @@
-"""The tuned model of a finished run, opened from its checkpoint and the config beside it."""
+"""The tuned model of a finished run, opened from its checkpoint and the config in it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
 
 from lightning_difftune.callbacks import EMA
-from lightning_difftune.cli.lightning import ModelReader, check_checkpoint
+from lightning_difftune.cli.lightning import ModelReader
+from lightning_difftune.cli.resume import check_checkpoint, settings_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.modules import DiffTuningModule
 
@@ -63,7 +62,7 @@ class TunedRun:
 
 
 def open_run(checkpoint: Path, settings: Sequence[str] = ()) -> TunedRun:
-    """Open the model of a checkpoint; its config is found beside it.
+    """Open the model of a checkpoint, which holds its config or has it beside it.
 
     Args:
         checkpoint: The file.
@@ -73,34 +72,14 @@ def open_run(checkpoint: Path, settings: Sequence[str] = ()) -> TunedRun:
         ConfigError: If there is no config, or something in it cannot be used.
         CheckpointError: If the file is missing, damaged, or of another model.
     """
-    check_checkpoint(checkpoint)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    with TemporaryDirectory() as workspace:
-        if "--config" not in settings:
-            settings = ["--config", str(config_beside(checkpoint, Path(workspace))), *settings]
-        reader = ModelReader(settings)
-    return TunedRun(checkpoint, reader, content)
+    content = check_checkpoint(checkpoint)
+    if "--config" not in settings:
+        saved = settings_of(checkpoint)
+        kept = {key: value for key, value in saved.items() if key in ("seed_everything", "model", "data")}
+        settings = ["--config", yaml.safe_dump(kept), *settings]
+    return TunedRun(checkpoint, ModelReader(settings), content)
 
 
 def run_folder(checkpoint: Path) -> Path | None:
     """The folder of a run's saved config and logs: that of the checkpoint, or one folder up."""
     return next((folder for folder in checkpoint.resolve().parents[:2] if (folder / "config.yaml").is_file()), None)
-
-
-def config_beside(checkpoint: Path, workspace: Path) -> Path:
-    """The part of a run's saved config that makes its model and data.
-
-    Raises:
-        ConfigError: If there is no config beside the checkpoint or one folder up.
-    """
-    folder = run_folder(checkpoint)
-    if folder is None:
-        beside, above = (place / "config.yaml" for place in checkpoint.resolve().parents[:2])
-        raise ConfigError(
-            f"There is no config of the run beside {checkpoint}: looked for {beside} and {above}. Pass what the "
-            "run was started with, --config BASE --config OVERLAY ..."
-        )
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    kept = workspace / "config.yaml"
-    kept.write_text(yaml.safe_dump({k: v for k, v in settings.items() if k in ("seed_everything", "model", "data")}))
-    return kept

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -168,6 +169,16 @@ class MemoryBankDataModule(L.LightningDataModule):
         if self.trainer is not None:
             self.trainer.strategy.barrier()
 
+    def _until_stopped(self, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """The same, but leaves a build when SIGTERM has come; what is finished of it is kept."""
+
+        def report(done: int, total: int) -> None:
+            progress(done, total)
+            if self.trainer is not None and self.trainer.received_sigterm:
+                raise SIGTERMException
+
+        return report
+
     def _batches_taken(self) -> tuple[int, int]:
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
@@ -197,7 +208,7 @@ class MemoryBankDataModule(L.LightningDataModule):
                 rank=self._rank,
                 world_size=self._world_size,
                 barrier=self._barrier,
-                progress=progress,
+                progress=self._until_stopped(progress),
             )
         rank_zero_info(f"Memory bank {self.bank_path}: {len(bank):,} samples of shape {bank.latent_shape}.")
         return bank
@@ -221,7 +232,7 @@ class MemoryBankDataModule(L.LightningDataModule):
                 rank=self._rank,
                 world_size=self._world_size,
                 barrier=self._barrier,
-                progress=progress,
+                progress=self._until_stopped(progress),
             )
 
     # -- loaders ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,31 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
 
 
+def check_records(file: Path) -> None:
+    """Compare the records of a ``torch.save`` file with their CRC-32, which ``torch.load`` does not.
+
+    Raises:
+        CheckpointError: If one was altered.
+    """
+    if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which whoever loads it will find out
+        return
+    try:
+        with zipfile.ZipFile(file) as archive:
+            altered = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}). Restore it, or take another one.") from error
+    if altered is not None:
+        raise CheckpointError(
+            f"{file} was altered: its record {altered} does not match its checksum. Restore it, or take another one."
+        )
+
+
 def read_torch(file: Path) -> dict[str, Tensor]:
     """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights."""
     try:
         with file.open("rb") as opened:
             zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 are not, and cannot be mapped
+        check_records(file)
         # The authors' training script saves its arguments beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)

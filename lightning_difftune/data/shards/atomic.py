@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever kills the process.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its place when the ``with`` block ends, and never does if that fails.
 
     Raises:
         OSError: The disk is full or refuses; nothing is left behind.
@@ -17,7 +20,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -31,6 +34,16 @@ def atomic_write(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever kills the process.
+
+    Raises:
+        OSError: The disk is full or refuses; nothing is left behind.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
 
 
 def discard_temporaries(folder: Path, name: str = "*") -> None:

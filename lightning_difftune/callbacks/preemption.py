@@ -1,0 +1,132 @@
+"""Leaving in good order when a scheduler takes the machine away."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
+
+
+class Preemption(Callback):
+    """Save ``last.ckpt`` and stop when SIGTERM, or SLURM's warning of the time limit, arrives.
+
+    The signal is heeded at the end of a training step, by all processes after the same one even if only one of them
+    got it, so the checkpoint resumes to the bit; a validation that is running or due is finished first. Ask the
+    scheduler for enough notice: ``#SBATCH --signal=SIGUSR1@120``. Fit then ends with ``SIGTERMException``, for which
+    the command line has exit status 143.
+
+    In a SLURM job the signal of a ``SLURMEnvironment`` with ``auto_requeue`` (Lightning's default, SIGUSR1) also
+    requeues the job. Lightning's own handlers save inside the signal handler, in the middle of a step.
+
+    The checkpoint goes to the folder of the first ``ModelCheckpoint``, or to ``checkpoints`` in the log's folder.
+
+    Example:
+        >>> trainer = L.Trainer(callbacks=[Preemption()], logger=False)
+    """
+
+    def __init__(self) -> None:
+        self._training = False
+        self._asked = False
+        self._requeue = False
+        self._saved_step = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals from Lightning, which puts back those of the time before at the end."""
+        self._training, self._asked, self._requeue = True, False, False
+        if threading.current_thread() is not threading.main_thread():
+            return
+        signal.signal(signal.SIGTERM, self._notice)
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
+            signal.signal(environment.requeue_signal, self._notice_requeue)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop after this step if any process was asked to."""
+        self._stop_if_asked(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let a validation that is due after the step run to its end, where the loop would leave its first batch."""
+        if self._training:
+            trainer._signal_connector.received_sigterm = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop after this validation if any process was asked to.
+
+        What is saved now, and not when the loop is left, Lightning resumes without validating a second time.
+        """
+        if self._training:
+            self._stop_if_asked(trainer)
+            if trainer.received_sigterm:
+                self._save(trainer)
+
+    def _stop_if_asked(self, trainer: L.Trainer) -> None:
+        if trainer.world_size > 1:  # Lightning asks the first process alone, and each one raises when it likes
+            votes = torch.tensor([self._asked, self._requeue], dtype=torch.int32, device=trainer.strategy.root_device)
+            distributed.all_reduce(votes, distributed.ReduceOp.MAX)
+            self._asked, self._requeue = (bool(vote) for vote in votes.tolist())
+        if self._asked and trainer.global_step != trainer.max_steps:  # then it ends by itself
+            trainer._signal_connector.received_sigterm = True  # what the loop looks at when the step is over
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing more is to be saved."""
+        self._training = False
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save, and requeue the job if that was the signal."""
+        if not self._training or not isinstance(exception, SIGTERMException):
+            return
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+        if self._requeue and trainer.is_global_zero:
+            requeue()
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._saved_step = trainer.global_step
+        path = checkpoint_folder(trainer) / "last.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Stopped by a signal after step {trainer.global_step}; saved {path}.")
+
+    def _notice(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+    def _notice_requeue(self, number: int, frame: Any) -> None:
+        self._asked = self._requeue = True
+
+
+def checkpoint_folder(trainer: L.Trainer) -> Path:
+    """Where a run's checkpoints go."""
+    folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+    return Path(folders[0]) if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+def requeue() -> None:
+    """Ask SLURM to start this job again."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    if not re.fullmatch("[0-9_]+", job):
+        rank_zero_warn(f"The job is not requeued: {job!r} is no SLURM job id.")
+        return
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        rank_zero_info(f"Requeued SLURM job {job}.")
+    except (OSError, subprocess.CalledProcessError) as error:
+        rank_zero_warn(f"SLURM job {job} could not be requeued ({error}); the checkpoint is saved.")
+
+
+def is_requeued() -> bool:
+    """Whether this is a SLURM job that was started again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
