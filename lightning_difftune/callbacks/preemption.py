@@ -78,7 +78,11 @@ class Preemption(Callback):
             votes = torch.tensor([self._asked, self._requeue], dtype=torch.int32, device=trainer.strategy.root_device)
             distributed.all_reduce(votes, distributed.ReduceOp.MAX)
             self._asked, self._requeue = (bool(vote) for vote in votes.tolist())
-        if self._asked and trainer.global_step != trainer.max_steps:  # then it ends by itself
+        if trainer.global_step == trainer.max_steps:  # it ends by itself
+            return
+        if trainer.is_last_batch and trainer.num_training_batches > 1:
+            return  # the epoch would be counted twice; the next step is soon enough
+        if self._asked:
             trainer._signal_connector.received_sigterm = True  # what the loop looks at when the step is over
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
