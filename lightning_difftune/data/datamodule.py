@@ -290,6 +290,9 @@ class MemoryBankDataModule(L.LightningDataModule):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
         writer = MemoryBank.writer(self.bank_path, module.bank_generator().bank_spec(), self.bank_size)
         self.trainer.callbacks.append(MemoryBankWriter(writer))
+        if self._rank == 0:
+            writer.lock(waits=self._world_size == 1)
+        self._barrier()
         return bank_work(writer, self.build_batch_size, self._rank, self._world_size)
 
     def _loader(self, batches: Dataset, sampler: DistributedSampler) -> DataLoader:

@@ -105,7 +105,11 @@ class LatentCache:
         writer = ShardWriter(
             path, kind=_KIND, spec=full_spec, num_samples=ways * len(targets), shard_size=ways * shard_size
         )
-        pictures = _read_ahead(targets, writer.work(ways * batch_size, rank, world_size), ways, num_workers)
+
+        def work() -> ShardWork:  # dealt out when the first batch is asked for, since other jobs may come before
+            return writer.work(ways * batch_size, rank, world_size)
+
+        pictures = _read_ahead(targets, work, ways, num_workers)
 
         def generate(indices: Tensor) -> dict[str, Tensor]:
             batch, source_index = next(pictures)  # of the same work, in the same order
@@ -210,9 +214,9 @@ class _PicturesOfWork(Dataset[tuple[TargetBatch, Tensor] | DataError]):
 
 
 def _read_ahead(
-    targets: ImageTargets, work: ShardWork, ways: int, num_workers: int
+    targets: ImageTargets, work: Callable[[], ShardWork], ways: int, num_workers: int
 ) -> Iterator[tuple[TargetBatch, Tensor]]:
-    loader = DataLoader(_PicturesOfWork(targets, work, ways), batch_size=None, num_workers=num_workers)
+    loader = DataLoader(_PicturesOfWork(targets, work(), ways), batch_size=None, num_workers=num_workers)
     for pictures in loader:
         if isinstance(pictures, DataError):
             raise pictures

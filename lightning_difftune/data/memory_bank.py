@@ -221,6 +221,11 @@ class MemoryBankWriter(BasePredictionWriter):
             if trainer.is_global_zero:
                 self.writer.finish()
             trainer.strategy.barrier()
+            self.writer.unlock()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let another job go on."""
+        self.writer.unlock()
 
 
 def _as_stored(writer: ShardWriter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

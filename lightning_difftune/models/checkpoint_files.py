@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
+
+SHA256 = "sha256"  # the key of the metadata under which our own files state their hash
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -28,12 +33,41 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a safetensors file into memory => tensors, metadata."""
+    """Map a safetensors file into memory => tensors, metadata; compared with its hash where it states one."""
     try:
         with safe_open(file, "pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            metadata = content.metadata() or {}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
+    stated = metadata.pop(SHA256, None)
+    if stated is not None and stated != digest_of(tensors, metadata):
+        raise CheckpointError(
+            f"{file} was altered: its contents do not have the sha256 that it states. Export it again."
+        )
+    return tensors, metadata
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that states its hash, and whose bytes depend on what is in it alone."""
+    save_file(dict(tensors), file, {**metadata, SHA256: digest_of(tensors, metadata)})
+    with file.open("r+b") as opened:  # the library writes metadata in a random order
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= size:
+            opened.seek(8)
+            opened.write(ordered.ljust(size))
+
+
+def digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of tensors, their names, dtypes and shapes, and metadata; one tensor is copied at a time."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def check_records(file: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lightning_difftune import __version__
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
+from lightning_difftune.models.checkpoint_files import write_safetensors
 from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
@@ -71,7 +72,7 @@ def export_dit(
         with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as workspace:
             draft = Path(workspace) / path.name
             if format == "safetensors":
-                write_safetensors(model, draft)
+                write_file(model, draft)
             else:
                 write_diffusers(model, draft, autoencoder)
             verify(model, draft)
@@ -99,7 +100,7 @@ def plain_state(model: DiT) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in model.state_dict().items()}
 
 
-def write_safetensors(model: DiT, file: Path) -> None:
+def write_file(model: DiT, file: Path) -> None:
     """Write the official layout with the architecture in the metadata."""
     metadata = {
         "format": "pt",
@@ -109,7 +110,7 @@ def write_safetensors(model: DiT, file: Path) -> None:
         "class_names": json.dumps(model.class_names),
         **({} if model.sampling is None else {"sampling": json.dumps(model.sampling)}),
     }
-    save_file(plain_state(model), file, metadata)
+    write_safetensors(plain_state(model), file, metadata)
 
 
 def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | None) -> None:

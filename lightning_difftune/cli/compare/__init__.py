@@ -16,7 +16,8 @@ from lightning_difftune.cli.compare.figures import draw_figures
 from lightning_difftune.cli.compare.jobs import Job, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
 from lightning_difftune.cli.compare.table import comparison, write_tables
-from lightning_difftune.data.shards.atomic import atomic_write
+from lightning_difftune.data.shards.atomic import atomic_write, discard_temporaries
+from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.errors import ConfigError
 
 
@@ -53,14 +54,26 @@ def compare(argv: Sequence[str]) -> None:
         list_jobs(jobs, console)
         return
     if not options.report:
-        refuse_changed(study, jobs, options.rerun_changed)
-        failed = run_jobs(jobs, console)
+        lock = FolderLock(output)
+        lock.acquire(waits=False)
+        try:
+            discard_leftovers(output)
+            refuse_changed(study, jobs, options.rerun_changed)
+            failed = run_jobs(jobs, console)
+        finally:
+            lock.release()
     report(study, jobs, output, console)
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.name for job in failed)}. Why is at the end of "
             f"{failed[0].folder / 'log.txt'}; the same command tries them again."
         )
+
+
+def discard_leftovers(output: Path) -> None:
+    """Delete what killed runs have left half-written."""
+    for folder in (output, output / "results", *output.glob("runs/*")):
+        discard_temporaries(folder)
 
 
 def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
@@ -144,10 +157,17 @@ def prepare(job: Job, checkpoint: Path | None) -> None:
 
 
 def start_process(folder: Path) -> int:
-    """Do a run in a fresh process, whose memory and crash are its own; returns its exit status."""
+    """Do a run in a fresh process, whose memory and crash are its own; returns its exit status.
+
+    The run's standard input is a pipe that nothing is written to. However this process ends, the pipe ends with it,
+    and the run saves and stops: see :func:`~lightning_difftune.cli.compare.work.stop_with_parent`.
+    """
     command = [sys.executable, "-m", "lightning_difftune.cli.compare.work", str(folder)]
-    with open(folder / "log.txt", "a") as log:
-        return subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    with (
+        open(folder / "log.txt", "a") as log,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as run,
+    ):
+        return run.wait()
 
 
 def last_line(log: Path) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,9 +16,11 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 from lightning_difftune.callbacks import SuddenConvergence
+from lightning_difftune.cli import STOPPED
 from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, count_trainable
@@ -109,13 +114,27 @@ def sample_grid(cli: DiffTuneCLI) -> bytes | None:
     return png.getvalue()
 
 
+def stop_with_parent() -> None:
+    """Send this process SIGTERM when its standard input, the parent's pipe, ends."""
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> int:
-    """Work on the folder that the command line names; 0, or 2 for a mistake in the input."""
+    """Work on the folder that the command line names; 0, 2 for a mistake in the input, 143 after SIGTERM."""
+    stop_with_parent()
     try:
         work(Path(sys.argv[1]))
     except DiffTuneError as error:
         print(f"difftune: {error}", file=sys.stderr)
         return 2
+    except SIGTERMException:
+        return STOPPED
     return 0
 
 

@@ -31,6 +31,7 @@ from lightning_difftune.data.shards.format import (
     shard_name,
     shard_tag,
 )
+from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.data.shards.work import ShardBatch, ShardWork
 from lightning_difftune.errors import ConfigError, StoreError
 
@@ -60,6 +61,7 @@ class ShardWriter:
             self.plan = BuildPlan(kind, spec, num_samples, shard_size)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"Cannot plan a {kind} in {self.path}: {error}.") from error
+        self._lock = FolderLock(self.path)
         self._layout: dict[str, TensorLayout] | None = None
         self._pending: list[dict[str, Tensor]] = []
         self._pending_shard: int | None = None
@@ -83,6 +85,23 @@ class ShardWriter:
     def complete(self) -> bool:
         """Whether the build is finished."""
         return (self.path / MANIFEST).exists()
+
+    def lock(self, waits: bool = True) -> None:
+        """Keep other jobs from building here until :meth:`unlock`; for one process of this one.
+
+        Args:
+            waits: Wait for another job that builds here. Where several processes would wait for the one that does, it
+                is better to refuse: they give up after half an hour.
+
+        Raises:
+            StoreError: Another job builds here, and nobody waits.
+        """
+        if not self.complete:
+            self._lock.acquire(waits)
+
+    def unlock(self) -> None:
+        """Let other jobs build here, if this one is at it."""
+        self._lock.release()
 
     def missing_shards(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """The unfinished shards of one rank; shard k belongs to rank ``k % world_size``.
@@ -184,6 +203,7 @@ class ShardWriter:
         if (building := self.path / BUILDING).exists():
             building.unlink()
         discard_temporaries(self.path)
+        self._lock.discard()
 
     def _manifest(self) -> Manifest:
         if missing := self.missing_shards():
@@ -274,7 +294,7 @@ def build(
     barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Generate what a folder still lacks, on every rank, and finish it.
+    """Generate what a folder still lacks, on every rank, and finish it; one job does so at a time.
 
     Args:
         writer: The folder.
@@ -286,17 +306,23 @@ def build(
         progress: Called with the samples that this rank has done, and has to do in all.
 
     Raises:
-        StoreError: See :meth:`ShardWriter.add` and :meth:`ShardWriter.finish`.
+        StoreError: See :meth:`ShardWriter.add`, :meth:`ShardWriter.finish` and :meth:`ShardWriter.lock`.
     """
-    work = writer.work(batch_size, rank, world_size)
-    done = work.num_done
-    total = done + sum(len(batch["indices"]) for batch in work)
-    for batch in work:
-        writer.add(batch, generate(batch["indices"]))
-        done += len(batch["indices"])
-        if progress is not None:
-            progress(done, total)
-    barrier()
     if rank == 0:
-        writer.finish()
-    barrier()
+        writer.lock(waits=world_size == 1)
+    try:
+        barrier()
+        work = writer.work(batch_size, rank, world_size)
+        done = work.num_done
+        total = done + sum(len(batch["indices"]) for batch in work)
+        for batch in work:
+            writer.add(batch, generate(batch["indices"]))
+            done += len(batch["indices"])
+            if progress is not None:
+                progress(done, total)
+        barrier()
+        if rank == 0:
+            writer.finish()
+        barrier()
+    finally:
+        writer.unlock()

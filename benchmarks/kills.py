@@ -1,0 +1,275 @@
+"""SIGKILL at random moments while files are written: is the next run's result the same to the byte?
+
+    python benchmarks/kills.py                      # 250 kills, a few minutes on one core
+    python benchmarks/kills.py --kills 20 --seed 7 --only bank
+
+Each job runs in a child process that is killed after a random time. After each kill whatever is there is opened: it
+must be whole, or be refused. Then the job is run again, and killed again, until it gets through; at the end its files
+must equal those of an undisturbed run. Trial k of a job depends on the seed and k alone, and finished trials in the
+JSON file are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from lightning_difftune import MemoryBank
+from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
+from lightning_difftune.cli.compare import discard_leftovers
+from lightning_difftune.cli.compare.jobs import Job
+from lightning_difftune.cli.compare.study import StudyRun
+from lightning_difftune.cli.compare.table import Line, write_tables
+from lightning_difftune.cli.resume import check_checkpoint
+from lightning_difftune.data import ArrayImages
+from lightning_difftune.data.images import ImageTargets
+from lightning_difftune.data.latent_cache import LatentCache
+from lightning_difftune.data.shards.atomic import atomic_write
+from lightning_difftune.errors import DiffTuneError
+from lightning_difftune.models import DiT, export_dit, load_dit
+
+CHECKPOINTS = 4  # that a run writes one over the other
+
+
+class Numbers:
+    """A pre-trained model in small: sample i is a function of i."""
+
+    def bank_spec(self) -> dict[str, Any]:
+        """What it is."""
+        return {"model": "numbers"}
+
+    def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
+        """Latents (B, 4, 16, 16)."""
+        return {"latents": (indices.view(-1, 1, 1, 1) * 7919 + torch.arange(1024).view(4, 16, 16)).float()}
+
+
+def write_bank(folder: Path) -> None:
+    """Build a bank of 20 shards."""
+    MemoryBank.build(folder / "bank", Numbers(), 400, batch_size=10, shard_size=20)
+
+
+def read_bank(folder: Path) -> None:
+    """Open it and compare its hashes."""
+    MemoryBank(folder / "bank").verify()
+
+
+def write_cache(folder: Path) -> None:
+    """Build a cache of 10 shards, of pictures and their mirror images."""
+    pictures = np.random.default_rng(0).integers(0, 256, (200, 16, 16, 3), dtype=np.uint8)
+    targets = ImageTargets(ArrayImages(pictures, np.arange(200) % 5), image_size=16)
+
+    def encode(batch: Any) -> Any:
+        mean = batch["pixel_values"][:, :, ::2, ::2]
+        return {"latent_mean": mean, "latent_std": mean.abs(), "class_labels": batch["class_labels"]}
+
+    LatentCache.build(folder / "cache", targets, encode, {"autoencoder": "every second pixel"}, shard_size=20)
+
+
+def read_cache(folder: Path) -> None:
+    """Open it and compare its hashes."""
+    LatentCache(folder / "cache").verify()
+
+
+def checkpoint(number: int) -> dict[str, Any]:
+    """A run's checkpoint at one of its steps."""
+    return {"state_dict": {"weight": torch.full((200_000,), float(number))}, "global_step": number}
+
+
+def write_checkpoint(folder: Path) -> None:
+    """Write the checkpoints of a run, each over the one before."""
+    for number in range(CHECKPOINTS):
+        AtomicCheckpointIO().save_checkpoint(checkpoint(number), folder / "last.ckpt")
+
+
+def read_checkpoint(folder: Path) -> None:
+    """Open the last one; it must be one of them, whole."""
+    content = check_checkpoint(folder / "last.ckpt")
+    if not torch.equal(content["state_dict"]["weight"], checkpoint(content["global_step"])["state_dict"]["weight"]):
+        raise AssertionError("the checkpoint is a mixture of two")
+
+
+def small_dit() -> DiT:
+    """A model of a few megabytes."""
+    torch.manual_seed(0)
+    return DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=96, depth=3, num_heads=2, num_classes=10)
+
+
+def write_export(folder: Path) -> None:
+    """Export a model as a file, over what is there, and as a folder."""
+    export_dit(small_dit(), folder / "tuned.safetensors", overwrite=True)
+    export_dit(small_dit(), folder / "tuned", "diffusers", overwrite=True)
+
+
+def read_export(folder: Path) -> None:
+    """Open both; they must hold the model."""
+    for name in ("tuned.safetensors", "tuned"):
+        state = load_dit(folder / name).state_dict()
+        if not all(torch.equal(tensor, state[key]) for key, tensor in small_dit().state_dict().items()):
+            raise AssertionError(f"{name} holds another model")
+
+
+def job_of(folder: Path) -> Job:
+    """A run of a study."""
+    return Job(StudyRun("run", (), {}, "", "", {}, None), 0, {"trainer": {}}, (), folder)
+
+
+def write_result(folder: Path) -> None:
+    """Write a run's result and the tables that are made of it, several times."""
+    job = job_of(folder)
+    job.result_path.parent.mkdir(parents=True, exist_ok=True)
+    discard_leftovers(folder)  # as `difftune compare` does when it begins
+    content = {"digest": job.digest, "identity": job.identity, "values": [i / 7 for i in range(2_000)]}
+    for _ in range(4):
+        atomic_write(job.result_path, (json.dumps(content) + "\n").encode())
+        lines = [Line(job.run, (0, 1), {"fid": (1.0, i / 7)}, {}, i, (1.0, 2.0)) for i in range(200)]
+        study: Any = SimpleNamespace(title="a study", metrics={"fid": "lower"})
+        write_tables(study, lines, folder, Console(file=open(os.devnull, "w")))  # noqa: SIM115
+
+
+def read_result(folder: Path) -> None:
+    """Read them; the result must be whole, and so must the tables."""
+    if (result := job_of(folder).result()) is not None and len(result["values"]) != 2_000:
+        raise AssertionError("the result lacks values")
+    for path in folder.glob("table.*"):
+        if len(path.read_text().splitlines()) not in (201, 202):
+            raise AssertionError(f"{path} lacks rows")
+
+
+class Target(NamedTuple):
+    """How something is written, and how it is opened."""
+
+    write: Callable[[Path], None]
+    read: Callable[[Path], None]
+
+
+TARGETS = {
+    "bank": Target(write_bank, read_bank),
+    "cache": Target(write_cache, read_cache),
+    "checkpoint": Target(write_checkpoint, read_checkpoint),
+    "export": Target(write_export, read_export),
+    "result": Target(write_result, read_result),
+}
+
+
+def started(write: Callable[[Path], None], folder: Path) -> int:
+    """The process id of a child that writes."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            write(folder)
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+def killed_after(pid: int, seconds: float) -> bool:
+    """Whether SIGKILL reached a child before it was done, which it must have been without an error."""
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFSIGNALED(status):
+        return True
+    if status:
+        raise AssertionError("the run that went on ended with an error")
+    return False
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Visible files by name; hidden ones are nobody's result."""
+    paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    visible = {name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.parts)}
+    return {str(name): path.read_bytes() for name, path in visible.items()}
+
+
+def leftovers(folder: Path) -> int:
+    """Hidden files and folders that are left beside the results."""
+    return sum(path.name.startswith(".") for path in folder.rglob("*"))
+
+
+def trial(target: Target, folder: Path, rng: random.Random, duration: float) -> tuple[int, int]:
+    """Kill a job at random until it gets through; returns how often it was killed, and opened whole in between."""
+    kills = whole = 0
+    while killed_after(started(target.write, folder), rng.uniform(0, 1.3 * duration)):
+        kills += 1
+        try:
+            target.read(folder)
+            whole += 1
+        except DiffTuneError:  # not there yet, and said so
+            pass
+        if kills % 6 == 0:  # let it come to an end
+            duration *= 1.5
+    target.read(folder)
+    return kills, whole
+
+
+def stress(names: list[str], kills: int, seed: int, done: dict[str, Any]) -> Iterator[tuple[str, dict[str, int]]]:
+    """Trials of each job until it has been killed often enough; yields the name and the counts after each trial."""
+    for name in names:
+        target = TARGETS[name]
+        with tempfile.TemporaryDirectory() as workspace:
+            warm, reference = Path(workspace) / "warm", Path(workspace) / "reference"
+            warm.mkdir()
+            reference.mkdir()
+            target.write(warm)  # so that children have imported what they need
+            start = time.perf_counter()
+            os.waitpid(started(target.write, reference), 0)
+            duration, expected = time.perf_counter() - start, contents(reference)
+            count = done.get(name, {"trials": 0, "kills": 0, "opened_whole": 0, "different": 0, "leftovers": 0})
+            while count["kills"] < kills:
+                folder = Path(workspace) / "trial"
+                folder.mkdir()
+                rng = random.Random(f"{seed} {name} {count['trials']}")
+                killed, whole = trial(target, folder, rng, duration)
+                count["trials"] += 1
+                count["kills"] += killed
+                count["opened_whole"] += whole
+                count["different"] += contents(folder) != expected
+                count["leftovers"] += leftovers(folder)
+                shutil.rmtree(folder)
+                yield name, count
+
+
+def main() -> None:
+    """Run the stress test, print a table and write the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=250, help="kills in all, over the jobs")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--output", type=Path, default=Path("runs/kills.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)  # before the first fork: a pool of threads does not survive one
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    saved = json.loads(options.output.read_text()) if options.output.exists() else {}
+    done = saved["jobs"] if saved.get("seed") == options.seed else {}
+    for name, count in stress(options.only, -(-options.kills // len(options.only)), options.seed, done):
+        done[name] = count
+        atomic_write(options.output, json.dumps({"seed": options.seed, "jobs": done}, indent=1).encode())
+    table = Table("job", "trials", "kills", "opened whole after one", "different at the end", "hidden leftovers")
+    for name, count in done.items():
+        table.add_row(name, *(str(value) for value in count.values()))
+    Console().print(table)
+    sys.exit(any(count["different"] for count in done.values()))
+
+
+if __name__ == "__main__":
+    main()
