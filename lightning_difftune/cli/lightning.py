@@ -52,6 +52,18 @@ _ABOUT_TYPES = re.compile(
 class DiffTuneParser(LightningArgumentParser):
     """Says what is wrong with the command line in one message, without the usage of two hundred options."""
 
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """Parse a command line and its configs.
+
+        Raises:
+            ConfigError: If something in them cannot be used; jsonargparse lets some errors of its readers through.
+        """
+        try:
+            return super().parse_args(*args, **options)
+        except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+            reason = " ".join(str(error).split()) or "nested too deeply"
+            raise ConfigError(f"A config cannot be read ({type(error).__name__}: {reason:.300}).") from error
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise :class:`ConfigError`; or leave it to the parser around this one, if there is one."""
         if not self.exit_on_error:

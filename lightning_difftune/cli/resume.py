@@ -103,7 +103,7 @@ def settings_of(checkpoint: Path) -> dict[str, Any]:
     try:
         text = content[CONFIG] if CONFIG in content or saved is None else saved.read_text(encoding="utf-8")
         settings = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{where} is no YAML ({' '.join(str(error).split())}). Pass --config.") from error
     if not isinstance(settings, dict):
         raise ConfigError(f"{where} is no mapping of settings. Pass --config.")

@@ -65,6 +65,8 @@ class MemoryBankDataModule(L.LightningDataModule):
         on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
         build_batch_size: Batch size when a bank or cache is built, and the largest one of validation.
         num_workers: Worker processes that read the data.
+        verify_stores: Whether every byte of a finished bank and cache is compared with its hash before training; sizes
+            and headers always are.
         seed: Seed of the order, the flips and nothing else.
 
     Raises:
@@ -97,6 +99,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         on_corrupt: Literal["error", "skip"] = "error",
         build_batch_size: int = 64,
         num_workers: int = 0,
+        verify_stores: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -114,6 +117,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         self.class_balanced = class_balanced
         self.build_batch_size = build_batch_size
         self.num_workers = num_workers
+        self.verify_stores = verify_stores
         self.seed = seed
         self._check_shares()
         labels = self.target.labels()
@@ -240,6 +244,9 @@ class MemoryBankDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """Batches ``{"target": ..., "retention": ...}`` of one rank."""
         cache, bank = self.open_latent_cache(), self.open_bank()
+        for store in (cache, bank):
+            if store is not None and self.verify_stores and self._rank == 0:
+                store.verify()
         read = cache.read if cache is not None else self.target.pixels
         retained = self.retention_batch_size if bank is not None else 0
         share = (self._rank, self._world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def read_study(path: Path) -> Study:
         raise ConfigError(f"There is no study file {path}, here or among the installed configs. Check the path.")
     try:
         content = yaml.safe_load(found.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
         raise ConfigError(f"The study file {found} is no YAML: {' '.join(str(error).split())}.") from error
     keys = Keys(found, "", content, ("title", "output", "seeds", "base", "set", "evaluate", "metrics", "runs"))
     runs = keys.get("runs", dict, "a mapping of names to runs")
@@ -216,6 +217,6 @@ class Keys:
 def find_config(path: Path, folder: Path) -> Path | None:
     """A config file relative to ``folder``, or else of the installed configs."""
     for candidate in (folder / path, Path(str(files("lightning_difftune.configs"))) / path):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # unlike Path's, it takes any name
             return candidate
     return None
