@@ -22,3 +22,7 @@ class DataError(DiffTuneError):
 
 class StoreError(DiffTuneError):
     """A memory bank or latent cache that is incomplete, altered, or made by something else."""
+
+
+class NumericsError(DiffTuneError):
+    """A loss or weights that are no longer finite."""

@@ -17,9 +17,10 @@ from torchmetrics import MeanMetric
 
 from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.draws import Draws, noise_of
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
-from lightning_difftune.models.checkpoints import check_state
+from lightning_difftune.modules.finite_loss import FiniteLoss
+from lightning_difftune.modules.lean_checkpoints import complete, make_lean
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.pretrained import PretrainedSamples
 from lightning_difftune.objective import DiffTuningObjective
@@ -81,6 +82,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         # Lightning's own mean truncates the number of samples when several processes have an odd one.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self._is_built = False
+        self._finite = FiniteLoss()
         # In a tuple, where nn.Module does not register it: it is no part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
 
@@ -195,6 +197,7 @@ class DiffTuningModule(L.LightningModule, ABC):
 
     def on_fit_start(self) -> None:
         """Say what is about to be trained, and which preset that is."""
+        self._finite = FiniteLoss()
         trained = sum(p.numel() for p in self.trainable_parameters())
         rank_zero_info(f"Training {trained:,} parameters of {self.base_identity.get('name', 'the model')}.")
         rank_zero_info(describe_preset(self, getattr(self.trainer, "datamodule", None)))
@@ -266,6 +269,8 @@ class DiffTuningModule(L.LightningModule, ABC):
 
         Raises:
             ConfigError: If only retention is trained and the batch has none of it.
+            NumericsError: If the loss was not finite; looked at every ``log_every_n_steps`` batches, before a
+                checkpoint is written and at the end.
         """
         if self.objective.reconsolidation_weight == 0 and "retention" not in batch:
             raise ConfigError(
@@ -275,12 +280,19 @@ class DiffTuningModule(L.LightningModule, ABC):
         draws = self.draws(self.trainer.fit_loop.total_batch_idx)
         prepared = self.prepare(batch, draws)
         output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
+        self._finite.watch(self.trainer.global_step, output, prepared[2])
+        if self.trainer.log_every_n_steps and batch_idx % self.trainer.log_every_n_steps == 0:
+            self._finite.check(self)
         # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
         self.log("train/loss", output.loss.detach())
         self.log("train/reconsolidation", output.reconsolidation.detach())
         if "retention" in batch:
             self.log("train/retention", output.retention.detach())
         return output.loss
+
+    def on_train_end(self) -> None:
+        """Look at the losses since the last look."""
+        self._finite.check(self)
 
     def retention_loss(self, batch: RetentionBatch, index: int) -> Tensor:
         """Replay's loss (Eq. 3) on a batch of the bank, scalar; its draws depend on the seed and ``index`` alone."""
@@ -324,15 +336,14 @@ class DiffTuningModule(L.LightningModule, ABC):
 
     # -- checkpoints: what is trained, and the identity of the rest -----------------------------------------------
 
-    def frozen_names(self) -> set[str]:
-        """State-dict names of the parameters that are not trained."""
-        return {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights out and put the identity of the base in."""
-        frozen = self.frozen_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint["base_identity"] = self.base_identity
+        """Leave the frozen weights out and put the identity of the base in.
+
+        Raises:
+            NumericsError: If the loss or a weight is not finite.
+        """
+        self._finite.check(self)
+        make_lean(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base and complete it by the frozen weights of this one.
@@ -340,19 +351,5 @@ class DiffTuningModule(L.LightningModule, ABC):
         Raises:
             CheckpointError: If the checkpoint was trained from other pre-trained weights, or lacks tensors.
         """
-        self.configure_model()
-        saved = checkpoint.get("base_identity", {})
-        if saved.get("fingerprint") != self.base_identity.get("fingerprint"):
-            raise CheckpointError(
-                f"This checkpoint was trained from {saved.get('name', 'an unknown base')} "
-                f"(fingerprint {str(saved.get('fingerprint'))[:12]}), but the model here starts from "
-                f"{self.base_identity.get('name')} (fingerprint {str(self.base_identity.get('fingerprint'))[:12]}). "
-                "Pass the pre-trained model that the run was started from."
-            )
-        current = self.state_dict()
-        for name in self.frozen_names():
-            if name in current:
-                checkpoint["state_dict"].setdefault(name, current[name])
-        if self.strict_loading:
-            path = self._trainer.ckpt_path if self._trainer is not None else None
-            check_state(checkpoint["state_dict"], current, "The checkpoint" if path is None else str(path))
+        path = self._trainer.ckpt_path if self._trainer is not None else None
+        complete(self, checkpoint, self.strict_loading, "The checkpoint" if path is None else str(path))

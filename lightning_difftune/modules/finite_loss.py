@@ -1,0 +1,71 @@
+"""Stopping a run whose loss is no longer finite, without waiting for the device in every step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from lightning_difftune.errors import NumericsError
+from lightning_difftune.objective import ObjectiveOutput
+
+BINS = 10  # of equal width over the timesteps
+
+
+class FiniteLoss:
+    """Remembers on the device where the loss was first not finite, and reads that from there when it is asked to.
+
+    What it costs a step is a few operations on B numbers. Steps between the first loss that is not finite and the look
+    are lost, and no checkpoint is: one is looked for before each is written.
+    """
+
+    def __init__(self) -> None:
+        # (4,) int64: whether there is one, and its step, timestep and stream (0 target, 1 retention, -1 unknown)
+        self._first: Tensor | None = None
+
+    @torch.no_grad()
+    def watch(self, step: int, output: ObjectiveOutput, is_retention: Tensor) -> None:
+        """Take note of a step's losses (B,), whose streams are ``is_retention`` (B,) bool."""
+        bad = ~output.per_sample.detach().isfinite()
+        sample = bad.long().argmax().view(1)
+        known = bad.any()
+        now = torch.stack(
+            [
+                (known | ~output.loss.detach().isfinite()).long(),
+                torch.full_like(sample[0], step),
+                torch.where(known, output.timesteps.index_select(0, sample)[0], -1),
+                torch.where(known, is_retention.index_select(0, sample)[0].long(), -1),
+            ]
+        )
+        self._first = now if self._first is None else torch.where(self._first[0] > 0, self._first, now)
+
+    def check(self, module: Any) -> None:
+        """Look, on all processes alike.
+
+        Raises:
+            NumericsError: If a loss was not finite on one of them.
+        """
+        if self._first is None:
+            return
+        found = self._first
+        if distributed.is_available() and distributed.is_initialized():
+            everyone = [torch.empty_like(found) for _ in range(distributed.get_world_size())]
+            distributed.all_gather(everyone, found)
+            found = min(everyone, key=lambda one: (int(one[0]) == 0, int(one[1])))
+        bad, step, timestep, stream = found.tolist()
+        if not bad:
+            return
+        width = -(-module.num_timesteps // BINS)
+        low = timestep // width * width
+        where = (
+            f"in the {('target', 'retention')[stream]} stream at t = {timestep}, of timesteps {low} to "
+            f"{min(low + width, module.num_timesteps) - 1}"
+            if stream >= 0
+            else "in the sum over the batch"
+        )
+        raise NumericsError(
+            f"The loss was first not finite at step {step}, {where}. Nothing has been saved since; go on from the last "
+            "checkpoint with --ckpt_path last, and with a lower learning rate, trainer.gradient_clip_val, or "
+            "trainer.precision 32-true or bf16-mixed. If it is at the first step, look at the data and the weights."
+        )
