@@ -1,12 +1,15 @@
-"""Two processes do what one does: fit, its memory bank, validate and predict. Run as a script, it is one of the two."""
+"""Several processes do what one does: fit, its bank, validate and predict. Run as a script, it is one of them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
-from lightning_difftune.callbacks import EMA
+from lightning_difftune.callbacks import EMA, FID, Preemption
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, export_dit
@@ -27,13 +30,42 @@ BANK_SIZE = 1030  # two shards, one for each process
 
 
 class Losses(L.Callback):
-    """The loss of every step on this process."""
+    """The loss and the shares of every step on this process, and what is logged of it."""
 
     def __init__(self):
-        self.values = []
+        self.values, self.logged, self.shares = [], [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.values.append(outputs["loss"].item())
+        names = ("train/loss", "train/reconsolidation", "train/retention")
+        self.logged.append([trainer.callback_metrics[name].item() for name in names])
+        self.shares.append([len(batch["target"]["class_labels"]), len(batch["retention"]["latents"])])
+
+
+class FirstPixels(torch.nn.Module):
+    """Features of a picture that cost nothing."""
+
+    num_features = 4
+
+    def forward(self, pictures):
+        return pictures.flatten(1)[:, :4].float()
+
+
+def measured_fid(folder, weights, world_size):
+    """The distance, and a hash of every picture that this process generated for it, by index."""
+    hashes, module = {}, module_of(weights)
+    original = module.generate
+
+    def generate(indices):
+        pictures = original(indices)
+        hashes.update(
+            {str(i): hashlib.sha256(p.numpy()).hexdigest() for i, p in zip(indices.tolist(), pictures, strict=True)}
+        )
+        return pictures
+
+    fid = FID(num_samples=30, batch_size=4, feature_extractor=FirstPixels(), generate=generate)
+    trainer_of(folder, world_size, fid).validate(module, data_of(None, world_size), verbose=False)
+    return {"fid": fid.last_value, "pictures": hashes}
 
 
 def module_of(folder):
@@ -58,7 +90,7 @@ def data_of(bank, world_size):
         channels=1,
         bank=bank,
         bank_size=BANK_SIZE,
-        batch_size=10 // world_size,  # 8 target samples an optimizer step and 2 of the bank
+        batch_size=max(5, 10 // world_size),  # 8 target samples an optimizer step and 2 of the bank
         val_target=val,
         horizontal_flip=True,
     )
@@ -84,6 +116,12 @@ def trainer_of(folder, world_size, *callbacks):
 
 def run(weights, folder, world_size):
     """Every command, one after the other, and a report of what this process saw."""
+    if world_size == 3:  # no batch of 10 divides by 3
+        trainer_of(folder, 3).predict(module_of(weights), data_of(folder / "predicted", 3), return_predictions=False)
+        (validated,) = trainer_of(folder, 3).validate(module_of(weights), data_of(None, 3), verbose=False)
+        report = {"validated": validated["val/loss"], **measured_fid(folder, weights, 3)}
+        (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(report))
+        return
     module, losses, average = module_of(weights), Losses(), EMA(decay=0.5)
     trainer = trainer_of(folder, world_size, losses, average)
     trainer.fit(module, data_of(folder / "bank", world_size))
@@ -93,7 +131,10 @@ def run(weights, folder, world_size):
     trainer_of(folder, world_size).predict(
         module_of(weights), data_of(folder / "predicted", world_size), return_predictions=False
     )
-    report = {"losses": losses.values, "fitted": fitted, "validated": validated["val/loss"]}
+    (untuned,) = trainer_of(folder, world_size).validate(module_of(weights), data_of(None, world_size), verbose=False)
+    report = {"losses": losses.values, "logged": losses.logged, "shares": losses.shares, "fitted": fitted}
+    report |= {"validated": validated["val/loss"], "untuned": untuned["val/loss"]}
+    report |= measured_fid(folder, weights, world_size)
     (folder / f"rank-{rank}.json").write_text(json.dumps(report))
     if rank == 0:
         with average.average_parameters(module):
@@ -112,29 +153,51 @@ def runs(tmp_path_factory):
             torch.nn.init.normal_(parameter, std=0.2)
     export_dit(model, weights / "tiny.safetensors")
 
-    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    processes = start(weights, two, 2)
+    try:
+        run(weights, one, 1)
+        finish(processes)
+    finally:
+        for process in processes:
+            process.kill()
+    return one, two
+
+
+@pytest.fixture(scope="module")
+def three(runs, tmp_path_factory):
+    """The folder of what three processes did."""
+    folder = tmp_path_factory.mktemp("three")
+    finish(start(runs[0].parent / "weights0", folder, 3))
+    return folder
+
+
+def start(weights, folder, world_size, *mode):
+    """This file, as a job of several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    return [
         subprocess.Popen(
-            [sys.executable, __file__, str(weights), str(two)],
-            env={**shared, "LOCAL_RANK": str(rank), "NODE_RANK": "0"},
+            [sys.executable, __file__, str(weights), str(folder), *mode],
+            env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world_size)
     ]
+
+
+def finish(processes):
+    """Wait for a job."""
     try:
-        run(weights, one, 1)
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return one, two
 
 
 def report(folder, rank):
@@ -155,7 +218,7 @@ def test_losses_and_weights_are_those_of_one_process(runs):
     assert np.abs(first - second).max() > 0.01  # each process has samples of its own
     np.testing.assert_allclose((first + second) / 2, expected, rtol=1e-4)
     for file in ("weights.pt", "average.pt"):
-        assert_close(*(torch.load(folder / file, weights_only=True) for folder in runs))
+        assert_close(*(torch.load(folder / file, weights_only=True) for folder in (one, two)))
 
 
 def test_the_bank_is_the_same_to_the_byte(runs):
@@ -175,6 +238,82 @@ def test_the_validation_loss_counts_every_picture_once(runs):
     for rank in range(2):
         assert report(two, rank)["fitted"] == pytest.approx(expected["fitted"], rel=1e-4)
         assert report(two, rank)["validated"] == pytest.approx(expected["validated"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_three_processes_do_the_same_with_uneven_shares(runs, three):
+    one, _ = runs
+    for rank in range(3):
+        assert report(three, rank)["validated"] == pytest.approx(report(one, 0)["untuned"], rel=1e-5)
+    for file in (one / "bank").iterdir():
+        assert (three / "predicted" / file.name).read_bytes() == file.read_bytes()
+    assert pictures_of(three, 3) == pictures_of(one, 1)
+
+
+def test_what_is_logged_is_the_mean_of_the_global_batch(runs):
+    one, two = runs
+    expected = np.array(report(one, 0)["logged"])
+    assert np.array_equal(report(two, 0)["logged"], report(two, 1)["logged"])
+    np.testing.assert_allclose(report(two, 0)["logged"], expected, rtol=1e-4)
+    np.testing.assert_allclose(expected[:, 0], report(one, 0)["losses"])
+
+
+def test_the_shares_of_both_streams_are_exact_on_every_process(runs):
+    one, two = runs
+    assert report(one, 0)["shares"] == [[8, 2]] * STEPS
+    assert [report(two, rank)["shares"] for rank in range(2)] == [[[4, 1]] * STEPS] * 2
+
+
+def pictures_of(folder, world_size):
+    """Hashes of the pictures that were generated for the distance, by index."""
+    found = [report(folder, rank) for rank in range(world_size)]
+    assert sum(len(share["pictures"]) for share in found) == 30  # each by one process
+    return {index: value for share in found for index, value in share["pictures"].items()}
+
+
+def test_the_pictures_of_fid_are_the_same_to_the_bit(runs):
+    one, two = runs
+    assert pictures_of(one, 1) == pictures_of(two, 2)
+    distances = [report(one, 0)["fid"], report(two, 0)["fid"], report(two, 1)["fid"]]
+    assert distances == pytest.approx(distances[:1] * 3, rel=1e-9)
+
+
+def run_until_stopped(weights, folder, world_size):
+    """A long run that saves when it is stopped; the second process says when it may be."""
+    trainer = trainer_of(folder, world_size, Preemption(), EMA(decay=0.5))
+    trainer.fit_loop.epoch_loop.max_steps = 1_000_000
+    if trainer.global_rank == 1:
+        trainer.callbacks.append(Ready(folder / "ready"))
+    trainer.fit(module_of(weights), data_of(folder / "bank", world_size))
+
+
+class Ready(L.Callback):
+    """Writes a file after the fifth step."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 5:
+            self.path.touch()
+
+
+@pytest.mark.slow
+def test_all_processes_stop_after_the_same_step_when_one_is_told_to(runs, tmp_path):
+    weights = runs[0].parent / "weights0"
+    processes = start(weights, tmp_path, 2, "stop")
+    try:
+        while not (tmp_path / "ready").exists():
+            assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert "Stopped by a signal after step" in outputs[0], outputs[0]
+    saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] >= 5
 
 
 def validation_batches(pictures, world_size):
@@ -204,4 +343,5 @@ def test_too_few_held_out_pictures_for_the_processes_are_refused():
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
+    job = run_until_stopped if sys.argv[3:] == ["stop"] else run
+    job(Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))

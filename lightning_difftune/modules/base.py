@@ -283,11 +283,12 @@ class DiffTuningModule(L.LightningModule, ABC):
         self._finite.watch(self.trainer.global_step, output, prepared[2])
         if self.trainer.log_every_n_steps and batch_idx % self.trainer.log_every_n_steps == 0:
             self._finite.check(self)
-        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
-        self.log("train/loss", output.loss.detach())
-        self.log("train/reconsolidation", output.reconsolidation.detach())
+        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers. All processes have
+        # the same shares of both streams, so the mean of their means is that of the global batch.
+        self.log("train/loss", output.loss.detach(), sync_dist=True)
+        self.log("train/reconsolidation", output.reconsolidation.detach(), sync_dist=True)
         if "retention" in batch:
-            self.log("train/retention", output.retention.detach())
+            self.log("train/retention", output.retention.detach(), sync_dist=True)
         return output.loss
 
     def on_train_end(self) -> None:
