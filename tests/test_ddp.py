@@ -17,12 +17,17 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
+from lightning_difftune import DiffTuningObjective, DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA, FID, Preemption
 from lightning_difftune.data import ArrayImages
+from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.models import DiT, export_dit
+from lightning_difftune.models import DiT, export_dit, load_dit
 from lightning_difftune.sampling import Sampler
 
 STEPS = 8
@@ -316,6 +321,43 @@ def test_all_processes_stop_after_the_same_step_when_one_is_told_to(runs, tmp_pa
     assert saved["global_step"] >= 5
 
 
+def run_sharded(weights, folder, world_size):
+    """The objective on a DiT whose parameters are shared out, and on whole copies whose gradients are averaged."""
+    distributed.init_process_group("gloo")
+    mesh, rank = init_device_mesh("cpu", (world_size,)), distributed.get_rank()
+    found = []
+    for sharded in (False, True):
+        dit, objective, losses = load_dit(weights / "tiny.safetensors"), DiffTuningObjective(), []
+        if sharded:
+            for part in (*dit.blocks, dit):
+                fully_shard(part, mesh=mesh)
+        optimizer = torch.optim.SGD([p for p in dit.parameters() if p.requires_grad], lr=0.1)
+        for step in range(STEPS):
+            draws = Draws(0, step, "cpu", rank, world_size)
+            is_retention = torch.tensor([False] * 4 + [True])
+            loss = objective(dit, draws.normal(5, 1, 8, 8), torch.arange(5) % 3, is_retention, draws).loss
+            loss.backward()
+            for p in [] if sharded else optimizer.param_groups[0]["params"]:
+                distributed.all_reduce(p.grad)
+                p.grad /= world_size
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        state = get_model_state_dict(dit, options=StateDictOptions(full_state_dict=sharded, cpu_offload=sharded))
+        held = sum(p.to_local().numel() if sharded else p.numel() for p in dit.parameters())
+        found.append((losses, state, held))
+    whole, shared = found
+    assert whole[0] == shared[0]
+    assert 1.9 < whole[2] / shared[2] < 2.1
+    if rank == 0:
+        assert_close(whole[1], shared[1])
+
+
+@pytest.mark.slow
+def test_fully_sharded_training_is_that_of_whole_copies(runs, tmp_path):
+    finish(start(runs[0].parent / "weights0", tmp_path, 2, "shard"))
+
+
 def validation_batches(pictures, world_size):
     """How many held-out batches each process has."""
     data = MemoryBankDataModule(images(4), 1, image_size=8, channels=1, val_target=images(pictures))
@@ -343,5 +385,6 @@ def test_too_few_held_out_pictures_for_the_processes_are_refused():
 
 
 if __name__ == "__main__":
-    job = run_until_stopped if sys.argv[3:] == ["stop"] else run
+    jobs = {(): run, ("stop",): run_until_stopped, ("shard",): run_sharded}
+    job = jobs[tuple(sys.argv[3:])]
     job(Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))

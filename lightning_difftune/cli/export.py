@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -19,6 +18,7 @@ from lightning_difftune.cli.tuned import open_run
 from lightning_difftune.draws import noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models import DiT, export_dit, export_network, hub, load_dit
+from lightning_difftune.models.checkpoint_files import workspace_beside
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.export import exact_arithmetic, put_in_place
@@ -122,15 +122,14 @@ def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: l
         raise ConfigError(f"--format peft writes the layers of a LoRA; this run trained {kind}. Leave the option out.")
     base = str(module.base_identity["fingerprint"])
     before = fingerprint(network)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{options.output.name}.", dir=options.output.parent) as workspace:
-        draft = Path(workspace) / options.output.name
+    with workspace_beside(options.output) as workspace:
+        draft = workspace / options.output.name
         draft.mkdir()
         module.tuner.save_adapter(network, draft, base)
         module.tuner.load_adapter(network, draft, base)
         if fingerprint(network) != before:
             raise CheckpointError("Not exported: the adapter does not read back as it was.")
-        put_in_place(draft, options.output, Path(workspace) / "replaced")
+        put_in_place(draft, options.output, workspace / "replaced")
     done.append(f"tuner: LoRA, kept as an adapter for peft\nwrote {options.output}")
     return network
 
@@ -185,9 +184,8 @@ def write(module: DiffTuningModule, network: Any, options: argparse.Namespace, d
     output: Path = options.output
     if output.exists() and not options.overwrite:
         raise CheckpointError(f"{output} exists. Choose another path, or pass --overwrite.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as workspace:
-        draft = Path(workspace) / output.name
+    with workspace_beside(output) as workspace:
+        draft = workspace / output.name
         if isinstance(network, DiT):
             is_file = output.suffix == ".safetensors"
             autoencoder = None if is_file else getattr(module, "autoencoder", None)
@@ -204,7 +202,7 @@ def write(module: DiffTuningModule, network: Any, options: argparse.Namespace, d
                 "its largest output. If the tuner is one of your own, check its merge."
             )
         done.append(f"checked: read back, its outputs differ from the tuned network's by {error:.1e} of the largest")
-        put_in_place(draft, output, Path(workspace) / "replaced")
+        put_in_place(draft, output, workspace / "replaced")
     size = sum(file.stat().st_size for file in [output, *output.rglob("*")] if file.is_file())
     done.append(f"wrote {output} ({size / 1e6:.1f} MB)")
 

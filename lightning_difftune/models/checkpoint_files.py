@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import pickle
+import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +23,32 @@ from torch import Tensor
 from lightning_difftune.errors import CheckpointError
 
 SHA256 = "sha256"  # the key of the metadata under which our own files state their hash
+
+
+@contextmanager
+def workspace_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder on the disk of ``path`` to write a draft in; clears away those of killed processes.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*-draft-*"):
+        if not is_running(leftover.name.removeprefix(f".{path.name}.").partition("-")[0]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{path.name}.{os.getpid()}-draft-", dir=path.parent) as workspace:
+        yield Path(workspace)
+
+
+def is_running(pid: str) -> bool:
+    """Whether there is a process of that number here."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -76,9 +106,9 @@ def check_records(file: Path) -> None:
     Raises:
         CheckpointError: If one was altered.
     """
-    if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which whoever loads it will find out
-        return
     try:
+        if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which whoever loads it will find out
+            return
         with zipfile.ZipFile(file) as archive:
             altered = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError, OSError) as error:

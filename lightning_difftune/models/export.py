@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from lightning_difftune import __version__
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
-from lightning_difftune.models.checkpoint_files import write_safetensors
+from lightning_difftune.models.checkpoint_files import workspace_beside, write_safetensors
 from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
@@ -68,15 +67,14 @@ def export_dit(
     if broken:
         raise CheckpointError(f"Not exported: NaN or infinity in {len(broken)} tensors, {broken[:3]}.")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as workspace:
-            draft = Path(workspace) / path.name
+        with workspace_beside(path) as workspace:
+            draft = workspace / path.name
             if format == "safetensors":
                 write_file(model, draft)
             else:
                 write_diffusers(model, draft, autoencoder)
             verify(model, draft)
-            put_in_place(draft, path, Path(workspace) / "replaced")
+            put_in_place(draft, path, workspace / "replaced")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot write {path}: {error}. Is the disk full, or the folder protected?") from error
     return path

@@ -283,8 +283,8 @@ class DiffTuningModule(L.LightningModule, ABC):
         self._finite.watch(self.trainer.global_step, output, prepared[2])
         if self.trainer.log_every_n_steps and batch_idx % self.trainer.log_every_n_steps == 0:
             self._finite.check(self)
-        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers. All processes have
-        # the same shares of both streams, so the mean of their means is that of the global batch.
+        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers. All processes
+        # have the same shares of both streams, so the mean of their means is that of the global batch.
         self.log("train/loss", output.loss.detach(), sync_dist=True)
         self.log("train/reconsolidation", output.reconsolidation.detach(), sync_dist=True)
         if "retention" in batch:

@@ -13,7 +13,9 @@ from lightning_difftune.models.checkpoints import check_state
 
 def frozen_names(module: nn.Module) -> set[str]:
     """State-dict names of the parameters that are not trained."""
-    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    # FSDP wraps layers, which state dicts do not show.
+    names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name.replace("_fsdp_wrapped_module.", "") for name in names}
 
 
 def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:

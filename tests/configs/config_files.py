@@ -17,6 +17,7 @@ FAMILIES = {
     "controlnet": ("controlnet",),
     "loggers": ("loggers",),
     "pretrain": ("pretrain", "quickstart.yaml"),
+    "strategy": ("strategy",),
     "studies": ("studies",),
     "text_to_image": ("text_to_image",),
 }
