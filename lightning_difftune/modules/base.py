@@ -281,7 +281,8 @@ class DiffTuningModule(L.LightningModule, ABC):
         prepared = self.prepare(batch, draws)
         output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
         self._finite.watch(self.trainer.global_step, output, prepared[2])
-        if self.trainer.log_every_n_steps and batch_idx % self.trainer.log_every_n_steps == 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and batch_idx % every == 0:
             self._finite.check(self)
         # Not for Lightning's bar, which would wait for the device in each step to have them as numbers. All processes
         # have the same shares of both streams, so the mean of their means is that of the global batch.
