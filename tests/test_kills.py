@@ -211,6 +211,15 @@ def test_two_comparisons_in_one_folder(tmp_path, monkeypatch, capsys):
     lock.release()
 
 
+def test_a_disk_that_is_full_where_nobody_expects_it_is_no_traceback(monkeypatch, capsys):
+    def full(args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing to an open file does
+
+    monkeypatch.setattr("lightning_difftune.cli.run", full)
+    assert main(["compare", "study.yaml"]) == 2
+    assert capsys.readouterr().err == "difftune: No space left on device. --debug shows where it was raised.\n"
+
+
 @pytest.mark.slow
 def test_a_run_of_a_killed_comparison_stops_with_it():
     code = "import sys; from lightning_difftune.cli.compare.work import stop_with_parent; stop_with_parent()"

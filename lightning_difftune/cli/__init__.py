@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -59,6 +60,7 @@ there is a bug, with its traceback; 2 a mistake in the input, which is named;
 143 a run was stopped by a signal and has saved: `--ckpt_path last` goes on.
 """
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # full, or not to be written to
 STOPPED = 143  # the status of a process that SIGTERM ended, 128 + 15
 
 
@@ -81,9 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"difftune: {message_of(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if debug or error.filename is None:
+        if debug or (error.filename is None and error.errno not in DISK):  # writing to a full disk names no file
             raise
-        print(f"difftune: {error.filename}: {error.strerror}. --debug shows where it was raised.", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+        print(f"difftune: {what}. --debug shows where it was raised.", file=sys.stderr)
         return 2
     except SystemExit as error:
         if type(error) is SystemExit:
