@@ -19,6 +19,9 @@ from torch.utils.data import Dataset
 from lightning_difftune.data.source_facts import digest_arrays
 from lightning_difftune.errors import DataError
 
+# What an archive may unpack to, and how often its own size it may be where that is more.
+_MOST_UNPACKED, _MOST_RATIO = 2**30, 100
+
 
 class ArrayImages(Dataset[tuple[Any, int]]):
     """Pictures in memory.
@@ -142,13 +145,23 @@ def _load_npz(path: Path) -> Mapping[str, npt.NDArray[Any]]:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.lib.npyio.NpzFile):
             with file:
+                _refuse_bomb(file.zip, path)
                 return {name: file[name] for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read as an .npz file ({error}); it is damaged, or holds Python objects, which are never "
             "unpickled; write it again with numpy.savez."
         ) from error
     raise DataError(f"{path} holds a single array (.npy); expected an .npz file with named arrays.")
+
+
+def _refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > _MOST_UNPACKED and unpacked > _MOST_RATIO * path.stat().st_size:
+        raise DataError(
+            f"{path} would grow to {unpacked / 1e9:.1f} GB when it is unpacked, {unpacked / path.stat().st_size:.0f} "
+            "times its size, as pictures do not. Write it again with numpy.savez, uncompressed, if that is right."
+        )
 
 
 def _count_raw(images: npt.NDArray[Any], path: Path) -> int:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_difftune.data import image_arrays
 from lightning_difftune.data.image_arrays import ArrayImages, NpzImages
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.errors import DataError
@@ -125,3 +126,11 @@ def test_npz_files_that_are_none(tmp_path):
         np.save(file, PICTURES)
     with pytest.raises(DataError, match="single array"):
         NpzImages(tmp_path / "one.npz")
+
+
+def test_an_archive_that_unpacks_to_far_more_than_pictures_would_is_refused(tmp_path, monkeypatch):
+    np.savez_compressed(tmp_path / "set.npz", images=np.zeros((4000, 32, 32), np.uint8), labels=np.zeros(4000, int))
+    assert len(NpzImages(tmp_path / "set.npz")) == 4000
+    monkeypatch.setattr(image_arrays, "_MOST_UNPACKED", 2**20)
+    with pytest.raises(DataError, match=r"set\.npz would grow to 0\.0 GB when it is unpacked, \d{3} times its size"):
+        NpzImages(tmp_path / "set.npz")
