@@ -351,7 +351,7 @@ BROKEN = [
 @pytest.mark.parametrize(("breaks", "message"), BROKEN)
 def test_weights_with_missing_or_misshaped_tensors(project, refused, breaks, message):
     with safe_open("tiny.safetensors", "pt") as file:
-        metadata = file.metadata()
+        metadata = {name: value for name, value in file.metadata().items() if name != "sha256"}
     state = load_file("tiny.safetensors")
     breaks(state)
     save_file(state, "broken.safetensors", metadata)

@@ -87,7 +87,8 @@ def compose(args):
     while "--ckpt_path" in args:
         place = args.index("--ckpt_path")
         del args[place : place + 2]
-    ConfigReader().compose(args)
+    if args:  # else they are those of the checkpoint
+        ConfigReader().compose(args)
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
