@@ -145,7 +145,7 @@ def _load_npz(path: Path) -> Mapping[str, npt.NDArray[Any]]:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.lib.npyio.NpzFile):
             with file:
-                _refuse_bomb(file.zip, path)
+                _refuse_bomb(path)
                 return {name: file[name] for name in file.files}
     except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
@@ -155,8 +155,9 @@ def _load_npz(path: Path) -> Mapping[str, npt.NDArray[Any]]:
     raise DataError(f"{path} holds a single array (.npy); expected an .npz file with named arrays.")
 
 
-def _refuse_bomb(archive: zipfile.ZipFile, path: Path) -> None:
-    unpacked = sum(member.file_size for member in archive.infolist())
+def _refuse_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > _MOST_UNPACKED and unpacked > _MOST_RATIO * path.stat().st_size:
         raise DataError(
             f"{path} would grow to {unpacked / 1e9:.1f} GB when it is unpacked, {unpacked / path.stat().st_size:.0f} "
