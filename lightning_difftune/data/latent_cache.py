@@ -78,7 +78,8 @@ class LatentCache:
             batch_size: Pictures in one call of ``encode``.
             dtype: How floating-point tensors are stored. float16 halves the size and rounds by 2**-11 at
                 most, about 5e-4 for latents of unit variance; the first of 1000 diffusion steps adds noise of 1e-2.
-            shard_size: Pictures in a shard; what a killed run loses at most, on each rank.
+            shard_size: Pictures in a shard. A killed run loses at most two shards on each rank: the one that is
+                written and the one that is made.
             num_workers: Worker processes that read pictures ahead, so that the autoencoder does not wait for them.
             rank: This process.
             world_size: Number of processes.

@@ -74,7 +74,8 @@ class MemoryBank:
             generator: The pre-trained model.
             num_samples: Samples in the bank (5K to 200K in Fig. 6d).
             batch_size: Most samples generated together.
-            shard_size: Samples in a shard; what a killed run loses at most, on each rank.
+            shard_size: Samples in a shard. A killed run loses at most two shards on each rank: the one that is
+                written and the one that is made.
             dtype: How latents, and other columns of floating-point numbers, are stored.
             rank: This process.
             world_size: Number of processes; all must call this.
@@ -217,6 +218,7 @@ class MemoryBankWriter(BasePredictionWriter):
         Not in ``on_predict_end``, which Lightning skips on ranks that had nothing left to do; never after an error.
         """
         if stage == "predict":
+            self.writer.flush()
             trainer.strategy.barrier()
             if trainer.is_global_zero:
                 self.writer.finish()

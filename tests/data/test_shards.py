@@ -224,8 +224,8 @@ def test_resume_after_a_kill_while_generating(finished: Path, tmp_path: Path, ca
         return generate(indices)
 
     assert dies(lambda: build(open_writer(tmp_path), deadly, 3))
-    done = (calls - 1) // 3  # three batches a shard
-    assert resume(tmp_path) == list(range(done, NUM_SHARDS))
+    done = (calls - 1) // 3  # three batches a shard; the last one may not have come to the disk yet
+    assert resume(tmp_path) in [list(range(first, NUM_SHARDS)) for first in (max(0, done - 1), done)]
     assert contents(tmp_path) == contents(finished)
 
 

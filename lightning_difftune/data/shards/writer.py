@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class ShardWriter:
         kind: What it holds, such as ``"memory-bank"``.
         spec: What decides the contents, as plain JSON values. A folder of another spec is refused.
         num_samples: Samples in the whole folder.
-        shard_size: Samples in a shard; what a killed run loses at most, on each rank.
+        shard_size: Samples in a shard. A killed run loses at most two shards on each rank: the one that is
+            written and the one that is made.
 
     Raises:
         StoreError: The folder belongs to another build, is unreadable, or cannot be written to.
@@ -62,6 +64,8 @@ class ShardWriter:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"Cannot plan a {kind} in {self.path}: {error}.") from error
         self._lock = FolderLock(self.path)
+        self._thread = ThreadPoolExecutor(max_workers=1)  # writes a shard while the samples of the next are made
+        self._writing: Future[None] | None = None
         self._layout: dict[str, TensorLayout] | None = None
         self._pending: list[dict[str, Tensor]] = []
         self._pending_shard: int | None = None
@@ -101,6 +105,8 @@ class ShardWriter:
 
     def unlock(self) -> None:
         """Let other jobs build here, if this one is at it."""
+        if self._writing is not None:
+            wait([self._writing])
         self._lock.release()
 
     def missing_shards(self, rank: int = 0, world_size: int = 1) -> list[int]:
@@ -142,14 +148,15 @@ class ShardWriter:
         return ShardWork(batches, sum(len(self.plan.shard_range(shard)) for shard in finished))
 
     def add(self, batch: ShardBatch, tensors: dict[str, Tensor]) -> None:
-        """Take the samples of a batch of :meth:`work`; write the shard when they are its last.
+        """Take the samples of a batch of :meth:`work`; when they are a shard's last, write it behind the next ones.
 
         Args:
             batch: The batch, which must follow the one before it.
             tensors: Its samples, (B, ...) each, on the CPU.
 
         Raises:
-            StoreError: The batches do not follow each other, or the shard cannot be written.
+            StoreError: The batches do not follow each other, the tensors do not fit the other shards or are not
+                finite, or the shard before cannot be written.
         """
         shard, indices = batch["shard"], batch["indices"].cpu()
         if shard != self._pending_shard:
@@ -171,7 +178,20 @@ class ShardWriter:
             parts, self._pending, self._pending_shard = self._pending, [], None
             if any(part.keys() != tensors.keys() for part in parts):
                 raise StoreError(f"{self.path / shard_name(shard)}: its batches do not all hold {sorted(tensors)}.")
-            self.write(shard, {name: torch.cat([part[name] for part in parts]) for name in tensors})
+            self.flush()
+            samples = {name: torch.cat([part[name] for part in parts]) for name in tensors}
+            self._accept(shard, samples)
+            self._writing = self._thread.submit(self._put, shard, samples)
+
+    def flush(self) -> None:
+        """Wait until every shard that was taken is on the disk.
+
+        Raises:
+            StoreError: The disk is full or refuses.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
 
     def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
         """Write one whole shard, so that it is there complete or not at all.
@@ -183,14 +203,9 @@ class ShardWriter:
         Raises:
             StoreError: The tensors do not fit the other shards or are not finite, or the disk is full or refuses.
         """
-        path = self.path / shard_name(shard)
-        if self.complete:
-            raise StoreError(f"{path} is part of a finished {self.plan.kind} and is not written again.")
-        layout = self._check(shard, tensors)
-        discard_temporaries(self.path, path.name)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        self._save(path, serialize(contiguous, metadata={TAG: shard_tag(self.plan.digest, shard)}))
-        self._layout = layout
+        self.flush()
+        self._accept(shard, tensors)
+        self._put(shard, tensors)
 
     def finish(self) -> None:
         """Hash every shard and write the manifest; for one process, when all have written theirs.
@@ -198,12 +213,25 @@ class ShardWriter:
         Raises:
             StoreError: Shards are missing, do not fit together, or the disk is full.
         """
+        self.flush()
         if not self.complete:
             self._save(self.path / MANIFEST, self._manifest().to_bytes())
         if (building := self.path / BUILDING).exists():
             building.unlink()
         discard_temporaries(self.path)
         self._lock.discard()
+
+    def _accept(self, shard: int, tensors: dict[str, Tensor]) -> None:
+        if self.complete:
+            path = self.path / shard_name(shard)
+            raise StoreError(f"{path} is part of a finished {self.plan.kind} and is not written again.")
+        self._layout = self._check(shard, tensors)
+
+    def _put(self, shard: int, tensors: dict[str, Tensor]) -> None:
+        path = self.path / shard_name(shard)
+        discard_temporaries(self.path, path.name)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._save(path, serialize(contiguous, metadata={TAG: shard_tag(self.plan.digest, shard)}))
 
     def _manifest(self) -> Manifest:
         if missing := self.missing_shards():
@@ -320,6 +348,7 @@ def build(
             done += len(batch["indices"])
             if progress is not None:
                 progress(done, total)
+        writer.flush()
         barrier()
         if rank == 0:
             writer.finish()
