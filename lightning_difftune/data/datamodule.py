@@ -24,13 +24,14 @@ from lightning_difftune.data.batches import (
 )
 from lightning_difftune.data.class_counts import describe_small_classes
 from lightning_difftune.data.images import ImageTargets, check_labels
+from lightning_difftune.data.largest_batch import BATCH_SIZE, build_batch
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
 from lightning_difftune.data.progress import shard_progress
 from lightning_difftune.data.shards import ShardWork
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.protocols import SupportsBankGeneration, SupportsEncode
+from lightning_difftune.protocols import BankGenerator, SupportsBankGeneration, SupportsEncode
 
 # A process without a batch would leave validation while the others wait for it.
 _FEWEST_EVALUATION_BATCHES = 64
@@ -63,7 +64,9 @@ class MemoryBankDataModule(L.LightningDataModule):
         horizontal_flip: Whether half of the target pictures are mirrored.
         class_balanced: Whether all classes of the target are shown equally often, however few pictures some have.
         on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
-        build_batch_size: Batch size when a bank or cache is built, and the largest one of validation.
+        build_batch_size: Batch size when a bank or cache is built, and the largest one of validation. ``"auto"`` builds
+            with the largest up to 512 that the device's memory holds, found by doubling, and validates with 64. Samples
+            of a bank are the same to the bit from equal batch sizes only, so give a number where that counts.
         num_workers: Worker processes that read the data.
         verify_stores: Whether every byte of a finished bank and cache is compared with its hash before training; sizes
             and headers always are.
@@ -97,7 +100,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         horizontal_flip: bool = False,
         class_balanced: bool = False,
         on_corrupt: Literal["error", "skip"] = "error",
-        build_batch_size: int = 64,
+        build_batch_size: int | Literal["auto"] = 64,
         num_workers: int = 0,
         verify_stores: bool = False,
         seed: int = 0,
@@ -115,7 +118,7 @@ class MemoryBankDataModule(L.LightningDataModule):
         self.latent_cache_path = Path(latent_cache) if latent_cache is not None else None
         self.horizontal_flip = horizontal_flip
         self.class_balanced = class_balanced
-        self.build_batch_size = build_batch_size
+        self.build_batch_size: int | None = None if build_batch_size == "auto" else build_batch_size
         self.num_workers = num_workers
         self.verify_stores = verify_stores
         self.seed = seed
@@ -203,12 +206,13 @@ class MemoryBankDataModule(L.LightningDataModule):
         if not isinstance(module, SupportsBankGeneration):
             return MemoryBank(self.bank_path)
         generator = module.bank_generator()
+        batch_size = self._bank_batch_size(generator)
         with shard_progress("Memory bank", self._rank) as progress:
             bank = MemoryBank.build(
                 self.bank_path,
                 generator,
                 self.bank_size,
-                batch_size=self.build_batch_size,
+                batch_size=batch_size,
                 rank=self._rank,
                 world_size=self._world_size,
                 barrier=self._barrier,
@@ -224,20 +228,32 @@ class MemoryBankDataModule(L.LightningDataModule):
         module = self.trainer.lightning_module if self.trainer is not None else None
         if not isinstance(module, SupportsEncode) or module.encoder_identity() is None:
             raise ConfigError("latent_cache is set, but the model has no autoencoder; pixel models need no cache.")
+        encode, pixels = module.encode, self.target.pixels
+        batch_size = build_batch(
+            self.build_batch_size,
+            self.latent_cache_path,
+            lambda count: encode(pixels([0] * count, [False] * count)),
+        )
         with shard_progress("Latent cache", self._rank) as progress:
             return LatentCache.build(
                 self.latent_cache_path,
                 self.target,
-                module.encode,
+                encode,
                 {"autoencoder": module.encoder_identity()},
                 mirrored=self.horizontal_flip,
-                batch_size=self.build_batch_size,
+                batch_size=batch_size,
                 num_workers=self.num_workers,
                 rank=self._rank,
                 world_size=self._world_size,
                 barrier=self._barrier,
                 progress=self._until_stopped(progress),
             )
+
+    def _bank_batch_size(self, generator: BankGenerator) -> int:
+        assert self.bank_path is not None
+        return build_batch(
+            self.build_batch_size, self.bank_path, lambda count: generator.generate_bank(torch.arange(count))
+        )
 
     # -- loaders ----------------------------------------------------------------------------------------------------
 
@@ -281,7 +297,7 @@ class MemoryBankDataModule(L.LightningDataModule):
             return []
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
         # Neither batch_size nor the number of processes counts, so the loss is the same on one GPU and on eight.
-        size = max(1, min(self.build_batch_size, len(self.val_target) // _FEWEST_EVALUATION_BATCHES))
+        size = max(1, min(self.build_batch_size or BATCH_SIZE, len(self.val_target) // _FEWEST_EVALUATION_BATCHES))
         batches = EvaluationBatches(read, len(self.val_target), size)
         if len(batches) < self._world_size:
             raise ConfigError(
@@ -295,12 +311,13 @@ class MemoryBankDataModule(L.LightningDataModule):
         module = self.trainer.lightning_module if self.trainer is not None else None
         if self.bank_path is None or not isinstance(module, SupportsBankGeneration):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
-        writer = MemoryBank.writer(self.bank_path, module.bank_generator().bank_spec(), self.bank_size)
+        generator = module.bank_generator()
+        writer = MemoryBank.writer(self.bank_path, generator.bank_spec(), self.bank_size)
         self.trainer.callbacks.append(MemoryBankWriter(writer))
         if self._rank == 0:
             writer.lock(waits=self._world_size == 1)
         self._barrier()
-        return bank_work(writer, self.build_batch_size, self._rank, self._world_size)
+        return bank_work(writer, self._bank_batch_size(generator), self._rank, self._world_size)
 
     def _loader(self, batches: Dataset, sampler: DistributedSampler) -> DataLoader:
         return DataLoader(
@@ -325,8 +342,9 @@ class MemoryBankDataModule(L.LightningDataModule):
     def reference_images(self) -> Iterator[Tensor]:
         """The real pictures that generated ones are compared with: batches (B, C, H, W) uint8 in a fixed order."""
         targets = self._reference_targets
-        for start in range(0, len(targets), self.build_batch_size):
-            yield targets.uint8(range(start, min(len(targets), start + self.build_batch_size)))
+        size = self.build_batch_size or BATCH_SIZE
+        for start in range(0, len(targets), size):
+            yield targets.uint8(range(start, min(len(targets), start + size)))
 
     def reference_identity(self) -> str:
         """Digest of the reference pictures."""

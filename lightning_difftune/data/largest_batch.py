@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+from lightning_difftune.data.shards.format import MANIFEST
+
+BATCH_SIZE = 64  # where nothing is to be built
+LARGEST = 512  # beyond, no device is faster, and what is tried out costs more
+
+
+def build_batch(size: int | None, folder: Path, run: Callable[[int], object]) -> int:
+    """The batch size that a folder is built with: the given one or, for ``None``, the largest that fits.
+
+    Args:
+        size: What was asked for.
+        folder: What is built; nothing is tried out if it is finished.
+        run: As for :func:`largest_batch`.
+    """
+    if size is not None:
+        return size
+    return BATCH_SIZE if (folder / MANIFEST).exists() else largest_batch(run, LARGEST)
 
 
 def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> int:

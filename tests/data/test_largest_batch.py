@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_difftune.data.largest_batch import largest_batch
+from lightning_difftune.data import MemoryBank
+from lightning_difftune.data.largest_batch import build_batch, largest_batch
 
 
 class Device:
@@ -47,3 +48,33 @@ def test_other_errors_are_not_taken_for_a_full_memory() -> None:
 
     with pytest.raises(RuntimeError, match="shapes"):
         largest_batch(broken, 64)
+
+
+class Generator:
+    """A pre-trained model on a device that holds 40 samples."""
+
+    def __init__(self) -> None:
+        self.device = Device(40)
+
+    def bank_spec(self) -> dict[str, str]:
+        return {"model": "none"}
+
+    def generate_bank(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.device(len(indices))
+        return {"latents": indices.float().view(-1, 1, 1, 1)}
+
+
+def test_a_bank_is_built_with_it_and_a_finished_one_tries_nothing(tmp_path) -> None:
+    generator = Generator()
+    run = lambda count: generator.generate_bank(torch.arange(count))  # noqa: E731
+    assert build_batch(7, tmp_path / "bank", run) == 7
+    assert generator.device.asked == []
+    size = build_batch(None, tmp_path / "bank", run)
+    assert size == 32
+    assert torch.equal(
+        MemoryBank.build(tmp_path / "bank", generator, 100, batch_size=size).read(torch.arange(100))["latents"],
+        torch.arange(100.0).view(-1, 1, 1, 1),
+    )
+    generator.device.asked.clear()
+    assert build_batch(None, tmp_path / "bank", run) == 64
+    assert generator.device.asked == []

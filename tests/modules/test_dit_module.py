@@ -94,6 +94,17 @@ def test_fit_builds_the_bank_and_opens_it_again(tmp_path, weights):
     assert shard.stat().st_mtime_ns == written
 
 
+def test_a_bank_is_built_in_the_largest_batch_that_fits(tmp_path, weights):
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path, build_batch_size="auto"))
+    assert len(MemoryBank(tmp_path / "bank")) == 10
+    trainer_of(tmp_path, 1).predict(
+        module_of(weights),
+        data_of(tmp_path, build_batch_size="auto", bank=tmp_path / "other"),
+        return_predictions=False,
+    )
+    assert len(MemoryBank(tmp_path / "other")) == 10
+
+
 def test_predict_builds_the_same_bank_as_fit(tmp_path, weights):
     trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path))
     trainer = trainer_of(tmp_path, 1)

@@ -17,6 +17,7 @@ from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured, Speed
+from lightning_difftune.data.largest_batch import BATCH_SIZE
 from lightning_difftune.data.shards.atomic import atomic_write
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.modules import DiffTuningModule
@@ -75,7 +76,8 @@ def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precis
     trained = copy.deepcopy(module).to(device)
     trained.train()
     of_training = Probe(trained, shape, data.batch_size, precision)
-    return Measured(of_training, Probe(trained, shape, data.build_batch_size, precision))
+    size = BATCH_SIZE if data.build_batch_size == "auto" else data.build_batch_size
+    return Measured(of_training, Probe(trained, shape, size, precision))
 
 
 def sizes(reader: ModelReader) -> tuple[int | None, int | None]:
