@@ -241,7 +241,7 @@ def main(options: argparse.Namespace) -> None:
     results, rows = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures, autoencoder = write_pictures(folder, 256, options.image_size), autoencoder_folder(folder)
+        pictures, autoencoder = write_pictures(folder, options.pictures, options.image_size), autoencoder_folder(folder)
         model = network(options)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         quiet_trainer(1).fit(module_of(copy.deepcopy(model), autoencoder), data_of(options, folder, pictures))
@@ -268,6 +268,7 @@ if __name__ == "__main__":
     parser.add_argument("--hidden-size", type=int, default=288)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=64, help="pixels; latents are an eighth of it")
+    parser.add_argument("--pictures", type=int, default=2000, help="of an epoch, which costs more to begin than a step")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--block", type=int, default=5, help="steps of each loop before it is the other's turn")
     parser.add_argument("--blocks", type=int, default=21)

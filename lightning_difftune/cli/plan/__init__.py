@@ -17,6 +17,7 @@ from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured, Speed
+from lightning_difftune.costs import Setup
 from lightning_difftune.data.largest_batch import BATCH_SIZE
 from lightning_difftune.data.shards.atomic import atomic_write
 from lightning_difftune.errors import ConfigError
@@ -105,12 +106,11 @@ def show(
     table.add_row("in all", "", f"{flops:.2g}", duration(total), size(disk))
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    weights, optimizer = costs.trained * 4 + costs.frozen_bytes, costs.trained * 4 * 3
-    averages, activations = costs.trained * 4, costs.activation_bytes * batch_size
-    memory = weights + optimizer + averages + activations
+    kept = Setup(costs.trained, devices=devices).memory + costs.frozen_bytes
+    activations = costs.activation_bytes * batch_size
     console.print(
-        f"Memory of a training step, about {size(memory)} a device: weights {size(weights)}, gradients and Adam "
-        f"{size(optimizer)}, EMA {size(averages)}, activations of {batch_size} samples {size(activations)}."
+        f"Memory of a training step, about {size(kept + activations)} a device: {size(kept)} for weights, gradients, Adam "
+        f"and EMA, and {size(activations)} for the activations of {batch_size} samples."
     )
     console.print(
         "Not counted: reading pictures, feature extractors, and what a device waits for. A named device's hours are as "
@@ -120,7 +120,7 @@ def show(
         content = {
             "device": speed.name,
             "devices": devices,
-            "memory_bytes": memory,
+            "memory_bytes": kept + activations,
             "phases": {
                 phase.name: {
                     "what": phase.what,
