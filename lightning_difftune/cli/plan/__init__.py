@@ -109,8 +109,8 @@ def show(
     kept = Setup(costs.trained, devices=devices).memory + costs.frozen_bytes
     activations = costs.activation_bytes * batch_size
     console.print(
-        f"Memory of a training step, about {size(kept + activations)} a device: {size(kept)} for weights, gradients, Adam "
-        f"and EMA, and {size(activations)} for the activations of {batch_size} samples."
+        f"Memory of a training step, about {size(kept + activations)} a device: {size(kept)} for weights, gradients, "
+        f"Adam and EMA, and {size(activations)} for the activations of {batch_size} samples."
     )
     console.print(
         "Not counted: reading pictures, feature extractors, and what a device waits for. A named device's hours are as "
