@@ -3,8 +3,9 @@
     python benchmarks/data.py
 
 A batch of 32 cached latents of 256 px pictures (mean and standard deviation, half of them mirror images, the order and
-the coins drawn from the seed) against the same pictures decoded and cropped from PNGs, in turns. Then the share of the
-time of building the cache in which the autoencoder computes, and the reading by size of the batch and of the cache.
+the coins drawn from the seed) against the same pictures decoded and cropped from PNGs, in turns. Then the shares of the
+time of building the cache and a memory bank in which networks compute, and the reading by size of the batch and of the
+cache.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from typing import Any
 
 import torch
 from harness import now, parser_of, report
+from torch import Tensor
 from training_step import autoencoder_folder, write_pictures
 
+from lightning_difftune import DiTDiffTuningModule, MemoryBank
 from lightning_difftune.data import ImageFolder, LatentCache
 from lightning_difftune.data.batches import ShuffledStream, TrainingBatches
 from lightning_difftune.data.images import ImageTargets
-from lightning_difftune.models import FrozenAutoencoder
-from lightning_difftune.protocols import TargetBatch
+from lightning_difftune.models import DiT, FrozenAutoencoder
+from lightning_difftune.protocols import BankGenerator, TargetBatch
+from lightning_difftune.sampling import Sampler
 
 
 class TimedEncoder:
@@ -44,6 +48,37 @@ class TimedEncoder:
             mean, std = self.autoencoder.encode(pixels)
         self.seconds += now() - start
         return {"latent_mean": mean, "latent_std": std, "class_labels": batch["class_labels"]}
+
+
+class TimedGenerator:
+    """A source of a memory bank that adds up its seconds."""
+
+    def __init__(self, generator: BankGenerator) -> None:
+        self.generator, self.seconds = generator, 0.0
+
+    def bank_spec(self) -> dict[str, Any]:
+        """The source's."""
+        return self.generator.bank_spec()
+
+    def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
+        """The source's samples."""
+        start = now()
+        samples = self.generator.generate_bank(indices)
+        self.seconds += now() - start
+        return samples
+
+
+def bank_share(folder: Path, side: int) -> float:
+    """The part of the time of building a bank of several shards in which samples are drawn."""
+    torch.manual_seed(0)
+    module = DiTDiffTuningModule(
+        DiT(side, 4, 4, 192, 4, 6), sampler=Sampler(num_inference_steps=10, guidance_scale=1.0)
+    )
+    module.configure_model()
+    generator = TimedGenerator(module.bank_generator())
+    start = now()
+    MemoryBank.build(folder / "bank", generator, 500, batch_size=50, shard_size=100)
+    return generator.seconds / (now() - start)
 
 
 def batches_of(read: Callable[..., Any], count: int, batch_size: int) -> TrainingBatches:
