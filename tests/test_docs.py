@@ -107,6 +107,8 @@ def test_commands_exist(block, anywhere):
             assert set(words[1:]) <= set(targets)
         elif words[:2] == ["python", "-c"]:
             compile(words[2], line, "exec")
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file()
         elif words[:2] == ["pip", "install"]:
             extras = re.findall(r"\[(.*)\]", words[-1])
             assert set(",".join(extras).split(",")) <= {"", *PROJECT["optional-dependencies"]}
