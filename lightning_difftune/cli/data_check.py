@@ -168,9 +168,9 @@ def show(report: dict[str, Any], console: Console) -> None:
             overview.add_row(name.replace("_", " "), value)
     console.print(overview)
     if report["classes"]:
-        table = Table("class", "pictures", "", title="Smallest classes", title_justify="left")
+        table = Table("class", "pictures", title="Smallest classes", title_justify="left")
         for name, number in sorted(report["classes"].items(), key=lambda entry: entry[1])[:SHOWN]:
-            table.add_row(escape(name), f"{number:,}", "[yellow]few" if number < FEW_PICTURES else "")
+            table.add_row(escape(name), f"{number:,}" + (" [yellow]few" if number < FEW_PICTURES else ""))
         console.print(table)
         if len(report["classes"]) > SHOWN:
             console.print(f"... and {len(report['classes']) - SHOWN} larger ones")
