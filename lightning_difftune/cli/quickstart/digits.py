@@ -31,7 +31,7 @@ class Tuned:
 
     samples: Tensor  # (10 * COLUMNS, 1, 20, 20) uint8, one row a digit
     recognised: float  # share that the classifier takes for the digit of their row
-    curve: list[tuple[int, float]]  # Frechet distance over training steps
+    curve: list[tuple[int, float]]  # Fréchet distance over training steps
     seconds: float
     parameters: int
 
@@ -131,7 +131,7 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
         f"{name}: {run.curve[-1][1]:.3g} at the end": [(step, [value]) for step, value in run.curve]
         for name, run in tuned.items()
     }
-    curves(axes["curve"], series, "Distance to the real test digits", "Frechet distance (digit-classifier features)")
+    curves(axes["curve"], series, "Distance to the real test digits", "Fréchet distance (digit-classifier features)")
     axes["curve"].set_ylim(bottom=0)
     figure.suptitle("From Omniglot characters to digits: the same steps, batch and start", fontsize=13)
     figure.savefig(path, dpi=120)
@@ -143,10 +143,10 @@ def print_summary(output: Path, export: Path, tuned: dict[str, Tuned], accuracy:
     from rich.table import Table
 
     table = Table(title="Quickstart", title_justify="left")
-    for heading in ("method", "recognised", "Frechet distance", "time"):
+    for heading in ("method", "recognised", "Fréchet distance", "time"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, run in tuned.items():
-        table.add_row(name, f"{run.recognised:.1%}", f"{run.curve[-1][1]:.1f}", f"{run.seconds:.0f} s")
+        table.add_row(name, f"{run.recognised:.1%}", f"{run.curve[-1][1]:.2f}", f"{run.seconds:.0f} s")
     console = Console(soft_wrap=True)
     console.print()
     console.print(table)
@@ -156,6 +156,7 @@ def print_summary(output: Path, export: Path, tuned: dict[str, Tuned], accuracy:
         f"Look at      {output / 'report.png'}\n"
         f"Figures      {output / 'metrics.json'}\n"
         f"Tuned model  {export}   (load_dit opens it)\n"
+        f"A run's page difftune report {output / 'diff-tuning'}\n"
         "Next         tune a DiT to your own pictures:\n"
         "             name their folder in configs/dit/folder.yaml, then\n"
         "             difftune fit --config configs/dit/base.yaml --config configs/dit/folder.yaml",
