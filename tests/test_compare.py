@@ -233,6 +233,19 @@ def test_report_draws_again_from_the_results_alone(finished, monkeypatch, capsys
     assert "4 of 4 results in out/results" in capsys.readouterr().out
 
 
+def test_results_may_be_kept_apart_from_the_runs(finished, monkeypatch, capsys):
+    write_study(finished, results="kept")
+    shutil.copytree("out/results", "kept/results")
+    shutil.rmtree("out")
+    monkeypatch.delattr(compare, "start_process")
+    assert main(["compare", "study.yaml"]) == 0, "all runs are finished"
+    assert "4 of 4 results in kept/results" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("kept").iterdir()) == ["figures", "results", "table.csv", "table.md"]
+    assert not list(Path("out").glob("[!.]*"))
+    assert main(["compare", "study.yaml", "--output", "elsewhere", "--dry-run"]) == 0
+    assert "plain-seed0: to do" in capsys.readouterr().out
+
+
 def test_the_table_has_means_spreads_and_changes(finished):
     plain, tuned = table()
     values = {run: [result(f"{run}-seed{seed}")["values"]["ewc/total"] for seed in (0, 1)] for run in STUDY["runs"]}

@@ -36,7 +36,7 @@ def compare(argv: Sequence[str]) -> None:
         "that was interrupted goes on where it stopped.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
-    parser.add_argument("--output", type=Path, help="folder of the results (default: the study's)")
+    parser.add_argument("--output", type=Path, help="folder of runs and results (default: the study's)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, of those in the study (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds to do (default: the study's)")
     parser.add_argument("--dry-run", action="store_true", help="check the configs and list the runs; run nothing")
@@ -47,8 +47,8 @@ def compare(argv: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     study = read_study(options.study)
     seeds = list(study.seeds) if options.seeds is None else options.seeds
-    output = study.output if options.output is None else options.output
-    jobs = list(read_jobs(study, chosen(study, options.only), seeds, output))
+    output, kept = (study.output, study.kept) if options.output is None else (options.output, options.output)
+    jobs = list(read_jobs(study, chosen(study, options.only), seeds, output, kept))
     failed: list[Job] = []
     if options.dry_run:
         list_jobs(jobs, console)
@@ -57,12 +57,12 @@ def compare(argv: Sequence[str]) -> None:
         lock = FolderLock(output)
         lock.acquire(waits=False)
         try:
-            discard_leftovers(output)
+            discard_leftovers(output, kept)
             refuse_changed(study, jobs, options.rerun_changed)
             failed = run_jobs(jobs, console)
         finally:
             lock.release()
-    report(study, jobs, output, console)
+    report(study, jobs, kept, console)
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.name for job in failed)}. Why is at the end of "
@@ -70,9 +70,9 @@ def compare(argv: Sequence[str]) -> None:
         )
 
 
-def discard_leftovers(output: Path) -> None:
+def discard_leftovers(output: Path, kept: Path) -> None:
     """Delete what killed runs have left half-written."""
-    for folder in (output, output / "results", *output.glob("runs/*")):
+    for folder in (output, kept, kept / "results", *output.glob("runs/*")):
         discard_temporaries(folder)
 
 
@@ -175,16 +175,16 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no word")
 
 
-def report(study: Study, jobs: Sequence[Job], output: Path, console: Console) -> None:
+def report(study: Study, jobs: Sequence[Job], kept: Path, console: Console) -> None:
     """Write tables and figures of the results that are there, and print the table."""
     results = [(job.run, result) for job in jobs if (result := job.result()) is not None]
     for job in jobs:
         if job.result() is not None and job.differences():
             console.print(f"{job.name} was made with another config: {'; '.join(job.differences())}")
     if not results:
-        raise ConfigError(f"{output / 'results'} has no result of {study.path} to report.")
-    console.print(f"{len(results)} of {len(jobs)} results in {output / 'results'}")
+        raise ConfigError(f"{kept / 'results'} has no result of {study.path} to report.")
+    console.print(f"{len(results)} of {len(jobs)} results in {kept / 'results'}")
     lines = comparison(study, results)
-    write_tables(study, lines, output, console)
-    draw_figures(study, lines, output / "figures")
-    console.print(f"Tables {output / 'table.csv'}, {output / 'table.md'}; figures in {output / 'figures'}")
+    write_tables(study, lines, kept, console)
+    draw_figures(study, lines, kept / "figures")
+    console.print(f"Tables {kept / 'table.csv'}, {kept / 'table.md'}; figures in {kept / 'figures'}")

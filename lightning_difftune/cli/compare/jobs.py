@@ -29,7 +29,8 @@ class Job:
         settings: What the configs and the study set, composed; defaults of the code are not in it. ``{run}``,
             ``{output}`` and ``{seed}`` stand for this run's folder, the study's, and the seed.
         evaluators: Measurements at the end.
-        output: Folder of the study.
+        output: Folder of the study's runs.
+        kept: Folder of its results.
     """
 
     run: StudyRun
@@ -37,6 +38,7 @@ class Job:
     settings: dict[str, Any]
     evaluators: tuple[Mapping[str, Any], ...]
     output: Path
+    kept: Path
 
     @property
     def name(self) -> str:
@@ -51,7 +53,7 @@ class Job:
     @property
     def result_path(self) -> Path:
         """The result of the finished run; its sample grid has the suffix ``.png``."""
-        return self.output / "results" / f"{self.name}.json"
+        return self.kept / "results" / f"{self.name}.json"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class Job:
         return config
 
 
-def read_jobs(study: Study, runs: list[StudyRun], seeds: list[int], output: Path) -> Iterator[Job]:
+def read_jobs(study: Study, runs: list[StudyRun], seeds: list[int], output: Path, kept: Path) -> Iterator[Job]:
     """The jobs of a study, seed by seed, with all configs composed and checked.
 
     Raises:
@@ -119,7 +121,7 @@ def read_jobs(study: Study, runs: list[StudyRun], seeds: list[int], output: Path
                 settings = yaml.safe_load(reader.compose(study.arguments(run, seed)))
             except ConfigError as error:
                 raise ConfigError(f"{study.path}: runs.{run.name} cannot be run. {error}") from error
-            yield Job(run, seed, inside_run_folder(settings), study.evaluators, output)
+            yield Job(run, seed, inside_run_folder(settings), study.evaluators, output, kept)
 
 
 def inside_run_folder(settings: dict[str, Any]) -> dict[str, Any]:

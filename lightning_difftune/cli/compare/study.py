@@ -49,7 +49,8 @@ class Study:
     Attributes:
         path: The file.
         title: Heading of tables and figures.
-        output: Folder of the results.
+        output: Folder of the runs, and of what they share.
+        kept: Folder of results, tables and figures, which are small; the runs' folder where the study names no other.
         seeds: Seeds of every run.
         base: Configs that all runs start from.
         settings: Keys that all runs set, between the base and their own configs.
@@ -61,6 +62,7 @@ class Study:
     path: Path
     title: str
     output: Path
+    kept: Path
     seeds: tuple[int, ...]
     base: tuple[Path, ...]
     settings: Mapping[str, Any]
@@ -101,17 +103,19 @@ def read_study(path: Path) -> Study:
         content = yaml.safe_load(found.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
         raise ConfigError(f"The study file {found} is no YAML: {' '.join(str(error).split())}.") from error
-    keys = Keys(found, "", content, ("title", "output", "seeds", "base", "set", "evaluate", "metrics", "runs"))
+    keys = Keys(found, "", content, STUDY_KEYS)
     runs = keys.get("runs", dict, "a mapping of names to runs")
     if not runs:
         raise keys.error("runs", "names no run", "Add one: NAME: {configs: [overlay.yaml]}.")
     seeds = keys.get("seeds", list, "a list of numbers such as [0, 1]", default=[0])
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise keys.error("seeds", f"is {seeds}", "Give different whole numbers from 0, such as [0, 1].")
+    output = keys.get("output", str, "a folder such as runs/study")
     return Study(
         path=found,
         title=keys.get("title", str, "a text", default=found.stem.replace("_", " ").capitalize()),
-        output=Path(keys.get("output", str, "a folder such as runs/study")),
+        output=Path(output),
+        kept=Path(keys.get("results", str, "a folder such as results/study", default=output)),
         seeds=tuple(seeds),
         base=keys.configs("base", required=True),
         settings=keys.settings(),
@@ -146,6 +150,7 @@ def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> Stu
     )
 
 
+STUDY_KEYS = ("title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "runs")
 RUN_KEYS = ("configs", "set", "method", "group", "at", "against")
 
 

@@ -110,7 +110,9 @@ def sample_grid(cli: DiffTuneCLI) -> bytes | None:
     with torch.inference_mode():
         pictures = torch.cat([cli.model.generate(indices).cpu() for indices in torch.arange(GRID).split(25)])
     png = io.BytesIO()
-    Image.fromarray(make_grid(pictures, nrow=COLUMNS).permute(1, 2, 0).numpy()).save(png, format="PNG")
+    grid = make_grid(pictures, nrow=COLUMNS)  # of three channels, also where the pictures are grey
+    pixels = grid[0] if pictures.shape[1] == 1 else grid.permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(png, format="PNG", optimize=True)
     return png.getvalue()
 
 
