@@ -26,12 +26,13 @@ from lightning_difftune.data import shards
 from lightning_difftune.models import DiT, export_dit
 
 STEPS = 150
+CHECKPOINT_EVERY = 10
 ENTRY = [sys.executable, "-m", "lightning_difftune"]
 CALLBACKS = [
     {"class_path": "lightning_difftune.callbacks.EMA", "init_args": {"decay": 0.9}},
     {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": 10},
+        "init_args": {"save_last": True, "save_top_k": 0, "every_n_train_steps": CHECKPOINT_EVERY},
     },
 ]
 
@@ -180,8 +181,11 @@ def assert_same(one, two, where=""):
         assert one == two, where
 
 
-def assert_as_undisturbed(folder, undisturbed):
-    """Weights, averages, optimizer, schedule, position and log are those of the undisturbed run, to the bit."""
+def assert_as_undisturbed(folder, undisturbed, killed=False):
+    """Weights, averages, optimizer, schedule, position and log are those of the undisturbed run, to the bit.
+
+    A run that was killed between a checkpoint and what is logged of the same step has lost that row.
+    """
     ours, theirs = last_checkpoint(folder), last_checkpoint(undisturbed)
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         assert_same(ours[name], theirs[name], name)
@@ -189,7 +193,9 @@ def assert_as_undisturbed(folder, undisturbed):
         next(state for key, state in found["callbacks"].items() if key.startswith("EMA")) for found in (ours, theirs)
     ]
     assert_same(*averages)
-    assert logged(folder) == logged(undisturbed)
+    values, expected = logged(folder), logged(undisturbed)
+    lost = {key for key in expected.keys() - values.keys() if killed and (key[0] + 1) % CHECKPOINT_EVERY == 0}
+    assert values == {key: value for key, value in expected.items() if key not in lost}
     files = sorted(path.name for path in (undisturbed / "bank").iterdir())
     assert sorted(path.name for path in (folder / "bank").iterdir()) == files
     assert all((folder / "bank" / name).read_bytes() == (undisturbed / "bank" / name).read_bytes() for name in files)
@@ -223,7 +229,7 @@ def test_killed_and_gone_on_with_by_one_option(project, undisturbed):
     step = re.search("Going on from run/lightning_logs/version_0/checkpoints/last.ckpt, step ([0-9]+) of 150", output)
     assert step is not None, output
     assert 60 <= int(step[1]) <= STEPS
-    assert_as_undisturbed(project, undisturbed)
+    assert_as_undisturbed(project, undisturbed, killed=True)
 
 
 @pytest.mark.slow
@@ -240,7 +246,7 @@ def test_killed_again_and_again(project, undisturbed, seed):
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
     assert kills
-    assert_as_undisturbed(project, undisturbed)
+    assert_as_undisturbed(project, undisturbed, killed=True)
 
 
 @pytest.mark.slow
