@@ -127,14 +127,14 @@ def read_export(folder: Path) -> None:
 
 def job_of(folder: Path) -> Job:
     """A run of a study."""
-    return Job(StudyRun("run", (), {}, "", "", {}, None), 0, {"trainer": {}}, (), folder)
+    return Job(StudyRun("run", (), {}, "", "", {}, None), 0, {"trainer": {}}, (), folder, folder)
 
 
 def write_result(folder: Path) -> None:
     """Write a run's result and the tables that are made of it, several times."""
     job = job_of(folder)
     job.result_path.parent.mkdir(parents=True, exist_ok=True)
-    discard_leftovers(folder)  # as `difftune compare` does when it begins
+    discard_leftovers(folder, folder)  # as `difftune compare` does when it begins
     content = {"digest": job.digest, "identity": job.identity, "values": [i / 7 for i in range(2_000)]}
     for _ in range(4):
         atomic_write(job.result_path, (json.dumps(content) + "\n").encode())
