@@ -284,12 +284,16 @@ class DiffTuningModule(L.LightningModule, ABC):
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and batch_idx % every == 0:
             self._finite.check(self)
-        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers. All processes
-        # have the same shares of both streams, so the mean of their means is that of the global batch.
-        self.log("train/loss", output.loss.detach(), sync_dist=True)
-        self.log("train/reconsolidation", output.reconsolidation.detach(), sync_dist=True)
+        # All processes have the same shares of both streams, so the mean of their means is that of the global batch.
+        # `sync_dist` would stop all of them at a barrier for each value; this is one gathering, which nobody waits for.
+        losses = torch.stack([output.loss, output.reconsolidation, output.retention]).detach()
+        everyone: Any = self.all_gather(losses)  # (W, 3) or, on one device, (3,) as they are
+        losses = everyone.view(-1, len(losses)).mean(0)
+        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
+        self.log("train/loss", losses[0])
+        self.log("train/reconsolidation", losses[1])
         if "retention" in batch:
-            self.log("train/retention", output.retention.detach(), sync_dist=True)
+            self.log("train/retention", losses[2])
         return output.loss
 
     def on_train_end(self) -> None:
