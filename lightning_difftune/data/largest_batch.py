@@ -10,7 +10,7 @@ import torch
 from lightning_difftune.data.shards.format import MANIFEST
 
 BATCH_SIZE = 64  # where nothing is to be built
-LARGEST = 512  # beyond, no device is faster, and what is tried out costs more
+LARGEST = 512  # what is tried out is computed for nothing, and is twice this at most
 
 
 def build_batch(size: int | None, folder: Path, run: Callable[[int], object]) -> int:
