@@ -60,6 +60,11 @@ def class_counts(datamodule: Any) -> dict[str, int] | None:
 class SaveRun(SaveConfigCallback):
     """Saves ``environment.json`` beside the ``config.yaml`` that Lightning saves when a run starts."""
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find the folder on all processes, since ``trainer.log_dir`` is a broadcast, then save on the first."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write when and where the run starts. What cannot be written is a warning; the run is worth more."""
         record = {
@@ -70,7 +75,7 @@ class SaveRun(SaveConfigCallback):
             "git": commit(),
             "class_counts": class_counts(getattr(trainer, "datamodule", None)),
         }
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "environment.json"
+        path = self._folder / "environment.json"
         try:
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
