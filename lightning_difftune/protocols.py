@@ -6,7 +6,7 @@ Convention everywhere: t = 0 is data, t = T is noise, T = 1000 discrete steps in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -55,6 +55,23 @@ class SupportsGenerate(Protocol):
 
     def generate(self, indices: Tensor) -> Tensor:
         """Indices (B,) int64 => pictures (B, 1 or 3, H, W) uint8."""
+        ...
+
+
+class GeneratesClasses(Protocol):
+    """A model of K classes that generates samples of those it is asked for."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes K."""
+        ...
+
+    def class_conditions(self, class_labels: Tensor) -> tuple[Any, Any]:
+        """Condition and null condition for classes (B,) int64."""
+        ...
+
+    def generate(self, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
+        """Sample indices (B,) and their conditions => pictures (B, 1 or 3, H, W) uint8."""
         ...
 
 
@@ -107,6 +124,19 @@ class SupportsReferenceImages(Protocol):
 
     def reference_identity(self) -> str:
         """A string that changes when the reference pictures do; the key of cached statistics."""
+        ...
+
+
+@runtime_checkable
+class SupportsLabelledImages(Protocol):
+    """A data module that can show its training and its held-out pictures with their classes."""
+
+    def labelled_images(self, split: Literal["train", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of pictures (B, 1 or 3, H, W) uint8 and their classes (B,) int64, in a fixed order."""
+        ...
+
+    def images_identity(self, split: Literal["train", "val"]) -> str:
+        """A string that changes when these pictures do; a key of caches."""
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from lightning_difftune.data.largest_batch import BATCH_SIZE, build_batch
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
 from lightning_difftune.data.progress import shard_progress
+from lightning_difftune.data.real_pictures import RealPictures
 from lightning_difftune.data.shards import ShardWork
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
@@ -37,7 +38,7 @@ from lightning_difftune.protocols import BankGenerator, SupportsBankGeneration, 
 _FEWEST_EVALUATION_BATCHES = 64
 
 
-class MemoryBankDataModule(L.LightningDataModule):
+class MemoryBankDataModule(RealPictures, L.LightningDataModule):
     """Target pictures and replayed samples of the pre-trained model, in fixed shares of every batch.
 
     A batch of B holds ``int(retention_share * B)`` bank samples and target samples for the rest (Algorithm 1; the
@@ -328,36 +329,3 @@ class MemoryBankDataModule(L.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )
-
-    # -- reference pictures, for FID --------------------------------------------------------------------------------
-
-    @property
-    def _reference_targets(self) -> ImageTargets:
-        if self.reference == "train":
-            return self.target
-        if self.val_target is None:
-            raise ConfigError("reference is 'val' but there is no val_target; set one, or reference: train.")
-        return self.val_target
-
-    def reference_images(self) -> Iterator[Tensor]:
-        """The real pictures that generated ones are compared with: batches (B, C, H, W) uint8 in a fixed order."""
-        targets = self._reference_targets
-        size = self.build_batch_size or BATCH_SIZE
-        for start in range(0, len(targets), size):
-            yield targets.uint8(range(start, min(len(targets), start + size)))
-
-    def reference_identity(self) -> str:
-        """Digest of the reference pictures."""
-        return self._reference_targets.identity()
-
-    # -- held-out pictures that controls are taken from -------------------------------------------------------------
-
-    @property
-    def num_control_examples(self) -> int:
-        """Held-out pictures; 0 without ``val_target``."""
-        return len(self.val_target) if self.val_target is not None else 0
-
-    def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Held-out pictures (B, C, H, W) uint8 at the indices, and their captions."""
-        assert self.val_target is not None
-        return self.val_target.captioned(indices)

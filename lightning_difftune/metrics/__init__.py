@@ -5,8 +5,9 @@ from __future__ import annotations
 from lightning_difftune.metrics.control_similarity import BlurredSSIM, ControlMSE, PixelAccuracy
 from lightning_difftune.metrics.digit_classifier import DigitClassifier, RecognisedDigits
 from lightning_difftune.metrics.extractors import EfficientNetLite0Features, InceptionV3Features
-from lightning_difftune.metrics.frechet import FrechetDistance
+from lightning_difftune.metrics.frechet import FrechetDistance, frechet_distance
 from lightning_difftune.metrics.reference_cache import ReferenceCache
+from lightning_difftune.metrics.sample_quality import SampleQuality
 
 __all__ = [
     "BlurredSSIM",
@@ -18,4 +19,6 @@ __all__ = [
     "PixelAccuracy",
     "RecognisedDigits",
     "ReferenceCache",
+    "SampleQuality",
+    "frechet_distance",
 ]

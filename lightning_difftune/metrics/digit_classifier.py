@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from lightning_difftune.protocols import GeneratesClasses
 
 BUNDLED = Path(__file__).parent / "weights" / "digit-classifier.safetensors"
 
@@ -50,18 +52,6 @@ class DigitClassifier(nn.Module):
         """Pictures (B, 1, 20, 20) uint8 => digits (B,) int64."""
         with torch.inference_mode():
             return self.head(self(images)).argmax(1)
-
-
-class GeneratesClasses(Protocol):
-    """A model that generates samples of given classes, as our class-conditional modules do."""
-
-    def class_conditions(self, class_labels: Tensor) -> tuple[Any, Any]:
-        """Condition and null condition for classes (B,) int64."""
-        ...
-
-    def generate(self, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
-        """Sample indices (B,) and their conditions => pictures (B, 1, 20, 20) uint8."""
-        ...
 
 
 class RecognisedDigits:

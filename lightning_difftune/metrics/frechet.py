@@ -121,9 +121,7 @@ class FrechetDistance(FrechetInceptionDistance):
         mean_fake, cov_fake = _moments(
             self.fake_features_sum, self.fake_features_cov_sum, self.fake_features_num_samples
         )
-        trace_of_root = _trace_of_root(self._factor_of(cov_real), cov_fake)
-        distance = (mean_real - mean_fake).square().sum() + cov_real.trace() + cov_fake.trace() - 2 * trace_of_root
-        return distance.clamp(min=0)  # rounding may leave -1e-12 between equal sets
+        return _distance(mean_real, cov_real, self._factor_of(cov_real), mean_fake, cov_fake)
 
     def _factor_of(self, cov_real: Tensor) -> Tensor:
         """The factor of the real covariance, computed anew only where that has changed."""
@@ -157,6 +155,34 @@ class FrechetDistance(FrechetInceptionDistance):
     def reset_real(self) -> None:
         """Forget the real pictures, which :meth:`reset` keeps."""
         self.load_real_state({key: torch.zeros_like(value) for key, value in self.real_state().items()})
+
+
+def frechet_distance(real_features: Tensor, generated_features: Tensor) -> Tensor:
+    """The Fréchet distance of two sets of features, as :class:`FrechetDistance` has it of pictures.
+
+    Args:
+        real_features: (N, D), N at least 2.
+        generated_features: (M, D), M at least 2.
+
+    Returns:
+        The distance, a float64 scalar.
+
+    Example:
+        >>> features = torch.arange(12.0).view(4, 3)
+        >>> round(frechet_distance(features, features + 5).item(), 6)
+        75.0
+    """
+    (mean_real, cov_real), (mean_fake, cov_fake) = (
+        _moments(features.sum(0), features.T @ features, torch.tensor(len(features)))
+        for features in (real_features.double(), generated_features.double())
+    )
+    return _distance(mean_real, cov_real, _factor(cov_real), mean_fake, cov_fake)
+
+
+def _distance(mean_real: Tensor, cov_real: Tensor, factor_real: Tensor, mean_fake: Tensor, cov_fake: Tensor) -> Tensor:
+    """Means (D,), covariances (D, D) and a factor of the real one => the distance, a scalar."""
+    distance = (mean_real - mean_fake).square().sum() + cov_real.trace() + cov_fake.trace()
+    return (distance - 2 * _trace_of_root(factor_real, cov_fake)).clamp(min=0)  # rounding may leave -1e-12
 
 
 def _moments(total: Tensor, outer: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

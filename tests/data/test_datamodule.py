@@ -76,7 +76,7 @@ def test_mistakes_are_refused(tmp_path):
         data_of(num_classes=None)
     with pytest.raises(DataError, match=r"image \d+ has a caption, but num_classes = 4"):
         next(iter(data_of([(np.zeros((8, 8), np.uint8), "a cat")] * 8).train_dataloader()))
-    with pytest.raises(ConfigError, match="no val_target"):
+    with pytest.raises(ConfigError, match="no held-out pictures"):
         next(data_of().reference_images())
     with pytest.raises(ConfigError, match="predict builds the memory bank"):
         data_of().predict_dataloader()

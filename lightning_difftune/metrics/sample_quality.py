@@ -1,0 +1,171 @@
+"""How good the samples of a class-conditional model are, against the real pictures of its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.metrics.frechet import FrechetDistance, frechet_distance
+from lightning_difftune.metrics.reference_cache import ReferenceCache, reference_key
+from lightning_difftune.protocols import GeneratesClasses, SupportsLabelledImages
+
+
+class Looks(NamedTuple):
+    """Pictures, as a feature extractor sees them, and their classes."""
+
+    features: Tensor  # (N, D) float32
+    labels: Tensor  # (N,) int64
+
+
+class SampleQuality:
+    """Fréchet distances, precision and recall, and the share of samples whose class a classifier recognises.
+
+    An evaluator of ``difftune compare``, for class-conditional modules whose data module has training and held-out
+    pictures with classes. All four look at the same samples through the same features:
+
+    - the Fréchet distance to the held-out pictures, ``fid`` through Inception-v3 and ``fd_...`` through anything else,
+      and that to the training pictures, the same name with ``_train``;
+    - ``precision`` and ``recall``, the shares of samples within the manifold of the held-out pictures and the reverse,
+      by the k-th nearest neighbour (Kynkäänniemi et al., 2019), as torch-fidelity computes them;
+    - ``recognised``, the share of samples that a linear probe on the features of the training pictures takes for the
+      class that was asked for, and ``recognised_real``, the same probe's accuracy on the held-out pictures.
+
+    Args:
+        feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features``.
+        num_samples: Generated pictures; sample i is of class i mod K.
+        batch_size: Pictures at a time.
+        neighbourhood: k of precision and recall.
+        cache_dir: Folder where the features of the real pictures are kept between runs.
+
+    Raises:
+        ConfigError: If a number is not positive.
+    """
+
+    def __init__(
+        self,
+        feature_extractor: nn.Module,
+        num_samples: int = 2000,
+        batch_size: int = 100,
+        neighbourhood: int = 3,
+        cache_dir: str | Path | None = None,
+    ) -> None:
+        for name, number in (
+            ("num_samples", num_samples),
+            ("batch_size", batch_size),
+            ("neighbourhood", neighbourhood),
+        ):
+            if number < 1:
+                raise ConfigError(f"{name} of SampleQuality must be at least 1, found {number}.")
+        self.key = FrechetDistance(feature_extractor).key
+        self.feature_extractor = feature_extractor
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.neighbourhood = neighbourhood
+        self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
+
+    def evaluate(self, module: Any) -> dict[str, float]:
+        """The figures, for the weights that the module has now.
+
+        Raises:
+            ConfigError: If the module's data cannot show pictures with classes.
+        """
+        data = module.trainer.datamodule
+        if not isinstance(data, SupportsLabelledImages):
+            raise ConfigError(
+                f"SampleQuality needs labelled_images() of the data module; {type(data).__name__} has none."
+            )
+        with torch.no_grad():
+            train, held_out = self.real(data, "train"), self.real(data, "val")
+            samples = self.generated(module)
+            manifolds = prc_features_to_metric(
+                samples.features,
+                held_out.features,
+                prc_neighborhood=self.neighbourhood,
+                prc_batch_size=10_000,
+                save_cpu_ram=False,
+                verbose=False,
+            )
+        probe = fit_linear_probe(train.features, train.labels, module.num_classes)
+        return {
+            self.key: frechet_distance(held_out.features, samples.features).item(),
+            f"{self.key}_train": frechet_distance(train.features, samples.features).item(),
+            "precision": manifolds[KEY_METRIC_PRECISION],
+            "recall": manifolds[KEY_METRIC_RECALL],
+            "recognised": accuracy(probe, samples),
+            "recognised_real": accuracy(probe, held_out),
+        }
+
+    def generated(self, module: GeneratesClasses) -> Looks:
+        """Samples of all classes in turn."""
+        labels = torch.arange(self.num_samples) % module.num_classes
+        batches = torch.arange(self.num_samples).split(self.batch_size)
+        pictures = (module.generate(batch, module.class_conditions(labels[batch])) for batch in batches)
+        return Looks(torch.cat([self._look(batch) for batch in pictures]), labels)
+
+    def real(self, data: SupportsLabelledImages, split: Literal["train", "val"]) -> Looks:
+        """The real pictures, from the cache where they are there."""
+        key = f"features {reference_key(data.images_identity(split), self.feature_extractor)}"
+        stored = self.cache.load(key) if self.cache is not None else None
+        if stored is None:
+            looks = [(self._look(pictures), labels) for pictures, labels in data.labelled_images(split)]
+            features, labels = (torch.cat(parts) for parts in zip(*looks, strict=True))
+            stored = {"features": features, "labels": labels}
+            if self.cache is not None:
+                self.cache.store(key, stored)
+        return Looks(stored["features"], stored["labels"])
+
+    def _look(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 1 or 3, H, W) uint8 => features (B, D) float32 on the CPU."""
+        self.feature_extractor.to(pictures.device).eval()
+        return self.feature_extractor(pictures).float().cpu()
+
+
+class LinearProbe(NamedTuple):
+    """A linear classifier of features that are first brought to mean 0 and variance 1."""
+
+    mean: Tensor  # (D,)
+    std: Tensor  # (D,)
+    weight: Tensor  # (K, D)
+    bias: Tensor  # (K,)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Features (N, D) => classes (N,) int64."""
+        return F.linear((features - self.mean) / self.std, self.weight, self.bias).argmax(1)
+
+
+def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, weight_decay: float = 1e-2) -> LinearProbe:
+    """Multinomial logistic regression on features (N, D) of classes (N,), by L-BFGS from zero.
+
+    The loss is the mean cross-entropy plus ``weight_decay / 2`` times the squared norm of the weights; it is convex, so
+    the answer depends on nothing but its arguments.
+
+    Example:
+        >>> features = torch.tensor([[-1.0, 3.0], [-2.0, 3.0], [2.0, 3.0], [1.0, 3.0]])
+        >>> fit_linear_probe(features, torch.tensor([0, 0, 1, 1]), num_classes=2).classify(features).tolist()
+        [0, 0, 1, 1]
+    """
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    inputs, labels = ((features - mean) / std).clone(), labels.clone()  # autograd refuses tensors of inference mode
+    weight = torch.zeros(num_classes, features.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(F.linear(inputs, weight, bias), labels) + weight_decay / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    return LinearProbe(mean, std, weight.detach(), bias.detach())
+
+
+def accuracy(probe: LinearProbe, looks: Looks) -> float:
+    """The share of pictures that a probe takes for what they are labelled, between 0 and 1."""
+    return (probe.classify(looks.features) == looks.labels).float().mean().item()
