@@ -51,7 +51,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
 
     def __init__(
         self,
-        shards: str | Path | Sequence[str],
+        shards: str | Sequence[str] | Path,
         class_names: Sequence[str] | None = None,
         label_extension: str = "cls",
         caption_extension: str = "txt",
@@ -110,7 +110,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         return digest_arrays(digest_files(self.shards), *getattr(self, "captions", []))
 
 
-def find_shards(shards: str | Path | Sequence[str]) -> list[str]:
+def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
     """The files that a path, pattern or list stands for.
 
     Raises:

@@ -33,7 +33,7 @@ class FrozenAutoencoder(Frozen):
 
     def __init__(
         self,
-        source: str | Path | AutoencoderKL = "stabilityai/sd-vae-ft-ema",
+        source: str | AutoencoderKL | Path = "stabilityai/sd-vae-ft-ema",
         scaling_factor: float = 0.18215,
         subfolder: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",

@@ -60,7 +60,7 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def __init__(
         self,
-        model: str | Path | DiT = "facebook/DiT-XL-2-256",
+        model: str | DiT | Path = "facebook/DiT-XL-2-256",
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         label_table: Literal["keep", "resize"] = "keep",

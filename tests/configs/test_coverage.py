@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from config_files import ALL_FILES, CONFIGS, FAMILIES, arguments, files_of, header
+
+from lightning_difftune.cli.lightning import ConfigReader
+
+
+@pytest.fixture(scope="module")
+def reader() -> ConfigReader:
+    return ConfigReader()
 
 
 def test_every_file_is_covered_by_exactly_one_family() -> None:
@@ -36,3 +44,12 @@ def test_header_opens_with_a_command_that_names_the_file(file: str) -> None:
 def test_lines_are_of_120_characters_at_most(file: str) -> None:
     lines = (CONFIGS.parent / file).read_text().splitlines()
     assert not [line for line in lines if len(line) > 120]
+
+
+@pytest.mark.parametrize("file", [file for file in ALL_FILES if not file.startswith("configs/studies/")])
+def test_the_config_that_a_run_saves_composes_to_the_same(file: str, reader: ConfigReader, tmp_path: Path) -> None:
+    _, *args = arguments(file)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(reader.compose(args))
+    assert "Namespace(" not in saved.read_text(), "a Path before a class in a union writes the class as words"
+    assert yaml.safe_load(reader.compose(["--config", str(saved)])) == yaml.safe_load(saved.read_text())

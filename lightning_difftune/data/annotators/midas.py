@@ -22,7 +22,7 @@ _UNUSED = "neck.fusion_stage.layers.0.residual_layer1"  # the first layer adds n
 class _Midas(NetworkAnnotator):
     """Relative inverse depth as MiDaS predicts it; base of the two below."""
 
-    def __init__(self, source: str | Path | DPTForDepthEstimation) -> None:
+    def __init__(self, source: str | DPTForDepthEstimation | Path) -> None:
         super().__init__(source)
 
     def open(self, source: str | Path) -> nn.Module:
@@ -61,7 +61,7 @@ class MidasDepth(_Midas):
     name = "midas-depth"
     channels = 1
 
-    def __init__(self, source: str | Path | DPTForDepthEstimation = "Intel/dpt-hybrid-midas") -> None:
+    def __init__(self, source: str | DPTForDepthEstimation | Path = "Intel/dpt-hybrid-midas") -> None:
         super().__init__(source)
 
     def annotate(self, pixels: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class MidasNormal(_Midas):
 
     def __init__(
         self,
-        source: str | Path | DPTForDepthEstimation = "Intel/dpt-hybrid-midas",
+        source: str | DPTForDepthEstimation | Path = "Intel/dpt-hybrid-midas",
         background_threshold: float = 0.1,
         z: float = 2 * pi,
     ) -> None:

@@ -38,7 +38,7 @@ class UperNetSegmentation(NetworkAnnotator):
 
     def __init__(
         self,
-        source: str | Path | UperNetForSemanticSegmentation = "openmmlab/upernet-convnext-small",
+        source: str | UperNetForSemanticSegmentation | Path = "openmmlab/upernet-convnext-small",
         palette: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__(source)
