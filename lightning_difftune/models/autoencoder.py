@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.diffusers_folder import folder_of, open_network
 from lightning_difftune.models.frozen import Frozen
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class FrozenAutoencoder(Frozen):
             autoencoder.to(getattr(torch, dtype))
         super().__init__(autoencoder)
         self.scaling_factor = scaling_factor
+        self._named = (str(source), subfolder) if isinstance(source, str) and not Path(source).exists() else None
 
     @property
     def autoencoder(self) -> AutoencoderKL:
@@ -55,6 +57,31 @@ class FrozenAutoencoder(Frozen):
     def downsample(self) -> int:
         """Pixels on one side of a latent's footprint; 8 for Stable Diffusion's."""
         return 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
+
+    def settings(self) -> dict[str, Any] | None:
+        """Arguments that make this autoencoder again anywhere; ``None`` if it is an object or a file of this machine.
+
+        Example:
+            >>> FrozenAutoencoder("sd-nano-flowers", 0.633, "vae").settings()
+            {'source': 'sd-nano-flowers', 'scaling_factor': 0.633, 'subfolder': 'vae'}
+        """
+        if self._named is None:
+            return None
+        source, subfolder = self._named
+        return {"source": source, "scaling_factor": self.scaling_factor, "subfolder": subfolder}
+
+    @classmethod
+    def of_pipeline(cls, pipeline: str | Path) -> FrozenAutoencoder:
+        """The autoencoder of a Stable Diffusion pipeline or a diffusers folder, with the scale that it states.
+
+        Args:
+            pipeline: Folder with a ``vae``, or the name of a bundled one.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        config = read_json(folder_of(pipeline, "vae") / "vae" / "config.json")
+        return cls(pipeline, config.get("scaling_factor", 0.18215), "vae")
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (c, h, w) of the latents of square pictures.

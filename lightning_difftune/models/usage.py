@@ -154,9 +154,9 @@ def _pipeline(classes: int, has_autoencoder: bool, channels: int) -> str:
     )
 
 
-def usage_of_file(file: str, channels: int) -> str:
+def usage_of_file(file: str, needs_autoencoder: bool) -> str:
     """How a DiT in one safetensors file is used, as Markdown."""
-    return _FILE.format(file=file, vae="" if channels in (1, 3) else " --vae stabilityai/sd-vae-ft-ema")
+    return _FILE.format(file=file, vae=" --vae stabilityai/sd-vae-ft-ema" if needs_autoencoder else "")
 
 
 def usage_of_network(network: Any, base: str) -> str:

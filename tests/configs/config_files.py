@@ -16,6 +16,7 @@ FAMILIES = {
     "dit": ("ablations", "dit", "presets", "tuners"),
     "controlnet": ("controlnet",),
     "loggers": ("loggers",),
+    "photos": ("photos",),
     "pretrain": ("pretrain", "quickstart.yaml"),
     "strategy": ("strategy",),
     "studies": ("studies",),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from config_files import arguments, files_of
-from tiny_data import Pictures, accept_flowers, make_flowers
+from tiny_data import Pictures, accept_flowers, make_flowers, make_small_photos
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.compare.jobs import read_jobs
@@ -21,8 +21,9 @@ from lightning_difftune.schedules import fit_schedule
 
 @pytest.fixture(scope="module", autouse=True)
 def data(workplace: Path) -> Iterator[None]:
-    """Flowers in torchvision's layout; the digits come with a dependency."""
+    """Flowers in torchvision's layout, and small photos; the digits come with a dependency."""
     make_flowers(workplace / "data", Pictures())
+    make_small_photos(workplace / "data")
     with pytest.MonkeyPatch.context() as patch:
         accept_flowers(workplace / "data", patch)
         yield

@@ -174,6 +174,14 @@ def make_tiny_imagenet(data: Path) -> None:
     np.savez(data / "tiny_imagenet_32.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.arange(2))
 
 
+def make_small_photos(data: Path) -> None:
+    """One picture a class in both splits, of the two targets of configs/photos."""
+    for name, classes in {"oxford_flowers102_64": 102, "caltech101_64": 101}.items():
+        labels = np.arange(classes).repeat(2)
+        images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
+        np.savez(data / f"{name}.npz", images=images, labels=labels, split=np.array(["train", "test"] * classes))
+
+
 def make_coco(data: Path, save: Save) -> None:
     for split in ("train2017", "val2017"):
         names = {key: f"{key:012d}.jpg" for key in range(139, 143)}
