@@ -12,10 +12,12 @@ import yaml
 from lightning_difftune import __version__
 from lightning_difftune.cli.tuned import TunedRun, run_folder
 from lightning_difftune.models import DiT, hub
+from lightning_difftune.models.checkpoint_files import read_json
 
 BUNDLED_LICENSES = {
     "dit-nano-omniglot": "apache-2.0",
     "dit-nano-omniglot-flow": "apache-2.0",
+    "dit-nano-imagenet": "other",
     "sd-nano-flowers": "other",
 }
 
@@ -43,6 +45,12 @@ class RunRecord:
         left_out = ("train/", "lr-", "epoch", "step")
         return {name: float(value) for name, value in latest.items() if not name.startswith(left_out)}
 
+    def processes(self) -> str:
+        """How many processes had such a batch each, in words; empty for a single one."""
+        file = self.folder / "environment.json" if self.folder is not None else None
+        count = read_json(file).get("processes", 1) if file is not None and file.exists() else 1
+        return f" on each of {count} processes" if count > 1 else ""
+
     def grid(self) -> Path | None:
         """The latest sample grid."""
         grids = sorted(self.folder.glob("samples/step-*.png")) if self.folder is not None else []
@@ -67,7 +75,7 @@ class RunRecord:
             else "none",
             "tuner": "none (full fine-tuning)" if module.tuner is None else type(module.tuner).__name__,
             "optimizer": described(self.config.get("model", {}).get("init_args", {}).get("optimizer")),
-            "steps": f"{self.run.step} of batch {data.get('batch_size')}",
+            "steps": f"{self.run.step} of batch {data.get('batch_size')}{self.processes()}",
             "seed": str(self.config.get("seed_everything")),
             "sampler": f"{type(module.sampler.scheduler).__name__}, {module.sampler.num_inference_steps} steps, "
             f"guidance {module.sampler.guidance_scale:g}",
@@ -135,7 +143,9 @@ def model_card(
         done.append("licence of the base: unknown; name it with --license before you publish")
     metrics, facts = record.metrics(), record.facts()
     lines = [f"# {title}", ""]
-    lines += [f"Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773) with lightning_difftune {__version__}.", ""]
+    diff_tuning = "Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773)"
+    how = diff_tuning if record.run.module.uses_retention else "Trained without retention"
+    lines += [f"{how} with lightning_difftune {__version__}.", ""]
     if picture:
         lines += [f"![samples]({picture})", ""]
     lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]

@@ -43,6 +43,7 @@ def measured_run(tiny_run, tmp_path):
     (folder / "metrics.csv").write_text(
         "epoch,step,train/loss,val/loss,val/fd_inception\n0,1,0.5,,\n0,2,,0.25,31.5\n0,2,0.4,,\n0,3,,0.125,\n"
     )
+    (folder / "environment.json").write_text('{"processes": 2}')
     (folder / "samples").mkdir(exist_ok=True)
     for step, shade in ((2, 50), (3, 200)):
         Image.new("L", (4, 4), shade).save(folder / "samples" / f"step-{step:07d}.png")
@@ -65,7 +66,8 @@ def test_a_folder_has_a_card_from_the_run(measured_run, tmp_path, capsys):
         "| objective | DiffTuningObjective, MirroredPowerSchedule(tau=1), retention weight 0.1",
         "| memory bank | none |",
         "| optimizer | AdamW (lr 0.05",
-        "| steps | 3 of batch 4 |",
+        "Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773) with lightning_difftune",
+        "| steps | 3 of batch 4 on each of 2 processes |",
         "| val/fd_inception | 31.5 |",
         "![samples](samples.png)",
         "The base is licensed as `mit`",

@@ -17,7 +17,8 @@ from lightning_difftune.cli.subjects import class_of
 from lightning_difftune.data import Canny
 from lightning_difftune.data.pixels import to_pixels
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.models import DiT, export_dit
+from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit
+from lightning_difftune.sampling import Sampler
 
 
 def sampled(output, *args):
@@ -182,6 +183,21 @@ def test_a_run_folder_and_default_places(tiny_run, tmp_path, monkeypatch, capsys
             assert len(list((tmp_path / "runs" / place).glob("0?-*.png"))) == 3  # the target's classes
     finally:
         (tiny_run.folder / "checkpoints" / "last.ckpt").unlink()
+
+
+def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export_names(tmp_path):
+    model = DiT(16, 8, 4, hidden_size=8, depth=1, num_heads=2, num_classes=3)
+    export_dit(model, tmp_path / "plain.safetensors")
+    scale = FrozenAutoencoder.of_pipeline("sd-nano-flowers").scaling_factor
+    recipe = FrozenAutoencoder("sd-nano-flowers", scale, "vae").settings()
+    model.sampling = {**Sampler(num_inference_steps=2).settings(), "autoencoder": recipe}
+    export_dit(model, tmp_path / "named.safetensors")
+    few = ("--num_samples", "1", "--steps", "2")
+    named = sampled(tmp_path / "named", tmp_path / "named.safetensors", *few)
+    given = sampled(tmp_path / "given", tmp_path / "plain.safetensors", *few, "--vae", "sd-nano-flowers")
+    assert pixels_of(tmp_path / "named").shape == (3, 32, 32, 3)
+    assert named.keys() == given.keys()
+    assert (pixels_of(tmp_path / "named") == pixels_of(tmp_path / "given")).all()
 
 
 @pytest.mark.parametrize(
