@@ -33,7 +33,6 @@ from torch import Tensor
 
 from lightning_difftune import MemoryBank
 from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
-from lightning_difftune.cli.compare import discard_leftovers
 from lightning_difftune.cli.compare.jobs import Job
 from lightning_difftune.cli.compare.study import StudyRun
 from lightning_difftune.cli.compare.table import Line, write_tables
@@ -41,7 +40,7 @@ from lightning_difftune.cli.resume import check_checkpoint
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
-from lightning_difftune.data.shards.atomic import atomic_write
+from lightning_difftune.data.shards.atomic import atomic_write, discard_temporaries
 from lightning_difftune.errors import DiffTuneError
 from lightning_difftune.models import DiT, export_dit, load_dit
 
@@ -134,7 +133,8 @@ def write_result(folder: Path) -> None:
     """Write a run's result and the tables that are made of it, several times."""
     job = job_of(folder)
     job.result_path.parent.mkdir(parents=True, exist_ok=True)
-    discard_leftovers(folder, folder)  # as `difftune compare` does when it begins
+    job.discard_leftovers()  # as `difftune compare` does
+    discard_temporaries(folder)
     content = {"digest": job.digest, "identity": job.identity, "values": [i / 7 for i in range(2_000)]}
     for _ in range(4):
         atomic_write(job.result_path, (json.dumps(content) + "\n").encode())

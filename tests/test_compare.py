@@ -17,6 +17,7 @@ from PIL import Image
 from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
 from lightning_difftune.cli.compare.record import RunRecord
+from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.models import DiT, export_dit
 
 STEPS = 4
@@ -192,6 +193,24 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
     whole = json.loads((undisturbed / "results/tuned-seed0.json").read_text())
     assert result("tuned-seed0")["history"] == whole["history"]
     assert not Path("elsewhere").exists(), "loggers write into the folders of the runs"
+
+
+def test_two_processes_divide_the_runs(project, undisturbed, capsys):
+    at_work = FolderLock(Path("out/runs/tuned-seed0"))  # of another process
+    at_work.acquire(waits=False)
+    left = Path("out/runs/tuned-seed0/.metrics.csv.7-ab.tmp")  # that it is writing
+    left.touch()
+    assert main(["compare", "study.yaml"]) == 0
+    told = capsys.readouterr().out
+    assert "2/4 tuned-seed0: another process is at it" in told
+    assert "3 of 4 results in" in told
+    assert left.exists()
+    assert main(["compare", "study.yaml", "--only", "tuned", "--seeds", "0"]) == 0
+    assert capsys.readouterr().out == "1/1 tuned-seed0: another process is at it\n", "and there is nothing to report"
+    at_work.release()
+    assert main(["compare", "study.yaml"]) == 0
+    assert table() == table(undisturbed / "table.csv")
+    assert not left.exists()
 
 
 def test_what_a_result_holds(project):

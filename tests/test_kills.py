@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lightning_difftune import MemoryBank
-from lightning_difftune.cli import compare, main
+from lightning_difftune.cli import main
 from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.errors import DiffTuneError, StoreError
 
@@ -197,18 +197,6 @@ def test_a_waiting_job_goes_on_when_the_other_is_done(tmp_path):
     lock.acquire(waits=True)
     lock.release()
     assert os.waitpid(pid, 0)[1] == 0
-
-
-def test_two_comparisons_in_one_folder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "read_jobs", lambda *args: [])
-    (tmp_path / "base.yaml").touch()
-    (tmp_path / "study.yaml").write_text("output: out\nbase: [base.yaml]\nmetrics: {x: lower}\nruns: {a: {}}\n")
-    lock = FolderLock(tmp_path / "out")  # of another comparison
-    lock.acquire(waits=False)
-    assert main(["compare", "study.yaml"]) == 2
-    assert "Another job is at work in out." in capsys.readouterr().err
-    lock.release()
 
 
 def test_a_disk_that_is_full_where_nobody_expects_it_is_no_traceback(monkeypatch, capsys):

@@ -33,7 +33,8 @@ def compare(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="difftune compare",
         description="Run the configs of a study file over its seeds, and compare them in tables and figures. A study "
-        "that was interrupted goes on where it stopped.",
+        "that was interrupted goes on where it stopped. Several processes of the same command, also on machines that "
+        "share a file system, divide the runs among themselves.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
     parser.add_argument("--output", type=Path, help="folder of runs and results (default: the study's)")
@@ -53,27 +54,24 @@ def compare(argv: Sequence[str]) -> None:
     if options.dry_run:
         list_jobs(jobs, console)
         return
-    if not options.report:
-        lock = FolderLock(output)
-        lock.acquire(waits=False)
-        try:
-            discard_leftovers(output, kept)
-            refuse_changed(study, jobs, options.rerun_changed)
-            failed = run_jobs(jobs, console)
-        finally:
-            lock.release()
-    report(study, jobs, kept, console)
+    if options.report:
+        report(study, jobs, kept, console)
+        return
+    refuse_changed(study, jobs, options.rerun_changed)
+    failed = run_jobs(jobs, console)
+    lock = FolderLock(output)
+    lock.acquire(waits=True)
+    try:
+        discard_temporaries(kept)
+        if any(job.result() is not None for job in jobs):
+            report(study, jobs, kept, console)
+    finally:
+        lock.release()
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.name for job in failed)}. Why is at the end of "
             f"{failed[0].folder / 'log.txt'}; the same command tries them again."
         )
-
-
-def discard_leftovers(output: Path, kept: Path) -> None:
-    """Delete what killed runs have left half-written."""
-    for folder in (output, kept, kept / "results", *output.glob("runs/*")):
-        discard_temporaries(folder)
 
 
 def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
@@ -107,6 +105,7 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
 
     Raises:
         ConfigError: If there are some, and nobody asked.
+        StoreError: If they are to be forgotten and another process is at one of them.
     """
     for job in jobs:
         differences = job.differences()
@@ -116,29 +115,48 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
                 f"change in {study.path} or its configs, choose another --output, or pass --rerun-changed to repeat it."
             )
         if differences:
-            job.forget()
+            lock = FolderLock(job.folder)
+            lock.acquire(waits=False)
+            try:
+                job.forget()
+            finally:
+                lock.release()
 
 
 def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
-    """Do the runs that have no result, one after the other; returns those that failed."""
+    """Do the runs that have no result and that nobody is at, one after the other; returns those that failed."""
     failed = []
     for number, job in enumerate(jobs, start=1):
         count = f"{number}/{len(jobs)} {job.name}"
         if job.result() is not None:
             console.print(f"{count}: finished before")
             continue
-        checkpoint = job.checkpoint()
-        begins = "" if checkpoint is None else f", goes on from {checkpoint.name}"
-        console.print(f"{count}: log in {job.folder / 'log.txt'}{begins}")
-        prepare(job, checkpoint)
-        status = start_process(job.folder)
-        result = job.result()
-        if result is None:
-            failed.append(job)
-            console.print(f"{count}: failed with exit status {status}; {last_line(job.folder / 'log.txt')}")
-        else:
-            console.print(f"{count}: {result['steps']:,} steps in {result['fit_seconds']:.0f} s")
+        lock = FolderLock(job.folder)
+        if not lock.try_acquire():
+            console.print(f"{count}: another process is at it")
+            continue
+        try:
+            if job.result() is None:  # nor has it been finished since
+                failed += [] if run_job(job, count, console) else [job]
+        finally:
+            lock.release()
     return failed
+
+
+def run_job(job: Job, count: str, console: Console) -> bool:
+    """Do one run in a process of its own; whether it has a result now."""
+    job.discard_leftovers()
+    checkpoint = job.checkpoint()
+    begins = "" if checkpoint is None else f", goes on from {checkpoint.name}"
+    console.print(f"{count}: log in {job.folder / 'log.txt'}{begins}")
+    prepare(job, checkpoint)
+    status = start_process(job.folder)
+    result = job.result()
+    if result is None:
+        console.print(f"{count}: failed with exit status {status}; {last_line(job.folder / 'log.txt')}")
+    else:
+        console.print(f"{count}: {result['steps']:,} steps in {result['fit_seconds']:.0f} s")
+    return result is not None
 
 
 def prepare(job: Job, checkpoint: Path | None) -> None:

@@ -14,6 +14,7 @@ import yaml
 
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
+from lightning_difftune.data.shards.atomic import discard_temporaries
 from lightning_difftune.errors import ConfigError, StoreError
 
 RECORD = "lightning_difftune.cli.compare.record.RunRecord"
@@ -89,6 +90,12 @@ class Job:
     def checkpoint(self) -> Path | None:
         """The checkpoint that an unfinished run goes on from."""
         return max(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+    def discard_leftovers(self) -> None:
+        """Delete what killed runs have left half-written."""
+        discard_temporaries(self.folder)
+        for path in (self.result_path, self.result_path.with_suffix(".png")):
+            discard_temporaries(path.parent, path.name)
 
     def forget(self) -> None:
         """Delete the result and the run's folder."""

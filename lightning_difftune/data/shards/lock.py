@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -10,6 +11,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning_difftune.errors import StoreError
 
 NAME = ".lock"
+
+
+class Taken(StoreError):
+    """Another job holds the lock of a folder."""
 
 
 class FolderLock:
@@ -30,14 +35,15 @@ class FolderLock:
             waits: Wait for a job that holds it, and say so; else refuse to begin.
 
         Raises:
-            StoreError: Another job holds it and nobody waits, or the folder cannot be written to.
+            Taken: Another job holds it and nobody waits.
+            StoreError: The folder cannot be written to.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout as error:
             if not waits:
-                raise StoreError(
+                raise Taken(
                     f"Another job is at work in {self.folder}. Wait until it is done, or name another folder."
                 ) from error
             rank_zero_info(f"Another job is at work in {self.folder}; waiting for it.")
@@ -46,6 +52,16 @@ class FolderLock:
             raise StoreError(
                 f"{self.folder} cannot be written to ({error}). Make it writable or name another."
             ) from error
+
+    def try_acquire(self) -> bool:
+        """Take the lock if no other job holds it; whether it is held now.
+
+        Raises:
+            StoreError: The folder cannot be written to.
+        """
+        with suppress(Taken):
+            self.acquire(waits=False)
+        return self._lock.is_locked
 
     def release(self) -> None:
         """Give the lock back, if it is held."""
