@@ -30,8 +30,8 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     assert module.sample_shape == module.autoencoder.latent_shape(data.target.image_size) == (4, 16, 16)
     assert module.sampler.spec() == module.bank_sampler.spec()
     assert (data.batch_size, data.retention_batch_size) == (64, 12)
-    assert trainer.max_steps == trainer.val_check_interval == 600, "one validation, at the end"
-    assert module.configure_optimizers()["lr_scheduler"]["scheduler"].total_steps == 600
+    assert trainer.max_steps == trainer.val_check_interval == 2500, "one validation, at the end"
+    assert module.configure_optimizers()["lr_scheduler"]["scheduler"].total_steps == 2500
 
 
 @pytest.mark.parametrize("overlay", ["official", "full"])
