@@ -18,7 +18,7 @@ import yaml
 import lightning_difftune
 
 ROOT = Path(__file__).parents[1]
-MOST_MEGABYTES = 40  # of a wheel; the bundled weights are 31 of them
+MOST_MEGABYTES = 50  # of a wheel; the bundled weights are 43 of them
 
 
 def test_one_version():
