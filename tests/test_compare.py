@@ -195,6 +195,18 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
     assert not Path("elsewhere").exists(), "loggers write into the folders of the runs"
 
 
+def test_a_study_like_another_has_its_runs(project, capsys):
+    Path("twin.yaml").write_text("like: study.yaml\noutput: twin\nseeds: [7]\n")
+    assert main(["compare", "twin.yaml", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "plain-seed7: to do\ntuned-seed7: to do\n"
+    Path("third.yaml").write_text("like: twin.yaml\n")
+    assert main(["compare", "third.yaml", "--dry-run"]) == 2
+    assert "names twin.yaml, which is like study.yaml itself. Name study.yaml." in capsys.readouterr().err
+    Path("fourth.yaml").write_text("like: ../study.yaml\n")
+    assert main(["compare", "fourth.yaml", "--dry-run"]) == 2
+    assert "names ../study.yaml, which is no file beside this one" in capsys.readouterr().err
+
+
 def test_two_processes_divide_the_runs(project, undisturbed, capsys):
     at_work = FolderLock(Path("out/runs/tuned-seed0"))  # of another process
     at_work.acquire(waits=False)

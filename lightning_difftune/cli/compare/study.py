@@ -99,11 +99,9 @@ def read_study(path: Path) -> Study:
     found = find_config(path, Path())
     if found is None:
         raise ConfigError(f"There is no study file {path}, here or among the installed configs. Check the path.")
-    try:
-        content = yaml.safe_load(found.read_text())
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
-        raise ConfigError(f"The study file {found} is no YAML: {' '.join(str(error).split())}.") from error
-    keys = Keys(found, "", content, STUDY_KEYS)
+    keys = Keys(found, "", read_yaml(found), STUDY_KEYS)
+    if like := keys.get("like", str, "the name of another study file", default=""):
+        keys = Keys(found, "", shared_with(keys, like) | keys.content, STUDY_KEYS)
     runs = keys.get("runs", dict, "a mapping of names to runs")
     if not runs:
         raise keys.error("runs", "names no run", "Add one: NAME: {configs: [overlay.yaml]}.")
@@ -123,6 +121,33 @@ def read_study(path: Path) -> Study:
         metrics=keys.metrics(),
         runs={str(name): read_run(found, str(name), content, runs) for name, content in runs.items()},
     )
+
+
+def read_yaml(path: Path) -> Any:
+    """What a study file holds.
+
+    Raises:
+        ConfigError: If it is no YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
+        raise ConfigError(f"The study file {path} is no YAML: {' '.join(str(error).split())}.") from error
+
+
+def shared_with(keys: Keys, like: str) -> dict[str, Any]:
+    """The keys of another study file in the same folder, which count where this one has none of its own.
+
+    Raises:
+        ConfigError: If there is no such file, or it is like yet another.
+    """
+    path = keys.path.parent / like
+    if Path(like).name != like or not path.is_file():
+        raise keys.error("like", f"names {like}, which is no file beside this one", "Give the name of a study file.")
+    other = Keys(path, "", read_yaml(path), STUDY_KEYS).content
+    if "like" in other:
+        raise keys.error("like", f"names {like}, which is like {other['like']} itself", f"Name {other['like']}.")
+    return other
 
 
 def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> StudyRun:
@@ -150,7 +175,7 @@ def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> Stu
     )
 
 
-STUDY_KEYS = ("title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "runs")
+STUDY_KEYS = ("like", "title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "runs")
 RUN_KEYS = ("configs", "set", "method", "group", "at", "against")
 
 
