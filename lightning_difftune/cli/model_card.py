@@ -11,6 +11,7 @@ import yaml
 
 from lightning_difftune import __version__
 from lightning_difftune.cli.tuned import TunedRun, run_folder
+from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import DiT, hub
 from lightning_difftune.models.checkpoint_files import read_json
 
@@ -46,9 +47,13 @@ class RunRecord:
         return {name: float(value) for name, value in latest.items() if not name.startswith(left_out)}
 
     def processes(self) -> str:
-        """How many processes had such a batch each, in words; empty for a single one."""
-        file = self.folder / "environment.json" if self.folder is not None else None
-        count = read_json(file).get("processes", 1) if file is not None and file.exists() else 1
+        """How many processes had such a batch each, in words; empty for a single one and where nothing tells."""
+        if self.folder is None:
+            return ""
+        try:
+            count = read_json(self.folder / "environment.json").get("processes", 1)
+        except CheckpointError:  # a record that is missing or damaged is no reason against a card
+            return ""
         return f" on each of {count} processes" if count > 1 else ""
 
     def grid(self) -> Path | None:

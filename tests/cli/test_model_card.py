@@ -50,6 +50,12 @@ def measured_run(tiny_run, tmp_path):
     return tiny_run._replace(folder=folder, checkpoint=folder / "checkpoints" / tiny_run.checkpoint.name)
 
 
+def test_a_damaged_environment_record_leaves_the_card_without_processes(measured_run, tmp_path):
+    (measured_run.folder / "environment.json").write_text('{"processes": ')
+    assert exported(measured_run, tmp_path / "flowers") == 0
+    assert "| steps | 3 of batch 4 |" in (tmp_path / "flowers" / "README.md").read_text()
+
+
 def test_a_folder_has_a_card_from_the_run(measured_run, tmp_path, capsys):
     assert exported(measured_run, tmp_path / "flowers", "--license", "mit") == 0
     card = ModelCard.load(tmp_path / "flowers" / "README.md")
