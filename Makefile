@@ -13,7 +13,7 @@ demo: .venv/.demo
 	$(BIN)/difftune quickstart
 
 test: lint docs
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
