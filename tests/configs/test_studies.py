@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from config_files import arguments, files_of
-from tiny_data import Pictures, accept_flowers, make_flowers, make_small_photos
+from tiny_data import Pictures, accept_flowers, make_flowers, make_small_photos, make_tiny_imagenet
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.compare.jobs import read_jobs
@@ -23,7 +23,8 @@ from lightning_difftune.schedules import fit_schedule
 def data(workplace: Path) -> Iterator[None]:
     """Flowers in torchvision's layout, and small photos; the digits come with a dependency."""
     make_flowers(workplace / "data", Pictures())
-    make_small_photos(workplace / "data")
+    make_small_photos(workplace / "data", each=5)
+    make_tiny_imagenet(workplace / "data", 200)
     with pytest.MonkeyPatch.context() as patch:
         accept_flowers(workplace / "data", patch)
         yield

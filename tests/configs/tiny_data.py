@@ -170,16 +170,17 @@ def make_omniglot(data: Path) -> None:
         Image.fromarray(ink).convert("1").save(folder / "0001_01.png")
 
 
-def make_tiny_imagenet(data: Path) -> None:
-    np.savez(data / "tiny_imagenet_32.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.arange(2))
+def make_tiny_imagenet(data: Path, count: int = 2) -> None:
+    labels = np.arange(count) % 200
+    np.savez(data / "tiny_imagenet_32.npz", images=np.zeros((count, 32, 32, 3), np.uint8), labels=labels)
 
 
-def make_small_photos(data: Path) -> None:
-    """One picture a class in both splits, of the two targets of configs/photos."""
+def make_small_photos(data: Path, each: int = 1) -> None:
+    """So many pictures of each class in both splits, of the two targets of configs/photos."""
     for name, classes in {"oxford_flowers102_64": 102, "caltech101_64": 101}.items():
-        labels = np.arange(classes).repeat(2)
+        labels = np.arange(classes).repeat(2 * each)
         images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
-        np.savez(data / f"{name}.npz", images=images, labels=labels, split=np.array(["train", "test"] * classes))
+        np.savez(data / f"{name}.npz", images=images, labels=labels, split=np.array(["train", "test"] * classes * each))
 
 
 def make_coco(data: Path, save: Save) -> None:
