@@ -16,7 +16,9 @@ from PIL import Image
 
 from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
+from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.record import RunRecord
+from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.models import DiT, export_dit
 
@@ -275,6 +277,14 @@ def test_results_may_be_kept_apart_from_the_runs(finished, monkeypatch, capsys):
     assert not list(Path("out").glob("[!.]*"))
     assert main(["compare", "study.yaml", "--output", "elsewhere", "--dry-run"]) == 0
     assert "plain-seed0: to do" in capsys.readouterr().out
+
+
+def test_placeholders_stand_for_folders_and_the_seed(project):
+    bank = {"data.init_args.bank": "{results}/{output}/{run}/{seed}"}
+    write_study(project, results="kept", set={**STUDY["set"], **bank})
+    study = read_study(Path("study.yaml"))
+    (job,) = read_jobs(study, [study.runs["tuned"]], [1], study.output, study.kept)
+    assert job.config()["data"]["init_args"]["bank"] == "kept/out/out/runs/tuned-seed1/1"
 
 
 def test_the_table_has_means_spreads_and_changes(finished):

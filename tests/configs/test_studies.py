@@ -30,12 +30,12 @@ def data(workplace: Path) -> Iterator[None]:
         yield
 
 
-def leave_measured_schedule(config: dict[str, Any], output: Path) -> None:
+def leave_measured_schedule(config: dict[str, Any], output: Path, kept: Path) -> None:
     """What the forgetting meter of a run writes, for the run of its study that trains with it."""
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"].endswith(".ForgettingMeter"):
             folder = Path(callback["init_args"]["dirpath"])
-            assert folder.is_relative_to(output)
+            assert folder.is_relative_to(output) or folder.is_relative_to(kept)
             fit_schedule(folder / "schedule.json", [0.25, 0.75], [1.0, 1.0], [1.0, 0.5])
 
 
@@ -53,7 +53,7 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
     different = {(run.configs, *run.settings): run for run in study.runs.values()}  # but for values such as a rate
     for job in read_jobs(study, list(different.values()), [0], study.output, study.kept):
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(job.config()))
-        leave_measured_schedule(job.config(), study.output)
+        leave_measured_schedule(job.config(), study.output, study.kept)
         cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)
         cli.model.configure_model()
         if cli.model.lr_scheduler is not None:

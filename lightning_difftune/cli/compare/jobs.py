@@ -28,7 +28,8 @@ class Job:
         run: The entry of the study file.
         seed: Its seed.
         settings: What the configs and the study set, composed; defaults of the code are not in it. ``{run}``,
-            ``{output}`` and ``{seed}`` stand for this run's folder, the study's, and the seed.
+            ``{output}``, ``{results}`` and ``{seed}`` stand for this run's folder, the study's, that of its results,
+            and the seed.
         evaluators: Measurements at the end.
         output: Folder of the study's runs.
         kept: Folder of its results.
@@ -106,9 +107,8 @@ class Job:
 
     def config(self) -> dict[str, Any]:
         """The settings as they are run: with real folders, and with the callback that records the run."""
-        config = filled(
-            self.settings, {"{run}": str(self.folder), "{output}": str(self.output), "{seed}": str(self.seed)}
-        )
+        folders = {"{run}": str(self.folder), "{output}": str(self.output), "{results}": str(self.kept)}
+        config = filled(self.settings, folders | {"{seed}": str(self.seed)})
         callbacks = config["trainer"].get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         config["trainer"]["callbacks"] = [*callbacks, {"class_path": RECORD}]
