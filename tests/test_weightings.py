@@ -64,7 +64,7 @@ def batch(process):
         (P2Weighting(k=1, gamma=1), lambda snr, prediction: p2(snr, 1, 1, prediction)),
         (P2Weighting(k=2, gamma=0.5), lambda snr, prediction: p2(snr, 2, 0.5, prediction)),
     ],
-    ids=repr,
+    ids=["Min-SNR", "P2", "P2 with k and gamma"],
 )
 def test_weights_against_the_twin(name, prediction, weighting, twin):
     assert isinstance(weighting, LossWeighting)
