@@ -98,6 +98,7 @@ def test_text_encoder_tells_captions_apart():
     assert torch.equal(embeddings, new_text_encoder(tokenizer)(tokens).last_hidden_state)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_is_repeatable():
     images = discs(64)[..., ::2, ::2]
     autoencoder = new_autoencoder()
