@@ -115,8 +115,8 @@ def _label(axes: Axes, title: str, y_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label: str) -> None:
-    """Draw distances against the part of the reverse process that is left to the pre-trained model, in percent."""
+def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label: str, x_label: str) -> None:
+    """Draw distances against the part of the reverse process that is left to another model, in percent."""
     for style, (name, distances) in zip(LINES, series.items(), strict=False):
         percents = sorted(distances)
         values = [distances[percent] for percent in percents]
@@ -124,7 +124,7 @@ def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label
         best = min(distances, key=lambda percent: distances[percent])
         axes.plot(best, distances[best], marker="*", markersize=13, color=style["color"], linestyle="none")
     axes.set_title("Least distance marked by a star", fontsize=10, loc="left")
-    axes.set_xlabel("last steps done by the pre-trained model (%)")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -132,26 +132,33 @@ def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def swap_figure(series: Mapping[str, Mapping[float, float]], strips: Mapping[str, Tensor], y_label: str) -> Figure:
+def swap_figure(
+    series: Mapping[str, Mapping[float, float]],
+    strips: Mapping[str, Tensor],
+    y_label: str,
+    tail: str = "the pre-trained model",
+) -> Figure:
     """The chain of forgetting of one model or several: a curve each, and a strip of pictures each (paper, Fig. 1).
 
     Args:
         series: Distance by percent of swapped steps, for each model.
         strips: Pictures (P, n, 1 or 3, H, W) uint8 of each model, P in the order of the sorted percents.
         y_label: What the distance is.
+        tail: Who does the swapped steps.
     """
     from matplotlib.figure import Figure
 
+    x_label = f"last steps done by {tail} (%)"
     figure = Figure(figsize=(12, 1.2 + 2.6 * max(len(strips), 1.4)), layout="constrained", facecolor="white")
     axes = figure.subplot_mosaic([["curve", name] for name in strips], width_ratios=[1, 1.6])
-    swap_curves(axes["curve"], series, y_label)
+    swap_curves(axes["curve"], series, y_label, x_label)
     for name, pictures in strips.items():
         percents = sorted(series[name])
         picture_grid(axes[name], pictures.transpose(0, 1).flatten(0, 1), len(percents), name)
         width = pictures.shape[-1]
         centres = [(column + 0.5) * width for column in range(len(percents))]
         axes[name].set_xticks(centres, labels=[f"{percent:g}" for percent in percents], fontsize=8)
-        axes[name].set_xlabel("last steps done by the pre-trained model (%)", fontsize=9)
+        axes[name].set_xlabel(x_label, fontsize=9)
     return figure
 
 

@@ -117,12 +117,27 @@ def test_two_models_side_by_side(project, capsys):
     assert [row["model"] for row in table(project / "alone")] == ["my model"]
 
 
+def test_another_run_does_the_last_steps(project, capsys):
+    args = ["swap", "--config", "run.yaml", "--percents", "0", "50", "100", "--ckpt_path", "one/last.ckpt"]
+    assert main([*args, "--output", "plain", "--ckpt_path", "two/last.ckpt"]) == 0
+    assert main([*args, "--output", "other", "--tail", "two/last.ckpt"]) == 0
+    said = capsys.readouterr().out
+    assert "The last steps are done by two/last.ckpt, weights: averaged by EMA over 2 updates." in said
+    plain = {(row["model"], row["swapped_percent"]): float(row["fd_means"]) for row in table(project / "plain")}
+    other = {row["swapped_percent"]: float(row["fd_means"]) for row in table(project / "other")}
+    assert other["0"] == plain["one", "0"]
+    assert other["100"] == plain["two", "0"]  # all of them: it is that run's model
+    assert other["50"] not in plain.values()
+    assert "last steps done by two (%)" in (project / "other" / "swap.svg").read_text()
+
+
 def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for args, message in (
         ([], "needs the checkpoint of a run"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
         (["--ckpt_path", "a.ckpt", "--name", "a", "--name", "b"], "a --name of its own"),
+        (["--ckpt_path", "none.ckpt", "--tail", "two.ckpt"], "none.ckpt does not exist"),
     ):
         assert main(["swap", *args]) == 2
         assert message in capsys.readouterr().err

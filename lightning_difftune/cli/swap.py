@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch.cli import SaveConfigCallback
@@ -15,10 +16,13 @@ from lightning_difftune.callbacks.generation import GenerationCallback
 from lightning_difftune.cli.fitted import callbacks_of
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.resume import check_checkpoint
+from lightning_difftune.cli.tuned import open_run
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.plots import swap_figure
 
-DESCRIPTION = """Leave the last p % of the reverse process to the pre-trained model and measure the pictures against p.
+DESCRIPTION = """Leave the last p % of the reverse process to the pre-trained model, or with --tail to another
+tuned one, and measure the pictures against p.
 
 Extractor, number of pictures and batch size are those of the config's ChainOfForgetting callback or, without one, of
 its FID callback. All other options, --config and overrides of its keys, are those of `difftune validate`; with
@@ -40,6 +44,7 @@ def swap(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--ckpt_path", action="append", default=[], help="checkpoint of a run; twice to compare two")
     parser.add_argument("--name", action="append", default=[], help="what a checkpoint is called in the figure")
+    parser.add_argument("--tail", type=Path, help="checkpoint of the last steps (default: the pre-trained model)")
     parser.add_argument("--output", type=Path, default=Path("runs/swap"), help="folder of the results")
     parser.add_argument("--percents", type=float, nargs="+", default=None, help="the p (default: 0 10 .. 100)")
     parser.add_argument("--num_samples", type=int, default=None, help="pictures for each p (default: the config's)")
@@ -55,16 +60,44 @@ def swap(argv: Sequence[str]) -> None:
 
     series: dict[str, dict[float, float]] = {}
     strips: dict[str, Tensor] = {}
-    for name, path in zip(names, options.ckpt_path, strict=True):
-        cli = run_lightning([*rest, "--trainer.logger", "false", "--trainer.limit_val_batches", "1"], run=False)
-        chain = chain_of(cli, options)
-        chain.dirpath = options.output / name
-        kept = (c for c in vars(cli.trainer)["callbacks"] if not isinstance(c, GenerationCallback | SaveConfigCallback))
-        vars(cli.trainer)["callbacks"] = [*kept, chain]
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
-        series[name], strips[name] = chain.history[-1][1], chain.strip
+    with opened(options.tail) as tail:
+        for name, path in zip(names, options.ckpt_path, strict=True):
+            cli = run_lightning([*rest, "--trainer.logger", "false", "--trainer.limit_val_batches", "1"], run=False)
+            chain = chain_of(cli, options)
+            chain.dirpath = options.output / name
+            if tail is not None:
+                chain.generate = generator(cli.model, tail)
+            callbacks = vars(cli.trainer)["callbacks"]
+            kept = (c for c in callbacks if not isinstance(c, GenerationCallback | SaveConfigCallback))
+            vars(cli.trainer)["callbacks"] = [*kept, chain]
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+            series[name], strips[name] = chain.history[-1][1], chain.strip
     if cli.trainer.is_global_zero:
-        write_results(options.output, series, strips, chain)
+        last = "the pre-trained model" if tail is None else names_of([*options.ckpt_path, str(options.tail)])[-1]
+        write_results(options.output, series, strips, chain, last)
+
+
+@contextmanager
+def opened(checkpoint: Path | None) -> Iterator[DiffTuningModule | None]:
+    """The model of a finished run in a ``with`` block, with its averaged weights if it has some."""
+    if checkpoint is None:
+        yield None
+        return
+    run, done = open_run(checkpoint), list[str]()
+    with run.weights(False, done):
+        print(f"The last steps are done by {checkpoint}, {done[0]}.")
+        yield run.module
+
+
+def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tensor, Sequence[float]], Tensor]:
+    """What makes the pictures of ``model`` whose last steps are done by ``tail``, on the device of ``model``."""
+
+    def generate(indices: Tensor, fractions: Sequence[float]) -> Tensor:
+        if tail.sample_shape != model.sample_shape:
+            raise ConfigError(f"The tail denoises {tail.sample_shape} and the model {model.sample_shape}.")
+        return model.generate_swapped(indices, fractions, tail.to(model.device))
+
+    return generate
 
 
 def chain_of(cli: DiffTuneCLI, options: argparse.Namespace) -> ChainOfForgetting:
@@ -100,7 +133,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def write_results(
-    output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: ChainOfForgetting
+    output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: ChainOfForgetting, tail: str
 ) -> None:
     """Write the table and the figure, and say where they are and what they show."""
     with (output / "swap.csv").open("w", newline="") as file:
@@ -108,7 +141,7 @@ def write_results(
         writer.writerow(("model", "swapped_percent", chain.monitor))
         for name, distances in series.items():
             writer.writerows((name, f"{percent:g}", f"{value:.6g}") for percent, value in distances.items())
-    figure = swap_figure(series, strips, f"Fréchet distance ({chain.distance.name})")
+    figure = swap_figure(series, strips, f"Fréchet distance ({chain.distance.name})", tail)
     for suffix in ("svg", "png"):
         figure.savefig(output / f"swap.{suffix}", dpi=150)
     for name, distances in series.items():

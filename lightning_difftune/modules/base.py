@@ -25,7 +25,7 @@ from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.pretrained import PretrainedSamples
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankGenerator, Denoiser, DiffTuningBatch, RetentionBatch, Tuner
-from lightning_difftune.sampling import Sampler, is_flow, to_uint8
+from lightning_difftune.sampling import Guided, Sampler, is_flow, to_uint8
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -235,25 +235,33 @@ class DiffTuningModule(L.LightningModule, ABC):
         conditions = self.conditions(indices) if conditions is None else conditions
         return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
 
-    def generate_swapped(self, indices: Tensor, fractions: Sequence[float]) -> Tensor:
-        """Pictures whose last steps are done by the pre-trained network (Fig. 1 of the paper).
+    def guided(self, indices: Tensor) -> Guided:
+        """The network under its guidance, as :meth:`generate` uses it for the pictures ``indices`` (B,)."""
+        condition, null_condition = self.conditions(indices)
+        if not self.sampler.domain_guidance:
+            return self.sampler.guided(self.denoise, condition, null_condition)
+        source_null = self.source_condition(null_condition)
+        return self.sampler.guided(self.denoise, condition, source_null, null_denoise=self.frozen_denoiser())
+
+    def generate_swapped(
+        self, indices: Tensor, fractions: Sequence[float], tail: DiffTuningModule | None = None
+    ) -> Tensor:
+        """Pictures whose last steps are done by another network (Fig. 1 of the paper).
 
         Args:
             indices: Sample indices (B,); at fraction 0, picture i is that of :meth:`generate`.
             fractions: P numbers in [0, 1], the parts of the reverse process that are swapped.
+            tail: The module whose network does them; ``None`` is the pre-trained one.
 
         Returns:
             (P, B, C, H, W) uint8.
         """
-        condition, null_condition = self.conditions(indices)
-        frozen = self.frozen_denoiser()
-        source = self.source_condition(condition), self.source_condition(null_condition)
-        if self.sampler.domain_guidance:
-            model = self.sampler.guided(self.denoise, condition, source[1], null_denoise=frozen)
+        if tail is None:
+            source = (self.source_condition(condition) for condition in self.conditions(indices))
+            last = self.sampler.guided(self.frozen_denoiser(), *source)
         else:
-            model = self.sampler.guided(self.denoise, condition, null_condition)
-        tail = self.sampler.guided(frozen, *source)
-        swapped = self.sampler.swap(model, tail, self.start_noise(indices), fractions)
+            last = tail.guided(indices)
+        swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)
         return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])
 
     def bank_generator(self) -> BankGenerator:

@@ -61,6 +61,14 @@ def test_the_ends_of_a_swap_are_the_two_models():
     assert not torch.equal(swapped[2], swapped[1])
 
 
+def test_the_tail_can_be_another_tuned_module():
+    module, other = module_of(), module_of(tuned=False)
+    swapped = module.generate_swapped(INDICES, [0.0, 0.5, 1.0], tail=other)
+    assert torch.equal(swapped[0], module.generate(INDICES))
+    assert torch.equal(swapped[2], other.generate(INDICES))
+    assert not torch.equal(swapped[1], module.generate_swapped(INDICES, [0.5])[0])  # its own label table and guidance
+
+
 def test_a_swapped_picture_depends_on_its_index_alone():
     module = module_of()
     together = module.generate_swapped(INDICES, [0.5])
