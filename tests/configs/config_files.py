@@ -36,15 +36,19 @@ def header(file: str) -> str:
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:end])
 
 
-def arguments(file: str) -> list[str]:
-    """The ``difftune`` command in a file's header, without the program's name."""
+def commands(file: str) -> list[list[str]]:
+    """The ``difftune`` commands in a file's header, without the program's name."""
     joined = header(file).replace("\\\n", " ")
-    (line,) = re.findall(r"^ +difftune ((?:fit|compare) .*)$", joined, flags=re.MULTILINE)
-    return shlex.split(line)
+    return [shlex.split(line) for line in re.findall(r"^ +difftune ((?:fit|compare) .*)$", joined, flags=re.MULTILINE)]
+
+
+def arguments(file: str) -> list[str]:
+    """The command that a file is for, of those in its header the last."""
+    return commands(file)[-1]
 
 
 def composition(file: str) -> list[str]:
-    """What the ``difftune fit`` command in a file's header composes: its arguments without ``fit``."""
+    """What the ``difftune fit`` command that a file is for composes: its arguments without ``fit``."""
     command, *args = arguments(file)
     assert command == "fit"
     return args

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from config_files import ALL_FILES, CONFIGS, FAMILIES, arguments, files_of, header
+from config_files import ALL_FILES, CONFIGS, FAMILIES, arguments, commands, files_of, header
 
 from lightning_difftune.cli.lightning import ConfigReader
 
@@ -33,9 +33,8 @@ def test_an_installed_wheel_has_every_folder() -> None:
 
 @pytest.mark.parametrize("file", ALL_FILES)
 def test_header_opens_with_a_command_that_names_the_file(file: str) -> None:
-    args = arguments(file)
-    named = [arg for arg in args if arg.startswith("configs/")]
-    assert file in named
+    assert file in arguments(file)
+    named = [arg for command in commands(file) for arg in command if arg.startswith("configs/")]
     assert all((CONFIGS.parent / name).is_file() for name in named)
     assert header(file)[:1].isupper(), "a sentence that says what the file is for comes first"
 

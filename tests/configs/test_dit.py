@@ -11,7 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from config_files import CONFIGS, arguments, composition, files_of, header, leaves, settings, smaller_callbacks
+from config_files import (
+    CONFIGS,
+    arguments,
+    commands,
+    composition,
+    files_of,
+    header,
+    leaves,
+    settings,
+    smaller_callbacks,
+)
 from tiny_data import (
     Pictures,
     accept_flowers,
@@ -29,16 +39,18 @@ from tiny_data import (
 )
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks import EMA, FID, SampleGrid
+from lightning_difftune.callbacks import EMA, FID, ForgettingMeter, SampleGrid
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.data import MemoryBank, MemoryBankDataModule
 from lightning_difftune.data.source_facts import labels_of
 from lightning_difftune.models import DiT, export_dit
 from lightning_difftune.modules import DiTDiffTuningModule
 from lightning_difftune.modules.presets import OFFICIAL, PAPER, active_settings, describe_preset
+from lightning_difftune.schedules import fit_schedule
 
 FILES = files_of("dit")
 BASE = "configs/dit/base.yaml"
+MEASURED = "configs/presets/measured.yaml"
 TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
     "configs/dit/food101.yaml": ("10.68", "6.05", 101),
     "configs/dit/sun397.yaml": ("11.01", "7.21", 397),
@@ -100,6 +112,9 @@ def ingredients(workplace: Path) -> Iterator[None]:
     for make in DATA_SETS:
         make(workplace / "data", Pictures())
     make_models(workplace)
+    schedule = workplace / leaves(settings(MEASURED))[".model.init_args.objective.init_args.schedule.init_args.path"]
+    schedule.parent.mkdir(parents=True)
+    fit_schedule(schedule, [0.25, 0.75], [1.0, 1.0], [0.9, 0.5])
     with pytest.MonkeyPatch.context() as patch:
         accept_flowers(workplace / "data", patch)
         yield
@@ -219,10 +234,20 @@ def test_presets_are_what_they_are_called() -> None:
     flow = described.pop("configs/presets/flow_matching.yaml")
     assert "loss = velocity_mse_loss" in flow
     assert "schedule = PowerSchedule(tau=1)" in flow
+    assert "schedule = MeasuredSchedule(schedule.json)" in described.pop(MEASURED)
     for name, change in ABLATIONS.items():
         text = described.pop(f"configs/ablations/{name}.yaml")
         assert text.startswith(f"Preset: custom; nearest is official code, with {change}. "), text
     assert all(text.startswith("Preset: official code.") for text in described.values()), described
+
+
+def test_the_measured_preset_reads_what_its_first_command_writes() -> None:
+    first, _ = commands(MEASURED)
+    cli = run_lightning([*first[1:], *tiny(BASE)], run=False)
+    (meter,) = (callback for callback in cli.trainer.callbacks if isinstance(callback, ForgettingMeter))
+    assert describe_preset(cli.model, cli.datamodule).startswith("Preset: standard fine-tuning")
+    schedule = instantiate(MEASURED).model.objective.schedule
+    assert schedule.path == Path(meter.dirpath) / "schedule.json"
 
 
 def test_paper_and_official_preset_undo_each_other() -> None:
@@ -263,7 +288,7 @@ class TinyFeatures(nn.Module):
 @pytest.mark.parametrize(
     "file",
     [
-        *("configs/dit/flowers.yaml", "configs/presets/paper.yaml", "configs/presets/flow_matching.yaml"),
+        *("configs/dit/flowers.yaml", "configs/presets/paper.yaml", "configs/presets/flow_matching.yaml", MEASURED),
         *(f"configs/ablations/{name}.yaml" for name in ABLATIONS if name != "reconsolidation_only"),  # has no bank
     ],
 )
