@@ -85,6 +85,15 @@ class SupportsSwap(Protocol):
 
 
 @runtime_checkable
+class SupportsReconstruct(Protocol):
+    """A model of latents, whose autoencoder loses a part of every picture."""
+
+    def reconstruct(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) uint8 => what encoding and decoding makes of them, of the same shape and type."""
+        ...
+
+
+@runtime_checkable
 class SupportsDenoisingLosses(Protocol):
     """A module whose denoising can be compared with that of the network it was tuned from."""
 

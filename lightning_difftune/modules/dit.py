@@ -18,7 +18,7 @@ from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, SupportsClassNames, TargetBatch, Tuner
-from lightning_difftune.sampling import Sampler
+from lightning_difftune.sampling import Sampler, to_uint8
 
 
 class DiTDiffTuningModule(DiffTuningModule):
@@ -182,6 +182,13 @@ class DiTDiffTuningModule(DiffTuningModule):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; pixel models clamp."""
         return latents.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(latents)
+
+    def reconstruct(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) uint8 => what the autoencoder makes of them, uint8; pixel models lose nothing."""
+        if self.autoencoder is None:
+            return pictures
+        mean, _ = self.autoencoder.encode(pictures.to(self.device) / 127.5 - 1)  # 0 .. 255 => [-1, 1]
+        return to_uint8(self.autoencoder.decode(mean))
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Network output (B, C or 2C, h, w) under class ids (B,), null class included."""

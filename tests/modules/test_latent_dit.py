@@ -15,6 +15,7 @@ from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.protocols import SupportsReconstruct
 from lightning_difftune.sampling import Sampler
 
 SAMPLER = Sampler(num_inference_steps=2)
@@ -185,3 +186,23 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_built(tmp_path, we
     grey = DiT(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2)
     with pytest.raises(ConfigError, match="latents of 4 channels"):
         DiTDiffTuningModule(grey, autoencoder=FrozenAutoencoder(vae)).configure_model()
+
+
+def test_a_reconstruction_is_what_diffusers_decodes_of_the_latents_mean(weights, vae):
+    module = module_of(weights, vae)
+    module.configure_model()
+    assert isinstance(module, SupportsReconstruct)
+    pictures = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 16, 16), dtype=np.uint8))
+    with torch.no_grad():
+        autoencoder = AutoencoderKL.from_pretrained(vae)
+        decoded = autoencoder.decode(autoencoder.encode(pictures / 127.5 - 1).latent_dist.mean).sample
+        found = module.reconstruct(pictures)
+    assert found.dtype == torch.uint8
+    expected = ((decoded + 1) * 127.5).round().clamp(0, 255)
+    assert (found.float() - expected).abs().max() <= 1
+
+
+def test_a_pixel_model_reconstructs_every_picture_as_it_is():
+    module = DiTDiffTuningModule(DiT(4, patch_size=2, in_channels=3, hidden_size=16, depth=1, num_heads=2))
+    pictures = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    assert torch.equal(module.reconstruct(pictures), pictures)
