@@ -126,7 +126,7 @@ def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label
     axes.set_title("Least distance marked by a star", fontsize=10, loc="left")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(max(distances.values()) for distances in series.values()))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
