@@ -130,6 +130,9 @@ def test_another_run_does_the_last_steps(project, capsys):
     assert other["50"] not in plain.values()
     assert "last steps done by two (%)" in (project / "other" / "swap.svg").read_text()
 
+    assert main([*args, "--tail", "none.ckpt"]) == 2
+    assert "none.ckpt does not exist" in capsys.readouterr().err
+
 
 def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -137,7 +140,6 @@ def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
         ([], "needs the checkpoint of a run"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
         (["--ckpt_path", "a.ckpt", "--name", "a", "--name", "b"], "a --name of its own"),
-        (["--ckpt_path", "none.ckpt", "--tail", "two.ckpt"], "none.ckpt does not exist"),
     ):
         assert main(["swap", *args]) == 2
         assert message in capsys.readouterr().err

@@ -18,8 +18,8 @@ class ReconstructionQuality:
     """Fréchet distances of training pictures and of their reconstructions to the held-out pictures.
 
     An evaluator of ``difftune compare``, for modules that can ``reconstruct`` pictures. It looks at no network but the
-    autoencoder, so a run of 0 steps is enough. Its figures say what part of a model's
-    distance is none of its denoising:
+    autoencoder, so a run of 0 steps is enough. Its figures say what part of a model's distance is none of its
+    denoising:
 
     - ``fd_..._real`` (``fid_real`` through Inception-v3): of training pictures as they are, which is what a perfect
       model would have;
@@ -46,7 +46,7 @@ class ReconstructionQuality:
         """The figures.
 
         Raises:
-            ConfigError: If the data cannot show their pictures, or the module cannot reconstruct them.
+            ConfigError: If the data cannot show its pictures, or the module cannot reconstruct them.
         """
         data = module.trainer.datamodule
         for owner, needed, method in (
