@@ -219,11 +219,8 @@ class DiffTuningModule(L.LightningModule, ABC):
     def draw_latents(self, denoise: Denoiser, sampler: Sampler, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
         """Samples (B, c, h, w) whose start noise depends on the seed and their index alone, for indices (B,)."""
         condition, null_condition = conditions
-        if not sampler.domain_guidance:
-            return sampler(denoise, self.start_noise(indices), condition, null_condition)
-        source_null = self.source_condition(null_condition)
-        frozen = self.frozen_denoiser()
-        return sampler(denoise, self.start_noise(indices), condition, source_null, null_denoise=frozen)
+        null_condition, null_denoise = self.null_branch(sampler, null_condition)
+        return sampler(denoise, self.start_noise(indices), condition, null_condition, null_denoise=null_denoise)
 
     def generate(self, indices: Tensor, conditions: tuple[Any, Any] | None = None) -> Tensor:
         """Pictures (B, C, H, W) uint8; picture i depends on the seed and i alone.
@@ -235,13 +232,16 @@ class DiffTuningModule(L.LightningModule, ABC):
         conditions = self.conditions(indices) if conditions is None else conditions
         return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
 
+    def null_branch(self, sampler: Sampler, null_condition: Any) -> tuple[Any, Denoiser | None]:
+        """Condition and network of the unconditional branch: with Domain Guidance, those of the pre-trained model."""
+        if not sampler.domain_guidance:
+            return null_condition, None
+        return self.source_condition(null_condition), self.frozen_denoiser()
+
     def guided(self, indices: Tensor) -> Guided:
         """The network under its guidance, as :meth:`generate` uses it for the pictures ``indices`` (B,)."""
         condition, null_condition = self.conditions(indices)
-        if not self.sampler.domain_guidance:
-            return self.sampler.guided(self.denoise, condition, null_condition)
-        source_null = self.source_condition(null_condition)
-        return self.sampler.guided(self.denoise, condition, source_null, null_denoise=self.frozen_denoiser())
+        return self.sampler.guided(self.denoise, condition, *self.null_branch(self.sampler, null_condition))
 
     def generate_swapped(
         self, indices: Tensor, fractions: Sequence[float], tail: DiffTuningModule | None = None
