@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from config_files import arguments, files_of
+from config_files import CONFIGS, arguments, files_of
 from tiny_data import Pictures, accept_flowers, make_flowers, make_small_photos, make_tiny_imagenet
 
 from lightning_difftune.cli import main
@@ -60,3 +61,15 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
             scheduler = cli.model.configure_optimizers()["lr_scheduler"]["scheduler"]
             assert scheduler.total_steps == cli.trainer.max_steps
         assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
+
+
+KEPT = sorted(folder.name for folder in (CONFIGS.parent / "results").iterdir())
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_kept_table_of_a_study_is_of_all_its_kept_results(name: str) -> None:
+    study, folder = read_study(CONFIGS / "studies" / f"{name}.yaml"), CONFIGS.parent / "results" / name
+    assert study.kept == Path("results") / name
+    with (folder / "table.csv").open() as file:
+        listed = {f"{row['run']}-seed{seed}" for row in csv.DictReader(file) for seed in row["seeds"].split()}
+    assert listed == {path.stem for path in (folder / "results").glob("*.json")}
