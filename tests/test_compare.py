@@ -220,7 +220,7 @@ def test_two_processes_divide_the_runs(project, undisturbed, capsys):
     assert "3 of 4 results in" in told
     assert left.exists()
     assert main(["compare", "study.yaml", "--only", "tuned", "--seeds", "0"]) == 0
-    assert capsys.readouterr().out == "1/1 tuned-seed0: another process is at it\n", "and there is nothing to report"
+    assert "1/1 tuned-seed0: another process is at it\n" in capsys.readouterr().out
     at_work.release()
     assert main(["compare", "study.yaml"]) == 0
     assert table() == table(undisturbed / "table.csv")
@@ -246,6 +246,18 @@ def test_what_a_result_holds(project):
     assert [path.name for path in Path("out").glob("bank*")] == ["bank-seed1"]
     (row,) = table()
     assert (row["run"], row["seeds"], row["fd_digit_classifier std"], row["change"]) == ("tuned", "1", "", "")
+
+
+def test_a_part_of_a_study_is_run_and_all_of_it_is_reported(project, capsys):
+    assert main(["compare", "study.yaml", "--only", "plain", "--seeds", "0", "7"]) == 0
+    assert "2 of 6 results in out/results" in capsys.readouterr().out, "of two runs, seeds 0, 1 and 7"
+    assert [(row["run"], row["seeds"]) for row in table()] == [("plain", "0 7")]
+    assert [path.name for path in sorted(Path("out/figures").iterdir())] == ["curves.png", "curves.svg"]
+    assert main(["compare", "study.yaml", "--only", "tuned", "--seeds", "0"]) == 0
+    rows = table()
+    assert [(row["run"], row["seeds"]) for row in rows] == [("plain", "0 7"), ("tuned", "0")]
+    plain, tuned = (result(f"{run}-seed0")["values"]["fd_digit_classifier"] for run in ("plain", "tuned"))
+    assert float(rows[1]["change"]) == pytest.approx(tuned / plain - 1), "over the seed that both have"
 
 
 def test_report_draws_again_from_the_results_alone(finished, monkeypatch, capsys):
@@ -283,7 +295,7 @@ def test_placeholders_stand_for_folders_and_the_seed(project):
     bank = {"data.init_args.bank": "{results}/{output}/{run}/{seed}"}
     write_study(project, results="kept", set={**STUDY["set"], **bank})
     study = read_study(Path("study.yaml"))
-    (job,) = read_jobs(study, [study.runs["tuned"]], [1], study.output, study.kept)
+    (job,) = read_jobs(study, [(study.runs["tuned"], 1)], study.output, study.kept)
     assert job.config()["data"]["init_args"]["bank"] == "kept/out/out/runs/tuned-seed1/1"
 
 
@@ -382,6 +394,7 @@ def test_mistakes_in_a_study_file(project, capsys, changes, message):
         (["none.yaml"], "There is no study file none.yaml"),
         (["base.yaml"], "base.yaml: data is no key of a study file"),
         (["study.yaml", "--only", "full"], "study.yaml has no run 'full'; its runs are plain, tuned"),
+        (["study.yaml", "--report", "--only", "plain"], "--report is of all results. Leave out --only and --seeds."),
         (["study.yaml", "--report"], "out/results has no result of study.yaml to report"),
     ],
 )

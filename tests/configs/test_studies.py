@@ -52,7 +52,7 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
     assert listed == [f"{run}-seed{seed}: to do" for seed in study.seeds for run in study.runs]
     assert len(evaluators(list(study.evaluators))) == len(study.evaluators)
     different = {(run.configs, *run.settings): run for run in study.runs.values()}  # but for values such as a rate
-    for job in read_jobs(study, list(different.values()), [0], study.output, study.kept):
+    for job in read_jobs(study, [(run, 0) for run in different.values()], study.output, study.kept):
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(job.config()))
         leave_measured_schedule(job.config(), study.output, study.kept)
         cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)

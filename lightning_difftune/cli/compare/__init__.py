@@ -6,14 +6,15 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
 
 from lightning_difftune.cli.compare.figures import draw_figures
-from lightning_difftune.cli.compare.jobs import Job, read_jobs
+from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
 from lightning_difftune.cli.compare.table import comparison, write_tables
 from lightning_difftune.data.shards.atomic import atomic_write, discard_temporaries
@@ -34,14 +35,14 @@ def compare(argv: Sequence[str]) -> None:
         prog="difftune compare",
         description="Run the configs of a study file over its seeds, and compare them in tables and figures. A study "
         "that was interrupted goes on where it stopped. Several processes of the same command, also on machines that "
-        "share a file system, divide the runs among themselves.",
+        "share a file system, divide the runs among themselves. Tables and figures are of all runs that are finished.",
     )
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
     parser.add_argument("--output", type=Path, help="folder of runs and results (default: the study's)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, of those in the study (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds to do (default: the study's)")
     parser.add_argument("--dry-run", action="store_true", help="check the configs and list the runs; run nothing")
-    parser.add_argument("--report", action="store_true", help="write tables and figures of the results; run nothing")
+    parser.add_argument("--report", action="store_true", help="write tables and figures of all results; run nothing")
     parser.add_argument("--rerun-changed", action="store_true", help="repeat runs whose config is no longer the same")
     options = parser.parse_args(argv)
 
@@ -49,13 +50,15 @@ def compare(argv: Sequence[str]) -> None:
     study = read_study(options.study)
     seeds = list(study.seeds) if options.seeds is None else options.seeds
     output, kept = (study.output, study.kept) if options.output is None else (options.output, options.output)
-    jobs = list(read_jobs(study, chosen(study, options.only), seeds, output, kept))
-    failed: list[Job] = []
+    if options.report:
+        if options.only or options.seeds:
+            raise ConfigError("--report is of all results. Leave out --only and --seeds.")
+        report(study, output, kept, console)
+        return
+    runs = [(run, seed) for seed in seeds for run in chosen(study, options.only)]
+    jobs = list(read_jobs(study, runs, output, kept))
     if options.dry_run:
         list_jobs(jobs, console)
-        return
-    if options.report:
-        report(study, jobs, kept, console)
         return
     refuse_changed(study, jobs, options.rerun_changed)
     failed = run_jobs(jobs, console)
@@ -64,7 +67,7 @@ def compare(argv: Sequence[str]) -> None:
     try:
         discard_temporaries(kept)
         if any(job.result() is not None for job in jobs):
-            report(study, jobs, kept, console)
+            report(study, output, kept, console)
     finally:
         lock.release()
     if failed:
@@ -193,15 +196,23 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no word")
 
 
-def report(study: Study, jobs: Sequence[Job], kept: Path, console: Console) -> None:
-    """Write tables and figures of the results that are there, and print the table."""
-    results = [(job.run, result) for job in jobs if (result := job.result()) is not None]
-    for job in jobs:
-        if job.result() is not None and job.differences():
-            console.print(f"{job.name} was made with another config: {'; '.join(job.differences())}")
+def report(study: Study, output: Path, kept: Path, console: Console) -> None:
+    """Write tables and figures of all results that are there, and print the table.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    results: list[tuple[StudyRun, Mapping[str, Any]]] = []
+    for job in read_jobs(study, finished_runs(study, kept), output, kept):
+        result = job.result()
+        if result is not None:  # nor has it been moved away since
+            results.append((job.run, result))
+            if differences := job.differences():
+                console.print(f"{job.name} was made with another config: {'; '.join(differences)}")
     if not results:
         raise ConfigError(f"{kept / 'results'} has no result of {study.path} to report.")
-    console.print(f"{len(results)} of {len(jobs)} results in {kept / 'results'}")
+    of = len(study.runs) * len({*study.seeds, *(result["seed"] for _, result in results)})
+    console.print(f"{len(results)} of {of} results in {kept / 'results'}")
     lines = comparison(study, results)
     write_tables(study, lines, kept, console)
     draw_figures(study, lines, kept / "figures")

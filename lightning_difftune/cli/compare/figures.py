@@ -24,17 +24,22 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
 
     ``curves`` is the main metric over the steps (Fig. 6a), ``final`` the metrics at the end, ``ewc`` the distance from
     the pre-trained weights (Fig. 5), and ``sweep`` the metrics over each quantity that runs are ``at``, such as tau
-    (Figs. 6c and 6d).
+    (Figs. 6c and 6d). Bars of a single run and sweeps of a single value compare nothing and are not drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     main = next(iter(study.metrics))
     if all(main in line.history for line in lines):
         plots.save(curves_figure(study, lines, main), folder / "curves")
-    finals = {name: f"{name} ({better} is better)" for name, better in study.metrics.items()}
-    plots.save(bars_figure(study, lines, finals), folder / "final")
-    if any(name in line.values for name in EWC for line in lines):
-        plots.save(bars_figure(study, lines, EWC_LABELS), folder / "ewc")
-    if quantities := list(dict.fromkeys(quantity for line in lines for quantity in line.run.at)):
+    if len(lines) > 1:
+        finals = {name: f"{name} ({better} is better)" for name, better in study.metrics.items()}
+        plots.save(bars_figure(study, lines, finals), folder / "final")
+        if any(name in line.values for name in EWC for line in lines):
+            plots.save(bars_figure(study, lines, EWC_LABELS), folder / "ewc")
+    values: dict[str, set[float]] = defaultdict(set)
+    for line in lines:
+        for quantity, value in line.run.at.items():
+            values[quantity].add(value)
+    if quantities := [quantity for quantity, some in values.items() if len(some) > 1]:
         plots.save(sweep_figure(study, lines, quantities), folder / "sweep")
 
 

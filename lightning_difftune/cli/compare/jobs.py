@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,20 +115,30 @@ class Job:
         return config
 
 
-def read_jobs(study: Study, runs: list[StudyRun], seeds: list[int], output: Path, kept: Path) -> Iterator[Job]:
-    """The jobs of a study, seed by seed, with all configs composed and checked.
+def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, kept: Path) -> Iterator[Job]:
+    """The jobs of runs and their seeds, with all configs composed and checked.
 
     Raises:
         ConfigError: If a config, or something that the study sets, cannot be used; names the run.
     """
     reader = ConfigReader()
-    for seed in seeds:
-        for run in runs:
-            try:
-                settings = yaml.safe_load(reader.compose(study.arguments(run, seed)))
-            except ConfigError as error:
-                raise ConfigError(f"{study.path}: runs.{run.name} cannot be run. {error}") from error
-            yield Job(run, seed, inside_run_folder(settings), study.evaluators, output, kept)
+    for run, seed in runs:
+        try:
+            settings = yaml.safe_load(reader.compose(study.arguments(run, seed)))
+        except ConfigError as error:
+            raise ConfigError(f"{study.path}: runs.{run.name} cannot be run. {error}") from error
+        yield Job(run, seed, inside_run_folder(settings), study.evaluators, output, kept)
+
+
+def finished_runs(study: Study, kept: Path) -> list[tuple[StudyRun, int]]:
+    """The runs that have a result, with its seed, be it one of the study's or another."""
+    found = []
+    for run in study.runs.values():
+        seeds = [
+            path.stem.removeprefix(f"{run.name}-seed") for path in (kept / "results").glob(f"{run.name}-seed*.json")
+        ]
+        found += [(run, seed) for seed in sorted(int(seed) for seed in seeds if seed.isdecimal())]
+    return found
 
 
 def inside_run_folder(settings: dict[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Line:
         history: Curves by metric, one for each seed.
         parameters: Trainable parameters.
         seconds: Seconds of each fit.
-        change: Relative change of the main metric against the run that the study names, if that is finished.
+        change: Relative change of the main metric against the run that the study names, over the seeds that both have.
     """
 
     run: StudyRun
@@ -79,10 +79,17 @@ def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
 
 
 def with_change(line: Line, lines: Sequence[Line], metric: str) -> Line:
-    """The line with its change of a metric; over all seeds that each of the two has."""
+    """The line with its change of a metric, over the seeds that it and what it is against both have."""
     before = next((one for one in lines if one.run.name == line.run.against), None)
-    start = 0.0 if before is None else statistics.fmean(before.values[metric])
-    return replace(line, change=statistics.fmean(line.values[metric]) / start - 1) if start else line
+    if before is None:
+        return line
+    start, end = (
+        dict(zip(before.seeds, before.values[metric], strict=True)),
+        dict(zip(line.seeds, line.values[metric], strict=True)),
+    )
+    both = start.keys() & end.keys()
+    total = sum(start[seed] for seed in both)
+    return replace(line, change=sum(end[seed] for seed in both) / total - 1) if total else line
 
 
 def spread(values: Sequence[float]) -> float | None:
