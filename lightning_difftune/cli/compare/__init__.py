@@ -53,7 +53,7 @@ def compare(argv: Sequence[str]) -> None:
     if options.report:
         if options.only or options.seeds:
             raise ConfigError("--report is of all results. Leave out --only and --seeds.")
-        report(study, output, kept, console)
+        report(study, [], output, kept, console)
         return
     runs = [(run, seed) for seed in seeds for run in chosen(study, options.only)]
     jobs = list(read_jobs(study, runs, output, kept))
@@ -67,7 +67,7 @@ def compare(argv: Sequence[str]) -> None:
     try:
         discard_temporaries(kept)
         if any(job.result() is not None for job in jobs):
-            report(study, output, kept, console)
+            report(study, jobs, output, kept, console)
     finally:
         lock.release()
     if failed:
@@ -196,16 +196,18 @@ def last_line(log: Path) -> str:
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no word")
 
 
-def report(study: Study, output: Path, kept: Path, console: Console) -> None:
-    """Write tables and figures of all results that are there, and print the table.
+def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console: Console) -> None:
+    """Write tables and figures of all results that are there, not of ``jobs`` alone, and print the table.
 
     Raises:
         ConfigError: If there is none.
     """
     results: list[tuple[StudyRun, Mapping[str, Any]]] = []
-    for job in read_jobs(study, finished_runs(study, kept), output, kept):
+    composed = [(job.run, job.seed) for job in jobs]
+    others = [run for run in finished_runs(study, kept) if run not in composed]
+    for job in sorted([*jobs, *read_jobs(study, others, output, kept)], key=lambda job: job.seed):
         result = job.result()
-        if result is not None:  # nor has it been moved away since
+        if result is not None:
             results.append((job.run, result))
             if differences := job.differences():
                 console.print(f"{job.name} was made with another config: {'; '.join(differences)}")

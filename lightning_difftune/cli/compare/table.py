@@ -81,15 +81,11 @@ def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
 def with_change(line: Line, lines: Sequence[Line], metric: str) -> Line:
     """The line with its change of a metric, over the seeds that it and what it is against both have."""
     before = next((one for one in lines if one.run.name == line.run.against), None)
-    if before is None:
-        return line
-    start, end = (
-        dict(zip(before.seeds, before.values[metric], strict=True)),
-        dict(zip(line.seeds, line.values[metric], strict=True)),
-    )
-    both = start.keys() & end.keys()
-    total = sum(start[seed] for seed in both)
-    return replace(line, change=sum(end[seed] for seed in both) / total - 1) if total else line
+    starts = {} if before is None else dict(zip(before.seeds, before.values[metric], strict=True))
+    ends = zip(line.seeds, line.values[metric], strict=True)
+    pairs = [(starts[seed], end) for seed, end in ends if seed in starts]
+    total = sum(start for start, _ in pairs)
+    return replace(line, change=sum(end for _, end in pairs) / total - 1) if total else line
 
 
 def spread(values: Sequence[float]) -> float | None:
