@@ -88,7 +88,8 @@ def bars(
         for x, mean, position in zip(xs, means, there, strict=True):
             low, high = min(values[position]), max(values[position])
             axes.plot([x, x], [low, high], color="black", linewidth=1.2)
-            axes.annotate(f"{mean:.3g}", (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+            label = f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
+            axes.annotate(label, (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     rotate = max(map(len, categories)) * len(categories) > 80
     slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
     axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)
