@@ -39,6 +39,38 @@ def test_shares_cover_everything():
     assert set().union(*parts) == set(range(100))
 
 
+THREE_CLASSES = ArrayImages(np.arange(60, dtype=np.uint8).reshape(60, 1, 1), labels=np.repeat([0, 1, 7], [10, 20, 30]))
+
+
+def test_counts_of_each_class_are_a_few_shot_target():
+    few, more = (Partition(THREE_CLASSES, {"train": n, "test": 2}, "train", per_class=True) for n in (3, 8))
+    assert labels_of(few).tolist() == [0] * 3 + [1] * 3 + [7] * 3
+    assert set(few.indices) < set(more.indices)
+    held_out = Partition(THREE_CLASSES, {"train": 8, "test": 2}, "test", per_class=True)
+    assert labels_of(held_out).tolist() == [0] * 2 + [1] * 2 + [7] * 2
+    assert not set(held_out.indices) & set(more.indices)
+    # Golden: a partition must be the same in years to come, on any machine.
+    assert few.indices == [2, 4, 7, 11, 26, 28, 34, 35, 59]
+
+
+def test_shares_of_each_class_are_a_stratified_partition():
+    parts = [Partition(THREE_CLASSES, {"train": 0.8, "test": 0.2}, name, per_class=True) for name in ("train", "test")]
+    assert [np.bincount(labels_of(part))[[0, 1, 7]].tolist() for part in parts] == [[8, 16, 24], [2, 4, 6]]
+    assert sorted([*parts[0].indices, *parts[1].indices]) == list(range(60))
+
+
+def test_a_share_of_a_small_class_can_be_none():
+    source = ArrayImages(np.zeros((11, 1, 1), np.uint8), labels=[0] * 10 + [1])
+    assert labels_of(Partition(source, {"train": 0.9, "test": 0.1}, "test", per_class=True)).tolist() == [0]
+
+
+def test_per_class_says_what_it_lacks():
+    with pytest.raises(ConfigError, match="need 11 pictures, but class 0 has 10"):
+        Partition(THREE_CLASSES, {"train": 11}, "train", per_class=True)
+    with pytest.raises(ConfigError, match="knows its labels without reading its pictures"):
+        Partition(Listed(["a", "b"]), {"train": 1}, "train", per_class=True)
+
+
 def test_labels_and_identity_go_through():
     partition = Partition(SOURCE, {"a": 5, "b": 95}, "a")
     assert labels_of(partition).tolist() == [label for _, label in (partition[i] for i in range(5))]
@@ -57,10 +89,20 @@ class Listed(Dataset):
         return self.paths[index], 0
 
 
-def test_order_of_the_file_system_does_not_matter():
+class ListedClasses(Listed):
+    """Five classes that the last digit of a name tells apart."""
+
+    @property
+    def labels(self) -> list[int]:
+        return [int(path[-5]) % 5 for path in self.paths]
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_order_of_the_file_system_does_not_matter(per_class):
     names = [f"/data/{number:03d}.jpg" for number in range(50)]
     shuffled = np.random.default_rng(3).permutation(names).tolist()
-    a, b = (Partition(Listed(n), {"train": 0.5, "test": 0.5}, "test") for n in (names, shuffled))
+    sources = [ListedClasses(listed) for listed in (names, shuffled)]
+    a, b = (Partition(source, {"train": 0.5, "test": 0.5}, "test", per_class=per_class) for source in sources)
     assert [a[i][0] for i in range(25)] == [b[i][0] for i in range(25)]
 
 
@@ -82,7 +124,7 @@ def test_partition_in_a_configuration_file(tmp_path, sizes):
     ("sizes", "message"),
     [
         ({"train": 10}, r"no part 'test' in the partition; found 'train'"),
-        ({"train": 90, "test": 20}, "need 110 pictures, but there are 100"),
+        ({"train": 90, "test": 20}, "need 110 pictures, but the source has 100"),
         ({"train": 0.9, "test": 0.2}, "shares that sum to at most 1"),
         ({"train": 5, "test": 0.2}, "expected counts, or shares"),
         ({"train": 5, "test": -1}, "above 0"),
