@@ -21,7 +21,7 @@ test-slow: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy lightning_difftune
+	$(BIN)/mypy lightning_difftune benchmarks
 	$(BIN)/lint-imports
 
 docs: .venv/.dev

@@ -131,7 +131,8 @@ def main(options: argparse.Namespace) -> None:
             results[f"batch of {batch_size}"] = time
             rows.append((f"batch of {batch_size} cached latents", f"{time:.3f} ms"))
     with tempfile.TemporaryDirectory() as name:
-        many = ImageTargets([(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)] * options.many, 8, 3)
+        same: Any = [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)] * options.many
+        many = ImageTargets(same, 8, 3)
         cache = LatentCache.build(Path(name) / "latents", many, TimedEncoder(None, side), {}, batch_size=256)
         time = milliseconds({"": batches_of(cache.read, len(cache), 32)}, options.turns)[""]
         results[f"batch of 32 of {options.many}"] = time

@@ -31,7 +31,8 @@ def foreach(model: DiT) -> Callable[[], None]:
     """Our callback's update, as the Trainer calls it."""
     module: Any = L.LightningModule()
     module.model = model
-    callback, trainer = EMA(decay=DECAY), SimpleNamespace(ckpt_path=None, global_step=0)
+    trainer: Any = SimpleNamespace(ckpt_path=None, global_step=0)
+    callback = EMA(decay=DECAY)
     callback.on_fit_start(trainer, module)
     callback.on_train_start(trainer, module)
 

@@ -31,9 +31,8 @@ class Denoising(L.LightningModule):
 
     def __init__(self, size: str, batch_size: int, lora: bool) -> None:
         super().__init__()
-        # The size of the bundled models where none is named.
-        nano = {"input_size": 20, "patch_size": 5, "in_channels": 1, "hidden_size": 192, "depth": 3, "num_heads": 6}
-        self.dit = DiT(**nano, num_classes=242) if size == "nano" else DiT.from_size(size)
+        # "nano" is the size of the bundled dit-nano-omniglot.
+        self.dit = DiT(20, 5, 1, 192, 3, 6, num_classes=242) if size == "nano" else DiT.from_size(size)
         if lora:
             LoRA().apply(self.dit)
         self.objective, self.batch_size = DiffTuningObjective(), batch_size

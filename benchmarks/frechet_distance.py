@@ -52,6 +52,11 @@ def reference(real: Tensor, fake: Tensor) -> float:
     return (means + x.square().sum() + y.square().sum() - 2 * root).item()
 
 
+def addresses(metric: FrechetDistance) -> dict[str, int]:
+    """Where in memory the sums are."""
+    return {name: getattr(metric, name).data_ptr() for name in metric.metric_state}
+
+
 def main(options: argparse.Namespace) -> None:
     """Compare both on each number of pictures."""
     results: dict[str, Any] = {}
@@ -84,11 +89,11 @@ def main(options: argparse.Namespace) -> None:
     metric.update(batch, real=False)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    states = {name: value.data_ptr() for name, value in metric.metric_state.items()}
+    states = addresses(metric)
     for _ in range(50):
         metric.update(batch, real=False)
     grown = tracemalloc.get_traced_memory()[0] - before
-    same = sum(value.data_ptr() == states[name] for name, value in metric.metric_state.items())
+    same = sum(address == states[name] for name, address in addresses(metric).items())
     results["updates"] = {"python_bytes_after_50": grown, "states_in_place": same, "states": len(states)}
     columns = ("pictures", "ours", "torchmetrics", "ratio", "our error", "torchmetrics' error")
     report(options, f"Fréchet distance of {dim:,} features", columns, rows, results)

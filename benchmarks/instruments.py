@@ -53,7 +53,7 @@ def flowers(folder: Path) -> tuple[ControlNetDiffTuningModule, MemoryBankDataMod
     sampler = stable_diffusion_sampler(4, 1.0)
     module = ControlNetDiffTuningModule(Canny(), "sd-nano-flowers", sampler=sampler, bank_sampler=sampler)
     pictures = np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)
-    source = [(picture, "a photo of a rose") for picture in pictures]
+    source: Any = [(picture, "a photo of a rose") for picture in pictures]
     data = MemoryBankDataModule(
         source,
         image_size=32,
@@ -83,7 +83,8 @@ def meter(module: L.LightningModule, data: MemoryBankDataModule, folder: Path, i
 
 def swap(module: DiTDiffTuningModule, repeats: int) -> dict[str, float]:
     """Seconds of the shared pass and of separate ones, medians of runs in turns; the pictures are compared."""
-    indices, seconds = torch.arange(32), {"shared": [], "separate": []}
+    indices = torch.arange(32)
+    seconds: dict[str, list[float]] = {"shared": [], "separate": []}
     module.eval()
     for _ in range(repeats):
         start = now()

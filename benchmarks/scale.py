@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,9 +38,9 @@ def models() -> Iterator[tuple[str, int, int]]:
         xl = DiT.from_size("DiT-XL/2", num_classes=101)
         LoRA().apply(xl)
         yield "DiT-XL/2, LoRA", *trained_and_frozen(xl)
-        unet = UNet2DConditionModel(cross_attention_dim=768)
+        unet: Any = UNet2DConditionModel(cross_attention_dim=768)
         yield "SD 1.5, whole UNet", *trained_and_frozen(unet)
-        control = ControlNetModel(cross_attention_dim=768)
+        control: Any = ControlNetModel(cross_attention_dim=768)
         yield "SD 1.5, ControlNet", *trained_and_frozen(control, unet.requires_grad_(False))
 
 

@@ -81,14 +81,14 @@ def bank_seconds(folder: Path, size: int) -> float:
     return now() - start
 
 
-def draw(path: Path, results: dict[str, dict[str, float]]) -> None:
+def draw(path: Path, results: dict[str, dict[float, float]]) -> None:
     """A panel for each curve."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 3.4), layout="constrained", facecolor="white")
     for axes, (name, result) in zip(figure.subplots(1, len(results)), results.items(), strict=True):
         x_label, _, y_label = name.partition(": ")
-        points = [(float(x), [y]) for x, y in result.items()]
+        points = [(x, [y]) for x, y in result.items()]
         curves(axes, {y_label: points}, f"By {x_label}", y_label, x_label)
         axes.set_ylim(0, 1.1 * max(result.values()))
         axes.get_legend().remove()
@@ -99,7 +99,7 @@ def main(options: argparse.Namespace) -> None:
     """Measure every curve."""
     torch.set_num_threads(1)
     steps = options.steps
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results["batch size: pictures/s"] = {

@@ -64,7 +64,7 @@ class Turns(Callback):
             self.seconds["trainer"].append((now() - self.began) / self.block)
             for name, step in self.others.items():
                 start = now()
-                for _ in range(self.block):
+                for _turn in range(self.block):
                     step()
                 self.seconds[name].append((now() - start) / self.block)
         self.began = now()
@@ -89,14 +89,15 @@ def autoencoder_folder(folder: Path) -> Path:
     """An AutoencoderKL of Stable Diffusion's layout with a tenth of its width, and random weights."""
     from diffusers import AutoencoderKL
 
-    AutoencoderKL(
+    autoencoder: Any = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[32, 64, 64, 64],
         layers_per_block=1,
         norm_num_groups=8,
         latent_channels=4,
-    ).save_pretrained(folder / "autoencoder")
+    )
+    autoencoder.save_pretrained(folder / "autoencoder")
     return folder / "autoencoder"
 
 
