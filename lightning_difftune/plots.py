@@ -14,6 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
 
 LINES: tuple[dict[str, Any], ...] = (  # colour, dash and marker; all three differ, so that a grey print can be read
     {"color": "#0b5fa5", "linestyle": "-", "marker": "o"},
@@ -80,6 +81,7 @@ def bars(
         y_label: What is measured, and its unit.
     """
     width = 0.8 / len(groups)
+    labels: list[Annotation] = []
     for number, (style, (group, values)) in enumerate(zip(cycle(BARS), groups.items(), strict=False)):
         there = [position for position, some in enumerate(values) if some]
         xs = [position + (number - (len(groups) - 1) / 2) * width for position in there]
@@ -89,12 +91,18 @@ def bars(
             low, high = min(values[position]), max(values[position])
             axes.plot([x, x], [low, high], color="black", linewidth=1.2)
             label = f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
-            axes.annotate(label, (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+            labels.append(axes.annotate(label, (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7))
     rotate = max(map(len, categories)) * len(categories) > 80
     slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
     axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)
     _label(axes, title, y_label)
-    axes.margins(y=0.1)
+    # About fourteen characters of labels go side by side on an inch; labels that need more room stand upright.
+    longest = max((len(label.get_text()) for label in labels), default=0)
+    inches = axes.bbox.width / axes.figure.dpi
+    upright = longest * len(categories) * len(groups) > 14 * inches
+    for annotation in labels:
+        annotation.set_rotation(90 if upright else 0)
+    axes.margins(y=0.2 if upright else 0.1)
     if any(groups):
         axes.legend(
             frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups)

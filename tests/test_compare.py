@@ -19,6 +19,7 @@ from lightning_difftune.cli.compare import work
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.compare.study import read_study
+from lightning_difftune.cli.compare.table import shown
 from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.models import DiT, export_dit
 
@@ -167,6 +168,21 @@ def table(path="out/table.csv"):
     """The rows of a table without the times."""
     with open(path) as file:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ([0.012345], "0.01235"),
+        ([2056.4], "2056"),
+        ([9999.7], "10000"),
+        ([18_499.2], "18499"),
+        ([1000.0, 1300.0], "1150 ± 212"),
+        ([1.0, 1.1], "1.05 ± 0.071"),
+    ],
+)
+def test_large_numbers_are_not_in_powers_of_ten(values, text):
+    assert shown(values) == text
 
 
 def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undisturbed, monkeypatch, capsys):

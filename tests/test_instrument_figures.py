@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from matplotlib.figure import Figure
 
-from lightning_difftune.plots import forgetting_figure, ideal_distances, swap_figure
+from lightning_difftune.plots import bars, forgetting_figure, ideal_distances, swap_figure
 
 
 def test_the_swap_figure_has_a_curve_and_a_strip_for_each_model():
@@ -32,6 +34,17 @@ def test_the_heat_maps_show_doubled_losses_as_one(steps):
     maps = [axes.collections[0] for axes in figure.axes[:2]]
     for mesh, (low, high) in zip(maps, [(-1, 0), (0, 3)], strict=True):
         assert mesh.get_array().reshape(2, len(steps)).tolist() == [[low] * len(steps), [high] * len(steps)]
+
+
+def test_labels_of_bars_stand_upright_where_they_would_overlap():
+    few, many = Figure((14, 4)).subplots(1, 2)
+    bars(few, ["a", "b"], {"one": [[1], [2]], "two": [[3, 5], []]}, "", "")
+    bars(many, ["a", "b"] * 9, {"": [[0.000712], [18_499]] * 9}, "", "")
+    assert [(text.get_text(), text.get_rotation()) for text in few.texts] == [("1", 0), ("2", 0), ("4", 0)]
+    assert {(text.get_text(), text.get_rotation()) for text in many.texts} == {("0.000712", 90), ("18,499", 90)}
+    many.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in many.texts]
+    assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_distances_to_the_ideal_denoisers_are_curves_over_t():

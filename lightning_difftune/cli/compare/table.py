@@ -94,9 +94,13 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def shown(values: Sequence[float]) -> str:
-    """Mean and spread in four digits."""
+    """Mean and spread, in four digits and two, or as many as there are before the point."""
     deviation = spread(values)
-    return f"{statistics.fmean(values):.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
+    return _rounded(statistics.fmean(values), 4) + ("" if deviation is None else f" ± {_rounded(deviation, 2)}")
+
+
+def _rounded(value: float, digits: int) -> str:
+    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
 
 
 def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
