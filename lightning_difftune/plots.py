@@ -91,7 +91,8 @@ def bars(
             low, high = min(values[position]), max(values[position])
             axes.plot([x, x], [low, high], color="black", linewidth=1.2)
             label = f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
-            labels.append(axes.annotate(label, (x, high), (0, 2), textcoords="offset points", ha="center", fontsize=7))
+            where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
+            labels.append(axes.annotate(label, (x, high), (0, 1), fontsize=7, **where))
     rotate = max(map(len, categories)) * len(categories) > 80
     slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
     axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)
