@@ -91,7 +91,7 @@ def compose(args):
         ConfigReader().compose(args)
 
 
-@pytest.mark.parametrize("block", blocks("bash"))
+@pytest.mark.parametrize("block", list(blocks("bash")))
 def test_commands_exist(block, anywhere):
     lines = [line for line in block.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
     assert lines
@@ -116,7 +116,7 @@ def test_commands_exist(block, anywhere):
             assert words[0] in {"git", "pre-commit"}, f"no test knows how to check {line!r}"
 
 
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", list(blocks("python")))
 def test_code_imports_what_there_is(block):
     for file, section in re.findall(r'^--8<-- "(.*):(.*)"$', block, re.MULTILINE):  # a part of a file of the tests
         assert f"# --8<-- [start:{section}]" in (ROOT / file).read_text()
