@@ -90,9 +90,8 @@ def bars(
         for x, mean, position in zip(xs, means, there, strict=True):
             low, high = min(values[position]), max(values[position])
             axes.plot([x, x], [low, high], color="black", linewidth=1.2)
-            label = f"{mean:.3g}" if mean < 1000 else f"{mean:,.0f}"
             where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
-            labels.append(axes.annotate(label, (x, high), (0, 1), fontsize=7, **where))
+            labels.append(axes.annotate(rounded(mean, 3), (x, high), (0, 1), fontsize=7, **where))
     rotate = max(map(len, categories)) * len(categories) > 80
     slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
     axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)
@@ -108,6 +107,11 @@ def bars(
         axes.legend(
             frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups)
         )  # above all bars
+
+
+def rounded(value: float, digits: int) -> str:
+    """A number to be read, in so many significant digits, or all that it has before the point."""
+    return f"{value:,.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.data.shards.atomic import atomic_write
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.plots import rounded
 
 EWC = ("ewc/total", "ewc/mean")  # shown where a run has them
 WORDS = ("run", "method", "group")  # columns of words; the others are of numbers
@@ -96,11 +97,7 @@ def spread(values: Sequence[float]) -> float | None:
 def shown(values: Sequence[float]) -> str:
     """Mean and spread, in four digits and two, or as many as there are before the point."""
     deviation = spread(values)
-    return _rounded(statistics.fmean(values), 4) + ("" if deviation is None else f" ± {_rounded(deviation, 2)}")
-
-
-def _rounded(value: float, digits: int) -> str:
-    return f"{value:.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:.0f}"
+    return rounded(statistics.fmean(values), 4) + ("" if deviation is None else f" ± {rounded(deviation, 2)}")
 
 
 def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
