@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from lightning_difftune.schedules import fit_schedule
 FILES = files_of("dit")
 BASE = "configs/dit/base.yaml"
 MEASURED = "configs/presets/measured.yaml"
+SMALL_TAU = "configs/presets/small_tau.yaml"
 TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
     "configs/dit/food101.yaml": ("10.68", "6.05", 101),
     "configs/dit/sun397.yaml": ("11.01", "7.21", 397),
@@ -235,6 +237,7 @@ def test_presets_are_what_they_are_called() -> None:
     assert "loss = velocity_mse_loss" in flow
     assert "schedule = PowerSchedule(tau=1)" in flow
     assert "schedule = MeasuredSchedule(schedule.json)" in described.pop(MEASURED)
+    assert "with schedule = MirroredPowerSchedule(tau=0.3). " in described.pop(SMALL_TAU)
     for name, change in ABLATIONS.items():
         text = described.pop(f"configs/ablations/{name}.yaml")
         assert text.startswith(f"Preset: custom; nearest is official code, with {change}. "), text
@@ -248,6 +251,12 @@ def test_the_measured_preset_reads_what_its_first_command_writes() -> None:
     assert describe_preset(cli.model, cli.datamodule).startswith("Preset: standard fine-tuning")
     schedule = instantiate(MEASURED).model.objective.schedule
     assert schedule.path == Path(meter.dirpath) / "schedule.json"
+
+
+def test_a_small_tau_keeps_the_schedule_of_the_preset_before_it() -> None:
+    args = [*composition("configs/presets/paper.yaml"), "--config", SMALL_TAU, *tiny(BASE)]
+    cli = run_lightning(args, run=False)
+    assert active_settings(cli.model, cli.datamodule) == replace(PAPER, schedule="PowerSchedule(tau=0.3)")
 
 
 def test_paper_and_official_preset_undo_each_other() -> None:
@@ -288,7 +297,8 @@ class TinyFeatures(nn.Module):
 @pytest.mark.parametrize(
     "file",
     [
-        *("configs/dit/flowers.yaml", "configs/presets/paper.yaml", "configs/presets/flow_matching.yaml", MEASURED),
+        *("configs/dit/flowers.yaml", "configs/presets/paper.yaml", "configs/presets/flow_matching.yaml"),
+        *(MEASURED, SMALL_TAU),
         *(f"configs/ablations/{name}.yaml" for name in ABLATIONS if name != "reconsolidation_only"),  # has no bank
     ],
 )
