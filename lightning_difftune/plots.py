@@ -110,8 +110,8 @@ def bars(
 
 
 def rounded(value: float, digits: int) -> str:
-    """A number to be read, in so many significant digits, or all that it has before the point."""
-    return f"{value:,.{digits}g}" if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
+    """A number to be read, in so many significant digits, zeros included, or all that it has before the point."""
+    return f"{value:#,.{digits}g}".rstrip(".") if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -16,10 +16,11 @@ from PIL import Image
 
 from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
+from lightning_difftune.cli.compare.figures import bars_figure
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.compare.study import read_study
-from lightning_difftune.cli.compare.table import shown
+from lightning_difftune.cli.compare.table import line_of, shown
 from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.models import DiT, export_dit
 
@@ -178,7 +179,9 @@ def table(path="out/table.csv"):
         ([9999.7], "10,000"),
         ([18_499.2], "18,499"),
         ([1000.0, 1300.0], "1,150 ± 212"),
-        ([1.0, 1.1], "1.05 ± 0.071"),
+        ([1.0, 1.1], "1.050 ± 0.071"),
+        ([90.0], "90.00"),
+        ([0.0], "0.000"),
     ],
 )
 def test_large_numbers_are_not_in_powers_of_ten(values, text):
@@ -313,6 +316,19 @@ def test_placeholders_stand_for_folders_and_the_seed(project):
     study = read_study(Path("study.yaml"))
     (job,) = read_jobs(study, [(study.runs["tuned"], 1)], study.output, study.kept)
     assert job.config()["data"]["init_args"]["bank"] == "kept/out/out/runs/tuned-seed1/1"
+
+
+def test_bars_leave_out_runs_that_measured_none_of_it(project):
+    study = read_study(Path("study.yaml"))
+    results = {
+        run: {"seed": 0, "values": values, "history": {}, "trainable_parameters": 1, "fit_seconds": 1.0}
+        for run, values in {"plain": {"recognised": 0.2}, "tuned": {"recognised": 0.5, "ewc/total": 3.0}}.items()
+    }
+    lines = [line_of(study.runs[run], [result]) for run, result in results.items()]
+    distances, shares = (bars_figure(study, lines, {metric: metric}).axes[0] for metric in ("ewc/total", "recognised"))
+    assert [text.get_text() for text in distances.texts] == ["3.00"]
+    assert [text.get_text() for text in shares.texts] == ["0.200", "0.500"]
+    assert [text.get_text() for text in distances.get_legend().get_texts()] == ["Diff-Tuning"]
 
 
 def test_the_table_has_means_spreads_and_changes(finished):

@@ -40,7 +40,7 @@ def test_labels_of_bars_stand_upright_where_they_would_overlap():
     few, many = Figure((14, 4)).subplots(1, 2)
     bars(few, ["a", "b"], {"one": [[1], [2]], "two": [[3, 5], []]}, "", "")
     bars(many, ["a", "b"] * 9, {"": [[0.000712], [18_499]] * 9}, "", "")
-    assert [(text.get_text(), text.get_rotation()) for text in few.texts] == [("1", 0), ("2", 0), ("4", 0)]
+    assert [(text.get_text(), text.get_rotation()) for text in few.texts] == [("1.00", 0), ("2.00", 0), ("4.00", 0)]
     assert {(text.get_text(), text.get_rotation()) for text in many.texts} == {("0.000712", 90), ("18,499", 90)}
     many.figure.canvas.draw()
     boxes = [text.get_window_extent() for text in many.texts]

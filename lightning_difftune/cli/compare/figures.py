@@ -72,7 +72,8 @@ def by_step(histories: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[floa
 
 
 def bars_figure(study: Study, lines: Sequence[Line], labels: Mapping[str, str]) -> Figure:
-    """One panel for each metric: methods with their groups side by side, or else one bar for each run."""
+    """One panel for each metric: methods with their groups side by side, or else one bar for each run that has any."""
+    lines = [line for line in lines if any(line.values.get(metric) for metric in labels)]
     groups = list(dict.fromkeys(line.run.group for line in lines))
     paired = len({(line.run.method, line.run.group) for line in lines}) == len(lines) and len(groups) <= MOST_GROUPS
     figure, axes = grid(study, len(labels), 1)
