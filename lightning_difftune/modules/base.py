@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -196,11 +196,17 @@ class DiffTuningModule(L.LightningModule, ABC):
         }
 
     def on_fit_start(self) -> None:
-        """Say what is about to be trained, and which preset that is."""
+        """Say what is about to be trained and which preset that is, and warn of a precision that the CPU emulates."""
         self._finite = FiniteLoss()
         trained = sum(p.numel() for p in self.trainable_parameters())
         rank_zero_info(f"Training {trained:,} parameters of {self.base_identity.get('name', 'the model')}.")
         rank_zero_info(describe_preset(self, getattr(self.trainer, "datamodule", None)))
+        bf16 = str(self.trainer.precision).startswith("bf16")
+        if bf16 and self.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            rank_zero_warn(
+                f"This CPU has AVX2 and nothing newer: it emulates {self.trainer.precision}, which is several times "
+                "slower than 32-true. Set the trainer's precision to 32-true."
+            )
 
     def frozen_denoiser(self) -> Denoiser:
         """The :meth:`pretrained` network, loaded once and kept until this module moves to another device."""

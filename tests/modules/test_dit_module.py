@@ -1,6 +1,7 @@
 """DiTDiffTuningModule with its data module under a real Trainer, on a tiny DiT in pixel space."""
 
 import copy
+import warnings
 
 import lightning as L
 import numpy as np
@@ -272,6 +273,18 @@ def test_active_preset_is_named(tmp_path, weights, caplog):
     caplog.clear()
     trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path, retention_share=0.4))
     assert "Preset: custom; nearest is official code, with retention share = int(0.4 B)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "warned"),
+    [("bf16-mixed", "AVX2", True), ("bf16-mixed", "AVX512", False), ("32-true", "AVX2", False)],
+)
+def test_bf16_that_the_cpu_emulates_is_warned_of(tmp_path, weights, monkeypatch, precision, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_of(tmp_path, 1, precision=precision).fit(module_of(weights), data_of(tmp_path))
+    assert any("emulates bf16-mixed" in str(warning.message) for warning in caught) == warned
 
 
 def test_mistakes_are_refused(tmp_path, weights):
