@@ -172,6 +172,22 @@ class BankGenerator(Protocol):
         ...
 
 
+class BankPictures(Protocol):
+    """Pictures that a memory bank is made of, in place of samples."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def identity(self) -> str:
+        """Digest of what decides them."""
+        ...
+
+    def pixels(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
+        """Those at ``indices``, B, mirrored where ``flips``: ``pixel_values`` (B, C, H, W) in [-1, 1] and more."""
+        ...
+
+
 @runtime_checkable
 class SupportsBankGeneration(Protocol):
     """A module whose pre-trained model can fill a memory bank."""
@@ -181,8 +197,8 @@ class SupportsBankGeneration(Protocol):
         """Whether training gives the bank any weight."""
         ...
 
-    def bank_generator(self) -> BankGenerator:
-        """The pre-trained model, untouched by training."""
+    def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
+        """The pre-trained model, untouched by training, or pictures in place of its samples."""
         ...
 
 

@@ -56,6 +56,8 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         channels: 1 (grey) or 3 (RGB).
         bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
         bank_size: Samples in the bank, if it has yet to be built (5K to 200K in Fig. 6d).
+        bank_source: Pictures that the bank is made of in place of samples: the pre-training set (the last bar of
+            Fig. 6d), or others that the model shall keep. ``bank_size`` of them are taken at random, without labels.
         retention_share: Share of a batch that comes from the bank.
         batch_size: Samples of one process and step, both streams together.
         val_target: Held-out pictures, for the validation loss and as the reference of FID.
@@ -73,7 +75,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         seed: Seed of the order, the flips and nothing else.
 
     Raises:
-        ConfigError: If the shares leave one stream without a sample.
+        ConfigError: If the shares leave one stream without a sample, or the bank's source has too few pictures.
 
     Example:
         >>> import numpy as np
@@ -92,6 +94,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         channels: int = 3,
         bank: str | Path | None = None,
         bank_size: int = 50_000,
+        bank_source: Dataset | None = None,
         retention_share: float = 0.2,
         batch_size: int = 32,
         val_target: Dataset | None = None,
@@ -113,6 +116,9 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         self.reference = reference
         self.bank_path = Path(bank) if bank is not None else None
         self.bank_size = bank_size
+        self.bank_source = (
+            ImageTargets(bank_source, image_size, channels, on_corrupt) if bank_source is not None else None
+        )
         self.retention_share = retention_share
         self.batch_size = batch_size
         self.latent_cache_path = Path(latent_cache) if latent_cache is not None else None
@@ -143,6 +149,11 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             )
         if self.batch_size - self.retention_batch_size < 1:
             raise ConfigError(f"A batch_size of {self.batch_size} leaves no target sample beside the bank's.")
+        if self.bank_source is not None and len(self.bank_source) < self.bank_size:
+            raise ConfigError(
+                f"bank_source has {len(self.bank_source):,} pictures, too few for a bank of {self.bank_size:,}. Set "
+                "bank_size to their number, or to less."
+            )
 
     @property
     def class_names(self) -> list[str] | None:
@@ -205,7 +216,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             return None
         if not isinstance(module, SupportsBankGeneration):
             return MemoryBank(self.bank_path)
-        generator = module.bank_generator()
+        generator = module.bank_generator(self.bank_source)
         batch_size = self._bank_batch_size(generator)
         with shard_progress("Memory bank", self._rank) as progress:
             bank = MemoryBank.build(
@@ -311,7 +322,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         module = self.trainer.lightning_module if self.trainer is not None else None
         if self.bank_path is None or not isinstance(module, SupportsBankGeneration):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
-        generator = module.bank_generator()
+        generator = module.bank_generator(self.bank_source)
         writer = MemoryBank.writer(self.bank_path, generator.bank_spec(), self.bank_size)
         self.trainer.callbacks.append(MemoryBankWriter(writer))
         if self._rank == 0:

@@ -22,9 +22,16 @@ from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.modules.finite_loss import FiniteLoss
 from lightning_difftune.modules.lean_checkpoints import complete, make_lean
 from lightning_difftune.modules.presets import describe_preset
-from lightning_difftune.modules.pretrained import PretrainedSamples
+from lightning_difftune.modules.pretrained import EncodedPictures, PretrainedSamples
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import BankGenerator, Denoiser, DiffTuningBatch, RetentionBatch, Tuner
+from lightning_difftune.protocols import (
+    BankGenerator,
+    BankPictures,
+    Denoiser,
+    DiffTuningBatch,
+    RetentionBatch,
+    Tuner,
+)
 from lightning_difftune.sampling import Guided, Sampler, is_flow, to_uint8
 
 
@@ -135,6 +142,21 @@ class DiffTuningModule(L.LightningModule, ABC):
         It takes the conditions that it was pre-trained with, which may not be this module's; see
         :meth:`source_condition`.
         """
+
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] => mean and standard deviation (B, c, h, w) of what is denoised.
+
+        By default the pictures themselves. Families with an autoencoder encode.
+
+        Raises:
+            ConfigError: If the model denoises another shape.
+        """
+        if pixel_values.shape[1:] != self.sample_shape:
+            raise ConfigError(
+                f"Pictures have shape {tuple(pixel_values.shape[1:])}, but the model denoises {self.sample_shape}. "
+                f"Set image_size and channels of the data, or override posterior in {type(self).__name__}."
+            )
+        return pixel_values, torch.zeros_like(pixel_values)
 
     def conditions(self, indices: Tensor) -> tuple[Any, Any]:
         """Condition and null condition of the generated pictures ``indices`` (B,); ``None`` twice if there are none."""
@@ -270,9 +292,9 @@ class DiffTuningModule(L.LightningModule, ABC):
         swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)
         return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])
 
-    def bank_generator(self) -> BankGenerator:
-        """The pre-trained model, untouched by training, as the source of a memory bank."""
-        return PretrainedSamples(self)
+    def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
+        """What fills a memory bank: the pre-trained model, untouched by training, or pictures if there are any."""
+        return PretrainedSamples(self) if pictures is None else EncodedPictures(self, pictures)
 
     def draws(self, step: int) -> Draws:
         """Random numbers of one step for this process's share of the global batch."""
@@ -344,7 +366,8 @@ class DiffTuningModule(L.LightningModule, ABC):
 
     def on_predict_start(self) -> None:
         """Keep one pre-trained copy while ``predict`` fills the memory bank."""
-        self._bank_generator = self.bank_generator()
+        pictures = getattr(getattr(self.trainer, "datamodule", None), "bank_source", None)
+        self._bank_generator = self.bank_generator(pictures)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Samples for the memory bank at ``batch["indices"]``."""

@@ -161,7 +161,15 @@ class DiTDiffTuningModule(DiffTuningModule):
         Raises:
             ConfigError: If the model denoises another shape.
         """
-        pixel_values = batch["pixel_values"]
+        mean, std = self.posterior(batch["pixel_values"])
+        return {"latent_mean": mean, "latent_std": std, "class_labels": batch["class_labels"]}
+
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents, 0 in pixel models.
+
+        Raises:
+            ConfigError: If the model denoises another shape.
+        """
         if self.autoencoder is None:
             mean, std = pixel_values, torch.zeros_like(pixel_values)
         else:
@@ -171,7 +179,7 @@ class DiTDiffTuningModule(DiffTuningModule):
                 f"Pictures of shape {tuple(pixel_values.shape[1:])} become samples of shape {tuple(mean.shape[1:])}, "
                 f"but the model denoises {self.dit.sample_shape}. Set image_size and channels of the data to fit it."
             )
-        return {"latent_mean": mean, "latent_std": std, "class_labels": batch["class_labels"]}
+        return mean, std
 
     def encoder_identity(self) -> str | None:
         """Fingerprint and scale of the autoencoder; ``None`` for pixel models."""

@@ -1,13 +1,14 @@
-"""A module's pre-trained network as the source of a memory bank."""
+"""What a memory bank is made of: samples of a module's pre-trained network, or pictures."""
 
 from __future__ import annotations
 
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor
 
-from lightning_difftune.protocols import Denoiser, RetentionBatch
+from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch, SupportsEncode
 
 if TYPE_CHECKING:
     from lightning_difftune.modules.base import DiffTuningModule
@@ -32,24 +33,59 @@ class PretrainedSamples:
         module = self.module
         return {
             "model": module.base_identity["fingerprint"],
-            "sampler": module.bank_sampler.spec(),
+            **self.latents_spec(),
             "latent_shape": list(module.sample_shape),
             "seed": module.seed,
             **module.bank_spec(),
             **(target.bank_spec(module.objective) if (target := module.objective.retention_target) else {}),
         }
 
+    def latents_spec(self) -> dict[str, Any]:
+        """What decides the latents beside the weights and the seed."""
+        return {"sampler": self.module.bank_sampler.spec()}
+
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
         """Indices (B,) => latents (B, c, h, w) float32, the family's columns and the objective's, on the CPU."""
         module, target = self.module, self.module.objective.retention_target
-        conditions = module.source_conditions(indices)
-        latents = module.draw_latents(self.denoise, module.bank_sampler, indices, conditions).float()
+        latents = self.latents(indices).float()
         columns = {"latents": latents, **module.bank_columns(indices, latents)}
         if target is not None:
             condition = module.retention_condition(cast("RetentionBatch", columns))
             columns |= target.bank_columns(module.objective, indices, latents, condition, self.teacher)
         return {name: column.cpu() for name, column in columns.items()}
 
+    def latents(self, indices: Tensor) -> Tensor:
+        """Indices (B,) => what is replayed, (B, c, h, w)."""
+        module = self.module
+        return module.draw_latents(self.denoise, module.bank_sampler, indices, module.source_conditions(indices))
+
     def teacher(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """Like :meth:`DiffTuningModule.teacher`, of this copy."""
         return self.denoise(x_t, t, self.module.source_condition(condition))
+
+
+class EncodedPictures(PretrainedSamples):
+    """Pictures in the space that a module's network denoises, such as photos that it was pre-trained on.
+
+    Sample i is the mean of the latents of the i-th picture in a random order, which depends on the module's seed alone.
+    """
+
+    def __init__(self, module: DiffTuningModule, pictures: BankPictures) -> None:
+        super().__init__(module)
+        self.pictures = pictures
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The pictures' indices, (N,) int64."""
+        return torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(self.module.seed))
+
+    def latents_spec(self) -> dict[str, Any]:
+        """The pictures and what encodes them."""
+        module = self.module
+        encoder = module.encoder_identity() if isinstance(module, SupportsEncode) else None
+        return {"pictures": self.pictures.identity(), "encoder": encoder}
+
+    def latents(self, indices: Tensor) -> Tensor:
+        """Indices (B,) => the pictures' latents, (B, c, h, w)."""
+        batch = self.pictures.pixels(self.order[indices].tolist(), [False] * len(indices))
+        return self.module.posterior(batch["pixel_values"])[0]

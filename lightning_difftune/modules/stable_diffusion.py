@@ -204,13 +204,22 @@ class StableDiffusionModule(DiffTuningModule, ABC):
                 f"{type(self).__name__} needs captions, and the target has none. A data set of (image, label) gets "
                 "some from lightning_difftune.data.ClassCaptions."
             )
-        mean, std = self.autoencoder.encode(batch["pixel_values"].to(self.device))
+        mean, std = self.posterior(batch["pixel_values"])
+        return {"latent_mean": mean, "latent_std": std, "prompt_embeds": self.text_encoder.encode(batch["captions"])}
+
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents.
+
+        Raises:
+            ConfigError: If the model denoises another shape.
+        """
+        mean, std = self.autoencoder.encode(pixel_values.to(self.device))
         if tuple(mean.shape[1:]) != self.sample_shape:
             raise ConfigError(
-                f"Pictures of shape {tuple(batch['pixel_values'].shape[1:])} become latents of shape "
-                f"{tuple(mean.shape[1:])}, but the model denoises {self.sample_shape}. Set the model's image_size."
+                f"Pictures of shape {tuple(pixel_values.shape[1:])} become latents of shape {tuple(mean.shape[1:])}, "
+                f"but the model denoises {self.sample_shape}. Set the model's image_size."
             )
-        return {"latent_mean": mean, "latent_std": std, "prompt_embeds": self.text_encoder.encode(batch["captions"])}
+        return mean, std
 
     def encoder_identity(self) -> str | None:
         """Autoencoder, its scale, and text encoder."""

@@ -119,6 +119,13 @@ def plan_of(tmp_path: Path, *args: str) -> dict:
     return json.loads((tmp_path / "plan.json").read_text())
 
 
+def test_a_bank_of_pictures_draws_no_samples(tmp_path: Path) -> None:
+    source = ["--data.init_args.bank_source", "lightning_difftune.data.NpzImages"]
+    plan = plan_of(tmp_path, *source, "--data.init_args.bank_source.init_args.path", "photos.npz")
+    bank = plan["phases"]["memory bank"]
+    assert (bank["what"], bank["flops"], bank["disk_bytes"]) == ("1,000 pictures", 0, 1000 * (20 * 20 * 4 + 8))
+
+
 def test_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of(tmp_path)
     printed = " ".join(capsys.readouterr().out.split())

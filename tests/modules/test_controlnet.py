@@ -9,7 +9,7 @@ import torch
 
 from lightning_difftune import ControlNetDiffTuningModule, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA, ForgettingMeter
-from lightning_difftune.data import LatentCache
+from lightning_difftune.data import ImageTargets, LatentCache
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.models import export_network
@@ -110,6 +110,16 @@ def test_the_bank_has_the_pictures_own_maps(tmp_path, pipeline_folder):
     other = built(pipeline_folder, annotator=Bright(100))
     with pytest.raises(StoreError, match="annotator"):
         MemoryBank.build(tmp_path / "bank", other.bank_generator(), 4)
+
+
+def test_a_bank_of_pictures_has_their_latents_and_maps(tmp_path, pipeline_folder):
+    module, source = built(pipeline_folder), ImageTargets([(picture, 0) for picture in pictures_of(4)], 16)
+    bank = MemoryBank.build(tmp_path / "bank", module.bank_generator(source), 4, batch_size=3).read(torch.arange(4))
+    latents = module.posterior(source.pixels(range(4), [False] * 4)["pixel_values"])[0]
+    nearest = torch.cdist(bank["latents"].flatten(1), latents.flatten(1))
+    assert torch.allclose(nearest.min(1).values, torch.zeros(4), atol=1e-4)
+    assert sorted(nearest.argmin(1).tolist()) == [0, 1, 2, 3]
+    assert torch.equal(bank["conditioning_pixel_values"], Bright()(to_uint8(module.decode(bank["latents"]))))
 
 
 def test_it_starts_as_the_pipeline(pipeline_folder):

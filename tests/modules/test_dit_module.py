@@ -132,6 +132,28 @@ def test_a_bank_of_another_model_or_sampler_is_refused(tmp_path, weights):
         trainer_of(tmp_path, 1).fit(module_of(weights, bank_sampler=Sampler(num_inference_steps=3)), data_of(tmp_path))
 
 
+def test_a_bank_of_pictures_has_each_of_them_once(tmp_path, weights):
+    source, settings = pictures(12), {"bank_size": 11, "retention_share": 0.4}
+    data = data_of(tmp_path, bank_source=source, **settings)
+    trainer = trainer_of(tmp_path, 1)
+    trainer.fit(module_of(weights), data)
+    assert "train/retention" in trainer.callback_metrics
+    bank = MemoryBank(tmp_path / "bank").read(torch.arange(11))["latents"]
+    same = (bank[:, None] == data.bank_source.pixels(range(12), [False] * 12)["pixel_values"]).flatten(2).all(2)
+    assert same.sum(1).tolist() == [1] * 11
+    assert same.sum(0).max() == 1
+    assert same[:, :-1].diagonal().sum() < 11  # in a random order
+
+    other = data_of(tmp_path, bank_source=source, **settings | {"bank": tmp_path / "other"})
+    trainer_of(tmp_path, 1).predict(module_of(weights), other, return_predictions=False)
+    assert torch.equal(MemoryBank(tmp_path / "other").read(torch.arange(11))["latents"], bank)
+    for unlike in ({}, {"bank_source": pictures(13)}):
+        with pytest.raises(StoreError, match="pictures"):
+            trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path, **settings, **unlike))
+    with pytest.raises(ConfigError, match="12 pictures, too few for a bank of 13"):
+        data_of(tmp_path, bank_source=source, bank_size=13)
+
+
 @pytest.mark.parametrize("steps_before", [3, 5, 7])  # an epoch has 5: in the first, at its end, in the second
 def test_resume_is_exact(tmp_path, weights, steps_before):
     def run(folder, steps, ckpt_path=None):
