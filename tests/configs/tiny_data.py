@@ -170,6 +170,12 @@ def make_omniglot(data: Path) -> None:
         Image.fromarray(ink).convert("1").save(folder / "0001_01.png")
 
 
+def make_small_omniglot(data: Path) -> None:
+    """Three hatched drawings, in the layout that RenderedOmniglot reads from a file."""
+    ink = np.full((3, -(-105 * 105 // 8)), 0b10101010, np.uint8)
+    np.savez(data / "omniglot_small_105.npz", ink=ink, labels=np.arange(3), class_names=["alif", "bet", "gimel"])
+
+
 def make_tiny_imagenet(data: Path, count: int = 2) -> None:
     labels = np.arange(count) % 200
     np.savez(data / "tiny_imagenet_32.npz", images=np.zeros((count, 32, 32, 3), np.uint8), labels=labels)
@@ -180,7 +186,8 @@ def make_small_photos(data: Path, each: int = 1) -> None:
     for name, classes in {"oxford_flowers102_64": 102, "caltech101_64": 101}.items():
         labels = np.arange(classes).repeat(2 * each)
         images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8)
-        np.savez(data / f"{name}.npz", images=images, labels=labels, split=np.array(["train", "test"] * classes * each))
+        split, names = ["train", "test"] * classes * each, [f"class {label}" for label in range(classes)]
+        np.savez(data / f"{name}.npz", images=images, labels=labels, split=split, class_names=names)
 
 
 def make_coco(data: Path, save: Save) -> None:
