@@ -16,7 +16,7 @@ def quickstart(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="difftune quickstart",
         description="Diff-Tune a bundled model, beside full fine-tuning, and draw a report: the Omniglot DiT to "
-        "handwritten digits in about four minutes, or a Canny ControlNet for 32 px flowers in ten to thirty.",
+        "handwritten digits in about four minutes, or a Canny ControlNet for 32 px flowers.",
     )
     parser.add_argument("--controlnet", action="store_true", help="the ControlNet instead of the digits")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results (default: below runs/)")
