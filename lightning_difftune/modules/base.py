@@ -106,6 +106,9 @@ class DiffTuningModule(L.LightningModule, ABC):
 
     # -- what a model family supplies ----------------------------------------------------------------------------
 
+    shape_cure = "Set image_size and channels of the data to fit it."
+    """What to do where pictures do not fit the model."""
+
     @abstractmethod
     def build(self) -> dict[str, Any]:
         """Create the networks with their pre-trained weights and return the identity of those weights.
@@ -143,19 +146,8 @@ class DiffTuningModule(L.LightningModule, ABC):
         :meth:`source_condition`.
         """
 
-    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, C, H, W) in [-1, 1] => mean and standard deviation (B, c, h, w) of what is denoised.
-
-        By default the pictures themselves. Families with an autoencoder encode.
-
-        Raises:
-            ConfigError: If the model denoises another shape.
-        """
-        if pixel_values.shape[1:] != self.sample_shape:
-            raise ConfigError(
-                f"Pictures have shape {tuple(pixel_values.shape[1:])}, but the model denoises {self.sample_shape}. "
-                f"Set image_size and channels of the data, or override posterior in {type(self).__name__}."
-            )
+    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; by default themselves and 0."""
         return pixel_values, torch.zeros_like(pixel_values)
 
     def conditions(self, indices: Tensor) -> tuple[Any, Any]:
@@ -183,6 +175,20 @@ class DiffTuningModule(L.LightningModule, ABC):
         return {}
 
     # -- shared ---------------------------------------------------------------------------------------------------
+
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`encode_pixels`, checked: mean and standard deviation (B, c, h, w) of what is denoised.
+
+        Raises:
+            ConfigError: If the model denoises another shape.
+        """
+        mean, std = self.encode_pixels(pixel_values)
+        if tuple(mean.shape[1:]) != self.sample_shape:
+            raise ConfigError(
+                f"Pictures of shape {tuple(pixel_values.shape[1:])} become samples of shape {tuple(mean.shape[1:])}, "
+                f"but the model denoises {self.sample_shape}. {self.shape_cure}"
+            )
+        return mean, std
 
     @property
     def uses_retention(self) -> bool:

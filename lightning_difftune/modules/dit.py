@@ -164,22 +164,11 @@ class DiTDiffTuningModule(DiffTuningModule):
         mean, std = self.posterior(batch["pixel_values"])
         return {"latent_mean": mean, "latent_std": std, "class_labels": batch["class_labels"]}
 
-    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, C, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents, 0 in pixel models.
-
-        Raises:
-            ConfigError: If the model denoises another shape.
-        """
+    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, C, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents; pixel models keep them."""
         if self.autoencoder is None:
-            mean, std = pixel_values, torch.zeros_like(pixel_values)
-        else:
-            mean, std = self.autoencoder.encode(pixel_values.to(self.device))
-        if tuple(mean.shape[1:]) != self.dit.sample_shape:
-            raise ConfigError(
-                f"Pictures of shape {tuple(pixel_values.shape[1:])} become samples of shape {tuple(mean.shape[1:])}, "
-                f"but the model denoises {self.dit.sample_shape}. Set image_size and channels of the data to fit it."
-            )
-        return mean, std
+            return super().encode_pixels(pixel_values)
+        return self.autoencoder.encode(pixel_values.to(self.device))
 
     def encoder_identity(self) -> str | None:
         """Fingerprint and scale of the autoencoder; ``None`` for pixel models."""

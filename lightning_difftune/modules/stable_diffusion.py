@@ -207,19 +207,11 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         mean, std = self.posterior(batch["pixel_values"])
         return {"latent_mean": mean, "latent_std": std, "prompt_embeds": self.text_encoder.encode(batch["captions"])}
 
-    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents.
+    shape_cure = "Set the model's image_size."
 
-        Raises:
-            ConfigError: If the model denoises another shape.
-        """
-        mean, std = self.autoencoder.encode(pixel_values.to(self.device))
-        if tuple(mean.shape[1:]) != self.sample_shape:
-            raise ConfigError(
-                f"Pictures of shape {tuple(pixel_values.shape[1:])} become latents of shape {tuple(mean.shape[1:])}, "
-                f"but the model denoises {self.sample_shape}. Set the model's image_size."
-            )
-        return mean, std
+    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents."""
+        return self.autoencoder.encode(pixel_values.to(self.device))
 
     def encoder_identity(self) -> str | None:
         """Autoencoder, its scale, and text encoder."""

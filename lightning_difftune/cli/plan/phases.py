@@ -80,11 +80,11 @@ def phases(
 
 def bank(data: Namespace, module: DiffTuningModule, costs: Costs) -> Phase:
     """The samples of the pre-trained model, or pictures in place of them."""
-    sampler, size = module.bank_sampler, data.bank_size
+    size = data.bank_size
     if data.bank_source is not None:
-        encoded = {"encode": float(size)} if has_encoder(module) else {}
-        samples = {**encoded, "bank_columns": float(size)}
+        samples = {"encode": float(size) if has_encoder(module) else 0.0, "bank_columns": float(size)}
         return Phase("memory bank", f"{size:,} pictures", samples, size * costs.bank_bytes)
+    sampler = module.bank_sampler
     passes = forward_passes(sampler)
     guided = ", guided" if sampler.guidance_scale != 1 else ""
     words = f"{size:,} samples, {sampler.num_inference_steps} steps{guided}"
