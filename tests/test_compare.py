@@ -33,7 +33,10 @@ STUDY = {
         "data.init_args.bank": "{output}/bank-seed{seed}",
         "trainer.callbacks+": [
             {"class_path": "lightning_difftune.callbacks.EWC", "init_args": {"every_n_steps": 2}},
-            {"class_path": "lightning_difftune.callbacks.SuddenConvergence", "init_args": {"monitor": "val/loss"}},
+            {
+                "class_path": "lightning_difftune.callbacks.SuddenConvergence",
+                "init_args": {"monitor": "val/loss", "threshold": 0.0},
+            },
         ],
     },
     "evaluate": [{"class_path": "lightning_difftune.metrics.RecognisedDigits", "init_args": {"per_digit": 1}}],
@@ -320,8 +323,9 @@ def test_placeholders_stand_for_folders_and_the_seed(project):
 
 def test_bars_leave_out_runs_that_measured_none_of_it(project):
     study = read_study(Path("study.yaml"))
+    rest = {"seed": 0, "history": {}, "sudden_convergence": [], "trainable_parameters": 1, "fit_seconds": 1.0}
     results = {
-        run: {"seed": 0, "values": values, "history": {}, "trainable_parameters": 1, "fit_seconds": 1.0}
+        run: {**rest, "values": values}
         for run, values in {"plain": {"recognised": 0.2}, "tuned": {"recognised": 0.5, "ewc/total": 3.0}}.items()
     }
     lines = [line_of(study.runs[run], [result]) for run, result in results.items()]
@@ -344,10 +348,23 @@ def test_the_table_has_means_spreads_and_changes(finished):
     assert (plain["change"], float(tuned["change"])) == ("", pytest.approx(change))
     markdown = Path("out/table.md").read_text().splitlines()
     assert markdown[0].startswith(
-        "| run | method | group | fd_digit_classifier ↓ | recognised ↑ | change | ewc/total |"
+        "| run | method | group | fd_digit_classifier ↓ | recognised ↑ | change | val/loss at 0: step | ewc/total |"
     )
     assert f"| tuned | Full | Diff-Tuning | {np.mean(distances['tuned']):.4g} ± " in markdown[3]
     assert f"| {change:+.1%} |" in markdown[3]
+
+
+def test_the_table_has_the_steps_of_convergence(finished, capsys):
+    assert [row["val/loss at 0 steps"] for row in table()] == ["2 2", "2 2"]
+    for seed, step in enumerate((None, 1500)):
+        found = result(f"tuned-seed{seed}")
+        found["sudden_convergence"][0]["step"] = step
+        Path(f"out/results/tuned-seed{seed}.json").write_text(json.dumps(found))
+    assert main(["compare", "study.yaml", "--report"]) == 0
+    heads, _, plain, tuned = (row.split(" | ") for row in Path("out/table.md").read_text().splitlines())
+    column = heads.index("val/loss at 0: step")
+    assert (plain[column], tuned[column]) == ("2 / 2", "not reached / 1,500")
+    assert "not reached / 1,500" in capsys.readouterr().out
 
 
 def test_a_changed_config_is_refused_or_repeated(finished, capsys):

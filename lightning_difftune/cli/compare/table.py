@@ -34,6 +34,7 @@ class Line:
         history: Curves by metric, one for each seed.
         parameters: Trainable parameters.
         seconds: Seconds of each fit.
+        converged: The step of convergence by monitor and threshold, one for each seed; ``None`` if it was not reached.
         change: Relative change of the main metric against the run that the study names, over the seeds that both have.
     """
 
@@ -43,6 +44,7 @@ class Line:
     history: Mapping[str, tuple[Sequence[tuple[int, float]], ...]]
     parameters: int
     seconds: tuple[float, ...]
+    converged: Mapping[str, tuple[int | None, ...]]
     change: float | None = None
 
 
@@ -76,7 +78,17 @@ def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
         history={name: tuple(result["history"][name] for result in results) for name in curves},
         parameters=results[0]["trainable_parameters"],
         seconds=tuple(result["fit_seconds"] for result in results),
+        converged=convergence(results),
     )
+
+
+def convergence(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int | None, ...]]:
+    """The step at which each :class:`~lightning_difftune.callbacks.SuddenConvergence` saw its threshold passed."""
+    steps = [
+        {f"{one['monitor']} at {one['threshold']:g}": one["step"] for one in found if one["threshold"] is not None}
+        for found in (result["sudden_convergence"] for result in results)
+    ]
+    return {name: tuple(found[name] for found in steps) for name in steps[0] if all(name in found for found in steps)}
 
 
 def with_change(line: Line, lines: Sequence[Line], metric: str) -> Line:
@@ -100,11 +112,23 @@ def shown(values: Sequence[float]) -> str:
     return rounded(statistics.fmean(values), 4) + ("" if deviation is None else f" ± {rounded(deviation, 2)}")
 
 
+def thresholds_of(lines: Sequence[Line]) -> list[str]:
+    """The monitors and thresholds that any run has."""
+    return list(dict.fromkeys(name for line in lines for name in line.converged))
+
+
+def step_text(step: int | None) -> str:
+    """The step of one seed."""
+    return "not reached" if step is None else f"{step:,}"
+
+
 def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
     """The table that is read, headings first, without columns that say nothing or repeat the run's name."""
     arrows = {"lower": "↓", "higher": "↑"}
     metrics = [f"{name} {arrows[better]}" for name, better in study.metrics.items()]
-    rows = [["run", "method", "group", *metrics, "change", *EWC, "trainable", "seconds", "seeds"]]
+    thresholds = thresholds_of(lines)
+    reached = [f"{name}: step" for name in thresholds]
+    rows = [["run", "method", "group", *metrics, "change", *reached, *EWC, "trainable", "seconds", "seeds"]]
     rows += [
         [
             line.run.name,
@@ -112,6 +136,7 @@ def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
             line.run.group,
             *(shown(line.values[name]) for name in study.metrics),
             "" if line.change is None else f"{line.change:+.1%}",
+            *(" / ".join(map(step_text, line.converged.get(name, ()))) for name in thresholds),
             *(shown(line.values[name]) if name in line.values else "" for name in EWC),
             f"{line.parameters:,}",
             shown(line.seconds),
@@ -127,15 +152,19 @@ def csv_text(study: Study, lines: Sequence[Line]) -> str:
     names = [*study.metrics, *(name for name in EWC if any(name in line.values for line in lines))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
+    thresholds = thresholds_of(lines)
     columns = [f"{name} {what}" for name in names for what in ("mean", "std")]
-    writer.writerow(["run", "method", "group", *columns, "change", "trainable_parameters", "seconds", "seeds"])
+    columns += ["change", *(f"{name} steps" for name in thresholds)]
+    writer.writerow(["run", "method", "group", *columns, "trainable_parameters", "seconds", "seeds"])
     for line in lines:
         row: list[Any] = [line.run.name, line.run.method, line.run.group]
         for name in names:
             values = line.values.get(name)
             row += ["", ""] if values is None else [statistics.fmean(values), spread(values)]
+        row.append(line.change)
+        row += [" ".join(map(str, line.converged.get(name, ()))) for name in thresholds]
         seconds = statistics.fmean(line.seconds)
-        writer.writerow([*row, line.change, line.parameters, seconds, " ".join(map(str, line.seeds))])
+        writer.writerow([*row, line.parameters, seconds, " ".join(map(str, line.seeds))])
     return text.getvalue()
 
 
