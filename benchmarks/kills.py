@@ -138,7 +138,7 @@ def write_result(folder: Path) -> None:
     content = {"digest": job.digest, "identity": job.identity, "values": [i / 7 for i in range(2_000)]}
     for _ in range(4):
         atomic_write(job.result_path, (json.dumps(content) + "\n").encode())
-        lines = [Line(job.run, (0, 1), {"fid": (1.0, i / 7)}, {}, i, (1.0, 2.0)) for i in range(200)]
+        lines = [Line(job.run, (0, 1), {"fid": (1.0, i / 7)}, {}, i, (1.0, 2.0), {}) for i in range(200)]
         study: Any = SimpleNamespace(title="a study", metrics={"fid": "lower"})
         write_tables(study, lines, folder, Console(file=open(os.devnull, "w")))  # noqa: SIM115
 
