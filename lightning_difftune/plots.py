@@ -23,6 +23,8 @@ LINES: tuple[dict[str, Any], ...] = (  # colour, dash and marker; all three diff
     {"color": "#6a3d9a", "linestyle": ":", "marker": "D"},
     {"color": "#8c6d1f", "linestyle": (0, (6, 2, 1, 2, 1, 2)), "marker": "v"},
     {"color": "#444444", "linestyle": (0, (1, 3)), "marker": "x"},
+    {"color": "#b0217e", "linestyle": (0, (8, 3)), "marker": "P"},
+    {"color": "#1b8a8f", "linestyle": (0, (4, 2, 1, 2)), "marker": "*"},
 )
 BARS: tuple[dict[str, Any], ...] = (  # fill and hatch; brightness and pattern both differ
     {"color": "#0b5fa5", "edgecolor": "black"},
@@ -131,7 +133,7 @@ def _label(axes: Axes, title: str, y_label: str) -> None:
 
 def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label: str, x_label: str) -> None:
     """Draw distances against the part of the reverse process that is left to another model, in percent."""
-    for style, (name, distances) in zip(LINES, series.items(), strict=False):
+    for style, (name, distances) in zip(cycle(LINES), series.items(), strict=False):
         percents = sorted(distances)
         values = [distances[percent] for percent in percents]
         axes.plot(percents, values, label=name, markersize=4, **style)
@@ -227,7 +229,7 @@ def forgetting_figure(
 
 def ideal_distances(axes: Axes, series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> None:
     """Draw named distances to ideal denoisers over the timestep: (t, root mean squared difference of x0) for each."""
-    for style, (name, points) in zip(LINES, series.items(), strict=False):
+    for style, (name, points) in zip(cycle(LINES), series.items(), strict=False):
         timesteps, values = zip(*points, strict=True)
         axes.plot(timesteps, values, label=name, markersize=3, **style)
     axes.set_title(title, fontsize=10, loc="left")
