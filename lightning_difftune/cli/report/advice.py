@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lightning_difftune.cli.report.figures import scores
 from lightning_difftune.cli.report.run_folder import RunFolder, Series
@@ -14,6 +15,8 @@ FEWEST_OF_A_CLASS = 10
 INCEPTION_FEATURES = 2048
 GAIN = 0.02  # of a score in the last quarter of a run, which is still worth training for
 LOSS = 0.05  # of a score or loss since its best, which is more than a wobble
+LEAP = 3.0  # of the loss over its median until then, if that is out of the ordinary for the run, too
+SIGMAS = 5.0  # of the logarithm of the loss, from which it is
 RISE = 0.10  # of the retention loss from the first third of a run to the last
 
 
@@ -46,6 +49,30 @@ def diverged(run: RunFolder) -> Advice | None:
         "Lower the learning rate, or train in bf16-mixed or 32-true instead of 16-mixed.",
         f"train/loss is not finite at {len(bad)} of {len(run.metrics['train/loss'])} steps, first at step {bad[0]:,}.",
     )
+
+
+def leapt(run: RunFolder) -> Advice | None:
+    """The loss was far above all before it at two logged steps on end, whether or not it came back."""
+    series = run.finite("train/loss")
+    logs = [math.log(value) for _, value in series if value > 0]
+    if len(logs) < 8 or len(logs) < len(series):
+        return None
+    # Of a normal distribution the median distance of two values is 0.954 standard deviations; a leap hardly moves it.
+    deviation = statistics.median(abs(after - before) for before, after in pairwise(logs)) / 0.954
+    threshold = max(math.log(LEAP), SIGMAS * deviation)
+    for position in range(2, len(logs) - 1):
+        before = statistics.median(logs[:position])
+        if min(logs[position : position + 2]) - before > threshold:
+            until = series[position - 1][0]
+            step, top = max(series[position : position + 2], key=lambda point: point[1])
+            return Advice(
+                "Lower the learning rate, or clip gradients: the run diverged, and what the pre-trained model knew may "
+                "be lost even if the loss has come back.",
+                f"train/loss leapt to {top:.3g} at step {step:,}; its median until step {until:,} was "
+                f"{math.exp(before):.3g}. It ends at {series[-1][1]:.3g}.",
+                "--trainer.gradient_clip_val 1.0",
+            )
+    return None
 
 
 def unfinished(run: RunFolder) -> Advice | None:
@@ -191,6 +218,7 @@ def unmeasured(run: RunFolder) -> Advice | None:
 
 RULES: tuple[Callable[[RunFolder], Advice | None], ...] = (
     diverged,
+    leapt,
     unfinished,
     train_longer,
     stop_earlier,

@@ -61,6 +61,16 @@ def test_a_controlnets_convergence_is_a_sentence_not_a_curve(tmp_path):
     ("changes", "said", "evidence"),
     [
         ({"train/loss": [1.0] * 6 + [float("nan")] * 6}, "Lower the learning rate", "6 of 12 steps, first at step 60"),
+        (
+            {"train/loss": [0.16, 0.14, 0.49, 1.01, 0.94] + [0.2, 0.16] * 6},
+            "diverged",
+            "to 1.01 at step 30",
+        ),
+        (
+            {"train/loss": [0.16, 0.14, 0.17] + [1.0, 0.98] * 6},
+            "Lower the learning rate",
+            "until step 20 was 0.16. It ends",
+        ),
         ({"fid": [9.0, 8.0, 7.0, 6.0, 5.0]}, "Train longer", "5 at step 40: 17% better"),
         ({"fid": [9.0, 4.0, 4.1, 4.3, 4.5]}, "Stop earlier", "best at step 10, 4, and is 4.5 at step 40"),
         ({"control/ssim": [0.1, 0.4, 0.3]}, "mode='max'", "best at step 10, 0.4, and is 0.3"),
@@ -76,6 +86,18 @@ def test_advice_from_the_curves(tmp_path, changes, said, evidence):
     (advice,) = advise(make_run(tmp_path, {**FLAT, **changes}, callbacks=[INCEPTION]))
     assert said in advice.what
     assert evidence in advice.evidence
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [0.15, 0.14, 0.9] + [0.15, 0.16] * 6,  # a batch of unlucky timesteps
+        [1.1, 0.9, 0.5, 0.3, 0.2] + [0.15, 0.25] * 6,  # training from scratch
+        [0.01, 0.2, 0.03, 0.02, 0.3, 0.01, 0.4, 0.5] + [0.02, 0.3] * 6,  # batches of four
+    ],
+)
+def test_noise_is_no_leap(tmp_path, losses):
+    assert advise(make_run(tmp_path, {**FLAT, "train/loss": losses}, callbacks=[INCEPTION])) == []
 
 
 def test_noise_is_no_rise(tmp_path):
