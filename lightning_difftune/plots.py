@@ -75,6 +75,8 @@ def bars(
 ) -> None:
     """Draw a bar for each category and group: the mean of its values, with a line from the least to the largest.
 
+    One or two categories take the room of three, in the middle: the bars of all figures are about as wide.
+
     Args:
         axes: Where.
         categories: Names along the axis.
@@ -97,11 +99,14 @@ def bars(
     rotate = max(map(len, categories)) * len(categories) > 80
     slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
     axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)
+    if len(categories) < 3:
+        middle = (len(categories) - 1) / 2
+        axes.set_xlim(middle - 1.5, middle + 1.5)
     _label(axes, title, y_label)
     # About fourteen characters of labels go side by side on an inch; labels that need more room stand upright.
     longest = max((len(label.get_text()) for label in labels), default=0)
     inches = axes.bbox.width / axes.figure.dpi
-    upright = longest * len(categories) * len(groups) > 14 * inches
+    upright = longest * max(len(categories), 3) * len(groups) > 14 * inches
     for annotation in labels:
         annotation.set_rotation(90 if upright else 0)
     axes.margins(y=0.2 if upright else 0.1)
