@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -60,9 +61,11 @@ def leapt(run: RunFolder) -> Advice | None:
     # Of a normal distribution the median distance of two values is 0.954 standard deviations; a leap hardly moves it.
     deviation = statistics.median(abs(after - before) for before, after in pairwise(logs)) / 0.954
     threshold = max(math.log(LEAP), SIGMAS * deviation)
-    for position in range(2, len(logs) - 1):
-        before = statistics.median(logs[:position])
-        if min(logs[position : position + 2]) - before > threshold:
+    past: list[float] = []  # sorted, since sorting all of it at each step would take minutes of a long run
+    for position in range(1, len(logs) - 1):
+        insort(past, logs[position - 1])
+        before = (past[(position - 1) // 2] + past[position // 2]) / 2  # the median
+        if position > 1 and min(logs[position : position + 2]) - before > threshold:
             until = series[position - 1][0]
             step, top = max(series[position : position + 2], key=lambda point: point[1])
             return Advice(
