@@ -99,14 +99,15 @@ def bars(
     rotate = max(map(len, categories)) * len(categories) > 80
     slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
     axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)
-    if len(categories) < 3:
+    slots = max(len(categories), 3)
+    if slots > len(categories):
         middle = (len(categories) - 1) / 2
-        axes.set_xlim(middle - 1.5, middle + 1.5)
+        axes.set_xlim(middle - slots / 2, middle + slots / 2)
     _label(axes, title, y_label)
     # About fourteen characters of labels go side by side on an inch; labels that need more room stand upright.
     longest = max((len(label.get_text()) for label in labels), default=0)
     inches = axes.bbox.width / axes.figure.dpi
-    upright = longest * max(len(categories), 3) * len(groups) > 14 * inches
+    upright = longest * slots * len(groups) > 14 * inches
     for annotation in labels:
         annotation.set_rotation(90 if upright else 0)
     axes.margins(y=0.2 if upright else 0.1)
