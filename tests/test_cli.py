@@ -18,13 +18,14 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny import tiny_dit
 
 from lightning_difftune import MemoryBank, __version__
 from lightning_difftune.cli import COMMANDS, HELP, export, main, sample
 from lightning_difftune.cli.lightning import ConfigReader, run_lightning
 from lightning_difftune.data import ImageFolder
 from lightning_difftune.errors import DataError
-from lightning_difftune.models import DiT, export_dit
+from lightning_difftune.models import export_dit
 
 FIT = ("fit", "--config", "run.yaml")
 VALIDATE = ("validate", "--config", "run.yaml")
@@ -34,12 +35,7 @@ TAU = (f"{MODEL}objective.schedule", "lightning_difftune.PowerSchedule", f"{MODE
 
 
 def write_weights(path, seed=0, input_size=8):
-    torch.manual_seed(seed)
-    model = DiT(input_size, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return export_dit(model, path)
+    return export_dit(tiny_dit(seed, input_size=input_size), path)
 
 
 @pytest.fixture

@@ -6,13 +6,12 @@ import csv
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
+from tiny import tiny_weights
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.swap import names_of
-from lightning_difftune.models import DiT, export_dit
 
 FEATURES = """
 import torch
@@ -29,12 +28,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "swap_features.py").write_text(FEATURES)
-    torch.manual_seed(0)
-    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    export_dit(model, tmp_path / "tiny.safetensors")
+    tiny_weights(tmp_path)
     pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
     for number, pixels in enumerate(pictures):
         path = tmp_path / "pictures" / "abc"[number % 3] / f"{number}.png"

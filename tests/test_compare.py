@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny import tiny_weights
 
 from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
@@ -22,7 +23,6 @@ from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import line_of, shown
 from lightning_difftune.data.shards.lock import FolderLock
-from lightning_difftune.models import DiT, export_dit
 
 STEPS = 4
 STUDY = {
@@ -62,12 +62,7 @@ def write_study(folder, **changes):
 def ingredients(tmp_path_factory):
     """Weights, pictures and a base config."""
     folder = tmp_path_factory.mktemp("ingredients")
-    torch.manual_seed(0)
-    model = DiT(20, patch_size=10, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=10)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    export_dit(model, folder / "tiny.safetensors")
+    tiny_weights(folder, input_size=20, patch_size=10, num_classes=10)
     pictures = np.random.default_rng(0).integers(0, 256, (20, 20, 20), dtype=np.uint8)
     for number, pixels in enumerate(pictures):
         path = folder / "pictures" / f"class{number % 10}" / f"{number:02d}.png"

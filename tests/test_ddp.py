@@ -17,6 +17,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from tiny import quiet_trainer, tiny_weights
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,7 +28,7 @@ from lightning_difftune.callbacks import EMA, FID, Preemption
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.models import DiT, export_dit, load_dit
+from lightning_difftune.models import load_dit
 from lightning_difftune.sampling import Sampler
 
 STEPS = 8
@@ -102,20 +103,10 @@ def data_of(bank, world_size):
 
 
 def trainer_of(folder, world_size, *callbacks):
-    return L.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        devices=world_size,
-        strategy="ddp" if world_size > 1 else "auto",
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        check_val_every_n_epoch=None,
-        val_check_interval=4,
-        num_sanity_val_steps=0,
-        default_root_dir=folder,
+    strategy = "ddp" if world_size > 1 else "auto"
+    validated = {"check_val_every_n_epoch": None, "val_check_interval": 4}
+    return quiet_trainer(
+        folder, STEPS, *callbacks, devices=world_size, strategy=strategy, enable_checkpointing=False, **validated
     )
 
 
@@ -151,12 +142,7 @@ def run(weights, folder, world_size):
 def runs(tmp_path_factory):
     """The folders of the run on one process and of the same run on two."""
     weights = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    export_dit(model, weights / "tiny.safetensors")
+    tiny_weights(weights)
 
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     processes = start(weights, two, 2)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny import tiny_weights
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.export import difference, plain_network, write
@@ -30,12 +31,7 @@ def output_of(model):
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
-    torch.manual_seed(0)
-    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    export_dit(model, folder / "tiny.safetensors")
+    tiny_weights(folder)
     rng = np.random.default_rng(0)
     for number in range(6):
         path = folder / "pictures" / ("ant", "bee", "cat")[number % 3] / f"{number}.png"

@@ -18,12 +18,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny import tiny_weights
 
 from lightning_difftune.callbacks import EMA, preemption
 from lightning_difftune.cli import main
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.data import shards
-from lightning_difftune.models import DiT, export_dit
 
 STEPS = 150
 CHECKPOINT_EVERY = 10
@@ -41,12 +41,7 @@ CALLBACKS = [
 def ingredients(tmp_path_factory):
     """Weights, pictures and a config."""
     folder = tmp_path_factory.mktemp("ingredients")
-    torch.manual_seed(0)
-    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    export_dit(model, folder / "tiny.safetensors")
+    tiny_weights(folder)
     for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
         path = folder / "pictures" / f"class{number % 3}" / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

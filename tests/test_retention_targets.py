@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import tiny_dit, tiny_weights
 
 from lightning_difftune import (
     DiffTuningObjective,
@@ -24,7 +25,7 @@ from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss, v_mse_loss, variational_loss
-from lightning_difftune.models import DiT, export_dit
+from lightning_difftune.models import DiT
 from lightning_difftune.retention_targets import OnlineTeacher, RetentionTarget, StoredPredictions
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.weightings import MinSNRWeighting
@@ -32,18 +33,9 @@ from lightning_difftune.weightings import MinSNRWeighting
 TARGETS = [OnlineTeacher(), StoredPredictions()]
 
 
-def tiny_dit(seed: int = 0) -> DiT:
-    torch.manual_seed(seed)
-    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_dit(tiny_dit(), tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+    return tiny_weights(tmp_path_factory.mktemp("weights"))
 
 
 def stored_for(objective, teacher, x0, condition, seed=0):

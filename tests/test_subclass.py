@@ -12,6 +12,7 @@ import torch
 import yaml
 from diffusers import UNet2DModel
 from PIL import Image
+from tiny import quiet_trainer
 from torch import nn
 
 from lightning_difftune import DiffTuningModule, DiffTuningObjective, MemoryBank, MemoryBankDataModule
@@ -101,20 +102,7 @@ def data_of(bank):
 
 
 def trainer_of(tmp_path, steps, *callbacks):
-    return L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-    )
+    return quiet_trainer(tmp_path, steps, *callbacks, val_check_interval=2, check_val_every_n_epoch=None)
 
 
 class Quadrants(nn.Module):

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy
+from tiny import tiny_dit
 from torch import nn
 
 from lightning_difftune.callbacks import EMA, EWC
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.models import DiT
 from lightning_difftune.protocols import Tuner
 from lightning_difftune.tuners import DiffFit, LoRA
 
@@ -43,11 +43,7 @@ class DenoisesNoise(L.LightningModule):
 
     def __init__(self, tuner: Tuner) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.model = DiT(4, 2, 1, hidden_size=16, depth=2, num_heads=2, num_classes=6)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.2)
+        self.model = tiny_dit(input_size=4, patch_size=2, depth=2)
         self.before = weights(self.model)
         tuner.apply(self.model)
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.precision import MixedPrecision
+from tiny import tiny_dit
 from torch import Tensor, nn
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
@@ -19,7 +20,6 @@ from lightning_difftune.callbacks import EWC
 from lightning_difftune.callbacks.fisher import DiagonalFisher
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.models import DiT
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
@@ -214,11 +214,7 @@ class DenoisesNoise(L.LightningModule):
 
     def __init__(self, tuner: LoRA | None) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.model = DiT(4, 2, 1, hidden_size=16, depth=2, num_heads=2, num_classes=6)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.2)
+        self.model = tiny_dit(input_size=4, patch_size=2, depth=2)
         self.before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         if tuner is not None:
             tuner.apply(self.model)
@@ -286,11 +282,7 @@ def test_loras_penalty_is_that_of_its_merged_weights(tmp_path: Path, fisher: Dia
 
 
 def test_the_memory_bank_and_the_retention_loss_are_the_default(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
+    model = tiny_dit()
     module = DiTDiffTuningModule(model, num_classes=3, sampler=Sampler(num_inference_steps=2))
     pictures = ArrayImages(np.random.default_rng(0).integers(0, 256, (10, 8, 8), np.uint8), np.arange(10) % 3)
     data = MemoryBankDataModule(pictures, 3, 8, 1, bank=tmp_path / "bank", bank_size=6, batch_size=5)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
+from tiny import tiny_weights
 
 from lightning_difftune.cli import main
-from lightning_difftune.models import DiT, export_dit
 
 CLASSES = ("oxeye_daisy", "rose", "sunflower")
 
@@ -64,12 +63,7 @@ def tiny_config(folder: Path) -> dict:
 
 def write_project(folder: Path) -> Path:
     """Write the weights, the pictures and the config."""
-    torch.manual_seed(0)
-    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    export_dit(model, folder / "tiny.safetensors")
+    tiny_weights(folder)
     rng = np.random.default_rng(0)
     for number in range(9):
         path = folder / "pictures" / CLASSES[number % 3] / f"{number}.png"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
+from tiny import quiet_trainer
 
 from lightning_difftune import ControlNetDiffTuningModule, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA, ForgettingMeter
@@ -65,26 +65,10 @@ def data_of(tmp_path, source=None, **settings):
     return MemoryBankDataModule(source, **settings)
 
 
-def trainer_of(tmp_path, steps, *callbacks, **settings):
-    return L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-        **settings,
-    )
-
-
 @pytest.mark.parametrize("latent_cache", [True, False])
 def test_it_trains_on_both_streams_with_control(tmp_path, pipeline_folder, latent_cache):
     module = module_of(pipeline_folder)
-    trainer = trainer_of(tmp_path, 3, EMA(decay=0.5))
+    trainer = quiet_trainer(tmp_path, 3, EMA(decay=0.5))
     trainer.fit(module, data_of(tmp_path, latent_cache=tmp_path / "latents" if latent_cache else None))
     assert {"train/loss", "train/retention"} <= trainer.callback_metrics.keys()
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
@@ -96,7 +80,7 @@ def test_it_trains_on_both_streams_with_control(tmp_path, pipeline_folder, laten
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert all(name.startswith("controlnet.") for name in saved["state_dict"]), "the ControlNet alone"
     again = module_of(pipeline_folder)
-    trainer_of(tmp_path, 4).fit(again, data_of(tmp_path), ckpt_path=tmp_path / "run.ckpt")
+    quiet_trainer(tmp_path, 4).fit(again, data_of(tmp_path), ckpt_path=tmp_path / "run.ckpt")
     assert again.global_step == 4
 
 
@@ -175,7 +159,7 @@ def test_the_export_draws_the_same_pictures_in_diffusers_pipeline(tmp_path, pipe
 def test_lora_trains_the_layers_without_pretrained_weights_too(tmp_path, pipeline_folder):
     tuner = LoRA(rank=2, alpha=2, target_modules=("to_q", "to_v"))
     module = module_of(pipeline_folder, tuner=tuner, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-    trainer = trainer_of(tmp_path, 3)
+    trainer = quiet_trainer(tmp_path, 3)
     trainer.fit(module, data_of(tmp_path))
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     kinds = ("lora_", "controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
@@ -201,7 +185,7 @@ def test_own_control_maps_of_the_target_are_used(tmp_path, pipeline_folder):
     with pytest.raises(
         ConfigError, match=r"The target has control maps .*\(5, 3, 16, 16\).*takes uint8 \(B, 1, H, W\)"
     ):
-        trainer_of(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, colour, bank=None))
+        quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, colour, bank=None))
 
 
 def test_fresh_weights_depend_on_the_seed_alone(pipeline_folder):
@@ -214,7 +198,7 @@ def test_fresh_weights_depend_on_the_seed_alone(pipeline_folder):
 def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_path, pipeline_folder):
     losses = []
     for settings in ({}, {"gradient_checkpointing": True, "channels_last": True}):
-        trainer = trainer_of(tmp_path, 2)
+        trainer = quiet_trainer(tmp_path, 2)
         trainer.fit(module_of(pipeline_folder, **settings), data_of(tmp_path))
         losses.append(trainer.callback_metrics["train/loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -224,7 +208,7 @@ def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_
 def test_a_controlnet_starts_without_anything_to_retain(tmp_path, pipeline_folder, target):
     objective = stable_diffusion_objective()
     objective.retention_target = target
-    trainer = trainer_of(tmp_path, 1)
+    trainer = quiet_trainer(tmp_path, 1)
     trainer.fit(module_of(pipeline_folder, objective=objective), data_of(tmp_path))
     assert trainer.callback_metrics["train/retention"] < 1e-8
     assert trainer.callback_metrics["train/reconsolidation"] > 0.1
@@ -244,7 +228,7 @@ def test_mistakes_are_refused(pipeline_folder):
 def test_the_forgetting_meter_compares_it_with_the_network_without_control(tmp_path, pipeline_folder):
     module, meter = module_of(pipeline_folder), ForgettingMeter(2, num_bins=2, num_samples=2)
     source = [(picture, "a photo of a cat") for picture in pictures_of(12)]
-    trainer_of(tmp_path, 3, meter, limit_val_batches=0).fit(module, data_of(tmp_path, val_target=source))
+    quiet_trainer(tmp_path, 3, meter, limit_val_batches=0).fit(module, data_of(tmp_path, val_target=source))
     assert [step for step, _ in meter.history] == [1, 2, 3]  # a batch has one sample of the bank
     for kind in ("target", "bank"):
         assert meter.history[-1][1][kind] == pytest.approx(meter.pretrained[kind], rel=0.05)  # three small steps away

@@ -3,12 +3,12 @@
 import copy
 import warnings
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from tiny import quiet_trainer, tiny_dit, tiny_weights
 
 from lightning_difftune import (
     DiffTuningObjective,
@@ -23,24 +23,15 @@ from lightning_difftune.data import ArrayImages
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.losses import eps_mse_loss
-from lightning_difftune.models import DiT, export_dit
+from lightning_difftune.models import export_dit
 from lightning_difftune.sampling import Sampler
 
 SAMPLER = Sampler(num_inference_steps=2)
 
 
-def tiny_dit(seed=0):
-    torch.manual_seed(seed)
-    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():  # the published start is zero in places, which hides mistakes
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 @pytest.fixture
 def weights(tmp_path):
-    return export_dit(tiny_dit(), tmp_path / "tiny.safetensors")
+    return tiny_weights(tmp_path)
 
 
 def pictures(count=22, classes=3):
@@ -54,20 +45,9 @@ def data_of(tmp_path, **settings):
 
 
 def trainer_of(tmp_path, steps, *callbacks, **settings):
-    settings = {"check_val_every_n_epoch": None, "val_check_interval": 4, "num_sanity_val_steps": 0} | settings
-    return L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        logger=CSVLogger(tmp_path / "logs"),
-        callbacks=list(callbacks),
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        default_root_dir=tmp_path,
-        **settings,
-    )
+    logged = {"logger": CSVLogger(tmp_path / "logs"), "log_every_n_steps": 1}
+    validated = {"check_val_every_n_epoch": None, "val_check_interval": 4}
+    return quiet_trainer(tmp_path, steps, *callbacks, **{**logged, **validated, **settings})
 
 
 def module_of(weights, **settings):

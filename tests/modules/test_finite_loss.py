@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import tiny_dit
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import NumericsError
-from lightning_difftune.models import DiT
 from lightning_difftune.modules.finite_loss import FiniteLoss
 from lightning_difftune.objective import ObjectiveOutput
 from lightning_difftune.sampling import Sampler
@@ -35,11 +35,7 @@ class Broken(DiTDiffTuningModule):
 
 
 def module_of(kind=DiTDiffTuningModule, **options):
-    torch.manual_seed(0)
-    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
+    model = tiny_dit()
     return kind(model, num_classes=3, sampler=Sampler(num_inference_steps=2), **options)
 
 

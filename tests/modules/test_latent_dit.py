@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from tiny import quiet_trainer, tiny_weights
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA
@@ -40,12 +40,7 @@ def vae(tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
-    torch.manual_seed(0)
-    model = DiT(input_size=4, patch_size=2, in_channels=4, hidden_size=16, depth=2, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return str(export_dit(model, tmp_path / "tiny.safetensors"))
+    return str(tiny_weights(tmp_path, input_size=4, patch_size=2, in_channels=4, depth=2))
 
 
 def module_of(weights, vae, **settings):
@@ -61,22 +56,6 @@ def data_of(tmp_path, latent_cache=None, size=16, **settings):
     return MemoryBankDataModule(train, 3, size, val_target=val, latent_cache=latent_cache, **settings)
 
 
-def trainer_of(tmp_path, steps, *callbacks, **settings):
-    return L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-        **settings,
-    )
-
-
 def one_epoch(trainer, module, data):
     """The batches of the first epoch, as the trainer would read them."""
     module.configure_model()
@@ -88,7 +67,7 @@ def one_epoch(trainer, module, data):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_fit_builds_the_cache_and_trains_on_it(tmp_path, weights, vae, precision):
     module = module_of(weights, vae)
-    trainer = trainer_of(tmp_path, 4, EMA(decay=0.5), precision=precision)
+    trainer = quiet_trainer(tmp_path, 4, EMA(decay=0.5), precision=precision)
     trainer.fit(module, data_of(tmp_path, tmp_path / "latents"))
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
     assert {"train/loss", "train/retention", "val/loss"} <= trainer.callback_metrics.keys()
@@ -98,7 +77,7 @@ def test_fit_builds_the_cache_and_trains_on_it(tmp_path, weights, vae, precision
     assert (len(cache), cache.latent_shape) == (13, (4, 4, 4))
     assert MemoryBank(tmp_path / "bank").latent_shape == (4, 4, 4)
     written = {file: file.stat().st_mtime_ns for file in tmp_path.glob("latents/*")}
-    trainer_of(tmp_path, 1).fit(module_of(weights, vae), data_of(tmp_path, tmp_path / "latents"))
+    quiet_trainer(tmp_path, 1).fit(module_of(weights, vae), data_of(tmp_path, tmp_path / "latents"))
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("latents/*")} == written
 
 
@@ -106,7 +85,7 @@ def test_the_cache_holds_what_the_loop_would_encode(tmp_path, weights, vae):
     module = module_of(weights, vae)
     samples = []
     for latent_cache in (None, tmp_path / "latents"):
-        batches = one_epoch(trainer_of(tmp_path, 1), module, data_of(tmp_path, latent_cache))
+        batches = one_epoch(quiet_trainer(tmp_path, 1), module, data_of(tmp_path, latent_cache))
         assert len(batches) == 3
         assert ("latent_mean" in batches[0]["target"]) == (latent_cache is not None)
         samples.append([module.prepare(batch, Draws(0, step)) for step, batch in enumerate(batches)])
@@ -118,7 +97,7 @@ def test_the_cache_holds_what_the_loop_would_encode(tmp_path, weights, vae):
 
 def test_a_cached_posterior_gives_a_new_latent_at_each_step(tmp_path, weights, vae):
     module = module_of(weights, vae)
-    batch, *_ = one_epoch(trainer_of(tmp_path, 1), module, data_of(tmp_path, tmp_path / "latents"))
+    batch, *_ = one_epoch(quiet_trainer(tmp_path, 1), module, data_of(tmp_path, tmp_path / "latents"))
     mean, std = batch["target"]["latent_mean"], batch["target"]["latent_std"]
     again, once = (module.prepare(batch, Draws(0, 7))[0] for _ in range(2))
     assert torch.equal(again, once)
@@ -146,14 +125,14 @@ def test_pictures_are_the_decoded_samples_of_their_index(weights, vae):
 def test_a_checkpoint_has_no_autoencoder_and_validates_as_before(tmp_path, weights, vae):
     module, data = module_of(weights, vae), data_of(tmp_path, tmp_path / "latents")
     before = module.autoencoder.fingerprint()
-    trainer = trainer_of(tmp_path, 3)  # one epoch, which ends in a validation
+    trainer = quiet_trainer(tmp_path, 3)  # one epoch, which ends in a validation
     trainer.fit(module, data)
     assert module.autoencoder.fingerprint() == before
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == {f"dit.{name}" for name in module.dit.state_dict()} - {"dit.pos_embed"}
 
-    (result,) = trainer_of(tmp_path, 3).validate(
+    (result,) = quiet_trainer(tmp_path, 3).validate(
         module_of(weights, vae), data_of(tmp_path), ckpt_path=tmp_path / "run.ckpt", verbose=False
     )
     assert result["val/loss"] == pytest.approx(trainer.callback_metrics["val/loss"].item(), rel=1e-6)
@@ -161,7 +140,7 @@ def test_a_checkpoint_has_no_autoencoder_and_validates_as_before(tmp_path, weigh
 
 def test_the_tuned_model_goes_to_a_diffusers_folder_and_back(tmp_path, weights, vae):
     module = module_of(weights, vae)
-    trainer_of(tmp_path, 4).fit(module, data_of(tmp_path))
+    quiet_trainer(tmp_path, 4).fit(module, data_of(tmp_path))
     folder = export_dit(module.dit, tmp_path / "tuned", "diffusers", autoencoder=module.autoencoder)
     assert fingerprint(load_dit(folder)) == fingerprint(module.dit)
     autoencoder = FrozenAutoencoder(folder, scaling_factor=1.0, subfolder="vae")
@@ -172,17 +151,17 @@ def test_the_tuned_model_goes_to_a_diffusers_folder_and_back(tmp_path, weights, 
     indices = torch.arange(3)
     assert torch.equal(again.eval().generate(indices), module.eval().generate(indices))
     with pytest.raises(StoreError, match="model"):  # the bank of the model before tuning is not this one's
-        trainer_of(tmp_path, 1).fit(again, data_of(tmp_path))
-    trainer_of(tmp_path, 1).fit(again, data_of(tmp_path, bank=tmp_path / "second"))
+        quiet_trainer(tmp_path, 1).fit(again, data_of(tmp_path))
+    quiet_trainer(tmp_path, 1).fit(again, data_of(tmp_path, bank=tmp_path / "second"))
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_built(tmp_path, weights, vae):
     with pytest.raises(ConfigError, match=r"shape \(4, 8, 8\), but the model denoises \(4, 4, 4\)"):
-        trainer_of(tmp_path, 1).fit(module_of(weights, vae), data_of(tmp_path, tmp_path / "latents", size=32))
+        quiet_trainer(tmp_path, 1).fit(module_of(weights, vae), data_of(tmp_path, tmp_path / "latents", size=32))
     assert not list(tmp_path.glob("latents/*.safetensors"))
     assert not (tmp_path / "bank").exists()
     with pytest.raises(ConfigError, match="no autoencoder"):
-        trainer_of(tmp_path, 1).fit(DiTDiffTuningModule(weights, 3), data_of(tmp_path, tmp_path / "latents"))
+        quiet_trainer(tmp_path, 1).fit(DiTDiffTuningModule(weights, 3), data_of(tmp_path, tmp_path / "latents"))
     grey = DiT(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2)
     with pytest.raises(ConfigError, match="latents of 4 channels"):
         DiTDiffTuningModule(grey, autoencoder=FrozenAutoencoder(vae)).configure_model()

@@ -5,28 +5,19 @@ import copy
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny import tiny_dit
 
 from lightning_difftune import DiTDiffTuningModule
 from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import velocity_mse_loss
-from lightning_difftune.models import DiT
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsSwap
 from lightning_difftune.sampling import Sampler, sample, to_uint8
 
 STEPS = 6
 INDICES = torch.arange(4)
-
-
-def tiny_dit(seed=0, num_classes=6):
-    torch.manual_seed(seed)
-    model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=num_classes)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def module_of(tuned=True, **settings):

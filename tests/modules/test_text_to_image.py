@@ -7,10 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
+from tiny import quiet_trainer
 
 from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
 from lightning_difftune.callbacks import EMA
@@ -44,26 +44,10 @@ def data_of(tmp_path, **settings):
     return MemoryBankDataModule(source, **settings)
 
 
-def trainer_of(tmp_path, steps, *callbacks, **settings):
-    return L.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        callbacks=list(callbacks),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path,
-        **settings,
-    )
-
-
 @pytest.mark.parametrize("latent_cache", [True, False])
 def test_it_trains_on_captions_and_a_bank_of_its_own_samples(tmp_path, pipeline_folder, latent_cache):
     module = module_of(pipeline_folder, bank_prompts=["", "grey"])
-    trainer = trainer_of(tmp_path, 3, EMA(decay=0.5))
+    trainer = quiet_trainer(tmp_path, 3, EMA(decay=0.5))
     trainer.fit(module, data_of(tmp_path, latent_cache=tmp_path / "latents" if latent_cache else None))
     assert {"train/loss", "train/retention"} <= trainer.callback_metrics.keys()
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
@@ -165,7 +149,7 @@ def test_the_ends_of_a_swap_are_the_tuned_pipeline_and_the_pipeline(pipeline_fol
 
 def test_the_bank_is_of_the_pipeline_even_after_tuning(tmp_path, pipeline_folder):
     tuned = module_of(pipeline_folder, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
-    trainer_of(tmp_path, 2).fit(tuned, data_of(tmp_path, bank=None))
+    quiet_trainer(tmp_path, 2).fit(tuned, data_of(tmp_path, bank=None))
     one = MemoryBank.build(tmp_path / "tuned", tuned.bank_generator(), 3)
     other = MemoryBank.build(tmp_path / "fresh", built(pipeline_folder).bank_generator(), 3)
     everything = torch.arange(3)
@@ -179,7 +163,7 @@ def test_lora_starts_as_the_pipeline_and_trains_alone(tmp_path, pipeline_folder)
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
-    trainer = trainer_of(tmp_path, 2)
+    trainer = quiet_trainer(tmp_path, 2)
     trainer.fit(module, data_of(tmp_path))
     trainer.save_checkpoint(tmp_path / "lora.ckpt")
     assert {*torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]} == trained
@@ -188,7 +172,7 @@ def test_lora_starts_as_the_pipeline_and_trains_alone(tmp_path, pipeline_folder)
 def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_path, pipeline_folder):
     losses = []
     for settings in ({}, {"gradient_checkpointing": True, "channels_last": True}):
-        trainer = trainer_of(tmp_path, 2)
+        trainer = quiet_trainer(tmp_path, 2)
         trainer.fit(module_of(pipeline_folder, **settings), data_of(tmp_path))
         losses.append(trainer.callback_metrics["train/loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -211,7 +195,7 @@ def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
 def test_a_model_starts_without_anything_to_retain(tmp_path, pipeline_folder, target):
     objective = stable_diffusion_objective()
     objective.retention_target = target
-    trainer = trainer_of(tmp_path, 1)
+    trainer = quiet_trainer(tmp_path, 1)
     trainer.fit(module_of(pipeline_folder, objective=objective), data_of(tmp_path))
     assert trainer.callback_metrics["train/retention"] < 1e-8
     assert trainer.callback_metrics["train/reconsolidation"] > 0.1
@@ -224,13 +208,13 @@ def test_mistakes_are_refused(tmp_path, pipeline_folder):
         module_of(pipeline_folder, bank_prompts=[])
     labelled = MemoryBankDataModule([(np.zeros((16, 16, 3), np.uint8), 0)] * 5, 1, 16, batch_size=2)
     with pytest.raises(ConfigError, match=r"needs captions.*ClassCaptions"):
-        trainer_of(tmp_path, 1).fit(module_of(pipeline_folder), labelled)
+        quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), labelled)
     with pytest.raises(ConfigError, match="the objective's diffusion has another noise schedule"):
         built(pipeline_folder, objective=DiffTuningObjective(loss=eps_mse_loss))
     with pytest.raises(ConfigError, match="the scheduler of sampler has another noise schedule"):
         built(pipeline_folder, sampler=Sampler())
     with pytest.raises(ConfigError, match="Set the model's image_size"):
-        trainer_of(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, image_size=32, bank=None))
+        quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, image_size=32, bank=None))
     with pytest.raises(CheckpointError, match="no local folder"):
         built(str(tmp_path / "nothing"))
     broken = tmp_path / "broken"
@@ -251,6 +235,6 @@ def test_a_v_prediction_pipeline_needs_its_own_sampler(tmp_path, pipeline_folder
 
 def test_image_size_of_another_resolution(tmp_path, pipeline_folder):
     module = module_of(pipeline_folder, image_size=32)
-    trainer_of(tmp_path, 1).fit(module, data_of(tmp_path, image_size=32))
+    quiet_trainer(tmp_path, 1).fit(module, data_of(tmp_path, image_size=32))
     assert MemoryBank(tmp_path / "bank").latent_shape == (4, 16, 16)
     assert module.eval().generate(torch.arange(1)).shape == (1, 3, 32, 32)

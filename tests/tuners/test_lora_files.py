@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny import tiny_dit
 from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError
@@ -18,17 +19,12 @@ from lightning_difftune.tuners import LoRA
 from lightning_difftune.tuners.fused_qkv import fuse_qkv, split_qkv
 
 
-def tiny_dit(num_classes: int = 6) -> DiT:
-    torch.manual_seed(0)
-    model = DiT(4, 2, 1, hidden_size=16, depth=2, num_heads=2, num_classes=num_classes)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.2)
-    return model
+def small_dit(num_classes: int = 6) -> DiT:
+    return tiny_dit(input_size=4, patch_size=2, depth=2, num_classes=num_classes)
 
 
 def tuned_dit(tuner: LoRA) -> DiT:
-    model = tiny_dit()
+    model = small_dit()
     tuner.apply(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -46,7 +42,7 @@ def test_adapters_are_read_back(tmp_path: Path) -> None:
     tuner = LoRA(rank=2, alpha=6)
     model = tuned_dit(tuner)
     tuner.save_adapter(model, tmp_path / "adapter", base="abc")
-    other = tiny_dit()
+    other = small_dit()
     tuner.apply(other)
     tuner.load_adapter(other, tmp_path / "adapter", base="abc")
     assert torch.equal(output_of(other), output_of(model))
@@ -57,7 +53,7 @@ def test_peft_opens_our_adapters_and_we_open_those_of_peft(tmp_path: Path) -> No
     tuner = LoRA(rank=2, alpha=6)
     model = tuned_dit(tuner)
     tuner.save_adapter(model, tmp_path / "ours", base="abc")
-    plain = tiny_dit()
+    plain = small_dit()
     split_qkv(plain)
     opened = PeftModel.from_pretrained(plain, str(tmp_path / "ours"))
     assert torch.equal(output_of(opened), output_of(model))
@@ -68,7 +64,7 @@ def test_peft_opens_our_adapters_and_we_open_those_of_peft(tmp_path: Path) -> No
     configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
     assert [configs[0][key] for key in ("r", "lora_alpha", "modules_to_save")] == [2, 6, ["y_embedder.embedding_table"]]
     assert {key for key in configs[0] if configs[0][key] != configs[1][key]} <= {"auto_mapping", "target_modules"}
-    other = tiny_dit()
+    other = small_dit()
     tuner.apply(other)
     tuner.load_adapter(other, tmp_path / "theirs", base="abc")
     assert torch.equal(output_of(other), output_of(model))
@@ -77,7 +73,7 @@ def test_peft_opens_our_adapters_and_we_open_those_of_peft(tmp_path: Path) -> No
 def test_adapters_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     tuner = LoRA(rank=2)
     tuner.save_adapter(tuned_dit(tuner), tmp_path / "adapter", base="abc")
-    model = tiny_dit()
+    model = small_dit()
     tuner.apply(model)
     state = fingerprint(model)
     with pytest.raises(CheckpointError, match="trained from the base abc, but the model here starts from def"):
@@ -88,7 +84,7 @@ def test_adapters_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
         LoRA(rank=3).load_adapter(model, tmp_path / "adapter", base="abc")
     assert fingerprint(model) == state
 
-    wider = tiny_dit(num_classes=7)
+    wider = small_dit(num_classes=7)
     tuner.apply(wider)
     state = fingerprint(wider)
     with pytest.raises(CheckpointError, match=r"1 tensors.*y_embedder"):
@@ -102,7 +98,7 @@ def test_adapters_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
 
 
 def test_split_projections_fuse_back_to_the_same_weights() -> None:
-    model = tiny_dit()
+    model = small_dit()
     before, state = output_of(model), fingerprint(model)
     split_qkv(model)
     torch.testing.assert_close(output_of(model), before, rtol=0, atol=1e-6)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import tiny_weights
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.models import DiT, export_dit
 from lightning_difftune.protocols import Tuner
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import AdaptFormer, BitFit, DiffFit, LoRA, VPTDeep
@@ -26,12 +26,7 @@ IDS = [type(tuner).__name__ for tuner in TUNERS]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=2, num_heads=2, num_classes=6)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return export_dit(model, tmp_path_factory.mktemp("weights") / "tiny.safetensors")
+    return tiny_weights(tmp_path_factory.mktemp("weights"), depth=2)
 
 
 def fit(folder: Path, weights: Path, tuner: Tuner, steps: int, ckpt_path: Path | None = None) -> DiTDiffTuningModule:
