@@ -40,8 +40,8 @@ from lightning_difftune.cli.resume import check_checkpoint
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
-from lightning_difftune.data.shards.atomic import atomic_write, discard_temporaries
 from lightning_difftune.errors import DiffTuneError
+from lightning_difftune.files import atomic_write, discard_temporaries
 from lightning_difftune.models import DiT, export_dit, load_dit
 
 CHECKPOINTS = 4  # that a run writes one over the other

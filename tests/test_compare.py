@@ -22,7 +22,7 @@ from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import line_of, shown
-from lightning_difftune.data.shards.lock import FolderLock
+from lightning_difftune.files import FolderLock
 
 STEPS = 4
 STUDY = {

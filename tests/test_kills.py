@@ -17,8 +17,8 @@ import torch
 
 from lightning_difftune import MemoryBank
 from lightning_difftune.cli import main
-from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.errors import DiffTuneError, StoreError
+from lightning_difftune.files import FolderLock
 
 
 def load_stress():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch import Tensor
+
+from lightning_difftune.files import atomic_write
+from lightning_difftune.pictures import to_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,14 +31,10 @@ def artifact_folder(trainer: L.Trainer, dirpath: str | Path | None, name: str) -
 
 def write_artifact(path: Path, content: bytes) -> None:
     """Write a file in one piece. A full disk costs the file, not the training: it is a warning."""
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        os.replace(partial, path)
+        atomic_write(path, content)
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
         rank_zero_warn(f"{path} could not be saved: {error}. Training goes on.")
 
 
@@ -50,3 +50,38 @@ def write_figure(path: Path, figure: Figure) -> None:
         content = BytesIO()
         figure.savefig(content, format=suffix[1:], dpi=150)
         write_artifact(path.with_suffix(suffix), content.getvalue())
+
+
+class PictureLog:
+    """Where a callback puts its pictures: ``key/step-0001000.png``, and every logger that takes images.
+
+    Args:
+        key: Name of the folder and in the loggers.
+        dirpath: Another folder; ``None`` is ``key`` in the logger's folder, or in the trainer's ``default_root_dir``.
+    """
+
+    def __init__(self, key: str, dirpath: str | Path | None) -> None:
+        self.key = key
+        self.dirpath = dirpath
+        self._folder = Path()
+
+    def locate(self, trainer: L.Trainer) -> None:
+        """Find the folder. Call it on all processes, since ``trainer.log_dir`` is a broadcast."""
+        self._folder = artifact_folder(trainer, self.dirpath, self.key)
+
+    def files(self) -> dict[int, Path]:
+        """The pictures in the folder by their steps, in order."""
+        return {int(file.stem.removeprefix("step-")): file for file in sorted(self._folder.glob("step-*.png"))}
+
+    def show(self, trainer: L.Trainer, picture: Tensor, step: int) -> None:
+        """Save and log a picture (3, H, W) uint8 of a step; call it on the first process."""
+        image = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
+        write_artifact(self._folder / f"step-{step:07d}.png", to_png(picture))
+        for logger in trainer.loggers:
+            experiment: Any = getattr(logger, "experiment", None)
+            if hasattr(logger, "log_image"):  # Weights & Biases
+                logger.log_image(key=self.key, images=[image], step=step)
+            elif hasattr(experiment, "add_image"):  # TensorBoard
+                experiment.add_image(self.key, picture, global_step=step)
+            elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):  # MLflow
+                experiment.log_image(logger.run_id, np.asarray(image), key=self.key, step=step)

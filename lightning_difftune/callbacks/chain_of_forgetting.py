@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
 from lightning_difftune.callbacks.distance import DistanceCallback
-from lightning_difftune.callbacks.generation import check_pictures
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.metrics import FrechetDistance
+from lightning_difftune.pictures import check_pictures
 from lightning_difftune.plots import swap_figure
 from lightning_difftune.protocols import SupportsSwap
 
@@ -124,7 +124,7 @@ class ChainOfForgetting(DistanceCallback):
         if not isinstance(swapped, Tensor) or swapped.shape[:2] != (len(self.percents), len(batch)):
             found = tuple(swapped.shape) if isinstance(swapped, Tensor) else type(swapped).__name__
             raise DataError(
-                f"{maker} gave {found} for {len(self.percents)} fractions and {len(batch)} indices, expected pictures "
+                f"{maker} {found} for {len(self.percents)} fractions and {len(batch)} indices, expected pictures "
                 f"({len(self.percents)}, {len(batch)}, 1 or 3, H, W) uint8."
             )
         check_pictures(swapped[0], maker)
@@ -132,9 +132,9 @@ class ChainOfForgetting(DistanceCallback):
 
     def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[..., Tensor], str]:
         if self.generate is not None:
-            return self.generate, "The function `generate`"
+            return self.generate, "The function `generate` returned"
         if isinstance(pl_module, SupportsSwap):
-            return pl_module.generate_swapped, f"{type(pl_module).__name__}.generate_swapped"
+            return pl_module.generate_swapped, f"{type(pl_module).__name__}.generate_swapped returned"
         raise ConfigError(
             f"ChainOfForgetting needs swapped pictures, but {type(pl_module).__name__} has no method "
             "`generate_swapped(indices, fractions)` and the callback was given none. Add the method, or pass "

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_difftune.callbacks.generation import GenerationCallback, check_pictures
-from lightning_difftune.callbacks.pictures import PictureLog, grid_of
+from lightning_difftune.callbacks.artifacts import PictureLog
+from lightning_difftune.callbacks.generation import GenerationCallback
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.pictures import check_pictures, grid_of
 from lightning_difftune.protocols import SupportsControl, SupportsControlExamples
 
 
@@ -134,7 +135,7 @@ class ControlSimilarity(GenerationCallback):
                     pictures = module.generate_controlled(
                         torch.tensor(batch, device=pl_module.device), controls.to(pl_module.device), captions
                     )
-                check_pictures(pictures, f"{type(pl_module).__name__}.generate_controlled", len(batch))
+                check_pictures(pictures, f"{type(pl_module).__name__}.generate_controlled returned", len(batch))
                 if pictures.shape[-2:] != controls.shape[-2:]:
                     raise DataError(
                         f"{type(pl_module).__name__}.generate_controlled returned pictures of "
@@ -189,7 +190,7 @@ class ControlSimilarity(GenerationCallback):
             source = self._examples(trainer)
             pictures, captions = source.control_examples(list(batch))
             maker = f"{type(source).__name__}.control_examples"
-            check_pictures(pictures, maker, len(batch))
+            check_pictures(pictures, f"{maker} returned", len(batch))
             if len(captions) != len(batch):
                 raise DataError(f"{maker} returned {len(captions)} captions for {len(batch)} indices.")
             maps = _annotate(_controlled(pl_module), pictures.to(pl_module.device))
@@ -227,5 +228,5 @@ def _controlled(pl_module: L.LightningModule) -> SupportsControl:
 
 def _annotate(module: SupportsControl, pictures: Tensor) -> Tensor:
     maps = module.annotate(pictures)
-    check_pictures(maps, f"{type(module).__name__}.annotate", len(pictures))
+    check_pictures(maps, f"{type(module).__name__}.annotate returned", len(pictures))
     return maps

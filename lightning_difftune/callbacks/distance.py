@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.generation import SampleCallback, check_pictures
+from lightning_difftune.callbacks.generation import SampleCallback
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
 from lightning_difftune.metrics.reference_cache import reference_key
+from lightning_difftune.pictures import check_pictures
 from lightning_difftune.protocols import SupportsReferenceImages
 
 
@@ -136,7 +137,7 @@ class DistanceCallback(SampleCallback):
             images = source.reference_images() if isinstance(source, SupportsReferenceImages) else source
             for number, pictures in enumerate(progress.track(images, description=f"{self.monitor}: real pictures")):
                 if number % trainer.world_size == trainer.global_rank:
-                    check_pictures(pictures, "The reference")
+                    check_pictures(pictures, "The reference gave")
                     distance.update(pictures.to(distance.device), real=True)
             with distance.sync_context():
                 if cache is not None and trainer.is_global_zero:

@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.pictures import check_pictures
 from lightning_difftune.protocols import SupportsGenerate
 
 
@@ -118,24 +119,11 @@ class SampleCallback(GenerationCallback):
 
     def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[..., Tensor], str]:
         if self.generate is not None:
-            return self.generate, "The function `generate`"
+            return self.generate, "The function `generate` returned"
         if isinstance(pl_module, SupportsGenerate):
-            return pl_module.generate, f"{type(pl_module).__name__}.generate"
+            return pl_module.generate, f"{type(pl_module).__name__}.generate returned"
         raise ConfigError(
             f"{type(self).__name__} needs pictures, but {type(pl_module).__name__} has no method `generate(indices)` "
             "and the callback was given none. Add the method, or pass `generate=`: a function of indices (B,) that "
             "returns pictures (B, 1 or 3, H, W) uint8."
         )
-
-
-def check_pictures(pictures: Any, maker: str, count: int | None = None) -> None:
-    """Raise :class:`DataError` unless these are pictures (B, 1 or 3, H, W) uint8, ``count`` of them if given."""
-    if not isinstance(pictures, Tensor):
-        raise DataError(f"{maker} gave a {type(pictures).__name__}, expected a tensor (B, 1 or 3, H, W) uint8.")
-    if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in (1, 3):
-        raise DataError(
-            f"{maker} gave {pictures.dtype} {tuple(pictures.shape)}, expected pictures uint8 (B, 1 or 3, H, W). "
-            "Scale [-1, 1] by (x + 1) * 127.5, round, clamp to 0..255 and cast to uint8."
-        )
-    if count is not None and len(pictures) != count:
-        raise DataError(f"{maker} returned {len(pictures)} pictures for {count} indices; it must return one each.")

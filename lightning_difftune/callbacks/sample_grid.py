@@ -9,8 +9,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.generation import SampleCallback
-from lightning_difftune.callbacks.pictures import PictureLog, grid_of
+from lightning_difftune.pictures import grid_of
 
 
 class SampleGrid(SampleCallback):

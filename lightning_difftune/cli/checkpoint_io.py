@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lightning_difftune.data.shards.atomic import atomic_file, discard_temporaries
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import atomic_file, discard_temporaries
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

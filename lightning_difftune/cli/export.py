@@ -17,11 +17,11 @@ from lightning_difftune.cli.push import push
 from lightning_difftune.cli.tuned import open_run
 from lightning_difftune.draws import noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.files import atomic_path
 from lightning_difftune.models import DiT, export_dit, export_network, hub, load_dit
-from lightning_difftune.models.checkpoint_files import workspace_beside
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
-from lightning_difftune.models.export import exact_arithmetic, put_in_place
+from lightning_difftune.models.export import exact_arithmetic
 from lightning_difftune.models.usage import usage_of_adapter, usage_of_dit, usage_of_file, usage_of_network
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import RetentionBatch
@@ -130,14 +130,12 @@ def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: l
         raise ConfigError(f"--format peft writes the layers of a LoRA; this run trained {kind}. Leave the option out.")
     base = str(module.base_identity["fingerprint"])
     before = fingerprint(network)
-    with workspace_beside(options.output) as workspace:
-        draft = workspace / options.output.name
+    with atomic_path(options.output) as draft:
         draft.mkdir()
         module.tuner.save_adapter(network, draft, base)
         module.tuner.load_adapter(network, draft, base)
         if fingerprint(network) != before:
             raise CheckpointError("Not exported: the adapter does not read back as it was.")
-        put_in_place(draft, options.output, workspace / "replaced")
     done.append(f"tuner: LoRA, kept as an adapter for peft\nwrote {options.output}")
     return network
 
@@ -192,8 +190,7 @@ def write(module: DiffTuningModule, network: Any, options: argparse.Namespace, d
     output: Path = options.output
     if output.exists() and not options.overwrite:
         raise CheckpointError(f"{output} exists. Choose another path, or pass --overwrite.")
-    with workspace_beside(output) as workspace:
-        draft = workspace / output.name
+    with atomic_path(output) as draft:
         if isinstance(network, DiT):
             is_file = output.suffix == ".safetensors"
             autoencoder = None if is_file else getattr(module, "autoencoder", None)
@@ -210,7 +207,6 @@ def write(module: DiffTuningModule, network: Any, options: argparse.Namespace, d
                 "its largest output. If the tuner is one of your own, check its merge."
             )
         done.append(f"checked: read back, its outputs differ from the tuned network's by {error:.1e} of the largest")
-        put_in_place(draft, output, workspace / "replaced")
     size = sum(file.stat().st_size for file in [output, *output.rglob("*")] if file.is_file())
     done.append(f"wrote {output} ({size / 1e6:.1f} MB)")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_difftune.data.pixels import to_pixel_values
+from lightning_difftune.pictures import to_pixel_values
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL

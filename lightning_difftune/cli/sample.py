@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightning_difftune import __version__
-from lightning_difftune.callbacks.pictures import grid_of
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.sources import Source, open_source
 from lightning_difftune.cli.subjects import Subject, draw, subjects_of
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.files import atomic_write
+from lightning_difftune.pictures import grid_of, to_png
 from lightning_difftune.sampling import Sampler, adds_noise, is_flow, scheduler_named
 
 DESCRIPTION = """Draw pictures with a model and save them as PNG files, one each and all in grid.png, a row a class.
@@ -186,8 +185,5 @@ def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters
 
 def write_png(picture: Tensor, file: Path, parameters: dict[str, Any]) -> None:
     """Write a picture (1 or 3, H, W) uint8 with its parameters, as JSON."""
-    text = PngInfo()
-    text.add_text("Software", f"lightning_difftune {__version__}")
-    text.add_text("parameters", json.dumps(parameters))
-    pixels = picture.permute(1, 2, 0).numpy()
-    Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, pnginfo=text)
+    software = f"lightning_difftune {__version__}"
+    atomic_write(file, to_png(picture, Software=software, parameters=json.dumps(parameters)))

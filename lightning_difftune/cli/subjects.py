@@ -13,10 +13,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from lightning_difftune.data.pixels import to_pixels
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.modules import ControlNetDiffTuningModule, DiffTuningModule, DiTDiffTuningModule
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
+from lightning_difftune.pictures import to_pixels
 
 FEW_CLASSES = 10  # rows of the grid where neither classes nor prompts are asked for
 

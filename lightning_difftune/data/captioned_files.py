@@ -11,9 +11,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.image_files import describe_files, find_pictures, paths_below, shorten
-from lightning_difftune.data.source_facts import digest_arrays, digest_files
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import DataError
+from lightning_difftune.files import array_digest, stat_digest
 from lightning_difftune.prompts import DEFAULT_PROMPT
 
 _FOLDER_LAYOUT = (
@@ -54,8 +54,8 @@ class _CaptionedFiles(Dataset[tuple[Any, ...]]):
 
     def content_digest(self) -> str:
         """A hash of captions and of the files' names, sizes and modification times."""
-        controls = [] if self.control_paths is None else [digest_files(self.control_paths)]
-        return digest_arrays(digest_files(self.paths), *controls, *self.captions)
+        controls = [] if self.control_paths is None else [stat_digest(self.control_paths)]
+        return array_digest(stat_digest(self.paths), *controls, *self.captions)
 
 
 class CocoCaptions(_CaptionedFiles):

@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 from lightning_difftune.data.source_facts import (
     class_names_of,
     content_digest_of,
-    digest_arrays,
     labels_of,
     location_of,
     paths_of,
@@ -18,6 +17,7 @@ from lightning_difftune.data.source_facts import (
 )
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.files import array_digest
 
 
 class ClassCaptions(Dataset[tuple[Any, str]]):
@@ -91,4 +91,4 @@ class ClassCaptions(Dataset[tuple[Any, str]]):
     def content_digest(self) -> str | None:
         """A hash of pictures and captions, or None where only reading the pictures would tell."""
         content = None if transforms_pictures(self.source) else content_digest_of(self.source)
-        return None if content is None else digest_arrays(content, *self.captions)
+        return None if content is None else array_digest(content, *self.captions)

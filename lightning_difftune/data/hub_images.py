@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.files import atomic_path
 
 _CAPTION_COLUMNS = ("text", "caption", "prompt")
 
@@ -133,14 +132,11 @@ def kept_stream(path: str, split: str, name: str | None, revision: str | None, f
             for column, feature in features.items():
                 if isinstance(feature, datasets.Image):
                     stream = stream.cast_column(column, _undecoded())
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workspace:
+            with atomic_path(folder, replace=False) as draft:
                 examples = datasets.Dataset.from_list(list(stream.take(limit))).cast(features)
                 # Where the stream only says where a picture is, it is fetched and stored, as push_to_hub does.
                 whole = examples.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
-                whole.with_format(None).save_to_disk(f"{workspace}/kept")
-                if not folder.exists():  # else another process was quicker
-                    os.replace(f"{workspace}/kept", folder)
+                whole.with_format(None).save_to_disk(draft)
         except Exception as error:  # as above
             raise DataError(f"{path} cannot be streamed, split {split!r}: {_reason(error)}") from error
     kept = open_dataset(folder, split, None, None)

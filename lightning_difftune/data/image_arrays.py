@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_difftune.data.source_facts import digest_arrays
 from lightning_difftune.errors import DataError
+from lightning_difftune.files import array_digest
 
 # What an archive may unpack to, and how often its own size it may be where that is more.
 _MOST_UNPACKED, _MOST_RATIO = 2**30, 100
@@ -70,7 +70,7 @@ class ArrayImages(Dataset[tuple[Any, int]]):
 
     @cached_property
     def _digest(self) -> str:
-        return digest_arrays(np.asarray(self.images))
+        return array_digest(np.asarray(self.images))
 
 
 class NpzImages(Dataset[tuple[Any, int]]):
@@ -131,7 +131,7 @@ class NpzImages(Dataset[tuple[Any, int]]):
     @cached_property
     def _digest(self) -> str:
         stored = [array for array in (self._images, self._bytes) if array is not None]
-        return digest_arrays(*stored, self._offsets, self._rows)
+        return array_digest(*stored, self._offsets, self._rows)
 
     def describe(self, index: int) -> str:
         """Where picture ``index`` is, for messages."""

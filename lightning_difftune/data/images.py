@@ -17,17 +17,17 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_difftune.data.pixels import to_pixel_values, to_pixels
 from lightning_difftune.data.source_facts import (
     captions_of,
     class_names_of,
     content_digest_of,
-    digest_arrays,
     labels_of,
     location_of,
     transforms_pictures,
 )
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.files import array_digest
+from lightning_difftune.pictures import to_pixel_values, to_pixels
 from lightning_difftune.protocols import TargetBatch
 
 # In a row; a disk that is not mounted is a quicker and clearer failure than a hundred thousand warnings.
@@ -50,7 +50,7 @@ class TargetItem(NamedTuple):
 class ImageTargets:
     """Pictures of an image source at the size the model is trained at.
 
-    Cropping and colour are described at :func:`~lightning_difftune.data.pixels.to_pixels`. A picture that cannot be
+    Cropping and colour are described at :func:`~lightning_difftune.pictures.to_pixels`. A picture that cannot be
     decoded (truncated, empty, no picture at all, missing, larger than Pillow's bound on decompression bombs) raises an
     error that names it, or, with ``on_corrupt="skip"``, is replaced by the next readable picture and that one's label:
     always the same one, so that caches and runs agree. Each is warned about once a process.
@@ -192,7 +192,7 @@ class ImageTargets:
             items = [self.read(position) for position in positions.tolist()]
             parts.append(torch.stack([item.pixels for item in items]).numpy())
             parts.extend(item.label for item in items if isinstance(item.label, str))
-        return digest_arrays(*parts)
+        return array_digest(*parts)
 
     def _load(self, index: int) -> TargetItem | None:
         """The picture, or None if it is damaged and skipped."""

@@ -12,9 +12,9 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_difftune.data.pixels import to_pixels
 from lightning_difftune.data.source_facts import captions_of, class_names_of, labels_of, location_of
 from lightning_difftune.errors import DataError
+from lightning_difftune.pictures import to_pixels
 
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"})
 

@@ -5,16 +5,15 @@ Sources say it in attributes. torchvision has no common name for them, so its na
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import ConcatDataset, Subset
+
+from lightning_difftune.files import array_digest, stat_digest
 
 # torchvision: CIFAR, MNIST, ImageFolder; SVHN, STL10; Food101, Flowers102, SUN397, DTD, Aircraft, Pets; Caltech101.
 _LABEL_ATTRIBUTES = ("labels", "targets", "_labels", "y")
@@ -101,17 +100,17 @@ def content_digest_of(source: Any) -> str | None:
         return None if digest is None else str(digest)
     paths = paths_of(source)
     if paths is not None:
-        return digest_files(paths)
+        return stat_digest(paths)
     if isinstance(source, Subset):
         inner = content_digest_of(source.dataset)
-        return None if inner is None else digest_arrays(inner, np.asarray(source.indices, dtype=np.int64))
+        return None if inner is None else array_digest(inner, np.asarray(source.indices, dtype=np.int64))
     if isinstance(source, ConcatDataset):
         parts = [content_digest_of(part) for part in source.datasets]
         known = [part for part in parts if part is not None]
-        return digest_arrays(*known) if len(known) == len(parts) else None
+        return array_digest(*known) if len(known) == len(parts) else None
     data = getattr(source, "data", None)  # CIFAR, MNIST, SVHN, STL10, USPS
     if isinstance(data, (np.ndarray, torch.Tensor)) and len(data) == len(source):
-        return digest_arrays(np.asarray(data))
+        return array_digest(np.asarray(data))
     return None
 
 
@@ -122,34 +121,6 @@ def transforms_pictures(source: Any) -> bool:
     if isinstance(source, ConcatDataset):
         return any(transforms_pictures(part) for part in source.datasets)
     return getattr(source, "transform", None) is not None or getattr(source, "transforms", None) is not None
-
-
-def digest_arrays(*parts: npt.NDArray[Any] | str) -> str:
-    """SHA-256 over strings and arrays, shapes and types included."""
-    digest = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, str):
-            digest.update(f"{len(part)}:{part}".encode())
-        else:
-            digest.update(f"{part.dtype.str}{part.shape}".encode())
-            digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
-
-
-def digest_files(paths: Sequence[str]) -> str:
-    """SHA-256 over names below the common folder, sizes and modification times in seconds."""
-    absolute = [os.path.abspath(path) for path in paths]
-    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    digest = hashlib.sha256()
-    for path in absolute:
-        name = path[len(folder) :].lstrip(os.sep).replace(os.sep, "/")
-        try:
-            status = os.stat(path)
-            facts = f"{status.st_size} {int(status.st_mtime)}"
-        except FileNotFoundError:  # reading it says so, by the policy on damaged pictures
-            facts = "missing"
-        digest.update(f"{name}\0{facts}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def _sample_lists(source: Any) -> list[Sequence[tuple[Any, Any]]]:

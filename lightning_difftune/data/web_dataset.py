@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.image_files import IMAGE_EXTENSIONS, shorten
-from lightning_difftune.data.source_facts import digest_arrays, digest_files
 from lightning_difftune.errors import DataError
+from lightning_difftune.files import array_digest, stat_digest
 
 # WebDataset's rule: the key of a sample is its path up to the first dot of the file's name.
 _KEY = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$")
@@ -107,7 +107,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
 
     def content_digest(self) -> str:
         """A hash of the shards' names, sizes and modification times, and of the captions."""
-        return digest_arrays(digest_files(self.shards), *getattr(self, "captions", []))
+        return array_digest(stat_digest(self.shards), *getattr(self, "captions", []))
 
 
 def find_shards(shards: str | Sequence[str] | Path) -> list[str]:

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.metrics.palette import ade20k_palette, nearest_classes, to_palette
+from lightning_difftune.pictures import check_pictures
 
 
 class MapSimilarity(Metric, ABC):
@@ -48,11 +49,7 @@ class MapSimilarity(Metric, ABC):
             DataError: If the maps have other types or shapes, or their shapes differ.
         """
         for maps in (generated_maps, control_maps):
-            if maps.dtype != torch.uint8 or maps.ndim != 4 or maps.shape[1] not in (1, 3) or maps[:1].numel() == 0:
-                raise DataError(
-                    f"{type(self).__name__} compares control maps uint8 (B, 1 or 3, H, W), found {maps.dtype} "
-                    f"{tuple(maps.shape)}."
-                )
+            check_pictures(maps, f"{type(self).__name__} was given")
         if generated_maps.shape != control_maps.shape:
             raise DataError(
                 f"{type(self).__name__} compares maps of one shape, found {tuple(generated_maps.shape)} of generated "

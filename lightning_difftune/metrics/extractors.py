@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_difftune.errors import CheckpointError, ConfigError, DataError
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.pictures import check_pictures
 
 INCEPTION_SHA256_PREFIX = "6726825d"
 CPU_BATCH = 16
@@ -38,11 +39,7 @@ class FrozenFeatures(nn.Module):
         Raises:
             DataError: If the pictures are of another type or shape.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise DataError(
-                f"{self.name} looks at pictures uint8 (B, 1 or 3, H, W), found {images.dtype} "
-                f"{tuple(images.shape)}. Scale floating-point pictures to 0..255 and cast them to uint8."
-            )
+        check_pictures(images, f"{self.name} was given")
         return self.extract(images.expand(-1, 3, -1, -1))
 
     def train(self, mode: bool = True) -> Self:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from contextlib import suppress
 from pathlib import Path
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+
+from lightning_difftune.files import atomic_write, tensor_digest, text_digest
 
 FORMAT = "difftune-reference-1"
 
@@ -28,7 +26,7 @@ class ReferenceCache:
 
     def path(self, key: str) -> Path:
         """The file of a key."""
-        return self.folder / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+        return self.folder / f"reference-{text_digest(key)[:16]}.safetensors"
 
     def load(self, key: str) -> dict[str, Tensor] | None:
         """The statistics stored under a key, or ``None`` if there are none or, with a warning, if they are damaged."""
@@ -38,7 +36,7 @@ class ReferenceCache:
         try:
             with safe_open(path, framework="pt") as file:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-                intact = file.metadata() == {"format": FORMAT, "key": key, "sha256": tensors_digest(state)}
+                intact = file.metadata() == {"format": FORMAT, "key": key, "sha256": tensor_digest(state)}
         except (OSError, SafetensorError):
             intact = False
         if not intact:
@@ -49,33 +47,14 @@ class ReferenceCache:
     def store(self, key: str, state: dict[str, Tensor]) -> None:
         """Write statistics in one piece; where that fails, warn and leave no file, since they can be had again."""
         path = self.path(key)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(save(state, {"format": FORMAT, "key": key, "sha256": tensors_digest(state)}))
-            os.replace(partial, path)
+            atomic_write(path, save(state, {"format": FORMAT, "key": key, "sha256": tensor_digest(state)}))
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             rank_zero_warn(f"The reference statistics could not be stored in {path}: {error}. Training goes on.")
 
 
 def reference_key(identity: str, feature_extractor: nn.Module) -> str:
     """What decides reference statistics: the identity of the pictures and the extractor with its weights."""
     kind = type(feature_extractor)
-    return f"{identity} {kind.__module__}.{kind.__qualname__} {tensors_digest(feature_extractor.state_dict())}"
-
-
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes; does not depend on the order.
-
-    Example:
-        >>> tensors_digest({"a": torch.zeros(2)}) == tensors_digest({"a": torch.zeros(2, 1)})
-        False
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return f"{identity} {kind.__module__}.{kind.__qualname__} {tensor_digest(feature_extractor.state_dict())}"

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import pickle
-import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,34 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import tensor_digest
 
 SHA256 = "sha256"  # the key of the metadata under which our own files state their hash
-
-
-@contextmanager
-def workspace_beside(path: Path) -> Iterator[Path]:
-    """A hidden folder on the disk of ``path`` to write a draft in; clears away those of killed processes.
-
-    Raises:
-        OSError: The disk refuses.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*-draft-*"):
-        if not is_running(leftover.name.removeprefix(f".{path.name}.").partition("-")[0]):
-            shutil.rmtree(leftover, ignore_errors=True)
-    with TemporaryDirectory(prefix=f".{path.name}.{os.getpid()}-draft-", dir=path.parent) as workspace:
-        yield Path(workspace)
-
-
-def is_running(pid: str) -> bool:
-    """Whether there is a process of that number here."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -71,7 +41,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
     stated = metadata.pop(SHA256, None)
-    if stated is not None and stated != digest_of(tensors, metadata):
+    if stated is not None and stated != tensor_digest(tensors, metadata):
         raise CheckpointError(
             f"{file} was altered: its contents do not have the sha256 that it states. Export it again."
         )
@@ -80,7 +50,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file that states its hash, and whose bytes depend on what is in it alone."""
-    save_file(dict(tensors), file, {**metadata, SHA256: digest_of(tensors, metadata)})
+    save_file(dict(tensors), file, {**metadata, SHA256: tensor_digest(tensors, metadata)})
     with file.open("r+b") as opened:  # the library writes metadata in a random order
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
@@ -89,15 +59,6 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mappi
         if len(ordered) <= size:
             opened.seek(8)
             opened.write(ordered.ljust(size))
-
-
-def digest_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 of tensors, their names, dtypes and shapes, and metadata; one tensor is copied at a time."""
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def check_records(file: Path) -> None:

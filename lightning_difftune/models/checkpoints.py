@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.files import tensor_digest
 from lightning_difftune.models import diffusers_layout, hub
 from lightning_difftune.models.checkpoint_files import read_json, read_safetensors, read_torch
 from lightning_difftune.models.dit import SIZES, DiT
@@ -218,8 +218,4 @@ def fingerprint(module: nn.Module) -> str:
         >>> fingerprint(layer) == fingerprint(layer.double()), len(fingerprint(layer))
         (False, 64)
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensor_digest(module.state_dict())

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lightning_difftune import __version__
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.files import atomic_path
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
-from lightning_difftune.models.checkpoint_files import workspace_beside, write_safetensors
+from lightning_difftune.models.checkpoint_files import write_safetensors
 from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
@@ -67,30 +68,15 @@ def export_dit(
     if broken:
         raise CheckpointError(f"Not exported: NaN or infinity in {len(broken)} tensors, {broken[:3]}.")
     try:
-        with workspace_beside(path) as workspace:
-            draft = workspace / path.name
+        with atomic_path(path) as draft:
             if format == "safetensors":
                 write_file(model, draft)
             else:
                 write_diffusers(model, draft, autoencoder)
             verify(model, draft)
-            put_in_place(draft, path, workspace / "replaced")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot write {path}: {error}. Is the disk full, or the folder protected?") from error
     return path
-
-
-def put_in_place(draft: Path, path: Path, replaced: Path) -> None:
-    """Move a draft to its path; what was there goes to ``replaced`` if it is a folder, which has no atomic exchange."""
-    if not path.is_dir():
-        draft.replace(path)
-        return
-    path.rename(replaced)
-    try:
-        draft.rename(path)
-    except OSError:
-        replaced.rename(path)
-        raise
 
 
 def plain_state(model: DiT) -> dict[str, Tensor]:

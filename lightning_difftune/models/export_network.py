@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
 
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import atomic_path
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
-from lightning_difftune.models.export import put_in_place
 
 
 def export_network(network: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -42,14 +41,11 @@ def export_network(network: Any, folder: str | Path, *, overwrite: bool = False)
     if broken:
         raise CheckpointError(f"Not exported: NaN or infinity in {len(broken)} tensors, {broken[:3]}.")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workspace:
-            draft = Path(workspace) / folder.name
+        with atomic_path(folder) as draft:
             network.save_pretrained(draft)
             again = open_network(type(network), draft)
             if fingerprint(again) != fingerprint(network):
                 raise CheckpointError("Not exported: what was written does not read back as the same weights.")
-            put_in_place(draft, folder, Path(workspace) / "replaced")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot write {folder}: {error}. Is the disk full, or the folder protected?") from error
     return folder

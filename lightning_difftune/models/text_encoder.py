@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import text_digest
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import folder_of
 from lightning_difftune.models.frozen import Frozen
@@ -47,7 +47,7 @@ class FrozenTextEncoder(Frozen):
     def fingerprint(self) -> str:
         """Identity of weights and vocabulary."""
         vocabulary = json.dumps([self.tokenizer.get_vocab(), self.shape[0]], sort_keys=True)
-        return hashlib.sha256(f"{fingerprint(self.network)} {vocabulary}".encode()).hexdigest()
+        return text_digest(f"{fingerprint(self.network)} {vocabulary}")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:

@@ -24,6 +24,7 @@ from lightning_difftune.modules.lean_checkpoints import complete, make_lean
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.pretrained import EncodedPictures, PretrainedSamples
 from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import (
     BankGenerator,
     BankPictures,
@@ -32,7 +33,7 @@ from lightning_difftune.protocols import (
     RetentionBatch,
     Tuner,
 )
-from lightning_difftune.sampling import Guided, Sampler, is_flow, to_uint8
+from lightning_difftune.sampling import Guided, Sampler, is_flow
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

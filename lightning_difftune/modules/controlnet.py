@@ -18,6 +18,7 @@ from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules.base import adamw
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.pictures import to_uint8
 from lightning_difftune.prompts import DEFAULT_PROMPT
 from lightning_difftune.protocols import (
     Annotator,
@@ -28,7 +29,7 @@ from lightning_difftune.protocols import (
     TargetBatch,
     Tuner,
 )
-from lightning_difftune.sampling import Sampler, to_uint8
+from lightning_difftune.sampling import Sampler
 
 
 class ControlNetDiffTuningModule(StableDiffusionModule):

@@ -17,8 +17,9 @@ from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.pictures import to_pixel_values, to_uint8
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, SupportsClassNames, TargetBatch, Tuner
-from lightning_difftune.sampling import Sampler, to_uint8
+from lightning_difftune.sampling import Sampler
 
 
 class DiTDiffTuningModule(DiffTuningModule):
@@ -184,7 +185,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         """Pictures (B, C, H, W) uint8 => what the autoencoder makes of them, uint8; pixel models lose nothing."""
         if self.autoencoder is None:
             return pictures
-        mean, _ = self.autoencoder.encode(pictures.to(self.device) / 127.5 - 1)  # 0 .. 255 => [-1, 1]
+        mean, _ = self.autoencoder.encode(to_pixel_values(pictures.to(self.device)))
         return to_uint8(self.autoencoder.decode(mean))
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:

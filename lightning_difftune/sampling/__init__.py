@@ -2,7 +2,7 @@
 
 from lightning_difftune.sampling.guidance import Guided
 from lightning_difftune.sampling.loop import Reverse, sample, swap
-from lightning_difftune.sampling.sampler import Sampler, to_uint8
+from lightning_difftune.sampling.sampler import Sampler
 from lightning_difftune.sampling.schedulers import NoiseScheduler, adds_noise, ddim, is_flow, scheduler_named
 
 __all__ = [
@@ -16,5 +16,4 @@ __all__ = [
     "sample",
     "scheduler_named",
     "swap",
-    "to_uint8",
 ]

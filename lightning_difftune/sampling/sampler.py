@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_difftune.errors import ConfigError
@@ -125,11 +124,6 @@ class Sampler:
         }
         # Left out where it is off, so that banks of the time before it keep their spec.
         return spec | {"domain_guidance": True} if self.domain_guidance else spec
-
-
-def to_uint8(pixel_values: Tensor) -> Tensor:
-    """Pixel values in [-1, 1], clamped there => pictures uint8 of the same shape."""
-    return ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def plain(value: Any) -> Any:

@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_difftune.callbacks import EMA, ControlSimilarity, SuddenConvergence
-from lightning_difftune.callbacks.pictures import pictures_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.metrics import BlurredSSIM, ControlMSE
+from lightning_difftune.pictures import pictures_of
 
 
 def expected(shift: float, count: int) -> float:
@@ -178,8 +178,8 @@ def test_what_is_missing_is_said_before_the_first_step(tmp_path: Path, stage: st
 @pytest.mark.parametrize(
     ("method", "returned", "message"),
     [
-        ("annotate", torch.zeros(4, 1, SIZE, SIZE), r"ControlledModel.annotate gave torch.float32"),
-        ("annotate", torch.zeros(4, 2, SIZE, SIZE).byte(), r"annotate gave torch.uint8 \(4, 2, 12, 12\)"),
+        ("annotate", torch.zeros(4, 1, SIZE, SIZE), r"ControlledModel.annotate returned torch.float32"),
+        ("annotate", torch.zeros(4, 2, SIZE, SIZE).byte(), r"annotate returned torch.uint8 \(4, 2, 12, 12\)"),
         ("generate_controlled", torch.zeros(3, 3, SIZE, SIZE).byte(), "3 pictures for 4 indices"),
         ("generate_controlled", torch.zeros(4, 3, 8, 8).byte(), r"\(8, 8\) pixels for controls of \(12, 12\)"),
     ],

@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_difftune.callbacks import EMA, SampleGrid
-from lightning_difftune.callbacks.pictures import pictures_of
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.pictures import pictures_of
 
 
 def test_the_png_shows_every_sample_in_its_place(tmp_path: Path) -> None:

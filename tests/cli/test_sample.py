@@ -15,9 +15,9 @@ from lightning_difftune import ControlNetDiffTuningModule
 from lightning_difftune.cli import main
 from lightning_difftune.cli.subjects import class_of
 from lightning_difftune.data import Canny
-from lightning_difftune.data.pixels import to_pixels
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit
+from lightning_difftune.pictures import to_pixels
 from lightning_difftune.sampling import Sampler
 
 

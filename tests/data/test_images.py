@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_difftune.data.image_arrays import ArrayImages
 from lightning_difftune.data.image_files import ImageFolder
 from lightning_difftune.data.images import ImageTargets, check_labels
-from lightning_difftune.data.pixels import to_pixels
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.pictures import to_pixels
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (12, 20, 28, 3), dtype=np.uint8)
 LABELS = np.arange(12) % 3

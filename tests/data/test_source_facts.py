@@ -9,9 +9,9 @@ from torch.utils.data import ConcatDataset, Subset
 
 from lightning_difftune.data.image_arrays import ArrayImages
 from lightning_difftune.data.source_facts import (
+    array_digest,
     class_names_of,
     content_digest_of,
-    digest_arrays,
     labels_of,
     location_of,
     paths_of,
@@ -121,4 +121,4 @@ def test_missing_files_have_a_digest(tmp_path):
 def test_digest_tells_shapes_types_and_boundaries_apart():
     zeros = np.zeros(4, np.uint8)
     parts = [(zeros,), (zeros.reshape(2, 2),), (zeros.view(np.int8),), (zeros[:2], zeros[2:]), ("ab", "c"), ("a", "bc")]
-    assert len({digest_arrays(*part) for part in parts}) == len(parts)
+    assert len({array_digest(*part) for part in parts}) == len(parts)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lightning_difftune.metrics.reference_cache import ReferenceCache, reference_key, tensors_digest
+from lightning_difftune.metrics.reference_cache import ReferenceCache, reference_key, tensor_digest
 
 
 def statistics() -> dict[str, torch.Tensor]:
@@ -24,7 +24,7 @@ def test_what_was_stored_is_loaded(tmp_path: Path) -> None:
     cache.store("flowers", statistics())
     loaded = cache.load("flowers")
     assert loaded is not None
-    assert tensors_digest(loaded) == tensors_digest(statistics())
+    assert tensor_digest(loaded) == tensor_digest(statistics())
     assert cache.load("birds") is None
     assert [path.suffix for path in cache.folder.iterdir()] == [".safetensors"]  # nothing half-written stays
 
@@ -88,5 +88,5 @@ def test_the_digest_covers_names_types_shapes_and_values() -> None:
         {"a": torch.zeros(2, 2), "b": torch.ones(())},
         {"a": torch.zeros(4), "b": torch.zeros(())},
     ]
-    assert len({tensors_digest(v) for v in [base, *variants]}) == 5
-    assert tensors_digest(dict(reversed(base.items()))) == tensors_digest(base)
+    assert len({tensor_digest(v) for v in [base, *variants]}) == 5
+    assert tensor_digest(dict(reversed(base.items()))) == tensor_digest(base)

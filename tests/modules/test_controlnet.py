@@ -15,8 +15,9 @@ from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.models import export_network
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.stable_diffusion import stable_diffusion_objective, stable_diffusion_sampler
+from lightning_difftune.pictures import to_uint8
 from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
-from lightning_difftune.sampling import Sampler, to_uint8
+from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
 

@@ -13,8 +13,9 @@ from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import velocity_mse_loss
 from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsSwap
-from lightning_difftune.sampling import Sampler, sample, to_uint8
+from lightning_difftune.sampling import Sampler, sample
 
 STEPS = 6
 INDICES = torch.arange(4)

@@ -19,8 +19,9 @@ from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.losses import eps_mse_loss
 from lightning_difftune.modules.stable_diffusion import stable_diffusion_objective, stable_diffusion_sampler
+from lightning_difftune.pictures import to_uint8
 from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
-from lightning_difftune.sampling import Sampler, sample, to_uint8
+from lightning_difftune.sampling import Sampler, sample
 from lightning_difftune.tuners import LoRA
 
 CAPTIONS = ["a photo of a cat", "a photo of a dog", "grey"]

@@ -17,9 +17,8 @@ from lightning_difftune.cli.compare.figures import draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
 from lightning_difftune.cli.compare.table import comparison, write_tables
-from lightning_difftune.data.shards.atomic import atomic_write, discard_temporaries
-from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries
 
 
 def compare(argv: Sequence[str]) -> None:

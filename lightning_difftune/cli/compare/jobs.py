@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +13,8 @@ import yaml
 
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
-from lightning_difftune.data.shards.atomic import discard_temporaries
 from lightning_difftune.errors import ConfigError, StoreError
+from lightning_difftune.files import discard_temporaries, json_digest
 
 RECORD = "lightning_difftune.cli.compare.record.RunRecord"
 
@@ -65,7 +64,7 @@ class Job:
     @property
     def digest(self) -> str:
         """Hash of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+        return json_digest(self.identity)
 
     def result(self) -> dict[str, Any] | None:
         """The result, if the run is finished.

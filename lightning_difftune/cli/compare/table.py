@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_difftune.cli.compare.study import Study, StudyRun
-from lightning_difftune.data.shards.atomic import atomic_write
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.files import atomic_write
 from lightning_difftune.plots import rounded
 
 EWC = ("ewc/total", "ewc/mean")  # shown where a run has them

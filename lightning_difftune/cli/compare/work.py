@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from PIL import Image
 
 from lightning_difftune.callbacks import SuddenConvergence
 from lightning_difftune.cli import STOPPED
@@ -25,8 +23,9 @@ from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, count_trainable
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
-from lightning_difftune.data.shards.atomic import atomic_write
 from lightning_difftune.errors import ConfigError, DiffTuneError
+from lightning_difftune.files import atomic_write
+from lightning_difftune.pictures import to_png
 from lightning_difftune.protocols import Evaluator, SupportsGenerate
 
 GRID = 100  # pictures in a result's sample grid
@@ -109,11 +108,8 @@ def sample_grid(cli: DiffTuneCLI) -> bytes | None:
 
     with torch.inference_mode():
         pictures = torch.cat([cli.model.generate(indices).cpu() for indices in torch.arange(GRID).split(25)])
-    png = io.BytesIO()
     grid = make_grid(pictures, nrow=COLUMNS)  # of three channels, also where the pictures are grey
-    pixels = grid[0] if pictures.shape[1] == 1 else grid.permute(1, 2, 0)
-    Image.fromarray(pixels.numpy()).save(png, format="PNG", optimize=True)
-    return png.getvalue()
+    return to_png(grid[: pictures.shape[1]])
 
 
 def stop_with_parent() -> None:

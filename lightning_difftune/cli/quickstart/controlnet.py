@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.callbacks import ControlSimilarity, SuddenConvergence
-from lightning_difftune.callbacks.pictures import pictures_of
 from lightning_difftune.callbacks.sudden_convergence import Leap
 from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.fitted import callbacks_of, count_trainable
@@ -21,6 +20,7 @@ from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_network
+from lightning_difftune.pictures import pictures_of
 
 STEPS = 600  # of each method; configs/controlnet/flowers.yaml has more
 SHOWN = 5  # moments of the training in the report

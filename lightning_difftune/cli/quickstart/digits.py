@@ -20,7 +20,7 @@ from lightning_difftune.cli.quickstart.methods import METHODS, tune
 from lightning_difftune.data import MemoryBank
 from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit
-from lightning_difftune.sampling import to_uint8
+from lightning_difftune.pictures import to_uint8
 
 COLUMNS = 20  # pictures of each digit that are generated, classified and counted
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.data.annotators.opencv import cv2_of
-from lightning_difftune.data.annotators.pictures import require_pictures
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.pictures import check_pictures
 
 
 class Canny:
@@ -47,7 +47,7 @@ class Canny:
         Raises:
             DataError: If the pictures have another type or shape.
         """
-        require_pictures(pictures, "Canny")
+        check_pictures(pictures, "Canny was given", channels=(3,))
         cv2 = cv2_of("Canny")
         images = pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         maps = [torch.from_numpy(cv2.Canny(image, self.low, self.high)) for image in images]

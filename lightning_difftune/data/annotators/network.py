@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_difftune.data.annotators.pictures import require_pictures
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import folder_of
+from lightning_difftune.pictures import check_pictures
 
 
 class NetworkAnnotator(ABC):
@@ -80,7 +80,7 @@ class NetworkAnnotator(ABC):
             DataError: If the pictures have another type or shape.
             CheckpointError: If the network cannot be had.
         """
-        require_pictures(pictures, type(self).__name__)
+        check_pictures(pictures, f"{type(self).__name__} was given", channels=(3,))
         self.network.to(pictures.device)
         with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
             return self.annotate(pictures.float() / 255).to(pictures.device)

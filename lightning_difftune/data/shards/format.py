@@ -6,7 +6,6 @@ bounded by what lies on the disk, and nothing is unpickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lightning_difftune.errors import StoreError
+from lightning_difftune.files import json_digest
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -78,7 +78,7 @@ class BuildPlan:
         _check_int(self.num_samples, "num_samples", 1, _MAX_SAMPLES)
         _check_int(self.shard_size, "shard_size", 1, _MAX_SAMPLES)
         object.__setattr__(self, "spec", json.loads(json.dumps(self.spec, allow_nan=False)))
-        digest = hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        digest = json_digest(self.to_json())
         object.__setattr__(self, "digest", digest)
 
     @property
@@ -238,12 +238,6 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def misfit(path: Path, found: dict[str, TensorLayout], expected: dict[str, TensorLayout]) -> str:
     """What is wrong with a shard that does not fit the others, as a sentence of an error."""
     return f"{path} holds {_described(found)}, but the other shards hold {_described(expected)}."
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dump_json(value: dict[str, Any]) -> bytes:

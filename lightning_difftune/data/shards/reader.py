@@ -22,13 +22,13 @@ from lightning_difftune.data.shards.format import (
     ShardHeader,
     another_build,
     differences,
-    file_sha256,
     misfit,
     rebuild_shard,
     shard_name,
     shard_tag,
 )
 from lightning_difftune.errors import StoreError
+from lightning_difftune.files import file_digest
 
 
 class ShardReader:
@@ -143,7 +143,7 @@ class ShardReader:
         for shard, record in enumerate(self._manifest.shards):
             path = self.path / shard_name(shard)
             self._check(shard)
-            if (found := file_sha256(path)) != record.sha256:
+            if (found := file_digest(path)) != record.sha256:
                 raise StoreError(
                     f"{path} was altered: its sha256 is {found[:12]}..., but the manifest says {record.sha256[:12]}... "
                     f"{rebuild_shard(path)}"

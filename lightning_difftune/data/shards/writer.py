@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from lightning_difftune.data.shards.atomic import atomic_write, discard_temporaries
 from lightning_difftune.data.shards.format import (
     BUILDING,
     DTYPES,
@@ -27,14 +26,13 @@ from lightning_difftune.data.shards.format import (
     another_build,
     differences,
     dump_json,
-    file_sha256,
     misfit,
     shard_name,
     shard_tag,
 )
-from lightning_difftune.data.shards.lock import FolderLock
 from lightning_difftune.data.shards.work import ShardBatch, ShardWork
 from lightning_difftune.errors import ConfigError, StoreError
+from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries, file_digest
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -245,7 +243,7 @@ class ShardWriter:
             path = self.path / shard_name(shard)
             if (found := ShardHeader.load(path).tensors) != tensors:
                 raise StoreError(misfit(path, found, tensors) + " Delete the wrong one and build again.")
-            records.append(ShardRecord(path.stat().st_size, file_sha256(path)))
+            records.append(ShardRecord(path.stat().st_size, file_digest(path)))
         return Manifest(self.plan, tensors, tuple(records))
 
     def _header(self, shard: int) -> ShardHeader | None:

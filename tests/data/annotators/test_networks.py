@@ -265,7 +265,7 @@ def test_edges_of_another_shape_and_pictures_too_small_are_refused() -> None:
         HEDSketch(nn.Identity())(pictures())
     with pytest.raises(DataError, match=r"at least 16 pixels a side, found \(8, 8\)"):
         HEDSketch(hed())(pictures(size=8))
-    with pytest.raises(DataError, match="MidasDepth annotates pictures uint8"):
+    with pytest.raises(DataError, match="expected pictures uint8"):
         MidasDepth(dpt())(pictures().float())
 
 

@@ -1,12 +1,17 @@
-"""From whatever a data set yields to 8-bit pixels of the size the model is trained at."""
+"""Pictures: 8-bit pixels of whatever a data set yields, values in [-1, 1] and back, what is checked, grids and PNG."""
 
 from __future__ import annotations
 
 import contextlib
+from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import ExifTags, Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lightning_difftune.errors import DataError
@@ -14,6 +19,53 @@ from lightning_difftune.errors import DataError
 UInt8Array = npt.NDArray[np.uint8]
 
 _MODES = {1: "L", 3: "RGB"}
+_SIDE = 96  # pixels; smaller pictures are shown enlarged
+_GAP = 2  # pixels around each
+
+# -- uint8 and [-1, 1] ------------------------------------------------------------------------------------------------
+
+
+def to_uint8(pixel_values: Tensor) -> Tensor:
+    """Pixel values in [-1, 1], clamped there => pictures uint8 of the same shape."""
+    return ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pixel_values(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape => float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def check_pictures(pictures: Any, whose: str, count: int | None = None, channels: tuple[int, ...] = (1, 3)) -> None:
+    """Check that these are pictures (B, C, H, W) uint8.
+
+    Args:
+        pictures: What is checked.
+        whose: Subject and verb of the message, such as ``"Canny was given"``.
+        count: How many there must be, if that is known.
+        channels: What C may be.
+
+    Raises:
+        DataError: If they are not, or there are none.
+
+    Example:
+        >>> check_pictures(torch.zeros(2, 3, 8, 8), "Canny was given")
+        Traceback (most recent call last):
+        lightning_difftune.errors.DataError: Canny was given torch.float32 (2, 3, 8, 8), expected pictures uint8 ...
+    """
+    expected = f"pictures uint8 (B, {' or '.join(map(str, channels))}, H, W)"
+    if not isinstance(pictures, Tensor):
+        raise DataError(f"{whose} a {type(pictures).__name__}, expected {expected} in a tensor.")
+    wrong = pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] not in channels
+    if wrong or not pictures.numel():
+        raise DataError(
+            f"{whose} {pictures.dtype} {tuple(pictures.shape)}, expected {expected}. Scale [-1, 1] by (x + 1) * 127.5, "
+            "round, clamp to 0..255 and cast to uint8."
+        )
+    if count is not None and len(pictures) != count:
+        raise DataError(f"{whose} {len(pictures)} pictures for {count} indices, expected one each.")
+
+
+# -- what a data set yields -------------------------------------------------------------------------------------------
 
 
 def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
@@ -53,11 +105,6 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
         )
     cropped = center_crop(_convert(_upright(image), channels), image_size)
     return np.array(np.asarray(cropped).reshape(image_size, image_size, channels).transpose(2, 0, 1), order="C")
-
-
-def to_pixel_values(pixels: Tensor) -> Tensor:
-    """uint8 pixels of any shape => float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
@@ -126,3 +173,36 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert(_MODES[channels])
+
+
+# -- to look at -------------------------------------------------------------------------------------------------------
+
+
+def grid_of(pictures: Tensor, columns: int) -> Tensor:
+    """Pictures (N, 1 or 3, H, W) uint8 in rows of ``columns``, small ones with larger pixels => (3, height, width)."""
+    from torchvision.utils import make_grid
+
+    factor = max(1, _SIDE // pictures.shape[-1])
+    enlarged = pictures.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
+    return make_grid(enlarged, nrow=columns, padding=_GAP)
+
+
+def pictures_of(grid: Path, rows: int, columns: int) -> Tensor:
+    """The pictures (rows, columns, 3, H, W) uint8 of a saved :func:`grid_of`, as large as they are shown there."""
+    with Image.open(grid) as image:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, _GAP:, _GAP:]
+    height, width = pixels.shape[1] // rows, pixels.shape[2] // columns
+    cells = pixels.unfold(1, height, height).unfold(2, width, width)  # (3, rows, columns, height, width)
+    return cells[..., :-_GAP, :-_GAP].permute(1, 2, 0, 3, 4)
+
+
+def to_png(picture: Tensor, **texts: str) -> bytes:
+    """A picture (1 or 3, H, W) uint8 as a PNG file with text chunks."""
+    chunks = PngInfo()
+    for name, text in texts.items():
+        chunks.add_text(name, text)
+    pixels = picture.permute(1, 2, 0).cpu().numpy()
+    content = BytesIO()
+    image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    image.save(content, format="PNG", pnginfo=chunks)
+    return content.getvalue()

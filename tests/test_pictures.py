@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_difftune.data.pixels import center_crop, to_pixels
 from lightning_difftune.errors import DataError
+from lightning_difftune.pictures import center_crop, to_pixels
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:

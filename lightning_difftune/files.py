@@ -1,0 +1,239 @@
+"""Files and folders that are there whole or not at all, one job at a time in a folder, and digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from filelock import FileLock, Timeout
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_difftune.errors import StoreError
+
+LOCK = ".lock"
+
+# -- written whole ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its place when the ``with`` block ends, and never does if that fails.
+
+    Raises:
+        OSError: The disk is full or refuses; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, whatever kills the process.
+
+    Raises:
+        OSError: The disk is full or refuses; nothing is left behind.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def discard_temporaries(folder: Path, name: str = "*") -> None:
+    """Delete what killed runs left of the file ``name``, or of any file, on the way to the disk."""
+    for leftover in folder.glob(f".{name}.*-*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Where to write a file or folder, which takes the place of ``path`` when the block ends, and never if it fails.
+
+    For writers that want a path, such as ``save_pretrained``. It is on the disk of ``path`` and has its name. What
+    killed processes left of earlier ones is deleted.
+
+    Args:
+        path: Where it shall be.
+        replace: Whether it takes the place of what is at ``path``; otherwise that stays, as when two processes make
+            the same.
+
+    Raises:
+        OSError: The disk is full or refuses; what was at ``path`` stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{path.name}.*-draft-*"):
+        if not _is_running(leftover.name.removeprefix(f".{path.name}.").partition("-")[0]):
+            shutil.rmtree(leftover, ignore_errors=True)
+    with TemporaryDirectory(prefix=f".{path.name}.{os.getpid()}-draft-", dir=path.parent) as workspace:
+        draft, replaced = Path(workspace) / path.name, Path(workspace) / "replaced"
+        yield draft
+        if path.exists() and not replace:
+            return
+        if not path.is_dir():
+            draft.replace(path)
+            return
+        path.rename(replaced)  # a folder has no atomic exchange
+        try:
+            draft.rename(path)
+        except OSError:
+            replaced.rename(path)
+            raise
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+# -- one job at a time ------------------------------------------------------------------------------------------------
+
+
+class Taken(StoreError):
+    """Another job holds the lock of a folder."""
+
+
+class FolderLock:
+    """Held by the job that writes into a folder; the operating system takes it back from a job that is killed.
+
+    Args:
+        folder: The folder; the lock is a file in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock = FileLock(folder / LOCK, thread_local=False)
+
+    def acquire(self, waits: bool) -> None:
+        """Take the lock.
+
+        Args:
+            waits: Wait for a job that holds it, and say so; else refuse to begin.
+
+        Raises:
+            Taken: Another job holds it and nobody waits.
+            StoreError: The folder cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            if not waits:
+                raise Taken(
+                    f"Another job is at work in {self.folder}. Wait until it is done, or name another folder."
+                ) from error
+            rank_zero_info(f"Another job is at work in {self.folder}; waiting for it.")
+            self._lock.acquire(poll_interval=0.5)
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder} cannot be written to ({error}). Make it writable or name another."
+            ) from error
+
+    def try_acquire(self) -> bool:
+        """Take the lock if no other job holds it; whether it is held now.
+
+        Raises:
+            StoreError: The folder cannot be written to.
+        """
+        with suppress(Taken):
+            self.acquire(waits=False)
+        return self._lock.is_locked
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        self._lock.release()
+
+    def discard(self) -> None:
+        """Delete the file: the folder is done, and nobody needs to take turns any more."""
+        (self.folder / LOCK).unlink(missing_ok=True)
+
+
+# -- SHA-256, in hexadecimal ------------------------------------------------------------------------------------------
+
+
+def text_digest(text: str) -> str:
+    """Of a text in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def json_digest(content: Any) -> str:
+    """Of what JSON can hold; the order of keys does not count."""
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+def file_digest(path: Path) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def array_digest(*parts: npt.NDArray[Any] | str) -> str:
+    """Of strings and arrays in this order, shapes and types included."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(f"{len(part)}:{part}".encode())
+        else:
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
+def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Of tensors by name, with dtypes and shapes, and metadata; neither order nor device counts.
+
+    No more than one tensor is copied at a time.
+
+    Example:
+        >>> tensor_digest({"a": torch.zeros(2)}) == tensor_digest({"a": torch.zeros(2, 1)})
+        False
+    """
+    digest = hashlib.sha256(b"" if metadata is None else json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def stat_digest(paths: Sequence[str]) -> str:
+    """Of files by their names below the common folder, sizes and modification times in seconds."""
+    absolute = [os.path.abspath(path) for path in paths]
+    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    digest = hashlib.sha256()
+    for path in absolute:
+        name = path[len(folder) :].lstrip(os.sep).replace(os.sep, "/")
+        try:
+            status = os.stat(path)
+            facts = f"{status.st_size} {int(status.st_mtime)}"
+        except FileNotFoundError:  # whoever reads it says so
+            facts = "missing"
+        digest.update(f"{name}\0{facts}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
