@@ -91,6 +91,7 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     with TemporaryDirectory(prefix=f".{path.name}.{os.getpid()}-draft-", dir=path.parent) as workspace:
         draft, replaced = Path(workspace) / path.name, Path(workspace) / "replaced"
         yield draft
+        _follow_umask(Path(workspace))
         if path.exists() and not replace:
             return
         if not path.is_dir():
@@ -102,6 +103,15 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
         except OSError:
             replaced.rename(path)
             raise
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give files their usual modes; safetensors writes them for their owner alone."""
+    usual = folder / ".usual"
+    usual.touch()
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(usual.stat().st_mode)
 
 
 def _is_running(pid: str) -> bool:
