@@ -202,36 +202,6 @@ class SupportsBankGeneration(Protocol):
         ...
 
 
-class Bank(Protocol):
-    """A memory bank, as far as reading goes."""
-
-    def __len__(self) -> int:
-        """How many samples it has."""
-        ...
-
-    def read(self, indices: Tensor) -> RetentionBatch:
-        """Samples at indices (B,) int64."""
-        ...
-
-
-@runtime_checkable
-class SupportsBank(Protocol):
-    """A data module with a memory bank."""
-
-    def open_bank(self) -> Bank | None:
-        """The bank, if the run uses one; to be called by all processes."""
-        ...
-
-
-@runtime_checkable
-class SupportsRetentionLoss(Protocol):
-    """A module that knows its loss on samples of the memory bank alone."""
-
-    def retention_loss(self, batch: RetentionBatch, index: int) -> Tensor:
-        """Mean loss of a batch of the bank, scalar; timesteps and noise depend on the seed and ``index`` alone."""
-        ...
-
-
 @runtime_checkable
 class SupportsEncode(Protocol):
     """A module whose frozen networks turn target samples into what it trains on, such as latents."""

@@ -11,14 +11,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_difftune.callbacks.fisher import DiagonalFisher
-from lightning_difftune.callbacks.penalty import add_penalty_gradient
 from lightning_difftune.callbacks.weight_updates import (
     WeightUpdate,
     active_update,
-    base_weight,
     factor_prefixes,
     full_precision,
     trained_updates,
@@ -37,16 +33,6 @@ class EWC(Callback):
     layers of ``peft`` that state their update of a weight, as LoRA's do, count by that update: merged minus original
     weight, alpha / r included, whatever the factors are. (DoRA's magnitudes are no such update and do not count.)
 
-    With ``fisher`` the same distances weighted by the diagonal Fisher information,
-    :math:`\sum_i F_i (\theta_i - \theta_i^0)^2`, are logged as ``ewc_fisher/total`` and ``ewc_fisher/<block>``: moves
-    of weights that matter for the bank's samples count more. For LoRA, F is that of the merged weight.
-
-    With ``penalty`` :math:`\lambda`, training minimises :math:`\frac\lambda2 \sum_i F_i (\theta_i - \theta_i^0)^2`
-    besides (elastic weight consolidation; with F = 1 where no ``fisher`` is given). Its gradient is added where the
-    optimizer is about to step: once a step however many batches are accumulated, after AMP has unscaled the gradients
-    and DDP has averaged them, and before they are clipped. So it works in any module, and the training loss that is
-    logged does not contain it; ``ewc/penalty`` is its value.
-
     Nothing is synchronized: under DDP all processes hold the same weights. A second ``fit`` of the same module, and a
     resumed one, measure from where the first began.
 
@@ -59,14 +45,10 @@ class EWC(Callback):
         offload: Keep the pre-trained values in the host's memory, not on the accelerator. They take as much memory as
             the parameters that are trained, and a measurement copies them over block by block.
         save_reference: Have checkpoints hold the pre-trained values, which makes them larger by the size of what is
-            trained, twice that with ``fisher``. Without them a run cannot be resumed with this callback in a new
-            process.
-        fisher: How to estimate the Fisher information when training starts; ``None`` weights all alike.
-        penalty: Lambda of the penalty; 0 only measures.
+            trained. Without them a run cannot be resumed with this callback in a new process.
 
     Raises:
-        ConfigError: If ``every_n_steps`` is not positive, ``blocks`` is no regular expression or ``penalty`` is
-            negative.
+        ConfigError: If ``every_n_steps`` is not positive, ``blocks`` is not a regular expression.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[EWC(every_n_steps=50)], logger=False)
@@ -78,8 +60,6 @@ class EWC(Callback):
         blocks: str | None = r"\w*blocks\.\d+|mid_block",
         offload: bool = False,
         save_reference: bool = True,
-        fisher: DiagonalFisher | None = None,
-        penalty: float = 0.0,
     ) -> None:
         if every_n_steps < 1:
             raise ConfigError(f"every_n_steps of EWC must be at least 1, found {every_n_steps}.")
@@ -87,17 +67,12 @@ class EWC(Callback):
             self._pattern = None if blocks is None else re.compile(blocks)
         except re.error as error:
             raise ConfigError(f"blocks of EWC must be a regular expression, found {blocks!r}: {error}.") from error
-        if not penalty >= 0:
-            raise ConfigError(f"penalty of EWC must be at least 0, found {penalty}.")
         self.every_n_steps = every_n_steps
         self.offload = offload
         self.save_reference = save_reference
-        self.fisher = fisher
-        self.penalty = penalty
         self._reference: dict[str, Tensor] | None = None  # None until a fit starts or a checkpoint brings it
         self._trained: dict[str, nn.Parameter] = {}  # empty until a module is seen
         self._updates: dict[str, WeightUpdate] = {}  # layers whose trained parameters count by their update
-        self._information: dict[str, Tensor] | None = None  # the diagonal, by the names of both
         self._latest_step = 0
 
     @torch.no_grad()
@@ -124,33 +99,22 @@ class EWC(Callback):
         for name in [*reference, *self._updates]:
             blocks[self._block(name)].append(name)
 
-        distances: dict[str, Tensor] = {}
-        weighted: dict[str, Tensor] = {}
-        for block, names in blocks.items():  # one after the other, to need little memory
-            moves = self._moves(names, reference)
-            distances[block] = nn.utils.get_total_norm(list(moves.values())).square()
-            if self._information is not None:
-                terms = [(self._information[name].to(move) * move.square()).sum() for name, move in moves.items()]
-                weighted[block] = torch.stack(terms).sum()
+        distances = {  # one block after the other, to need little memory
+            block: nn.utils.get_total_norm(self._moves(names, reference)).square() for block, names in blocks.items()
+        }
         total = torch.stack(list(distances.values())).sum()
         logged = {"ewc/total": total, "ewc/mean": total / sum(p.numel() for p in self._trained.values())}
-        parts = {"ewc": distances}
-        if weighted:
-            logged["ewc_fisher/total"] = total = torch.stack(list(weighted.values())).sum()
-            parts["ewc_fisher"] = weighted
-        if self.penalty:
-            logged["ewc/penalty"] = self.penalty / 2 * total
         if self._pattern is not None:
-            logged |= {f"{kind}/{block}": value for kind, values in parts.items() for block, value in values.items()}
+            logged |= {f"ewc/{block}": value for block, value in distances.items()}
         return logged
 
-    def _moves(self, names: list[str], reference: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _moves(self, names: list[str], reference: dict[str, Tensor]) -> list[Tensor]:
         """What has become of weights since the start, in float32 or better."""
         plain = [name for name in names if name in reference]
         weights = [full_precision(self._trained[name].detach()) for name in plain]
         starts = [reference[name].to(weight) for name, weight in zip(plain, weights, strict=True)]
-        moves = dict(zip(plain, torch._foreach_sub(weights, starts), strict=True)) if plain else {}
-        return moves | {name: active_update(self._updates[name]) for name in names if name in self._updates}
+        moves = list(torch._foreach_sub(weights, starts)) if plain else []
+        return moves + [active_update(self._updates[name]) for name in names if name in self._updates]
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -185,46 +149,13 @@ class EWC(Callback):
                     "longer those. Resume without EWC, or from a checkpoint of a run with EWC(save_reference=True)."
                 )
             self._reference = {name: p.detach().clone() for name, p in plain.items()}
-            self._information = None
         self._trained = trained
         self._updates = updates
         self._place()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step that a resumed run continues from, and estimate the Fisher information of a new one.
-
-        Raises:
-            CheckpointError: If the run is resumed and its checkpoint has no Fisher information.
-        """
+        """Note the step that a resumed run continues from."""
         self._latest_step = trainer.global_step
-        assert self._reference is not None
-        weights = {name: self._trained[name] for name in self._reference}
-        weights |= {name: base_weight(layer) for name, layer in self._updates.items()}
-        if self.fisher is None:
-            self._information = None
-        elif self._information is None:
-            if trainer.global_step > 0:
-                raise CheckpointError(
-                    f"{trainer.ckpt_path or 'The earlier fit'} has no Fisher information, and the weights are no "
-                    "longer those that it is estimated at. Resume without `fisher`, or from a run that had it."
-                )
-            self._information = self.fisher.estimate(trainer, pl_module, weights)
-        else:
-            _require_match(self._information, weights, str(trainer.ckpt_path or "the loaded state"))
-        self._place()
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Add the penalty's gradient to those of the optimizer's parameters."""
-        if not self.penalty:
-            return
-        assert self._reference is not None
-        scaler = getattr(trainer.precision_plugin, "scaler", None)  # Fused optimizers undo fp16's scale later.
-        strength = self.penalty
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            strength *= scaler.get_scale()
-        mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = {name: p for name, p in self._trained.items() if id(p) in mine}
-        add_penalty_gradient(strength, trained, self._reference, self._updates, self._information)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -250,11 +181,10 @@ class EWC(Callback):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """``reference`` and ``fisher`` by name; empty before the first ``fit`` or without ``save_reference``."""
+        """``reference`` by name; empty before the first ``fit`` or without ``save_reference``."""
         if not self.save_reference or self._reference is None:
             return {}
-        information = {} if self._information is None else {"fisher": dict(self._information)}
-        return {"reference": dict(self._reference), **information}
+        return {"reference": dict(self._reference)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over pre-trained values; they are tied to a module's parameters when a ``fit`` starts.
@@ -268,7 +198,6 @@ class EWC(Callback):
                 "state_dict returned."
             )
         self._reference = dict(state_dict["reference"])
-        self._information = dict(state_dict["fisher"]) if "fisher" in state_dict else None
         self._trained = {}
         self._updates = {}
 
@@ -281,11 +210,8 @@ class EWC(Callback):
     def _place(self) -> None:
         """Bring the pre-trained values to where they are kept."""
         if self._reference is not None and self._trained:
-            devices = {name: "cpu" if self.offload else p.device for name, p in self._trained.items()}
-            devices |= {name: "cpu" if self.offload else base_weight(x).device for name, x in self._updates.items()}
-            for kept in (self._reference, self._information or {}):
-                for name, tensor in kept.items():
-                    kept[name] = tensor.to(devices[name])
+            for name, tensor in self._reference.items():
+                self._reference[name] = tensor.to("cpu" if self.offload else self._trained[name].device)
 
 
 def _require_match(reference: dict[str, Tensor], plain: dict[str, nn.Parameter], source: str) -> None:

@@ -19,10 +19,6 @@ class WeightUpdate(Protocol):
         """Merged minus original weight."""
         ...
 
-    def get_base_layer(self) -> nn.Module:
-        """The layer whose ``weight`` the update is of."""
-        ...
-
 
 def trained_updates(module: nn.Module) -> dict[str, WeightUpdate]:
     """The layers under ``module`` with an adapter that is trained, by name."""
@@ -47,11 +43,6 @@ def active_update(layer: WeightUpdate) -> Tensor:
     parts = [getattr(layer, name, {}) for name in layer.adapter_layer_names]
     active = [name for name in layer.active_adapters if any(name in part for part in parts)]
     return torch.stack([full_precision(layer.get_delta_weight(name)) for name in active]).sum(0)
-
-
-def base_weight(layer: WeightUpdate) -> nn.Parameter:
-    """The weight that a layer's update is of."""
-    return layer.get_base_layer().get_parameter("weight")
 
 
 def full_precision(tensor: Tensor) -> Tensor:

@@ -343,13 +343,6 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Look at the losses since the last look."""
         self._finite.check(self)
 
-    def retention_loss(self, batch: RetentionBatch, index: int) -> Tensor:
-        """Replay's loss (Eq. 3) on a batch of the bank, scalar; its draws depend on the seed and ``index`` alone."""
-        x0 = batch["latents"]
-        retained = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
-        draws = Draws(self.seed, index, self.device)
-        return self.objective(self.denoise, x0, self.retention_condition(batch), retained, draws).retention
-
     def validation_step(self, batch: DiffTuningBatch, batch_idx: int) -> None:
         """The loss on held-out target data, at the same timesteps and noise every time."""
         chunk = batch_idx * self.trainer.world_size + self.global_rank

@@ -16,7 +16,7 @@ DISTANCES = re.compile(r"fid|fd_\w+")
 SIMILARITIES = {"control/ssim": True, "control/pixel_accuracy": True, "control/mse": False}  # whether higher is better
 # Seen in figures of their own, or of no interest over the steps.
 LEFT_OUT = re.compile(
-    r"train/.*|forgetting(_gap)?/.*|.*/swap_.*|control/(seconds|time_share)|sudden_convergence/.*|ewc(_fisher)?/.*|lr-.*"
+    r"train/.*|forgetting(_gap)?/.*|.*/swap_.*|control/(seconds|time_share)|sudden_convergence/.*|ewc/.*|lr-.*"
 )
 MOST_OTHERS = 8
 
