@@ -6,6 +6,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -140,7 +141,7 @@ class DiffTuneCLI(LightningCLI):
 
 
 def loggers_of(given: Any, folder: str | None) -> Any:
-    """What a run logs to: a CSV file and TensorBoard in a new ``version_N``, or what the config says.
+    """What a run logs to: a CSV file and TensorBoard, if that is installed, in a new ``version_N``; or what the config says.
 
     Loggers of services, such as Weights & Biases and MLflow, have no folder that is the run's alone, where its config,
     checkpoints and pictures could go: the CSV file is then kept beside them.
@@ -157,7 +158,7 @@ def loggers_of(given: Any, folder: str | None) -> Any:
     table = CSVLogger(folder or ".")
     if given is not None and given is not True:
         return [table, *loggers]
-    return [table, TensorBoardLogger(folder or ".", version=table.version)]
+    return [table, TensorBoardLogger(folder or ".", version=table.version)] if find_spec("tensorboard") else [table]
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:

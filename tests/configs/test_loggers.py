@@ -100,6 +100,15 @@ def test_without_a_logger_there_is_a_table_and_tensorboard(config: str, tmp_path
     assert len(list((tmp_path / "run" / "lightning_logs").iterdir())) == 2
 
 
+def test_without_tensorboard_installed_there_is_the_table(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_difftune.cli.lightning.find_spec", lambda name: None)
+    assert main(["fit", "--config", config]) == 0
+    assert (run_folder(tmp_path, 0) / "metrics.csv").exists()
+    assert not list(run_folder(tmp_path, 0).glob("events.out.tfevents.*"))
+
+
 def test_no_logger_is_no_logger(config: str, tmp_path: Path) -> None:
     assert main(["fit", "--config", config, "--trainer.logger", "false"]) == 0
     assert not (tmp_path / "run" / "lightning_logs").exists()

@@ -117,5 +117,5 @@ def test_what_is_wrong_with_columns_and_arguments(tmp_path):
 
 def test_without_the_library_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'lightning_difftune\[hf\]'"):
+    with pytest.raises(ConfigError, match="Run `pip install datasets`"):
         HubImages(tmp_path)

