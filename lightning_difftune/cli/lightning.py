@@ -141,7 +141,7 @@ class DiffTuneCLI(LightningCLI):
 
 
 def loggers_of(given: Any, folder: str | None) -> Any:
-    """What a run logs to: a CSV file and TensorBoard, if that is installed, in a new ``version_N``; or what the config says.
+    """What a run logs to: a CSV file and, if installed, TensorBoard in a new ``version_N``; or what the config says.
 
     Loggers of services, such as Weights & Biases and MLflow, have no folder that is the run's alone, where its config,
     checkpoints and pictures could go: the CSV file is then kept beside them.
