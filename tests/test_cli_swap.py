@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,10 +131,12 @@ def test_another_run_does_the_last_steps(project, capsys):
 
 def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("a.ckpt").touch()
     for args, message in (
-        ([], "needs the checkpoint of a run"),
+        ([], "needs a run: its folder or one of its checkpoints"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
-        (["--ckpt_path", "a.ckpt", "--name", "a", "--name", "b"], "a --name of its own"),
+        (["--ckpt_path", "a", "--ckpt_path", "b", "c"], "takes two runs, got c, a, b"),
+        (["a.ckpt", "--name", "a", "--name", "b"], "Give each of the 1 runs its own --name"),
     ):
         assert main(["swap", *args]) == 2
         assert message in capsys.readouterr().err

@@ -203,7 +203,7 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
     assert not Path("out/results/tuned-seed0.json").exists()
     finished = Path("out/results/plain-seed0.json").read_bytes()
 
-    assert main(["compare", "study.yaml", "--dry-run"]) == 0
+    assert main(["compare", "study.yaml", "--dry_run"]) == 0
     assert re.search(r"plain-seed0: finished\ntuned-seed0: goes on from .*last\.ckpt\n", capsys.readouterr().out)
     assert main(["compare", "study.yaml"]) == 0
     assert "1/4 plain-seed0: finished before" in capsys.readouterr().out
@@ -216,13 +216,13 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
 
 def test_a_study_like_another_has_its_runs(project, capsys):
     Path("twin.yaml").write_text("like: study.yaml\noutput: twin\nseeds: [7]\n")
-    assert main(["compare", "twin.yaml", "--dry-run"]) == 0
+    assert main(["compare", "twin.yaml", "--dry_run"]) == 0
     assert capsys.readouterr().out == "plain-seed7: to do\ntuned-seed7: to do\n"
     Path("third.yaml").write_text("like: twin.yaml\n")
-    assert main(["compare", "third.yaml", "--dry-run"]) == 2
+    assert main(["compare", "third.yaml", "--dry_run"]) == 2
     assert "names twin.yaml, which is like study.yaml itself. Name study.yaml." in capsys.readouterr().err
     Path("fourth.yaml").write_text("like: ../study.yaml\n")
-    assert main(["compare", "fourth.yaml", "--dry-run"]) == 2
+    assert main(["compare", "fourth.yaml", "--dry_run"]) == 2
     assert "names ../study.yaml, which is no file beside this one" in capsys.readouterr().err
 
 
@@ -304,7 +304,7 @@ def test_results_may_be_kept_apart_from_the_runs(finished, monkeypatch, capsys):
     assert "4 of 4 results in kept/results" in capsys.readouterr().out
     assert sorted(path.name for path in Path("kept").iterdir()) == ["figures", "results", "table.csv", "table.md"]
     assert not list(Path("out").glob("[!.]*"))
-    assert main(["compare", "study.yaml", "--output", "elsewhere", "--dry-run"]) == 0
+    assert main(["compare", "study.yaml", "--output", "elsewhere", "--dry_run"]) == 0
     assert "plain-seed0: to do" in capsys.readouterr().out
 
 
@@ -370,11 +370,11 @@ def test_a_changed_config_is_refused_or_repeated(finished, capsys):
     assert main(only) == 2
     said = capsys.readouterr().err
     assert "plain-seed0 in out was made with another config: model.init_args.label_dropout was None, is 0.5." in said
-    assert "--rerun-changed" in said
+    assert "--rerun_changed" in said
     assert Path("out/results/plain-seed0.json").read_bytes() == before
-    assert main([*only, "--dry-run"]) == 0
+    assert main([*only, "--dry_run"]) == 0
     assert "plain-seed0: changed: model.init_args.label_dropout was None, is 0.5" in capsys.readouterr().out
-    assert main([*only, "--rerun-changed"]) == 0
+    assert main([*only, "--rerun_changed"]) == 0
     assert result("plain-seed0")["identity"]["settings"]["model"]["init_args"]["label_dropout"] == 0.5
     assert main(only) == 0
 

@@ -257,7 +257,7 @@ def test_how_pictures_are_drawn_travels_with_the_model(project, suffix, tmp_path
 def test_mistakes_are_refused_and_change_nothing(project, tmp_path, capsys):
     checkpoint = checkpoint_of(project)
     assert main(["export", "--ckpt_path", str(checkpoint)]) == 2
-    assert "needs --ckpt_path" in capsys.readouterr().err
+    assert "needs a place for the result: --output" in capsys.readouterr().err
     (tmp_path / "taken.safetensors").write_text("mine")
     status, said = exported(checkpoint, tmp_path / "taken.safetensors", capsys)
     assert (status, (tmp_path / "taken.safetensors").read_text()) == (2, "mine")

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from lightning_difftune import MemoryBank
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.lightning import ConfigReader
-from lightning_difftune.cli.resume import check_checkpoint, settings_of
+from lightning_difftune.cli.run import Run, check_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.models.checkpoint_files import read_json, read_safetensors, read_torch
 from lightning_difftune.models.checkpoints import read_file
@@ -147,7 +147,7 @@ def test_checkpoints(tmp_path, examples):
         (tmp_path / "run.ckpt").write_bytes(content)
         try:
             check_checkpoint(tmp_path / "run.ckpt")
-            settings_of(tmp_path / "run.ckpt")
+            Run(tmp_path, tmp_path / "run.ckpt").settings()
         finally:
             read_torch(tmp_path / "run.ckpt")
 
@@ -159,7 +159,7 @@ def test_checkpoints(tmp_path, examples):
 def test_configs_inside_checkpoints(tmp_path, examples):
     def read(text):
         torch.save({"state_dict": {}, "config": text, "pytorch-lightning_version": "2"}, tmp_path / "run.ckpt")
-        settings_of(tmp_path / "run.ckpt")
+        Run(tmp_path, tmp_path / "run.ckpt").settings()
 
     fuzz(st.one_of(values, values.map(yaml.safe_dump), st.text(max_size=40)), examples, read)
 
@@ -215,6 +215,6 @@ def test_nothing_of_a_config_is_run_while_it_is_read(tmp_path):
     with pytest.raises(ConfigError):
         ConfigReader().compose(["--config", str(tmp_path / "run.yaml")])
     (tmp_path / "study.yaml").write_text(f"title: !!python/object/apply:os.system ['touch {tmp_path}/ran']\n")
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match="is not YAML"):
         read_study(tmp_path / "study.yaml")
     assert not (tmp_path / "ran").exists()

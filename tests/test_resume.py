@@ -221,7 +221,7 @@ def test_killed_and_gone_on_with_by_one_option(project, undisturbed):
     again = subprocess.run([*ENTRY, "fit", "--ckpt_path", "last"], capture_output=True, text=True, check=False)
     output = again.stdout + again.stderr
     assert again.returncode == 0, output
-    step = re.search("Going on from run/lightning_logs/version_0/checkpoints/last.ckpt, step ([0-9]+) of 150", output)
+    step = re.search("Resuming from run/lightning_logs/version_0/checkpoints/last.ckpt, step ([0-9]+) of 150", output)
     assert step is not None, output
     assert 60 <= int(step[1]) <= STEPS
     assert_as_undisturbed(project, undisturbed, killed=True)
@@ -373,9 +373,9 @@ def test_nothing_to_go_on_with(several, capsys):
     assert "There is no checkpoint of a run under" in capsys.readouterr().err
     content = torch.load("shared/last.ckpt", weights_only=True)
     for config, message in (
-        ("a: [", "is no YAML"),
-        ("just words", "is no mapping of settings"),
-        ("!!python/object/apply:os.system [touch ran]", "is no YAML"),
+        ("a: [", "is not YAML"),
+        ("just words", "is not a mapping of settings"),
+        ("!!python/object/apply:os.system [touch ran]", "is not YAML"),
         (None, "does not hold the config of its run, and there is none beside it"),
     ):
         torch.save({**content, "config": config}, "other.ckpt")

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     try:
-        return run(args)
+        return start(args)
     except DiffTuneError as error:
         if debug:
             raise
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED  # Lightning's SIGTERMException, whose module is not imported for `--help`
 
 
-def run(args: list[str]) -> int:
+def start(args: list[str]) -> int:
     """Run one command and return its exit status; imports what it needs, so that ``--help`` is quick."""
     if args[0] == "--completion":
         from lightning_difftune.cli.completion import completion

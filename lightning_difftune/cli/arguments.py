@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import sys
+from typing import Any, NoReturn
 
 from lightning_difftune.errors import ConfigError
 
 
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose mistakes are a :class:`ConfigError`, in one line and without the usage.
+
+    An option may be written with hyphens in place of its underscores.
 
     Args:
         command: What is typed after ``difftune``.
@@ -24,7 +27,52 @@ class CommandParser(argparse.ArgumentParser):
             usage=f"difftune {command} [options]",
             allow_abbrev=False,  # what is not known here may be a key of a config
         )
+        self._most_runs = 0
+
+    def add_run(self, help: str = "folder of a run, or a checkpoint", several: bool = False) -> None:
+        """Take a run, or two of them, as the first arguments or as ``--ckpt_path``."""
+        self.usage = f"{self.prog} {'RUN [RUN]' if several else 'RUN'} [options]"
+        self.add_argument("run", nargs="*", metavar="RUN", help=help)
+        self.add_argument("--ckpt_path", action="append", default=[], metavar="RUN", help="the same")
+        self._most_runs = 2 if several else 1
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse what is known, and return the rest: other options, each with its value.
+
+        Raises:
+            ConfigError: If something cannot be used, or a run is needed and there is none, or too many.
+        """
+        own, rest = self._divided(list(sys.argv[1:] if args is None else args))
+        options, unknown = super().parse_known_args(own, namespace)
+        if self._most_runs:
+            late = [word for word in unknown if not word.startswith("-")]  # behind an option, argparse leaves it
+            unknown = [word for word in unknown if word.startswith("-")]
+            runs = [*options.run, *late, *options.ckpt_path]
+            if not runs:
+                self.error("needs a run: its folder or one of its checkpoints")
+            if len(runs) > self._most_runs:
+                self.error(f"takes {'one run' if self._most_runs == 1 else 'two runs'}, got {', '.join(runs)}")
+            options.run = runs if self._most_runs > 1 else runs[0]
+        return options, [*unknown, *rest]
+
+    def _divided(self, args: list[str]) -> tuple[list[str], list[str]]:
+        """The options that are known here with the words around them, and the others with one value each."""
+        known = {option for action in self._actions for option in action.option_strings}
+        own, rest = list[str](), list[str]()
+        while args:
+            arg = args.pop(0)
+            option, equals, value = arg.partition("=")
+            underscored = f"--{option[2:].replace('-', '_')}"
+            if not arg.startswith("--") or option in known:
+                own.append(arg)
+            elif underscored in known:
+                own.append(underscored + equals + value)
+            else:
+                rest.append(arg)
+                if args and not equals and not args[0].startswith("--"):
+                    rest.append(args.pop(0))
+        return own, rest
 
     def error(self, message: str) -> NoReturn:
         """Raise it."""
-        raise ConfigError(f"{message[:1].upper()}{message[1:]}\n`{self.prog} --help` lists the options.")
+        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` lists the options.")

@@ -14,7 +14,7 @@ from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.model_card import Card, base_of
 from lightning_difftune.cli.push import push
-from lightning_difftune.cli.tuned import open_run
+from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.draws import noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.files import atomic_path
@@ -27,18 +27,19 @@ from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import RetentionBatch
 from lightning_difftune.tuners import LoRA
 
-DESCRIPTION = """Write the tuned network of a run's checkpoint, for others to open.
+DESCRIPTION = """Write the tuned network of a run, for others to open.
 
-  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned.safetensors   one file, official key names
-  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned               a folder for diffusers
-  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output adapter --format peft
-  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned --push user/name --license apache-2.0
+  difftune export RUN --output tuned.safetensors   one file, official key names
+  difftune export RUN --output tuned               a folder for diffusers
+  difftune export RUN --output adapter --format peft
+  difftune export RUN --output tuned --push user/name --license apache-2.0
 
 The averaged weights are taken where the checkpoint has them, and a tuner's layers are merged into the plain network; a
 LoRA can also stay an adapter. What was written is read back, and must compute the same as the tuned network before it
 takes its place. A model card comes with it: README.md in a folder, tuned.md beside tuned.safetensors.
 
-The checkpoint holds the run's config. All other options are --config and overrides of its keys."""
+RUN is a run's folder (its newest checkpoint) or a checkpoint, which holds the run's config. All other options are
+--config and overrides of its keys."""
 
 TOLERANCE = 1e-4  # of the largest output: float32 rounds differently once factors are multiplied out
 
@@ -54,8 +55,8 @@ def export(argv: Sequence[str]) -> None:
         CheckpointError: If the checkpoint cannot be used, the result does not compute the same, or the hub refuses it.
     """
     options, rest = parser().parse_known_args(argv)
-    if options.ckpt_path is None or options.output is None:
-        raise ConfigError("difftune export needs --ckpt_path RUN/checkpoints/last.ckpt and --output FILE or FOLDER.")
+    if options.output is None:
+        raise ConfigError("difftune export needs a place for the result: --output FILE.safetensors or FOLDER.")
     if options.push is not None and not hub.is_repo_id(options.push):
         raise ConfigError(f"--push takes user/name, got {options.push!r}.")
     is_file = options.output.suffix == ".safetensors"
@@ -65,9 +66,9 @@ def export(argv: Sequence[str]) -> None:
     for taken in (options.output, *(card.files() if is_file else ())):
         if taken.exists() and not options.overwrite:
             raise CheckpointError(f"{taken} exists. Choose another path, or pass --overwrite.")
-    run = open_run(options.ckpt_path, rest)
+    run = TunedRun(options.run, rest)
     module = run.module
-    done = [f"{options.ckpt_path}, step {run.step}, tuned from {module.base_identity['name']}"]
+    done = [str(run)]
     with run.weights(options.raw, done):
         if options.format == "peft":
             network = write_adapter(module, options, done)
@@ -89,7 +90,7 @@ def export(argv: Sequence[str]) -> None:
 def parser() -> CommandParser:
     """The options of the command."""
     options = CommandParser("export", DESCRIPTION)
-    options.add_argument("--ckpt_path", type=Path, help="checkpoint of a run")
+    options.add_run()
     options.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
     options.add_argument("--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output")
     options.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")

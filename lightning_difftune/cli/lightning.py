@@ -25,9 +25,11 @@ from rich.console import Console
 from lightning_difftune.callbacks.preemption import Preemption, is_requeued
 from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
-from lightning_difftune.cli.resume import SavedConfig, check_checkpoint, completed, is_file_name, newest_checkpoint
+from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name
+from lightning_difftune.cli.run import Run, check_checkpoint, newest_checkpoint
 from lightning_difftune.data import MemoryBank, MemoryBankDataModule
 from lightning_difftune.errors import ConfigError, DiffTuneError
+from lightning_difftune.modules import DiffTuningModule
 
 # What Lightning says in every run, and nobody who runs a config can or should act on.
 for message in (
@@ -94,9 +96,10 @@ class DiffTuneCLI(LightningCLI):
             newest = newest_checkpoint(Path(settings.trainer.default_root_dir or "."))
             path = settings["ckpt_path"] = path if newest is None else str(newest)
             if newest is not None:
-                rank_zero_info(f"Going on from {newest}.")
+                rank_zero_info(f"Resuming from {newest}.")
         if path and is_file_name(str(path)):
-            check_checkpoint(Path(path))
+            settings["ckpt_path"] = str(Run.find(path, saved=True).checkpoint)
+            check_checkpoint(Path(settings["ckpt_path"]))
 
     def instantiate_classes(self) -> None:
         """Create the objects, and let the error of a constructor be the error."""
@@ -209,13 +212,13 @@ class ModelReader(DiffTuneCLI):
     """Makes the model of a run without its trainer, and the data, whose files may be elsewhere, when asked to."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(**_WIRING, args=list(args), run=False)
+        super().__init__(**{**_WIRING, "model_class": DiffTuningModule}, args=list(args), run=False)
 
     def instantiate_classes(self) -> None:
         """Make the model alone."""
         self.composed = self.config
         self.config = Namespace(model=self.composed["model"])
-        self.parser = part_parser(L.LightningModule, "model")
+        self.parser = part_parser(DiffTuningModule, "model")
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_difftune import __version__
-from lightning_difftune.cli.tuned import TunedRun, run_folder
-from lightning_difftune.errors import CheckpointError
+from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.models import DiT, hub
-from lightning_difftune.models.checkpoint_files import read_json
 
 BUNDLED_LICENSES = {
     "dit-nano-omniglot": "apache-2.0",
@@ -24,49 +19,37 @@ BUNDLED_LICENSES = {
 
 
 class RunRecord:
-    """What a run's folder tells about it.
+    """What a run tells about itself, in words.
 
     Args:
-        run: The run.
+        tuned: The run.
     """
 
-    def __init__(self, run: TunedRun) -> None:
-        self.run = run
-        self.folder = run_folder(run.checkpoint)
-        config = self.folder / "config.yaml" if self.folder is not None else None
-        self.config: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8")) if config is not None else {}
+    def __init__(self, tuned: TunedRun) -> None:
+        self.tuned = tuned
+        self.config = tuned.run.config
 
     def metrics(self) -> dict[str, float]:
-        """The latest value of each measurement in ``metrics.csv``, those of training left out."""
-        file = self.folder / "metrics.csv" if self.folder is not None else None
-        if file is None or not file.exists():
-            return {}
-        with file.open(newline="", encoding="utf-8") as opened:
-            latest = {name: value for row in csv.DictReader(opened) for name, value in row.items() if value}
-        left_out = ("train/", "lr-", "epoch", "step")
-        return {name: float(value) for name, value in latest.items() if not name.startswith(left_out)}
+        """The latest value of each measurement, those of training left out."""
+        latest = {name: series[-1][1] for name, series in self.tuned.run.metrics.items()}
+        return {name: value for name, value in latest.items() if not name.startswith(("train/", "lr-"))}
 
     def processes(self) -> str:
         """How many processes had such a batch each, in words; empty for a single one and where nothing tells."""
-        if self.folder is None:
-            return ""
-        try:
-            count = read_json(self.folder / "environment.json").get("processes", 1)
-        except CheckpointError:  # a record that is missing or damaged is no reason against a card
-            return ""
+        count = self.tuned.run.environment.get("processes", 1)
         return f" on each of {count} processes" if count > 1 else ""
 
     def grid(self) -> Path | None:
         """The latest sample grid."""
-        grids = sorted(self.folder.glob("samples/step-*.png")) if self.folder is not None else []
-        return grids[-1] if grids else None
+        grids = self.tuned.run.grids.get("samples", {})
+        return grids[max(grids)] if grids else None
 
     def facts(self) -> dict[str, str]:
         """What was tuned on what, and how, in words."""
-        module, data = self.run.module, self.config.get("data", {}).get("init_args", {})
+        module, data = self.tuned.module, self.config.get("data", {}).get("init_args", {})
         objective = module.objective
         facts = {
-            "base": f"{base_of(self.run)} (fingerprint `{str(module.base_identity.get('fingerprint'))[:12]}`)",
+            "base": f"{base_of(self.tuned)} (fingerprint `{str(module.base_identity.get('fingerprint'))[:12]}`)",
             "data": described(data.get("target"))
             + "".join(
                 f", {value} {what}"
@@ -80,7 +63,7 @@ class RunRecord:
             else "none",
             "tuner": "none (full fine-tuning)" if module.tuner is None else type(module.tuner).__name__,
             "optimizer": described(self.config.get("model", {}).get("init_args", {}).get("optimizer")),
-            "steps": f"{self.run.step} of batch {data.get('batch_size')}{self.processes()}",
+            "steps": f"{self.tuned.run.step} of batch {data.get('batch_size')}{self.processes()}",
             "seed": str(self.config.get("seed_everything")),
             "sampler": f"{type(module.sampler.scheduler).__name__}, {module.sampler.num_inference_steps} steps, "
             f"guidance {module.sampler.guidance_scale:g}",
@@ -143,13 +126,13 @@ def model_card(
         license_name: The base's licence, if it is known better than by asking.
         done: Gets a line if the licence is not known.
     """
-    license_name = license_name or license_of(str(record.run.module.base_identity.get("name")))
+    license_name = license_name or license_of(str(record.tuned.module.base_identity.get("name")))
     if license_name is None:
         done.append("licence of the base: unknown; name it with --license before you publish")
     metrics, facts = record.metrics(), record.facts()
     lines = [f"# {title}", ""]
     diff_tuning = "Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773)"
-    how = diff_tuning if record.run.module.uses_retention else "Trained without retention"
+    how = diff_tuning if record.tuned.module.uses_retention else "Trained without retention"
     lines += [f"{how} with lightning_difftune {__version__}.", ""]
     if picture:
         lines += [f"![samples]({picture})", ""]
@@ -174,7 +157,7 @@ def front_matter(
     from huggingface_hub import EvalResult, ModelCardData
 
     task = "unconditional-image-generation" if isinstance(network, DiT) else "text-to-image"
-    base = str(record.run.module.base_identity.get("name"))
+    base = str(record.tuned.module.base_identity.get("name"))
     data = described(record.config.get("data", {}).get("init_args", {}).get("target"))
     results = [EvalResult(task, "custom", data, name, round(value, 6)) for name, value in metrics.items()]
     card: dict[str, Any] = {

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from lightning_difftune.cli.tuned import TunedRun, open_run
+from lightning_difftune.cli.run import checkpoints_below, launches_below
+from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import velocity_mse_loss
@@ -59,7 +60,7 @@ def open_source(
     """Open a model by its path or name.
 
     Args:
-        name: A run's checkpoint or folder, a DiT or an export of one, a Stable Diffusion pipeline, a UNet's folder, or
+        name: A run's folder or checkpoint, a DiT or an export of one, a Stable Diffusion pipeline, a UNet's folder, or
             the name of a bundled model.
         settings: For a run, ``--config`` and overrides of its keys.
         base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
@@ -71,11 +72,9 @@ def open_source(
         CheckpointError: If it cannot be opened.
     """
     path = Path(name).expanduser()
-    last = path / "checkpoints" / "last.ckpt"
-    if path.suffix == ".ckpt" or last.exists():
-        run = open_run(last if last.exists() else path, settings)
-        said = f"{run.checkpoint}, step {run.step}, tuned from {run.module.base_identity['name']}"
-        return Source(run.module, [said], run)
+    if path.suffix == ".ckpt" or (path.is_dir() and (launches_below(path) or any(checkpoints_below(path)))):
+        run = TunedRun(path, settings)
+        return Source(run.module, [str(run)], run)
     if settings:
         raise ConfigError(f"Unknown options: {' '.join(settings)}. Only a checkpoint takes keys of its run's config.")
     folder = BUNDLED / name if (BUNDLED / name).is_dir() else path

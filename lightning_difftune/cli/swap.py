@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from lightning_difftune.callbacks import FID, ChainOfForgetting
 from lightning_difftune.callbacks.generation import GenerationCallback
+from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.fitted import callbacks_of
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
-from lightning_difftune.cli.resume import check_checkpoint
-from lightning_difftune.cli.tuned import open_run
+from lightning_difftune.cli.run import Run, check_checkpoint
+from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.plots import swap_figure
@@ -24,9 +26,12 @@ from lightning_difftune.plots import swap_figure
 DESCRIPTION = """Leave the last p % of the reverse process to the pre-trained model, or with --tail to another
 tuned one, and measure the pictures against p.
 
-Extractor, number of pictures and batch size are those of the config's ChainOfForgetting callback or, without one, of
-its FID callback. All other options, --config and overrides of its keys, are those of `difftune validate`; with
-checkpoints of different configs, run once for each."""
+  difftune swap RUN
+  difftune swap RUN_A RUN_B --name tuned --name full
+
+Config, extractor, number of pictures and batch size are the run's own: those of its ChainOfForgetting callback or,
+without one, of its FID callback. All other options are --config and overrides of its keys, as of `difftune validate`;
+with --config, that config stands for all runs."""
 
 
 def swap(argv: Sequence[str]) -> None:
@@ -36,33 +41,33 @@ def swap(argv: Sequence[str]) -> None:
         argv: The command line after ``swap``.
 
     Raises:
-        ConfigError: If there is no checkpoint, or not one name for each.
+        ConfigError: If there is no run, or not one name for each.
         CheckpointError: If a checkpoint cannot be used.
     """
-    parser = argparse.ArgumentParser(
-        prog="difftune swap", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ckpt_path", action="append", default=[], help="checkpoint of a run; twice to compare two")
-    parser.add_argument("--name", action="append", default=[], help="what a checkpoint is called in the figure")
-    parser.add_argument("--tail", type=Path, help="checkpoint of the last steps (default: the pre-trained model)")
+    parser = CommandParser("swap", DESCRIPTION)
+    parser.add_run("folder of a run, or a checkpoint; two to compare them", several=True)
+    parser.add_argument("--name", action="append", default=[], help="what a run is called in the figure")
+    parser.add_argument("--tail", help="run that does the last steps (default: the pre-trained model)")
     parser.add_argument("--output", type=Path, default=Path("runs/swap"), help="folder of the results")
     parser.add_argument("--percents", type=float, nargs="+", default=None, help="the p (default: 0 10 .. 100)")
     parser.add_argument("--num_samples", type=int, default=None, help="pictures for each p (default: the config's)")
     options, rest = parser.parse_known_args(argv)
-    if not options.ckpt_path:
-        raise ConfigError("difftune swap needs the checkpoint of a run: --ckpt_path PATH, twice to compare two.")
-    names = options.name or names_of(options.ckpt_path)
-    if len(names) != len(options.ckpt_path) or len(set(names)) != len(names):
-        raise ConfigError(f"Give each of the {len(options.ckpt_path)} checkpoints a --name of its own, got {names}.")
-    for path in options.ckpt_path:
+    runs = [Run.find(place, saved=True) for place in options.run]
+    paths = [str(run.checkpoint) for run in runs]
+    names = options.name or names_of(paths)
+    if len(names) != len(paths) or len(set(names)) != len(names):
+        raise ConfigError(f"Give each of the {len(paths)} runs its own --name, got {names}.")
+    for path in paths:
         check_checkpoint(Path(path))
     options.output.mkdir(parents=True, exist_ok=True)
 
     series: dict[str, dict[float, float]] = {}
     strips: dict[str, Tensor] = {}
     with opened(options.tail) as tail:
-        for name, path in zip(names, options.ckpt_path, strict=True):
-            cli = run_lightning([*rest, "--trainer.logger", "false", "--trainer.limit_val_batches", "1"], run=False)
+        for name, run in zip(names, runs, strict=True):
+            own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings())]
+            quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
+            cli = run_lightning([*own, *rest, *quiet], run=False)
             chain = chain_of(cli, options)
             chain.dirpath = options.output / name
             if tail is not None:
@@ -70,22 +75,22 @@ def swap(argv: Sequence[str]) -> None:
             callbacks = vars(cli.trainer)["callbacks"]
             kept = (c for c in callbacks if not isinstance(c, GenerationCallback | SaveConfigCallback))
             vars(cli.trainer)["callbacks"] = [*kept, chain]
-            cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=path, verbose=False)
+            cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(run.checkpoint), verbose=False)
             series[name], strips[name] = chain.history[-1][1], chain.strip
     if cli.trainer.is_global_zero:
-        last = "the pre-trained model" if tail is None else names_of([*options.ckpt_path, str(options.tail)])[-1]
+        last = "the pre-trained model" if tail is None else names_of([*paths, str(options.tail)])[-1]
         write_results(options.output, series, strips, chain, last)
 
 
 @contextmanager
-def opened(checkpoint: Path | None) -> Iterator[DiffTuningModule | None]:
+def opened(place: str | None) -> Iterator[DiffTuningModule | None]:
     """The model of a finished run in a ``with`` block, with its averaged weights if it has some."""
-    if checkpoint is None:
+    if place is None:
         yield None
         return
-    run, done = open_run(checkpoint), list[str]()
+    run, done = TunedRun(place), list[str]()
     with run.weights(False, done):
-        print(f"The last steps are done by {checkpoint}, {done[0]}.")
+        print(f"The last steps are done by {place}, {done[0]}.")
         yield run.module
 
 

@@ -5,44 +5,46 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.cli.lightning import ModelReader
-from lightning_difftune.cli.resume import check_checkpoint, settings_of
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.cli.run import Run, check_checkpoint
 from lightning_difftune.modules import DiffTuningModule
 
 
 class TunedRun:
-    """A run's module with the weights of a checkpoint.
+    """A run's module with the weights of its checkpoint.
 
     Args:
-        checkpoint: The file.
-        reader: What made the module, and can open its data.
-        content: What the file holds.
+        place: Any place of the run, as for :meth:`~lightning_difftune.cli.run.Run.find`.
+        settings: ``--config`` and overrides of its keys, as for ``difftune fit``; by default the run's own.
 
     Raises:
-        ConfigError: If the config makes another kind of module.
-        CheckpointError: If the weights are not the module's.
+        DataError: If there is no run, or there are several.
+        ConfigError: If there is no config, or something in it cannot be used.
+        CheckpointError: If the checkpoint is missing, damaged, or of another model.
     """
 
-    def __init__(self, checkpoint: Path, reader: ModelReader, content: dict[str, Any]) -> None:
-        module: Any = reader.model
-        if not isinstance(module, DiffTuningModule):
-            raise ConfigError(f"The config of {checkpoint} has a {type(module).__name__}, no Diff-Tuning module.")
-        self.checkpoint, self.reader, self.content, self.module = checkpoint, reader, content, module
-        module.configure_model()
-        module.on_load_checkpoint(content)
-        module.load_state_dict(content["state_dict"])
-        module.eval()
+    def __init__(self, place: str | Path, settings: Sequence[str] = ()) -> None:
+        self.run = Run.find(place, saved=True)
+        assert self.run.checkpoint is not None
+        content = check_checkpoint(self.run.checkpoint)
+        if "--config" not in settings:
+            saved = self.run.settings()
+            kept = {key: value for key, value in saved.items() if key in ("seed_everything", "model", "data")}
+            settings = ["--config", yaml.safe_dump(kept), *settings]
+        self.reader = ModelReader(settings)
+        self.module: DiffTuningModule = self.reader.model
+        self.module.configure_model()
+        self.module.on_load_checkpoint(content)
+        self.module.load_state_dict(content["state_dict"])
+        self.module.eval()
 
-    @property
-    def step(self) -> int | str:
-        """Optimizer steps that the weights are trained for."""
-        return self.content.get("global_step", "?")
+    def __str__(self) -> str:
+        """What it is, for people."""
+        return f"{self.run.checkpoint}, step {self.run.step}, tuned from {self.module.base_identity['name']}"
 
     def weights(self, raw: bool, done: list[str]) -> AbstractContextManager[None]:
         """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights.
@@ -51,35 +53,11 @@ class TunedRun:
             raw: Leave the averages out.
             done: Gets a line that says which weights those are.
         """
-        states = [state for state in self.content.get("callbacks", {}).values() if "averages" in state]
-        if raw or not states:
-            done.append("weights: as trained" + ("" if states else "; the checkpoint has no averages"))
+        state = self.run.averages
+        if raw or state is None:
+            done.append("weights: as trained" + ("" if state else "; the checkpoint has no averages"))
             return nullcontext()
         average = EMA()
-        average.load_state_dict(states[0])
+        average.load_state_dict(state)
         done.append(f"weights: averaged by EMA over {average.num_updates:,} updates")
         return average.average_parameters(self.module)
-
-
-def open_run(checkpoint: Path, settings: Sequence[str] = ()) -> TunedRun:
-    """Open the model of a checkpoint, which holds its config or has it beside it.
-
-    Args:
-        checkpoint: The file.
-        settings: ``--config`` and overrides of its keys, as for ``difftune fit``.
-
-    Raises:
-        ConfigError: If there is no config, or something in it cannot be used.
-        CheckpointError: If the file is missing, damaged, or of another model.
-    """
-    content = check_checkpoint(checkpoint)
-    if "--config" not in settings:
-        saved = settings_of(checkpoint)
-        kept = {key: value for key, value in saved.items() if key in ("seed_everything", "model", "data")}
-        settings = ["--config", yaml.safe_dump(kept), *settings]
-    return TunedRun(checkpoint, ModelReader(settings), content)
-
-
-def run_folder(checkpoint: Path) -> Path | None:
-    """The folder of a run's saved config and logs: that of the checkpoint, or one folder up."""
-    return next((folder for folder in checkpoint.resolve().parents[:2] if (folder / "config.yaml").is_file()), None)

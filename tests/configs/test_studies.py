@@ -46,7 +46,7 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
 ) -> None:
     args = arguments(file)
     assert args[:2] == ["compare", file]
-    assert main([*args, "--dry-run"]) == 0
+    assert main([*args, "--dry_run"]) == 0
     study = read_study(Path(file))
     listed = capsys.readouterr().out.splitlines()
     assert listed == [f"{run}-seed{seed}: to do" for seed in study.seeds for run in study.runs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -13,12 +12,18 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.compare.figures import draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
 from lightning_difftune.cli.compare.table import comparison, write_tables
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries
+
+DESCRIPTION = """Run the configs of a study file over its seeds, and compare them in tables and figures.
+
+A study that was interrupted resumes where it stopped. Several processes of the same command, also on machines that
+share a file system, divide the runs among themselves. Tables and figures are of all runs that are finished."""
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -30,19 +35,15 @@ def compare(argv: Sequence[str]) -> None:
     Raises:
         DiffTuneError: If the study cannot be run, or some of its runs failed.
     """
-    parser = argparse.ArgumentParser(
-        prog="difftune compare",
-        description="Run the configs of a study file over its seeds, and compare them in tables and figures. A study "
-        "that was interrupted goes on where it stopped. Several processes of the same command, also on machines that "
-        "share a file system, divide the runs among themselves. Tables and figures are of all runs that are finished.",
-    )
+    parser = CommandParser("compare", DESCRIPTION)
+    parser.usage = "difftune compare STUDY.yaml [options]"
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
     parser.add_argument("--output", type=Path, help="folder of runs and results (default: the study's)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, of those in the study (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds to do (default: the study's)")
-    parser.add_argument("--dry-run", action="store_true", help="check the configs and list the runs; run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="check the configs and list the runs; run nothing")
     parser.add_argument("--report", action="store_true", help="write tables and figures of all results; run nothing")
-    parser.add_argument("--rerun-changed", action="store_true", help="repeat runs whose config is no longer the same")
+    parser.add_argument("--rerun_changed", action="store_true", help="repeat runs whose config is no longer the same")
     options = parser.parse_args(argv)
 
     console = Console(soft_wrap=True, highlight=False)
@@ -114,7 +115,7 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
         if differences and not rerun:
             raise ConfigError(
                 f"{job.name} in {job.output} was made with another config: {'; '.join(differences[:5])}. Undo the "
-                f"change in {study.path} or its configs, choose another --output, or pass --rerun-changed to repeat it."
+                f"change in {study.path} or its configs, choose another --output, or pass --rerun_changed to repeat it."
             )
         if differences:
             lock = FolderLock(job.folder)

@@ -127,12 +127,12 @@ def read_yaml(path: Path) -> Any:
     """What a study file holds.
 
     Raises:
-        ConfigError: If it is no YAML.
+        ConfigError: If it is not YAML.
     """
     try:
         return yaml.safe_load(path.read_text())
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
-        raise ConfigError(f"The study file {path} is no YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"The study file {path} is not YAML: {' '.join(str(error).split())}.") from error
 
 
 def shared_with(keys: Keys, like: str) -> dict[str, Any]:

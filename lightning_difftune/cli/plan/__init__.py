@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
@@ -40,9 +41,7 @@ def plan(argv: Sequence[str]) -> None:
     Raises:
         DiffTuneError: If the config cannot be used.
     """
-    parser = argparse.ArgumentParser(
-        prog="difftune plan", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser("plan", DESCRIPTION)
     parser.add_argument(
         "--device", choices=[*ACCELERATORS, "measured"], default="a100", help="whose hours (default: a100)"
     )
@@ -52,11 +51,11 @@ def plan(argv: Sequence[str]) -> None:
     if not 0 < options.utilisation <= 1:
         raise ConfigError(f"--utilisation is a part of the peak, in (0, 1], got {options.utilisation}.")
     reader = ModelReader(rest)
-    module: Any = reader.model
-    if not isinstance(module, DiffTuningModule) or not isinstance(module, SupportsEncode):
+    module: DiffTuningModule = reader.model
+    if not isinstance(module, SupportsEncode):
         raise ConfigError(
             f"difftune plan knows Diff-Tuning modules with encode() and encoder_identity(); {type(module).__name__} is "
-            "none."
+            "not one."
         )
     config = reader.composed
     data, precision = config.data.init_args, str(config.trainer.precision or "32-true")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from lightning_difftune.cli.arguments import CommandParser
+
+DESCRIPTION = """Diff-Tune a bundled model, beside full fine-tuning, and draw a report: the Omniglot DiT to handwritten
+digits in about four minutes, or a Canny ControlNet for 32 px flowers."""
 
 
 def quickstart(argv: Sequence[str]) -> None:
@@ -13,11 +17,7 @@ def quickstart(argv: Sequence[str]) -> None:
     Args:
         argv: The command line after ``quickstart``.
     """
-    parser = argparse.ArgumentParser(
-        prog="difftune quickstart",
-        description="Diff-Tune a bundled model, beside full fine-tuning, and draw a report: the Omniglot DiT to "
-        "handwritten digits in about four minutes, or a Canny ControlNet for 32 px flowers.",
-    )
+    parser = CommandParser("quickstart", DESCRIPTION)
     parser.add_argument("--controlnet", action="store_true", help="the ControlNet instead of the digits")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results (default: below runs/)")
     parser.add_argument("--steps", type=int, default=None, help="training steps of each method (default: the config's)")

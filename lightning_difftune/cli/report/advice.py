@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_difftune.cli.report.figures import scores
-from lightning_difftune.cli.report.run_folder import RunFolder, Series
+from lightning_difftune.cli.run import Run, Series
 
 FEWEST_OF_A_CLASS = 10
 INCEPTION_FEATURES = 2048
@@ -36,12 +36,12 @@ class Advice:
     command: str = ""
 
 
-def advise(run: RunFolder) -> list[Advice]:
+def advise(run: Run) -> list[Advice]:
     """The advice of every rule that the run gives reason for."""
     return [advice for rule in RULES if (advice := rule(run)) is not None]
 
 
-def diverged(run: RunFolder) -> Advice | None:
+def diverged(run: Run) -> Advice | None:
     """The loss is not finite."""
     bad = [step for step, value in run.metrics.get("train/loss", []) if not math.isfinite(value)]
     if not bad:
@@ -52,7 +52,7 @@ def diverged(run: RunFolder) -> Advice | None:
     )
 
 
-def leapt(run: RunFolder) -> Advice | None:
+def leapt(run: Run) -> Advice | None:
     """The loss was far above all before it at two logged steps on end, whether or not it came back."""
     series = run.finite("train/loss")
     logs = [math.log(value) for _, value in series if value > 0]
@@ -78,7 +78,7 @@ def leapt(run: RunFolder) -> Advice | None:
     return None
 
 
-def unfinished(run: RunFolder) -> Advice | None:
+def unfinished(run: Run) -> Advice | None:
     """The logs end before the last step."""
     if not run.stopped_early:
         return None
@@ -95,7 +95,7 @@ def unfinished(run: RunFolder) -> Advice | None:
     )
 
 
-def train_longer(run: RunFolder) -> Advice | None:
+def train_longer(run: Run) -> Advice | None:
     """A score was still getting better."""
     for name, higher in scores(run).items():
         series = run.finite(name)
@@ -113,7 +113,7 @@ def train_longer(run: RunFolder) -> Advice | None:
     return None
 
 
-def stop_earlier(run: RunFolder) -> Advice | None:
+def stop_earlier(run: Run) -> Advice | None:
     """A score has been better than it is at the end."""
     for name, higher in scores(run).items():
         series = run.finite(name)
@@ -130,7 +130,7 @@ def stop_earlier(run: RunFolder) -> Advice | None:
     return None
 
 
-def retain_more(run: RunFolder) -> Advice | None:
+def retain_more(run: Run) -> Advice | None:
     """The loss on the memory bank rises: the pre-trained model's knowledge is being lost."""
     values = [value for _, value in run.finite("train/retention")]
     third = len(values) // 3
@@ -151,7 +151,7 @@ def retain_more(run: RunFolder) -> Advice | None:
     )
 
 
-def overfits(run: RunFolder) -> Advice | None:
+def overfits(run: Run) -> Advice | None:
     """The loss on held-out pictures rises while that on training pictures falls."""
     held_out, train = run.finite("val/loss"), run.finite("train/reconsolidation")
     if len(held_out) < 4 or len(train) < 8:
@@ -168,7 +168,7 @@ def overfits(run: RunFolder) -> Advice | None:
     )
 
 
-def few_of_a_class(run: RunFolder) -> Advice | None:
+def few_of_a_class(run: Run) -> Advice | None:
     """Classes with a handful of pictures."""
     counts = run.environment.get("class_counts")
     if not isinstance(counts, dict):
@@ -183,7 +183,7 @@ def few_of_a_class(run: RunFolder) -> Advice | None:
     )
 
 
-def few_pictures_for_fid(run: RunFolder) -> Advice | None:
+def few_pictures_for_fid(run: Run) -> Advice | None:
     """FID of fewer pictures than Inception has features."""
     number = (run.callback("FID") or {}).get("num_samples")
     if "fid" not in run.metrics or not isinstance(number, int) or number >= INCEPTION_FEATURES:
@@ -195,7 +195,7 @@ def few_pictures_for_fid(run: RunFolder) -> Advice | None:
     )
 
 
-def measured_schedule(run: RunFolder) -> Advice | None:
+def measured_schedule(run: Run) -> Advice | None:
     """The forgetting meter left a schedule."""
     file = run.path / "forgetting" / "schedule.json"
     if not file.is_file() or "MeasuredSchedule" in run.config_text:
@@ -208,7 +208,7 @@ def measured_schedule(run: RunFolder) -> Advice | None:
     )
 
 
-def unmeasured(run: RunFolder) -> Advice | None:
+def unmeasured(run: Run) -> Advice | None:
     """Nothing looked at generated pictures."""
     if scores(run) or run.grids:
         return None
@@ -219,7 +219,7 @@ def unmeasured(run: RunFolder) -> Advice | None:
     )
 
 
-RULES: tuple[Callable[[RunFolder], Advice | None], ...] = (
+RULES: tuple[Callable[[Run], Advice | None], ...] = (
     diverged,
     leapt,
     unfinished,
@@ -234,7 +234,7 @@ RULES: tuple[Callable[[RunFolder], Advice | None], ...] = (
 )
 
 
-def _steps(run: RunFolder, steps: int) -> str:
+def _steps(run: Run, steps: int) -> str:
     """Options for another number of steps; a learning rate that was planned for the old number must know, too."""
     schedule = ("model", "init_args", "lr_scheduler", "init_args", "total_steps")
     also = f" \\\n--{'.'.join(schedule)} {steps}" if run.setting(*schedule) == run.max_steps else ""

@@ -6,10 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from lightning_difftune.cli.report.figures import scores
-from lightning_difftune.cli.report.run_folder import RunFolder
+from lightning_difftune.cli.run import Run
 
 
-def title(run: RunFolder) -> str:
+def title(run: Run) -> str:
     """What was tuned to what."""
     base, target = _base(run), _target(run)
     if base and target:
@@ -17,12 +17,12 @@ def title(run: RunFolder) -> str:
     return f"Run {run.path.resolve().name}"
 
 
-def summary(run: RunFolder) -> str:
+def summary(run: Run) -> str:
     """The paragraph at the top: what was trained how, how far it came, and how good it is."""
     return " ".join(filter(None, (_recipe(run), _progress(run), *_results(run))))
 
 
-def environment_rows(run: RunFolder) -> list[tuple[str, str]]:
+def environment_rows(run: Run) -> list[tuple[str, str]]:
     """Names and values of when and where the run was."""
     facts = run.environment
     first = run.config_text.partition("\n")[0]
@@ -52,12 +52,12 @@ def environment_rows(run: RunFolder) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
-def _base(run: RunFolder) -> str:
+def _base(run: Run) -> str:
     model = run.setting("model", "init_args", "model")
     return str(model) if isinstance(model, str) else ""
 
 
-def _target(run: RunFolder) -> str:
+def _target(run: Run) -> str:
     """The data set's class and folder; the data set inside it where it is a part or a view of another."""
     source: Any = run.setting("data", "init_args", "target")
     while isinstance(source, dict) and isinstance(inner := (source.get("init_args") or {}).get("source"), dict):
@@ -68,7 +68,7 @@ def _target(run: RunFolder) -> str:
     return source["class_path"].rpartition(".")[2] + (f" {root}" if root else "")
 
 
-def _recipe(run: RunFolder) -> str:
+def _recipe(run: Run) -> str:
     data = run.setting("data", "init_args") or {}
     schedule = run.setting("model", "init_args", "objective", "init_args", "schedule") or {}
     tuner = run.setting("model", "init_args", "tuner") or {}
@@ -90,7 +90,7 @@ def _recipe(run: RunFolder) -> str:
     )
 
 
-def _progress(run: RunFolder) -> str:
+def _progress(run: Run) -> str:
     if not run.last_step:
         return "No training step was logged."
     if run.max_steps is None:
@@ -100,7 +100,7 @@ def _progress(run: RunFolder) -> str:
     return f"It ran all of its {run.max_steps:,} steps."
 
 
-def _results(run: RunFolder) -> list[str]:
+def _results(run: Run) -> list[str]:
     results = []
     for name, higher in scores(run).items():
         if series := run.finite(name):
@@ -120,7 +120,7 @@ def _results(run: RunFolder) -> list[str]:
     return results
 
 
-def _duration(run: RunFolder) -> str:
+def _duration(run: Run) -> str:
     try:
         seconds = (run.last_written - datetime.fromisoformat(str(run.environment.get("started")))).total_seconds()
     except (ValueError, TypeError):

@@ -8,7 +8,7 @@ from io import StringIO
 from typing import Any
 
 from lightning_difftune import plots
-from lightning_difftune.cli.report.run_folder import RunFolder, Series
+from lightning_difftune.cli.run import Run, Series
 
 POINTS = 40  # of a curve; where there are more, each stands for a few and the band shows how far these spread
 INK = "#010203"  # stands for the page's colour of text
@@ -30,13 +30,13 @@ class Panel:
     series: dict[str, Series]
 
 
-def scores(run: RunFolder) -> dict[str, bool]:
+def scores(run: Run) -> dict[str, bool]:
     """Names of what was logged about generated pictures, and whether higher is better."""
     found = {name: False for name in run.metrics if DISTANCES.fullmatch(name)}
     return found | {name: higher for name, higher in SIMILARITIES.items() if name in run.metrics}
 
 
-def panels(run: RunFolder) -> list[Panel]:
+def panels(run: Run) -> list[Panel]:
     """What is worth a curve, the most telling first."""
     streams = {"target": "train/reconsolidation", "memory bank": "train/retention"}
     drawn = [Panel("Training losses of both streams", "loss", _named(run, streams))]
@@ -54,7 +54,7 @@ def panels(run: RunFolder) -> list[Panel]:
     return [panel for panel in drawn if panel.series]
 
 
-def _named(run: RunFolder, names: dict[str, str]) -> dict[str, Series]:
+def _named(run: Run, names: dict[str, str]) -> dict[str, Series]:
     return {label: series for label, name in names.items() if (series := run.finite(name))}
 
 

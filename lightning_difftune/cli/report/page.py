@@ -14,13 +14,13 @@ from lightning_difftune import __version__
 from lightning_difftune.cli.report.advice import RULES, advise
 from lightning_difftune.cli.report.facts import environment_rows, summary, title
 from lightning_difftune.cli.report.figures import panels, svg
-from lightning_difftune.cli.report.run_folder import RunFolder
+from lightning_difftune.cli.run import Run
 
 MOST_GRIDS = 6  # of a folder: the first, the last, and some between them
 WIDEST = 1000  # pixels of an embedded picture
 
 
-def page(run: RunFolder) -> str:
+def page(run: Run) -> str:
     """The report as HTML."""
     css = (files(__package__) / "page.css").read_text(encoding="utf-8")
     heading = escape(title(run))
@@ -46,7 +46,7 @@ def _section(heading: str, content: str) -> str:
     return f"<section>\n<h2>{heading}</h2>\n{content}\n</section>"
 
 
-def _advice(run: RunFolder) -> str:
+def _advice(run: Run) -> str:
     items = [
         f'<li>{escape(advice.what)}<br><span class="soft">{escape(advice.evidence)}</span>'
         + (f"<code>{escape(advice.command)}</code>" if advice.command else "")
@@ -58,7 +58,7 @@ def _advice(run: RunFolder) -> str:
     return f"<p>Nothing in the logs asks for a change; {len(RULES)} rules looked at them.</p>"
 
 
-def _curves(run: RunFolder) -> str:
+def _curves(run: Run) -> str:
     if not run.metrics:
         return (
             "<p>There are none: metrics.csv is missing or empty. Lightning's CSVLogger writes it: "
@@ -80,7 +80,7 @@ def _grids(grids: dict[int, Path]) -> str:
     return f'<div class="pictures">\n{pictures}\n</div>{note}'
 
 
-def _figures(run: RunFolder) -> str:
+def _figures(run: Run) -> str:
     pictures = "\n".join(_picture(file, f"{file.parent.name}/{file.name}") for file in run.figures)
     return f'<div class="pictures wide">\n{pictures}\n</div>'
 
@@ -113,7 +113,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return f"<table>\n{cells}\n</table>"
 
 
-def _config(run: RunFolder) -> str:
+def _config(run: Run) -> str:
     if not run.config_text:
         return "<p>The folder has no config.yaml.</p>"
     lines = run.config_text.count("\n")

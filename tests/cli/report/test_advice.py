@@ -14,7 +14,7 @@ from lightning_difftune.cli.report.advice import RULES, advise
 from lightning_difftune.cli.report.facts import summary
 from lightning_difftune.cli.report.figures import panels
 from lightning_difftune.cli.report.page import page
-from lightning_difftune.cli.report.run_folder import read_run
+from lightning_difftune.cli.run import Run
 
 
 def make_run(folder, metrics, *, trainer=None, model=None, data=None, callbacks=(), environment=None):
@@ -33,7 +33,7 @@ def make_run(folder, metrics, *, trainer=None, model=None, data=None, callbacks=
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "environment.json").write_text(json.dumps(environment or {}))
-    return read_run(folder)
+    return Run(folder)
 
 
 FLAT = {"train/loss": [1.0] * 12, "train/retention": [1.0, 1.1] * 6, "fid": [9.0, 5.0, 4.0, 4.0, 4.0]}

@@ -1,0 +1,359 @@
+"""A run on the disk: where it is, and what it has left there, whole or killed half-way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError
+from lightning_difftune.models.checkpoint_files import check_records
+
+CONFIG = "config"  # the key of a checkpoint under which its run's settings are
+MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
+
+Series = list[tuple[int, float]]
+
+
+class Run:
+    """One launch of a run: its checkpoint, config, logs and pictures, each read when it is first asked for.
+
+    Whatever a killed run did not get to is empty.
+
+    Args:
+        path: The folder of the launch, with ``config.yaml`` and ``metrics.csv``, such as ``.../version_0``.
+        checkpoint: One of its checkpoints; by default the newest in the folder's ``checkpoints``.
+    """
+
+    def __init__(self, path: Path, checkpoint: Path | None = None) -> None:
+        self.path = path
+        self.checkpoint = checkpoint or newest(path.glob("checkpoints/*.ckpt"))
+
+    @classmethod
+    def find(cls, place: str | Path, saved: bool = False) -> Run:
+        """Find a run by any of its places.
+
+        Args:
+            place: The trainer's ``default_root_dir``, the folder of a launch, its folder of checkpoints, or a
+                checkpoint. Of several launches, the newest that trained is taken.
+            saved: Whether it must have a checkpoint.
+
+        Raises:
+            DataError: If there is no run, or there are several.
+            CheckpointError: If it must have a checkpoint and there is none.
+        """
+        place = Path(place).expanduser()
+        if place.is_file() or place.suffix == ".ckpt":
+            if not place.exists():
+                raise CheckpointError(f"The checkpoint {place} does not exist. Check the path.")
+            return cls(launch_of(place), place)
+        if not place.is_dir():
+            raise DataError(f"{place} does not exist. Name a run by its folder or one of its checkpoints.")
+        if saved:
+            checkpoint = newest_checkpoint(place)
+            if checkpoint is None:
+                raise CheckpointError(
+                    f"There is no checkpoint of a run in {place}. Name the folder of a run that has saved one, or a "
+                    "checkpoint."
+                )
+            only_one(place, [launch_of(file) for file in checkpoints_below(place)])
+            return cls(launch_of(checkpoint), checkpoint)
+        launches = launches_below(place)
+        if not launches and any(checkpoints_below(place)):  # a folder of checkpoints
+            return cls.find(place, saved=True)
+        if not launches:
+            raise DataError(
+                f"{place} is not the folder of a run: neither it nor a folder below it has a {' or a '.join(MARKS)}. "
+                "Name the run's default_root_dir, or the folder where its config.yaml is."
+            )
+        only_one(place, launches)
+        runs = sorted((cls(launch) for launch in launches), key=lambda run: (run.last_written, str(run.path)))
+        return next((run for run in reversed(runs) if run.has_step), runs[-1])
+
+    # -- the checkpoint -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What the checkpoint holds, with its tensors mapped into memory; nothing without one.
+
+        Raises:
+            CheckpointError: If it is missing or damaged.
+        """
+        return {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
+
+    @property
+    def step(self) -> int | str:
+        """Optimizer steps that the checkpoint's weights are trained for."""
+        return self.content.get("global_step", "?")
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the target's classes, if the checkpoint has them."""
+        return self.content.get("class_names")
+
+    @property
+    def averages(self) -> dict[str, Any] | None:
+        """State of the callback that averages weights, if the run had one."""
+        states = self.content.get("callbacks", {}).values()
+        return next((state for state in states if "averages" in state), None)
+
+    def settings(self) -> dict[str, Any]:
+        """What the run was started with: as the checkpoint holds it, or as the file beside it does.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged.
+            ConfigError: If the settings are in neither.
+        """
+        file = self.path / "config.yaml"
+        if CONFIG not in self.content and not file.is_file():
+            raise ConfigError(
+                f"{self.checkpoint} does not hold the config of its run, and there is none beside it: looked for "
+                f"{file}. Pass what the run was started with, --config BASE --config OVERLAY ..."
+            )
+        where = f"the config in {self.checkpoint}" if CONFIG in self.content else str(file)
+        try:
+            text = self.content[CONFIG] if CONFIG in self.content else file.read_text(encoding="utf-8")
+            settings = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{where} is not YAML ({' '.join(str(error).split())}). Pass --config.") from error
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{where} is not a mapping of settings. Pass --config.")
+        return settings
+
+    # -- the folder -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def config_text(self) -> str:
+        """``config.yaml`` as it is written; the checkpoint's where there is no file, and empty without either."""
+        if text := _text(self.path / "config.yaml"):
+            return text
+        try:
+            return str(self.content.get(CONFIG, ""))
+        except CheckpointError:
+            return ""
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What the config says; empty without one."""
+        return _mapping(yaml.safe_load, self.config_text)
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What ``environment.json`` says; empty without one."""
+        return _mapping(json.loads, _text(self.path / "environment.json"))
+
+    @cached_property
+    def metrics(self) -> dict[str, Series]:
+        """(step, value) of each logged name, in order; values that are not finite are in there, too."""
+        return read_metrics(self.path / "metrics.csv")
+
+    @cached_property
+    def grids(self) -> dict[str, dict[int, Path]]:
+        """Pictures by step, for each folder of them, such as ``samples``."""
+        grids: dict[str, dict[int, Path]] = defaultdict(dict)
+        for file in sorted(self.path.glob("*/step-*.png")):
+            if step := re.fullmatch(r"step-(\d+)", file.stem):
+                grids[file.parent.name][int(step[1])] = file
+        return dict(grids)
+
+    @cached_property
+    def figures(self) -> list[Path]:
+        """The other pictures that callbacks drew."""
+        return [file for file in sorted(self.path.glob("*/*.png")) if not re.fullmatch(r"step-(\d+)", file.stem)]
+
+    @property
+    def last_written(self) -> datetime:
+        """When the logs were last written to."""
+        files = [self.path / name for name in MARKS]
+        if self.checkpoint is not None:
+            files.append(self.checkpoint)
+        return datetime.fromtimestamp(next((f.stat().st_mtime for f in files if f.is_file()), 0.0)).astimezone()
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the config, such as ``setting("trainer", "max_steps")``; None where there is none."""
+        value: Any = self.config
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    def callback(self, name: str) -> dict[str, Any] | None:
+        """Arguments of the config's callback of a class, or None."""
+        callbacks = self.setting("trainer", "callbacks")
+        for entry in callbacks if isinstance(callbacks, list) else []:
+            if isinstance(entry, dict) and str(entry.get("class_path")).rpartition(".")[2] == name:
+                return entry.get("init_args") or {}
+        return None
+
+    def finite(self, name: str) -> Series:
+        """The finite values of a logged name."""
+        return [(step, value) for step, value in self.metrics.get(name, []) if math.isfinite(value)]
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps that the logs know of; Lightning counts them from 0."""
+        return max((series[-1][0] + 1 for name, series in self.metrics.items() if name.startswith("train/")), default=0)
+
+    @property
+    def has_step(self) -> bool:
+        """Whether it has trained: a step is in its logs, or a checkpoint in its folder."""
+        return self.checkpoint is not None or self.last_step > 0
+
+    @property
+    def max_steps(self) -> int | None:
+        """Steps that the run was to have, if it says so."""
+        steps = self.setting("trainer", "max_steps")
+        return steps if isinstance(steps, int) and steps > 0 else None
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the logs end before the run's last step; the last ones may lie between two lines of the log."""
+        every = self.setting("trainer", "log_every_n_steps") or 50
+        return self.max_steps is not None and self.last_step + every <= self.max_steps
+
+
+# -- where runs are -----------------------------------------------------------------------------------------------
+
+
+def newest(files: Any) -> Path | None:
+    """The file that was written last; of equals, ``last.ckpt``."""
+    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt", str(file)), default=None)
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint of a Lightning run below a folder that was written last; hidden folders are left out."""
+    files = list(checkpoints_below(root))
+    while (file := newest(files)) is not None:
+        if "pytorch-lightning_version" in read_checkpoint(file):
+            return file
+        files.remove(file)
+    return None
+
+
+def checkpoints_below(root: Path) -> Iterator[Path]:
+    """All checkpoints below a folder."""
+    return (file for file in _files_below(root) if file.suffix == ".ckpt")
+
+
+def launches_below(root: Path) -> list[Path]:
+    """The folders of launches: that folder itself and those below it, with a config or logs."""
+    return list(dict.fromkeys(file.parent for file in _files_below(root) if file.name in MARKS))
+
+
+def launch_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint's config and logs: its own, or the one above; its own if neither has them."""
+    here = checkpoint.absolute().parent
+    return next((folder for folder in (here, here.parent) if any((folder / m).is_file() for m in MARKS)), here)
+
+
+def root_of(launch: Path) -> Path:
+    """The folder that a run's launches share: Lightning puts them in ``lightning_logs/version_N``."""
+    if re.fullmatch(r"version_\d+", launch.name):
+        launch = launch.parent
+    return launch.parent if launch.name == "lightning_logs" else launch
+
+
+def only_one(place: Path, launches: list[Path]) -> None:
+    """Refuse a folder of several runs.
+
+    Raises:
+        DataError: If the launches are not of one run.
+    """
+    roots = sorted({root_of(launch.absolute()) for launch in launches})
+    if len(roots) > 1 and place.absolute() not in roots:
+        shown = ", ".join(str(root) for root in roots[:5]) + (", ..." if len(roots) > 5 else "")
+        raise DataError(f"There are {len(roots)} runs in {place}: {shown}. Name one of them.")
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    for folder, inner, files in os.walk(root):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
+
+
+# -- how its files are read ---------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a checkpoint of a run holds, with its tensors mapped into memory; nothing is unpickled but tensors.
+
+    Returns:
+        Its content; nothing for a folder, as sharded strategies write them.
+
+    Raises:
+        CheckpointError: If it is missing, truncated or something else.
+    """
+    if path.is_dir():
+        return {}
+    if not path.is_file():
+        raise CheckpointError(f"The checkpoint {path} does not exist. Check ckpt_path.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load has no type of its own for damaged files
+        raise CheckpointError(
+            f"{path} is not a whole checkpoint of a run ({str(error).partition(chr(10))[0]}). Take another one of the "
+            "run's; weights without a run, such as an export, go into --model.init_args.model."
+        ) from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise CheckpointError(f"{path} is not a checkpoint of a run; weights alone go into --model.init_args.model.")
+    return content
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """Read every byte of a checkpoint, compare its records with their checksums, and return what it holds.
+
+    Raises:
+        CheckpointError: If it is missing, truncated, altered or something else.
+    """
+    content = read_checkpoint(path)
+    if content:
+        check_records(path)
+    return content
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """The (step, value) of each name in a file of Lightning's CSVLogger; empty without a file.
+
+    A last line without its end, where the run was killed in the middle of writing, is left out.
+    """
+    text = _text(path)
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    metrics: dict[str, Series] = defaultdict(list)
+    for row in rows:
+        step = _number(row.get("step"))
+        if step is None or not math.isfinite(step):
+            continue
+        for name, cell in row.items():
+            value = None if name in (None, "step", "epoch") else _number(cell)
+            if value is not None:
+                metrics[name].append((int(step), value))
+    return {name: sorted(series, key=lambda point: point[0]) for name, series in metrics.items()}
+
+
+def _number(cell: Any) -> float | None:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _mapping(parse: Any, text: str) -> dict[str, Any]:
+    try:
+        content = parse(text) if text else {}
+    except (ValueError, yaml.YAMLError):  # cut off when the run was killed
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,137 @@
+"""One object for a run: found by any of its places, and what it says about itself."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import yaml
+
+from lightning_difftune.cli import main
+from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.resume import completed
+from lightning_difftune.cli.run import Run
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError
+
+
+def launch(folder, time, *, steps=0, saved=False, max_steps=10):
+    """The folder of a launch that was last written to at a time."""
+    folder.mkdir(parents=True)
+    config = yaml.safe_dump({"trainer": {"max_steps": max_steps}})
+    (folder / "config.yaml").write_text(config)
+    lines = [f"{step},{1 / (step + 1)}" for step in range(steps)]
+    (folder / "metrics.csv").write_text("\n".join(["step,train/loss", *lines, ""]))
+    if saved:
+        (folder / "checkpoints").mkdir()
+        content = {"state_dict": {}, "pytorch-lightning_version": "2.5", "global_step": steps, "config": config}
+        torch.save(content, folder / "checkpoints" / "last.ckpt")
+    for file in folder.rglob("*.*"):
+        os.utime(file, (time, time))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A run of three launches: two that trained, and one that was refused at the start."""
+    logs = tmp_path / "run" / "lightning_logs"
+    launch(logs / "version_0", 100, steps=4, saved=True)
+    launch(logs / "version_1", 200, steps=8, saved=True)
+    launch(logs / "version_2", 300)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(
+    "place", [".", "lightning_logs", "lightning_logs/version_1", "lightning_logs/version_1/checkpoints"]
+)
+def test_any_place_of_a_run_is_its_newest_launch_that_trained(root, place, saved):
+    run = Run.find(root / place, saved)
+    assert run.path == root / "lightning_logs/version_1"
+    assert run.checkpoint == root / "lightning_logs/version_1/checkpoints/last.ckpt"
+    assert (run.step, run.last_step, run.max_steps) == (8, 8, 10)
+
+
+def test_a_checkpoint_is_itself(root):
+    checkpoint = root / "lightning_logs/version_0/checkpoints/last.ckpt"
+    run = Run.find(checkpoint)
+    assert (run.path, run.checkpoint, run.step) == (root / "lightning_logs/version_0", checkpoint, 4)
+
+
+def test_without_a_logger_the_root_is_the_launch(tmp_path):
+    launch(tmp_path / "run", 100, steps=3, saved=True)
+    assert Run.find(tmp_path / "run", saved=True).path == Run.find(tmp_path / "run").path == tmp_path / "run"
+
+
+def test_a_launch_without_a_checkpoint_can_be_reported_and_not_sampled(tmp_path):
+    launch(tmp_path / "run/lightning_logs/version_0", 100, steps=3)
+    assert Run.find(tmp_path / "run").last_step == 3
+    with pytest.raises(CheckpointError, match="no checkpoint of a run in"):
+        Run.find(tmp_path / "run", saved=True)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_folder_of_several_runs_is_refused(root, tmp_path, saved):
+    launch(tmp_path / "other/lightning_logs/version_0", 400, steps=3, saved=True)
+    with pytest.raises(DataError, match=r"There are 2 runs in .*/other, .*/run\. Name one"):
+        Run.find(tmp_path, saved)
+    assert Run.find(root, saved).step == 8
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("nowhere", DataError, "nowhere does not exist"),
+        ("none.ckpt", CheckpointError, "none.ckpt does not exist"),
+        ("empty", DataError, "empty is not the folder of a run"),
+    ],
+)
+def test_what_is_not_a_run_is_refused(tmp_path, place, error, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(error, match=message):
+        Run.find(tmp_path / place)
+
+
+@pytest.mark.parametrize("place", [["--ckpt_path", "run"], ["run"]])
+def test_a_run_is_resumed_by_its_folder(root, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    command = completed(["fit", *place, "--trainer.max_steps", "20"])
+    assert command[:2] == ["fit", "--config"]
+    assert yaml.safe_load(command[2]) == {"trainer": {"max_steps": 10}}
+    assert command[command.index("--trainer.max_steps") + 1] == "20"
+    assert command[-2:] == ["--ckpt_path", "run/lightning_logs/version_1/checkpoints/last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["RUN", "--output", "here", "--model.x", "3"],
+        ["--model.x", "3", "--output", "here", "RUN"],
+        ["--model.x", "3", "RUN", "--output=here"],
+        ["--output", "here", "--ckpt_path", "RUN", "--model.x", "3"],
+        ["--ckpt-path=RUN", "--output", "here", "--model.x", "3"],
+    ],
+)
+def test_the_run_is_told_from_the_values_of_other_options(args):
+    parser = CommandParser("export", "")
+    parser.add_run()
+    parser.add_argument("--output")
+    options, rest = parser.parse_known_args(args)
+    assert (options.run, options.output, rest) == ("RUN", "here", ["--model.x", "3"])
+
+
+@pytest.mark.parametrize("args", [["a", "b"], ["a", "--ckpt_path", "b"], []])
+def test_one_run_is_one(args):
+    parser = CommandParser("export", "")
+    parser.add_run()
+    with pytest.raises(ConfigError, match=r"difftune export: (takes one run|needs a run)"):
+        parser.parse_args(args)
+
+
+@pytest.mark.parametrize("command", ["sample", "report", "export", "swap", "compare", "plan", "quickstart"])
+def test_a_mistake_is_one_line_in_every_command(command, capsys):
+    assert main([command, "--seed", "few", "--num_samples", "few", "--utilisation", "few", "--nonsense"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("difftune: ")
+    assert said.count("\n") == 1
+    assert "usage:" not in said
