@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import tensor_digest
 
+STATE_KEYS = ("ema", "ema_state_dict", "model", "module", "state_dict")  # averages first
 SHA256 = "sha256"  # the key of the metadata under which our own files state their hash
 
 
@@ -81,7 +82,10 @@ def check_records(file: Path) -> None:
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
-    """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights."""
+    """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights.
+
+    Trainers put them under ``"ema"``, ``"model"``, ``"state_dict"`` or ``"module"``, one in the other, or at the top.
+    """
     try:
         with file.open("rb") as opened:
             zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 are not, and cannot be mapped
@@ -102,16 +106,18 @@ def read_torch(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # torch raises a dozen types on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file} is truncated or no PyTorch file ({reason}). Download it again.") from error
-    if isinstance(content, dict) and "pytorch-lightning_version" in content:
+    if isinstance(content, dict) and "base_identity" in content:
         raise CheckpointError(
-            f"{file} is a Lightning checkpoint. Resume from it with ckpt_path, or open the module that wrote it with "
-            "load_from_checkpoint and export its model with export_dit."
+            f"{file} is a Lightning checkpoint of this package, which leaves the frozen weights out. Resume from it "
+            "with ckpt_path, or open the module that wrote it with load_from_checkpoint and export its model with "
+            "export_dit."
         )
-    for key in ("ema", "model"):
+    for key in STATE_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-            break
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         found = f"the keys {list(content)[:5]}" if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{file} holds no state dict, nor one under 'ema' or 'model'; found {found}.")
+        raise CheckpointError(
+            f"{file} holds no state dict, nor one under {', '.join(map(repr, STATE_KEYS))}; found {found}."
+        )
     return dict(content)

@@ -16,6 +16,7 @@ from lightning_difftune.files import tensor_digest
 from lightning_difftune.models import diffusers_layout, hub
 from lightning_difftune.models.checkpoint_files import read_json, read_safetensors, read_torch
 from lightning_difftune.models.dit import SIZES, DiT
+from lightning_difftune.models.weight_files import DIFFUSERS, find_weights, missing_shards
 
 BUNDLED = Path(__file__).parent / "weights"
 SAMPLING_FILE = "sampling.json"  # in an exported diffusers folder, beside model_index.json
@@ -99,11 +100,9 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
 def read_file(file: Path, num_heads: int | None = None) -> Contents:
     """Read a file with the official key names; its architecture comes from its metadata, or else from the shapes."""
-    if file.suffix != ".safetensors":
-        state = read_torch(file)
-        return Contents(state, infer_architecture(state, num_heads, file), None, file)
-    state, metadata = read_safetensors(file)
+    state, metadata = (read_torch(file), {}) if file.suffix != ".safetensors" else read_safetensors(file)
     if "architecture" not in metadata:
+        state = unwrapped(state, file)
         return Contents(state, infer_architecture(state, num_heads, file), None, file)
     try:
         version = int(metadata["format_version"])
@@ -122,21 +121,55 @@ def read_file(file: Path, num_heads: int | None = None) -> Contents:
 def read_folder(folder: Path) -> Contents:
     """Read a diffusers folder: a pipeline's, which may name the classes, or that of the transformer itself."""
     inner = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
-    file = next((inner / name for name in hub.WEIGHT_FILES if (inner / name).exists()), None)
-    if file is None or not (inner / "config.json").exists():
+    names = sorted(entry.name for entry in inner.iterdir())
+    weights = find_weights(names)
+    if weights is None or "config.json" not in names:
+        missing = missing_shards(names)
         raise CheckpointError(
-            f"{folder} is no diffusers folder: it needs config.json and {hub.WEIGHT_FILES[0]}, in it or in its "
-            f"'transformer' folder; found {sorted(entry.name for entry in inner.iterdir())[:8]}."
+            f"{folder} is not a whole diffusers folder: it needs config.json and {DIFFUSERS[0]} or its shards with "
+            f"their index, in it or in its 'transformer' folder; {f'missing {missing[:3]}' if missing else 'found'} "
+            f"{'' if missing else names[:8]}."
         )
     config = inner / "config.json"
     architecture = diffusers_layout.to_architecture(read_json(config), config)
     index = folder / "model_index.json"
     labels = read_json(index).get("id2label") or {} if index.exists() else {}
     classes = [str(i) for i in range(architecture["num_classes"])]
-    names = [labels[i] for i in classes] if labels.keys() >= set(classes) else None
-    state = read_safetensors(file)[0] if file.suffix == ".safetensors" else read_torch(file)
+    class_names = [labels[i] for i in classes] if labels.keys() >= set(classes) else None
+    state: dict[str, Tensor] = {}
+    for file in (inner / name for name in weights.tensors):
+        state |= read_safetensors(file)[0] if weights.is_safe else read_torch(file)
     settings = folder / SAMPLING_FILE
-    return Contents(state, architecture, names, file, read_json(settings) if settings.exists() else None)
+    return Contents(state, architecture, class_names, file, read_json(settings) if settings.exists() else None)
+
+
+def unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """A DiT's tensors under their own names, out of whatever held it when it was saved.
+
+    DistributedDataParallel, ``torch.compile``, Lightning and other trainers put ``module.``, ``_orig_mod.`` or the
+    name of an attribute before each name. Of several copies the one called an average (``ema``) is taken.
+
+    Raises:
+        CheckpointError: If there are several DiTs, and it is not clear which one is meant.
+
+    Example:
+        >>> weight = torch.zeros(1)
+        >>> list(unwrapped({"module.net.x_embedder.proj.weight": weight, "module.step": weight}, Path("dit.pt")))
+        ['x_embedder.proj.weight']
+    """
+    anchor = "x_embedder.proj.weight"
+    plain = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+    prefixes = sorted(name.removesuffix(anchor) for name in plain if f".{name}".endswith(f".{anchor}"))
+    if len(prefixes) > 1:
+        averages = [prefix for prefix in prefixes if "ema" in prefix.lower()]
+        if len(averages) != 1:
+            raise CheckpointError(
+                f"{file} holds {len(prefixes)} DiTs, whose names start with {prefixes[:4]}. Save the state dict of the "
+                "one that you want."
+            )
+        prefixes = averages
+    prefix = prefixes[0] if prefixes else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in plain.items() if name.startswith(prefix)}
 
 
 def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file: Path) -> dict[str, Any]:

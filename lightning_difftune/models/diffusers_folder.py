@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoints import BUNDLED
+from lightning_difftune.models.weight_files import DIFFUSERS, find_weights, missing_shards
 
 Model = TypeVar("Model")
 
@@ -30,14 +35,23 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
     return hub.fetch(repository[0], (subfolder,), repository[1])
 
 
-def open_network(kind: type[Model], source: str | Path, subfolder: str = "", revision: str | None = None) -> Model:
-    """Open a network of one class in float32, refusing weights that do not fill it.
+def open_network(
+    kind: type[Model],
+    source: str | Path,
+    subfolder: str = "",
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Open a network of one class, refusing weights that do not fill it.
+
+    Weights may be in shards. Where a folder has no full precision, its bfloat16 or float16 is read.
 
     Args:
         kind: diffusers' class, such as ``UNet2DConditionModel``.
         source: Local folder or hub repository.
         subfolder: Folder of the network in ``source``, such as ``"unet"`` of a pipeline.
         revision: Branch, tag or commit of a hub repository.
+        dtype: What the weights become.
 
     Raises:
         CheckpointError: If the source is not found, unreadable, or of another class.
@@ -49,13 +63,23 @@ def open_network(kind: type[Model], source: str | Path, subfolder: str = "", rev
         config: dict[str, Any] = diffusers_class.load_config(str(folder), local_files_only=True)
         if config.get("_class_name") != kind.__name__:
             raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not an {kind.__name__}.")
-        network, info = diffusers_class.from_pretrained(
-            str(folder), local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
+        weights = find_weights([file.name for file in folder.iterdir()])
+        if weights is None:
+            raise CheckpointError(no_weights(folder))
+        with without_bars():
+            network, info = diffusers_class.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                variant=weights.variant,
+                use_safetensors=weights.is_safe,
+                torch_dtype=dtype,
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} cannot be opened as diffusers' {kind.__name__}: {error}. It needs config.json and "
-            f"{hub.WEIGHT_FILES[0]}; name the subfolder if they lie in one."
+            f"{DIFFUSERS[0]}; name the subfolder if they lie in one."
         ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -64,3 +88,29 @@ def open_network(kind: type[Model], source: str | Path, subfolder: str = "", rev
                 f"{folder}: the weights do not fit config.json; {problem.replace('_', ' ')}: {names}."
             )
     return network
+
+
+def no_weights(folder: Path) -> str:
+    """What to say of a folder without the whole weights of a model."""
+    names = sorted(file.name for file in folder.iterdir())
+    missing = missing_shards(names)
+    if missing:
+        return f"{folder} lacks {len(missing)} shards of the weights, the first is {missing[0]}. Download it again."
+    return (
+        f"{folder} has no weights: it needs {DIFFUSERS[0]}, or its shards with their index, also of the variants bf16 "
+        f"and fp16; found {names[:8]}."
+    )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Leave out diffusers' progress bars over shards, which take the screen for files that are read in a moment."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -6,13 +6,8 @@ import re
 from pathlib import Path
 
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.models.weight_files import DIFFUSERS, TRANSFORMERS, find_weights
 
-WEIGHT_FILES = (  # the first one there is read; the last two are transformers'
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "model.safetensors",
-    "pytorch_model.bin",
-)
 COMPANIONS = {"text_encoder": "tokenizer/", "unet": "scheduler/"}  # small folders of pipelines that a part goes with
 
 
@@ -66,8 +61,9 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
         wanted = choose_files([entry.rfilename for entry in info.siblings or []], subfolders)
         if not wanted:
             raise CheckpointError(
-                f"{repo_id} on the Hugging Face hub holds no diffusers model: no config.json with one of "
-                f"{' or '.join(WEIGHT_FILES[::2])} in {' or '.join(repr(folder or '/') for folder in subfolders)}."
+                f"{repo_id} on the Hugging Face hub holds no diffusers model: no config.json with {DIFFUSERS[0]} or "
+                f"{TRANSFORMERS[0]}, whole or in shards, in "
+                f"{' or '.join(repr(folder or '/') for folder in subfolders)}."
             )
         return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
     except CheckpointError:
@@ -131,8 +127,7 @@ def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None)
     for folder in subfolders:
         prefix = f"{folder}/" if folder else ""
         config = try_to_load_from_cache(repo_id, f"{prefix}config.json", revision=revision)
-        weights = [try_to_load_from_cache(repo_id, prefix + name, revision=revision) for name in WEIGHT_FILES]
-        if isinstance(config, str) and any(isinstance(file, str) for file in weights):
+        if isinstance(config, str) and find_weights([file.name for file in Path(config).parent.iterdir()]) is not None:
             return Path(config).parents[len(Path(folder).parts)]
     return None
 
@@ -146,9 +141,10 @@ def choose_files(names: list[str], subfolders: tuple[str, ...]) -> list[str]:
     """
     for folder in subfolders:
         prefix = f"{folder}/" if folder else ""
-        weights = next((prefix + name for name in WEIGHT_FILES if prefix + name in names), None)
+        weights = find_weights([name.removeprefix(prefix) for name in names if name.startswith(prefix)])
         if weights is not None and f"{prefix}config.json" in names:
             companion = COMPANIONS.get(folder)
             small = [name for name in names if companion is not None and name.startswith(companion)]
-            return [name for name in ("model_index.json", f"{prefix}config.json", weights, *small) if name in names]
+            wanted = ("model_index.json", f"{prefix}config.json", *(prefix + name for name in weights.names), *small)
+            return [name for name in wanted if name in names]
     return []

@@ -97,8 +97,8 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
 
 
 def test_lightning_checkpoint_says_how_to_open_it(tmp_path: Path) -> None:
-    torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": STATE}, tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=r"Lightning checkpoint.*load_from_checkpoint.*export_dit"):
+    torch.save({"base_identity": {"name": "dit"}, "state_dict": STATE}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"checkpoint of this package.*load_from_checkpoint.*export_dit"):
         read_torch(tmp_path / "last.ckpt")
 
 

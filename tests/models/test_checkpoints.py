@@ -185,7 +185,7 @@ def test_path_that_is_not_there_is_never_looked_up_on_the_hub(source: str | Path
 
 def test_folder_that_holds_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(CheckpointError, match=r"no diffusers folder.*config\.json.*found \['notes\.txt'\]"):
+    with pytest.raises(CheckpointError, match=r"not a whole diffusers folder.*config\.json.*found \['notes\.txt'\]"):
         load_dit(tmp_path)
 
 
@@ -218,3 +218,79 @@ class TestFingerprint:
         nn.init.constant_(layer.weight, 0.5)
         nn.init.constant_(layer.bias, -1)
         assert fingerprint(layer) == "e4be791e10ed958ebde3b21c9105b0f2376fd3178810f173326f600ca30599bc"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "module._orig_mod.", "model.diffusion_model."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "ema_state_dict"])
+def test_what_other_trainers_put_around_the_names_is_taken_off(
+    tmp_path: Path, state: dict[str, Tensor], model: DiT, prefix: str, key: str | None
+) -> None:
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    if prefix.startswith("module."):
+        wrapped["n_averaged"] = torch.tensor(3)  # of torch's AveragedModel
+    content = wrapped if key is None else {key: wrapped, "epoch": 3, "pytorch-lightning_version": "2.6.6"}
+    torch.save(content, tmp_path / "DiT.pt")
+    assert_same_function(load_dit(tmp_path / "DiT.pt", num_heads=4), model)
+
+
+def test_a_compiled_block_and_a_wrapped_safetensors_file_open(
+    tmp_path: Path, state: dict[str, Tensor], model: DiT
+) -> None:
+    save_file(
+        {f"net.{k.replace('blocks.1.', 'blocks.1._orig_mod.')}": v for k, v in state.items()},
+        tmp_path / "a.safetensors",
+    )
+    assert_same_function(load_dit(tmp_path / "a.safetensors", num_heads=4), model)
+
+
+def test_of_two_models_in_a_file_the_average_is_taken_or_none(
+    tmp_path: Path, state: dict[str, Tensor], model: DiT
+) -> None:
+    other = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+    def save(names: tuple[str, str]) -> Path:
+        content = [
+            {f"{start}.{k}": v for k, v in held.items()} for start, held in zip(names, (other, state), strict=True)
+        ]
+        torch.save({"state_dict": content[0] | content[1]}, tmp_path / "DiT.pt")
+        return tmp_path / "DiT.pt"
+
+    assert_same_function(load_dit(save(("net", "net_ema")), num_heads=4), model)
+    with pytest.raises(CheckpointError, match=r"holds 2 DiTs, whose names start with \['student\.', 'teacher\.'\]"):
+        load_dit(save(("student", "teacher")), num_heads=4)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16", "bf16"])
+@pytest.mark.parametrize("is_safe", [True, False])
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_diffusers_folders_in_shards_and_variants(
+    tmp_path: Path, model: DiT, variant: str | None, is_safe: bool, is_sharded: bool
+) -> None:
+    export_dit(model, tmp_path / "pipeline", "diffusers")
+    folder = tmp_path / "pipeline" / "transformer"
+    state = load_file(folder / "diffusion_pytorch_model.safetensors")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    dtype = {None: torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[variant]
+    write_weights(folder, {k: v.to(dtype) for k, v in state.items()}, variant, is_safe, is_sharded)
+    loaded = load_dit(tmp_path / "pipeline")
+    for name, tensor in model.state_dict().items():
+        if name != "pos_embed":
+            assert torch.equal(loaded.state_dict()[name], tensor.to(dtype).float())
+    if is_sharded:
+        next(folder.glob("*00002-of-00002*")).unlink()
+        with pytest.raises(CheckpointError, match=r"missing \['diffusion_pytorch_model.*00002-of-00002"):
+            load_dit(tmp_path / "pipeline")
+
+
+def write_weights(folder: Path, state: dict[str, Tensor], variant: str | None, is_safe: bool, is_sharded: bool) -> None:
+    """Weights as diffusers writes them: in one file or two shards, of a variant or none."""
+    save, ending = (save_file, "safetensors") if is_safe else (torch.save, "bin")
+    start, dotted = "diffusion_pytorch_model", f".{variant}" if variant else ""
+    if not is_sharded:
+        save(state, folder / f"{start}{dotted}.{ending}")
+        return
+    places = {name: f"{start}{dotted}-0000{1 + i % 2}-of-00002.{ending}" for i, name in enumerate(state)}
+    for file in set(places.values()):
+        save({name: tensor for name, tensor in state.items() if places[name] == file}, folder / file)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (folder / f"{start}.{ending}.index{dotted}.json").write_text(json.dumps(index))

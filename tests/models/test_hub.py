@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 from lightning_difftune.errors import CheckpointError
@@ -137,3 +139,55 @@ def test_only_what_is_needed_is_downloaded() -> None:
     root = ["config.json", "diffusion_pytorch_model.bin"]
     assert choose_files(root, ("transformer", "")) == root
     assert choose_files(["transformer/config.json"], ("transformer",)) == []
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "older"])
+def test_shards_and_variants_are_downloaded_whole(layout: str) -> None:
+    """All shards of the best variant there is with its index, and nothing of the others."""
+    shards = [
+        f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00003.safetensors"
+        if layout == "diffusers"
+        else f"unet/diffusion_pytorch_model-0000{i}-of-00003.fp16.safetensors"
+        for i in (1, 2, 3)
+    ]
+    index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+    names = ["unet/config.json", index, *shards, "scheduler/scheduler_config.json"]
+    assert choose_files(names, ("unet",)) == ["unet/config.json", *shards, index, "scheduler/scheduler_config.json"]
+    assert choose_files([name for name in names if name != shards[1]], ("unet",)) == []
+    full = "unet/diffusion_pytorch_model.safetensors"
+    assert choose_files([*names, full], ("unet",))[:2] == ["unet/config.json", full]
+    text = ["text_encoder/config.json", "text_encoder/model.fp16.safetensors", "tokenizer/vocab.json"]
+    assert choose_files(text, ("text_encoder",)) == text
+
+
+def test_a_sharded_network_is_downloaded_cached_and_opened(
+    served: Path, no_connection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    from lightning_difftune.models.diffusers_folder import open_network
+
+    small: dict[str, Any] = {
+        "block_out_channels": (8,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "norm_num_groups": 2,
+    }
+    kind: Any = UNet2DConditionModel
+    unet = kind(4, **small, up_block_types=("CrossAttnUpBlock2D",), layers_per_block=1, cross_attention_dim=8)
+    unet.half().save_pretrained(served / "unet", max_shard_size="10KB")
+    unet.half().save_pretrained(served / "unet", variant="fp16")
+    (served / "unet" / "diffusion_pytorch_model.fp16.safetensors").rename(served / "unet" / "elsewhere.safetensors")
+    assert len(list((served / "unet").glob("*-of-*"))) > 1
+    opened = open_network(kind, "owner/name", "unet")
+    assert fingerprint(opened) == fingerprint(unet.float())
+    assert not list(no_connection.rglob("elsewhere*"))
+    assert open_network(kind, "owner/name", "unet", dtype=torch.bfloat16).dtype == torch.bfloat16
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fingerprint(open_network(kind, "owner/name", "unet")) == fingerprint(opened)
+    next(no_connection.rglob("*00001-of-*")).unlink()
+    with pytest.raises(CheckpointError, match="not whole in the Hugging Face cache"):
+        open_network(kind, "owner/name", "unet")
+    local = served / "unet"
+    next(local.glob("*00002-of-*")).unlink()
+    with pytest.raises(CheckpointError, match=r"unet lacks 1 shards of the weights.*00002-of"):
+        open_network(kind, local)
