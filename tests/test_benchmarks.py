@@ -1,18 +1,66 @@
-"""Every benchmark starts: what it imports is there, and its options are read."""
+"""Every benchmark starts: what it imports is there, and its options are read. The one of GPUs runs on tiny shapes."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+COMMANDS = sorted(
+    path.name for path in BENCHMARKS.glob("*.py") if path.name != "harness.py" and not path.name.startswith("gpu_")
+)
+
+
+def test_the_gpu_benchmark_keeps_what_was_measured_before_an_error(tmp_path) -> None:
+    """And runs from the root of the repository without installation."""
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--tiny", "--output", tmp_path, "--parts", "authors", "sampling"]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, cwd=BENCHMARKS.parent, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert {row["part"] for row in rows} == {"authors", "sampling"}
+    assert not [row for row in rows if "error" in row]
+    assert all(row["pictures_per_s"] > 0 for row in rows if "compiling" not in row["name"])
+
+
+def test_a_part_that_is_stuck_loses_only_itself(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    gpu = importlib.import_module("gpu")
+
+    def parts(size):
+        yield "quick", lambda: {"ms": 1.0}
+        yield "wrong", lambda: 1 / 0
+        yield "stuck", lambda: time.sleep(60)
+
+    monkeypatch.setitem(gpu.PARTS, "xl", parts)
+    rows, _ = gpu.run_part("xl", "tiny", tmp_path, 1.0, "fork")
+    assert [row["name"] for row in rows] == ["quick", "wrong", "the rest of this part"]
+    assert rows[0]["ms"] == 1.0
+    assert "ZeroDivisionError" in rows[1]["error"]
+    assert "its limit" in rows[2]["error"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name != "harness.py"))
+def test_all_parts_of_the_gpu_benchmark_run_on_tiny_shapes(tmp_path) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--tiny", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert not [row for row in rows if "error" in row]
+    assert len({row["part"] for row in rows}) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", COMMANDS)
 def test_it_says_what_it_measures(file: str) -> None:
     run = subprocess.run(
         [sys.executable, BENCHMARKS / file, "--help"], capture_output=True, text=True, check=False, timeout=120
