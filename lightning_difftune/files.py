@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lightning_difftune.errors import StoreError
 
@@ -220,7 +221,8 @@ def array_digest(*parts: npt.NDArray[Any] | str) -> str:
 def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Of tensors by name, with dtypes and shapes, and metadata; neither order nor device counts.
 
-    No more than one tensor is copied at a time.
+    No more than one tensor is copied at a time. Tensors without values, as `difftune plan` has them, count by their
+    names, dtypes and shapes.
 
     Example:
         >>> tensor_digest({"a": torch.zeros(2)}) == tensor_digest({"a": torch.zeros(2, 1)})
@@ -229,7 +231,8 @@ def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     digest = hashlib.sha256(b"" if metadata is None else json.dumps(dict(metadata), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if not isinstance(tensor, FakeTensor):
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -244,7 +244,8 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
 def fingerprint(module: nn.Module) -> str:
     """Identity of a module's weights: SHA-256 over its state dict, the same on every device.
 
-    Covers names, dtypes, shapes and values in the order of the names; copies no more than one tensor at a time.
+    Covers names, dtypes, shapes and values in the order of the names; copies no more than one tensor at a time. Of a
+    network that has shapes alone, as `difftune plan` makes one, it covers those.
 
     Example:
         >>> layer = nn.Linear(2, 1)

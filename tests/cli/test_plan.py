@@ -11,7 +11,9 @@ from diffusers import AutoencoderKL
 
 from lightning_difftune import DiTDiffTuningModule
 from lightning_difftune.cli import main
-from lightning_difftune.cli.plan.probe import PARTS, Probe, count, saved_bytes, without_values
+from lightning_difftune.cli.lightning import ModelReader
+from lightning_difftune.cli.plan.probe import PARTS, Probe, all_parameters, count, saved_bytes, without_values
+from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured
 from lightning_difftune.models import DiT, FrozenAutoencoder
 from lightning_difftune.tuners import LoRA
@@ -35,7 +37,7 @@ def module_of(**settings) -> DiTDiffTuningModule:
 
 
 def costs_of(**settings):
-    return count(module_of(**settings), (3, 16, 16), "32-true")
+    return count(module_of(**settings), (3, 16, 16), "32-true", without_values())
 
 
 def test_a_forward_pass_is_the_sum_of_its_matrix_products() -> None:
@@ -71,7 +73,10 @@ def test_shapes_alone_tell_what_a_step_keeps() -> None:
         del loss
         return sum(storages.values())
 
-    assert saved_bytes(two) - saved_bytes(one) == pytest.approx(really_kept(two) - really_kept(one), rel=0.02)
+    mode = without_values()
+    assert saved_bytes(two, mode) - saved_bytes(one, mode) == pytest.approx(
+        really_kept(two) - really_kept(one), rel=0.02
+    )
 
 
 def test_less_is_trained_and_kept_with_lora() -> None:
@@ -82,7 +87,7 @@ def test_less_is_trained_and_kept_with_lora() -> None:
 
 
 def test_bf16_keeps_less_than_float32() -> None:
-    costs = [count(module_of(), (3, 16, 16), precision) for precision in ("32-true", "bf16-mixed")]
+    costs = [count(module_of(), (3, 16, 16), precision, without_values()) for precision in ("32-true", "bf16-mixed")]
     assert costs[1].activation_bytes < 0.9 * costs[0].activation_bytes
 
 
@@ -166,3 +171,25 @@ def test_mistakes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "configs/quickstart.yaml", "--utilisation", "35"]) == 2
     assert "--utilisation is a part of the peak" in capsys.readouterr().err
     assert main(["plan", "--config", "nothing.yaml"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("configs", "trained", "frozen"),
+    [
+        # DiT-XL/2: Table 3 of its paper has 675 M, with the fixed positions (256 x 1152) and 1,001 label rows.
+        (["dit/base", "dit/flowers"], 675_129_632 - 256 * 1152, 83_653_863),
+        # Stable Diffusion 1.5: UNet 859.5 M, text encoder 123.1 M, autoencoder 83.7 M; LoRA of 3.2 M.
+        (["text_to_image/base", "text_to_image/folder"], 3_188_736, 859_520_964 + 123_060_480 + 83_653_863),
+    ],
+)
+def test_published_models_are_counted_without_their_weights(configs, trained, frozen, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("lightning_difftune.models.hub.fetch", lambda *args: pytest.fail("nothing is fetched"))
+    args = [arg for name in configs for arg in ("--config", f"configs/{name}.yaml")]
+    with published_shapes(with_values=False):
+        module = ModelReader(args).model
+        module.channels_last = False
+        module.configure_model()
+    parameters = {id(p): p.numel() for p in module.trainable_parameters()}
+    assert sum(parameters.values()) == trained
+    assert sum(p.numel() for p in all_parameters(module) if id(p) not in parameters) - frozen in (0, 256 * 1152)

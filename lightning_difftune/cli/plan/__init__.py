@@ -17,6 +17,7 @@ from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
+from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured, Speed
 from lightning_difftune.costs import Setup
 from lightning_difftune.data.largest_batch import BATCH_SIZE
@@ -50,23 +51,25 @@ def plan(argv: Sequence[str]) -> None:
     options, rest = parser.parse_known_args(argv)
     if not 0 < options.utilisation <= 1:
         raise ConfigError(f"--utilisation is a part of the peak, in (0, 1], got {options.utilisation}.")
-    reader = ModelReader(rest)
-    module: DiffTuningModule = reader.model
-    if not isinstance(module, SupportsEncode):
-        raise ConfigError(
-            f"difftune plan knows Diff-Tuning modules with encode() and encoder_identity(); {type(module).__name__} is "
-            "not one."
-        )
-    config = reader.composed
-    data, precision = config.data.init_args, str(config.trainer.precision or "32-true")
-    module.configure_model()
-    module.train()
-    shape = (data.channels, data.image_size, data.image_size)
-    costs = count(module, shape, precision)
-    speed = measured(module, data, shape, precision) if options.device == "measured" else None
-    if speed is None:
-        speed = DataSheet(options.device, options.utilisation, precision, costs)
-    found = phases(config, module, costs, *sizes(reader))
+    with published_shapes(with_values=options.device == "measured") as mode:
+        reader = ModelReader(rest)
+        module: DiffTuningModule = reader.model
+        if not isinstance(module, SupportsEncode):
+            raise ConfigError(
+                f"difftune plan knows Diff-Tuning modules with encode() and encoder_identity(); "
+                f"{type(module).__name__} is not one."
+            )
+        config = reader.composed
+        data, precision = config.data.init_args, str(config.trainer.precision or "32-true")
+        if hasattr(module, "channels_last"):  # an order of numbers in memory, which changes no count
+            module.channels_last = False  # type: ignore[assignment]
+        module.configure_model()
+        module.train()
+        shape = (data.channels, data.image_size, data.image_size)
+        timed = measured(module, data, shape, precision) if options.device == "measured" else None
+        costs = count(module, shape, precision, mode)
+        speed = timed or DataSheet(options.device, options.utilisation, precision, costs)
+        found = phases(config, module, costs, *sizes(reader))
     show(found, costs, speed, data.batch_size, num_devices(config.trainer), options)
 
 
@@ -112,8 +115,8 @@ def show(
         f"Adam and EMA, and {size(activations)} for the activations of {batch_size} samples."
     )
     console.print(
-        "Not counted: reading pictures, feature extractors, and what a device waits for. A named device's hours are as "
-        "good as --utilisation is; --device measured times this machine."
+        "Not counted: reading pictures, feature extractors, an annotator whose weights are not here, and what a device "
+        "waits for. A named device's hours are as good as --utilisation is; --device measured times this machine."
     )
     if options.json is not None:
         content = {

@@ -127,7 +127,11 @@ def evaluation(
         "decode": pictures,
         "encode": float(times * (num_held_out or 0)) if has_encoder(module) else 0.0,
     }
-    return Phase("evaluation", f"{times:,} validations, {pictures:,.0f} pictures generated in all", samples)
+    return Phase(
+        "evaluation",
+        f"{times:,} validation{'s' if times != 1 else ''}, {pictures:,.0f} pictures generated in all",
+        samples,
+    )
 
 
 def has_encoder(module: DiffTuningModule) -> bool:

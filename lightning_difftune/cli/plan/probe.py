@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_difftune.draws import Draws
+from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules import DiffTuningModule
-from lightning_difftune.protocols import DiffTuningBatch, TargetBatch
+from lightning_difftune.protocols import Annotator, DiffTuningBatch, TargetBatch
 
 PARTS = ("train", "denoise", "denoise_source", "encode", "decode", "bank_columns")
 
@@ -126,26 +127,70 @@ class Costs:
     frozen_bytes: float
 
 
-def count(module: DiffTuningModule, picture_shape: tuple[int, ...], precision: str) -> Costs:
+def count(
+    module: DiffTuningModule, picture_shape: tuple[int, ...], precision: str, mode: AbstractContextManager[Any]
+) -> Costs:
     """Count what one sample costs, for pictures (C, H, W), on the CPU.
 
-    The denoising networks only go through the motions, on tensors without values, so that the largest is counted in
-    seconds. The autoencoder, and an annotator, work on one picture and on two.
+    The networks only go through the motions, on tensors without values, so that the largest is counted in seconds. An
+    annotator, which may not be a network, works on a picture of its own.
+
+    Args:
+        module: Built.
+        picture_shape: (C, H, W).
+        precision: The trainer's.
+        mode: The mode that the module's tensors without values are of.
     """
+    annotator: Any = getattr(module, "annotator", None)
+    maps = 0.0 if annotator is None else annotator_flops(annotator, picture_shape)
+    if annotator is not None:
+        module.annotator = Unseen(annotator.channels)  # type: ignore[assignment]
     probe, pair = (Probe(module, picture_shape, batch_size, precision) for batch_size in (1, 2))
     flops = {}
     for part in PARTS:
-        values = nullcontext() if part in ("encode", "decode", "bank_columns") else without_values()
-        with values, FlopCounterMode(display=False) as counter:
+        with mode, FlopCounterMode(display=False) as counter:
             getattr(probe, part)()
         flops[part] = float(counter.get_total_flops())
+    flops["encode"] += maps
+    flops["bank_columns"] += maps
+    return costs_of(probe, pair, flops, mode)
+
+
+class Unseen:
+    """An annotator for pictures without values: maps of zeros."""
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 => (B, channels, H, W) uint8."""
+        return torch.zeros_like(pictures[:, :1]).expand(-1, self.channels, -1, -1)
+
+    def identity(self) -> str:
+        """None of a run's."""
+        return "unseen"
+
+
+def annotator_flops(annotator: Annotator, picture_shape: tuple[int, ...]) -> float:
+    """Operations of an annotator on one picture (3, H, W); 0 where its weights are not here."""
+    picture = torch.randint(256, (1, *picture_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    try:
+        with FlopCounterMode(display=False) as counter:
+            annotator(picture)
+    except CheckpointError:
+        return 0.0
+    return float(counter.get_total_flops())
+
+
+def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractContextManager[Any]) -> Costs:
+    """What one sample costs, by probes of one and of two."""
     trained = probe.parameters
     names = {id(parameter) for parameter in trained}
     frozen = [p for p in all_parameters(probe.module) if id(p) not in names]
     halves = {name: x for name, x in probe.encoded.items() if isinstance(x, Tensor)}
     return Costs(
         flops,
-        saved_bytes(pair) - saved_bytes(probe),
+        saved_bytes(pair, mode) - saved_bytes(probe, mode),
         sum(x.nbytes for x in probe.columns.values()),
         sum(x.numel() * (2 if x.is_floating_point() else x.element_size()) for x in halves.values()),
         sum(p.numel() for p in trained),
@@ -154,11 +199,11 @@ def count(module: DiffTuningModule, picture_shape: tuple[int, ...], precision: s
 
 
 def without_values() -> FakeTensorMode:
-    """A ``with`` block in which tensors have shapes and no values."""
+    """A mode in which tensors have shapes and no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def saved_bytes(probe: Probe) -> float:
+def saved_bytes(probe: Probe, mode: AbstractContextManager[Any]) -> float:
     """What a training step keeps for its backward pass, each storage once, weights included."""
     storages: dict[int, int] = {}
 
@@ -167,7 +212,7 @@ def saved_bytes(probe: Probe) -> float:
         storages[storage._cdata] = storage.nbytes()
         return tensor
 
-    with without_values(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = probe.loss()
     del loss  # what was saved lives until here, so that no storage is taken for another
     return float(sum(storages.values()))

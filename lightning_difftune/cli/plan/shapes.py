@@ -1,0 +1,148 @@
+"""Published models by their shapes alone, so that a plan needs neither their weights nor a connection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from lightning_difftune.cli.plan.probe import without_values
+from lightning_difftune.models import checkpoints, hub
+from lightning_difftune.models.dit import SIZES, DiT
+
+WEIGHTS = "DiT.safetensors"  # stands for a DiT's file; holds its architecture
+_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+_VAE = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+    "scaling_factor": 0.18215,
+}
+_SD15_UNET = {  # all else is the class's default
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+_CLIP_L = {
+    "model_type": "clip_text_model",
+    "architectures": ["CLIPTextModel"],
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+}
+
+
+def published(name: str) -> dict[str, dict[str, Any]] | None:
+    """JSON files of a published model by their paths in its repository; None where its shapes are not known here.
+
+    Example:
+        >>> sorted(published("stabilityai/sd-vae-ft-ema")), published("somebody/else")
+        (['config.json'], None)
+    """
+    scheduler = {"_class_name": "DDIMScheduler", **_BETAS, "prediction_type": "epsilon"}
+    if name in ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512"):
+        sizes = dict(zip(("hidden_size", "depth", "num_heads"), SIZES["XL"], strict=True))
+        return {WEIGHTS: {"input_size": 32 if name.endswith("256") else 64, "patch_size": 2, "in_channels": 4, **sizes}}
+    if name in ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse"):
+        return {"config.json": _VAE}
+    if name in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"):
+        return {
+            "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+            "unet/config.json": _SD15_UNET,
+            "vae/config.json": {**_VAE, "sample_size": 512},
+            "text_encoder/config.json": _CLIP_L,
+            "tokenizer/tokenizer_config.json": {"model_max_length": 77},
+            "scheduler/scheduler_config.json": scheduler,
+        }
+    return None
+
+
+@contextmanager
+def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]:
+    """A ``with`` block in which published models are made of their shapes, and nothing is downloaded.
+
+    Args:
+        with_values: Whether their weights have values, random ones, so that they can be timed; without, the largest
+            model takes no memory.
+
+    Yields:
+        The mode that tensors without values are computed in.
+    """
+    shapes = without_values()
+    mode: Any = nullcontext() if with_values else shapes
+    from diffusers.models.modeling_utils import ModelMixin
+    from transformers import PreTrainedModel
+
+    fetch, read = hub.fetch, checkpoints.read_safetensors
+    opened, opened_text = (vars(kind)["from_pretrained"].__func__ for kind in (ModelMixin, PreTrainedModel))
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+
+        def stand_in(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None) -> Path:
+            files = published(repo_id)
+            if files is None:
+                return fetch(repo_id, subfolders, revision)
+            folder = write(root / repo_id, files)
+            return folder / WEIGHTS if WEIGHTS in files else folder
+
+        def dit_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+            if root not in Path(file).parents:
+                return read(file)
+            with mode:
+                return DiT(**json.loads(file.read_text())).state_dict(), {}
+
+        def network(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
+            if root not in Path(path).parents:
+                return opened(cls, path, *args, **options)
+            with mode:
+                made = cls.from_config(cls.load_config(path)).eval()
+            return made, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+        def text_network(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
+            if root not in Path(path).parents:
+                return opened_text(cls, path, *args, **options)
+            with mode:
+                made = cls(cls.config_class.from_pretrained(path)).eval()
+            return made, {"missing_keys": []}
+
+        with (
+            mock.patch.object(hub, "fetch", stand_in),
+            mock.patch.object(checkpoints, "read_safetensors", dit_state),
+            mock.patch.object(ModelMixin, "from_pretrained", classmethod(network)),
+            mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(text_network)),
+        ):
+            yield shapes
+
+
+def write(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """Write a model's JSON files, and what else its openers look for."""
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+        for weights in ("diffusion_pytorch_model.safetensors", "model.safetensors"):  # which nothing reads
+            file.with_name(weights).touch()
+        if name == "tokenizer/tokenizer_config.json":  # which words it knows does not change what they cost
+            bundled = checkpoints.BUNDLED / "sd-nano-flowers" / "tokenizer"
+            (file.parent / "tokenizer.json").write_bytes((bundled / "tokenizer.json").read_bytes())
+            file.write_text(json.dumps({**json.loads((bundled / file.name).read_text()), **content}))
+    return folder
