@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_difftune.cli.environment import SaveRun
 from lightning_difftune.cli.run import CONFIG, Run, launch_of, newest_checkpoint
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.trust import split_trusted
 
 
 class SavedConfig(SaveRun):
@@ -36,12 +37,13 @@ def completed(args: Sequence[str]) -> list[str]:
 
     A run's folder may stand for its newest checkpoint, also as the first argument. ``--ckpt_path last`` is the newest
     checkpoint under ``--trainer.default_root_dir``, or else under the working directory. Other options stay, and count
-    more than the run's.
+    more than the run's. ``--trust NAME`` allows a package that those name.
 
     Raises:
         CheckpointError: If there is no checkpoint, or it is damaged.
-        ConfigError: If the settings of its run are nowhere to be found.
+        ConfigError: If the settings of its run are nowhere to be found, or name what could run other code.
     """
+    args, trusted = split_trusted(args)
     if len(args) > 1 and not args[1].startswith("-"):  # the run as the first argument
         args = [args[0], "--ckpt_path", *args[1:]]
     given = value_of(args, "--ckpt_path")
@@ -61,7 +63,7 @@ def completed(args: Sequence[str]) -> list[str]:
     else:
         return list(args)
     command, *rest = args
-    settings = run.settings()
+    settings = run.settings(trusted)
     describe(run, settings)
     return [command, "--config", yaml.safe_dump(settings, sort_keys=False), *rest, "--ckpt_path", str(run.checkpoint)]
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ import yaml
 
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoint_files import check_records
+from lightning_difftune.trust import check_trust
 
 CONFIG = "config"  # the key of a checkpoint under which its run's settings are
 MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
@@ -108,12 +109,15 @@ class Run:
         states = self.content.get("callbacks", {}).values()
         return next((state for state in states if "averages" in state), None)
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self, trusted: Sequence[str] = ()) -> dict[str, Any]:
         """What the run was started with: as the checkpoint holds it, or as the file beside it does.
+
+        Args:
+            trusted: Packages and names that the settings may name, in addition to those that run no other code.
 
         Raises:
             CheckpointError: If the checkpoint is damaged.
-            ConfigError: If the settings are in neither.
+            ConfigError: If the settings are in neither, or name what could run other code.
         """
         file = self.path / "config.yaml"
         if CONFIG not in self.content and not file.is_file():
@@ -129,6 +133,9 @@ class Run:
             raise ConfigError(f"{where} is not YAML ({' '.join(str(error).split())}). Pass --config.") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"{where} is not a mapping of settings. Pass --config.")
+        for key in ("ckpt_path", "weights_only"):  # which file, and whether it may run code, is not for a file to say
+            settings.pop(key, None)
+        check_trust(settings, str(self.checkpoint or file), trusted)
         return settings
 
     # -- the folder -----------------------------------------------------------------------------------------------

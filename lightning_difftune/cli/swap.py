@@ -22,6 +22,7 @@ from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.plots import swap_figure
+from lightning_difftune.trust import split_trusted
 
 DESCRIPTION = """Leave the last p % of the reverse process to the pre-trained model, or with --tail to another
 tuned one, and measure the pictures against p.
@@ -52,6 +53,7 @@ def swap(argv: Sequence[str]) -> None:
     parser.add_argument("--percents", type=float, nargs="+", default=None, help="the p (default: 0 10 .. 100)")
     parser.add_argument("--num_samples", type=int, default=None, help="pictures for each p (default: the config's)")
     options, rest = parser.parse_known_args(argv)
+    rest, trusted = split_trusted(rest)
     runs = [Run.find(place, saved=True) for place in options.run]
     paths = [str(run.checkpoint) for run in runs]
     names = options.name or names_of(paths)
@@ -63,9 +65,9 @@ def swap(argv: Sequence[str]) -> None:
 
     series: dict[str, dict[float, float]] = {}
     strips: dict[str, Tensor] = {}
-    with opened(options.tail) as tail:
+    with opened(options.tail, trusted) as tail:
         for name, run in zip(names, runs, strict=True):
-            own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings())]
+            own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings(trusted))]
             quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
             cli = run_lightning([*own, *rest, *quiet], run=False)
             chain = chain_of(cli, options)
@@ -83,12 +85,12 @@ def swap(argv: Sequence[str]) -> None:
 
 
 @contextmanager
-def opened(place: str | None) -> Iterator[DiffTuningModule | None]:
+def opened(place: str | None, trusted: Sequence[str]) -> Iterator[DiffTuningModule | None]:
     """The model of a finished run in a ``with`` block, with its averaged weights if it has some."""
     if place is None:
         yield None
         return
-    run, done = TunedRun(place), list[str]()
+    run, done = TunedRun(place, [f"--trust={name}" for name in trusted]), list[str]()
     with run.weights(False, done):
         print(f"The last steps are done by {place}, {done[0]}.")
         yield run.module

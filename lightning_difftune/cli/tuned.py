@@ -12,6 +12,7 @@ from lightning_difftune.callbacks import EMA
 from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.run import Run, check_checkpoint
 from lightning_difftune.modules import DiffTuningModule
+from lightning_difftune.trust import split_trusted
 
 
 class TunedRun:
@@ -19,7 +20,7 @@ class TunedRun:
 
     Args:
         place: Any place of the run, as for :meth:`~lightning_difftune.cli.run.Run.find`.
-        settings: ``--config`` and overrides of its keys, as for ``difftune fit``; by default the run's own.
+        settings: ``--config``, overrides of its keys and ``--trust``, as for ``difftune fit``; by default the run's own.
 
     Raises:
         DataError: If there is no run, or there are several.
@@ -31,8 +32,9 @@ class TunedRun:
         self.run = Run.find(place, saved=True)
         assert self.run.checkpoint is not None
         content = check_checkpoint(self.run.checkpoint)
+        settings, trusted = split_trusted(settings)
         if "--config" not in settings:
-            saved = self.run.settings()
+            saved = self.run.settings(trusted)
             kept = {key: value for key, value in saved.items() if key in ("seed_everything", "model", "data")}
             settings = ["--config", yaml.safe_dump(kept), *settings]
         self.reader = ModelReader(settings)
