@@ -139,7 +139,7 @@ def sent(path, config):
     ],
     ids=lambda command: command[0],
 )
-@pytest.mark.parametrize("where", ["class", "function", "callback"])
+@pytest.mark.parametrize("where", ["class", "function", "tuner"])
 def test_no_command_runs_what_a_checkpoint_names(tmp_path, monkeypatch, capsys, command, where):
     monkeypatch.chdir(tmp_path)
     called = []

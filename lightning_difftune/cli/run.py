@@ -109,11 +109,12 @@ class Run:
         states = self.content.get("callbacks", {}).values()
         return next((state for state in states if "averages" in state), None)
 
-    def settings(self, trusted: Sequence[str] = ()) -> dict[str, Any]:
+    def settings(self, trusted: Sequence[str] = (), parts: Sequence[str] | None = None) -> dict[str, Any]:
         """What the run was started with: as the checkpoint holds it, or as the file beside it does.
 
         Args:
             trusted: Packages and names that the settings may name, in addition to those that run no other code.
+            parts: Keys that are wanted; what others name need not be trusted. All by default.
 
         Raises:
             CheckpointError: If the checkpoint is damaged.
@@ -133,6 +134,8 @@ class Run:
             raise ConfigError(f"{where} is not YAML ({' '.join(str(error).split())}). Pass --config.") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"{where} is not a mapping of settings. Pass --config.")
+        if parts is not None:
+            settings = {key: value for key, value in settings.items() if key in parts}
         for key in ("ckpt_path", "weights_only"):  # which file, and whether it may run code, is not for a file to say
             settings.pop(key, None)
         check_trust(settings, str(self.checkpoint or file), trusted)

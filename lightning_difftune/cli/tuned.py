@@ -20,7 +20,7 @@ class TunedRun:
 
     Args:
         place: Any place of the run, as for :meth:`~lightning_difftune.cli.run.Run.find`.
-        settings: ``--config``, overrides of its keys and ``--trust``, as for ``difftune fit``; by default the run's own.
+        settings: ``--config``, overrides of its keys and ``--trust``, as ``difftune fit`` has them; default: the run's
 
     Raises:
         DataError: If there is no run, or there are several.
@@ -34,8 +34,7 @@ class TunedRun:
         content = check_checkpoint(self.run.checkpoint)
         settings, trusted = split_trusted(settings)
         if "--config" not in settings:
-            saved = self.run.settings(trusted)
-            kept = {key: value for key, value in saved.items() if key in ("seed_everything", "model", "data")}
+            kept = self.run.settings(trusted, ("seed_everything", "model", "data"))
             settings = ["--config", yaml.safe_dump(kept), *settings]
         self.reader = ModelReader(settings)
         self.module: DiffTuningModule = self.reader.model
