@@ -133,7 +133,7 @@ def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.ckpt").touch()
     for args, message in (
-        ([], "needs a run: its folder or one of its checkpoints"),
+        ([], "name a run first: its folder or one of its checkpoints"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
         (["--ckpt_path", "a", "--ckpt_path", "b", "c"], "takes two runs, got c, a, b"),
         (["a.ckpt", "--name", "a", "--name", "b"], "Give each of the 1 runs its own --name"),

@@ -29,11 +29,13 @@ class CommandParser(argparse.ArgumentParser):
         )
         self._most_runs = 0
 
-    def add_run(self, help: str = "folder of a run, or a checkpoint", several: bool = False) -> None:
+    def add_run(
+        self, help: str = "folder of a run, or a checkpoint", metavar: str = "RUN", several: bool = False
+    ) -> None:
         """Take a run, or two of them, as the first arguments or as ``--ckpt_path``."""
-        self.usage = f"{self.prog} {'RUN [RUN]' if several else 'RUN'} [options]"
-        self.add_argument("run", nargs="*", metavar="RUN", help=help)
-        self.add_argument("--ckpt_path", action="append", default=[], metavar="RUN", help="the same")
+        self.usage = f"{self.prog} {f'{metavar} [{metavar}]' if several else metavar} [options]"
+        self.add_argument("run", nargs="*", metavar=metavar, help=help)
+        self.add_argument("--ckpt_path", action="append", default=[], metavar=metavar, help="the same")
         self._most_runs = 2 if several else 1
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -49,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
             unknown = [word for word in unknown if word.startswith("-")]
             runs = [*options.run, *late, *options.ckpt_path]
             if not runs:
-                self.error("needs a run: its folder or one of its checkpoints")
+                self.error("name a run first: its folder or one of its checkpoints")
             if len(runs) > self._most_runs:
                 self.error(f"takes {'one run' if self._most_runs == 1 else 'two runs'}, got {', '.join(runs)}")
             options.run = runs if self._most_runs > 1 else runs[0]

@@ -11,21 +11,18 @@ import torch
 from torch import nn
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.model_card import Card, base_of
 from lightning_difftune.cli.push import push
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.draws import noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.files import atomic_path
-from lightning_difftune.models import DiT, export_dit, export_network, hub, load_dit
+from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.export import exact_arithmetic
-from lightning_difftune.models.usage import usage_of_adapter, usage_of_dit, usage_of_file, usage_of_network
+from lightning_difftune.models.usage import usage_of_adapter
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import RetentionBatch
-from lightning_difftune.tuners import LoRA
 
 DESCRIPTION = """Write the tuned network of a run, for others to open.
 
@@ -71,16 +68,14 @@ def export(argv: Sequence[str]) -> None:
     done = [str(run)]
     with run.weights(options.raw, done):
         if options.format == "peft":
-            network = write_adapter(module, options, done)
+            library, network = "peft", write_adapter(module, options, done)
             usage = usage_of_adapter(network, base_of(run))
         else:
-            network = plain_network(module, done)
-            if isinstance(network, DiT):
-                network.sampling = sampling_of(module)
-                name_classes(network, run.reader, done)
-            write(module, network, options, done)
-            usage = usage_of(network, module, options.output, base_of(run))
-    card.write(run, network, usage, options.license, done)
+            name_classes(run, done)
+            library, network = "lightning_difftune" if is_file else "diffusers", plain_network(module, done)
+            write(module, network, options.output, done)
+            usage = module.usage(network, options.output, base_of(run))
+    card.write(run, library, usage, options.license, done)
     if options.push is not None:
         files = {options.output.name: options.output} if is_file else {"": options.output}
         done.append(f"pushed to {push(options.push, {**files, **card.places()}, options.private)}")
@@ -101,23 +96,6 @@ def parser() -> CommandParser:
     return options
 
 
-def sampling_of(module: DiffTuningModule) -> dict[str, Any]:
-    """How pictures are drawn with a module: its sampler, and where its autoencoder is had, if anyone can have it."""
-    autoencoder = getattr(module, "autoencoder", None)
-    named = autoencoder.settings() if autoencoder is not None else None
-    return module.sampler.settings() | ({} if named is None else {"autoencoder": named})
-
-
-def usage_of(network: Any, module: DiffTuningModule, output: Path, base: str) -> str:
-    """How an export is used."""
-    if not isinstance(network, DiT):
-        return usage_of_network(network, base)
-    if output.suffix == ".safetensors":
-        named = "autoencoder" in (network.sampling or {}) or network.sample_shape[0] in (1, 3)
-        return usage_of_file(output.name, needs_autoencoder=not named)
-    return usage_of_dit(network.architecture, network.sampling, getattr(module, "autoencoder", None) is not None)
-
-
 def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: list[str]) -> Any:
     """Write a LoRA's layers as peft does, and return the network that they belong to.
 
@@ -126,27 +104,36 @@ def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: l
         CheckpointError: If what was written does not read back.
     """
     (network,) = module.trainable_modules()
-    if not isinstance(module.tuner, LoRA):
-        kind = "the whole network" if module.tuner is None else type(module.tuner).__name__
+    tuner: Any = module.tuner
+    if not hasattr(tuner, "save_adapter"):
+        kind = "the whole network" if tuner is None else type(tuner).__name__
         raise ConfigError(f"--format peft writes the layers of a LoRA; this run trained {kind}. Leave the option out.")
     base = str(module.base_identity["fingerprint"])
     before = fingerprint(network)
     with atomic_path(options.output) as draft:
         draft.mkdir()
-        module.tuner.save_adapter(network, draft, base)
-        module.tuner.load_adapter(network, draft, base)
+        tuner.save_adapter(network, draft, base)
+        tuner.load_adapter(network, draft, base)
         if fingerprint(network) != before:
             raise CheckpointError("Not exported: the adapter does not read back as it was.")
     done.append(f"tuner: LoRA, kept as an adapter for peft\nwrote {options.output}")
     return network
 
 
-def name_classes(network: DiT, reader: ModelReader, done: list[str]) -> None:
-    """Take the names of the classes from the run's data, if the checkpoint has none."""
-    if network.class_names is None:
-        network.class_names = class_names_of(reader, network.num_classes, done)
-    else:
-        done.append("class names: those of the checkpoint")
+def name_classes(run: TunedRun, done: list[str]) -> None:
+    """Take the names of the classes from the run's data, if its files are here and the checkpoint has none."""
+    if not run.module.lacks_class_names:
+        if run.run.class_names is not None:
+            done.append(f"class names: {len(run.run.class_names)} of the checkpoint")
+        return
+    try:
+        names = run.reader.open_data().target.class_names
+    except Exception as error:  # whatever a data set raises where its files are not
+        done.append(f"class names: none, since the data cannot be opened ({str(error).partition(chr(10))[0]})")
+        return
+    if names is not None:
+        run.module.name_classes(names)
+        done.append(f"class names: {len(names)} from the data")
 
 
 def plain_network(module: DiffTuningModule, done: list[str]) -> Any:
@@ -169,38 +156,14 @@ def plain_network(module: DiffTuningModule, done: list[str]) -> Any:
     return merge(networks[0])
 
 
-def class_names_of(reader: ModelReader, num_classes: int, done: list[str]) -> list[str] | None:
-    """Names of the classes from the run's data, if its files are here."""
-    try:
-        names = reader.open_data().target.class_names
-    except Exception as error:  # whatever a data set raises where its files are not
-        done.append(f"class names: none, since the data cannot be opened ({str(error).partition(chr(10))[0]})")
-        return None
-    if names is None:
-        return None
-    done.append(f"class names: {len(names)} from the data")
-    return [*names, *(f"unused {i}" for i in range(num_classes - len(names)))]
-
-
-def write(module: DiffTuningModule, network: Any, options: argparse.Namespace, done: list[str]) -> None:
+def write(module: DiffTuningModule, network: Any, output: Path, done: list[str]) -> None:
     """Write the network beside its place, compare what is read back with the tuned one, and move it there.
 
     Raises:
         CheckpointError: If it computes something else, or cannot be written.
     """
-    output: Path = options.output
-    if output.exists() and not options.overwrite:
-        raise CheckpointError(f"{output} exists. Choose another path, or pass --overwrite.")
     with atomic_path(output) as draft:
-        if isinstance(network, DiT):
-            is_file = output.suffix == ".safetensors"
-            autoencoder = None if is_file else getattr(module, "autoencoder", None)
-            export_dit(network, draft, "safetensors" if is_file else "diffusers", autoencoder=autoencoder)
-            reloaded: nn.Module = load_dit(draft)
-        elif hasattr(network, "save_pretrained"):
-            reloaded = open_network(type(network), export_network(network, draft))
-        else:
-            raise ConfigError(f"difftune export knows DiTs and networks of diffusers, not {type(network).__name__}.")
+        reloaded = module.write_export(network, draft)
         error = difference(module, reloaded)
         if not error <= TOLERANCE:
             raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_difftune import __version__
 from lightning_difftune.cli.tuned import TunedRun
-from lightning_difftune.models import DiT, hub
+from lightning_difftune.models import hub
 
 BUNDLED_LICENSES = {
     "dit-nano-omniglot": "apache-2.0",
@@ -27,7 +27,7 @@ class RunRecord:
 
     def __init__(self, tuned: TunedRun) -> None:
         self.tuned = tuned
-        self.config = tuned.run.config
+        self.setting = tuned.run.setting
 
     def metrics(self) -> dict[str, float]:
         """The latest value of each measurement, those of training left out."""
@@ -45,36 +45,34 @@ class RunRecord:
         return grids[max(grids)] if grids else None
 
     def facts(self) -> dict[str, str]:
-        """What was tuned on what, and how, in words."""
-        module, data = self.tuned.module, self.config.get("data", {}).get("init_args", {})
-        objective = module.objective
+        """What was tuned on what, and how, in words; what the config does not say is left out."""
+        module, data = self.tuned.module, self.setting("data", "init_args") or {}
+        objective, sampler = module.objective, module.sampler
+        target = [described(data.get("target"))]
+        units = {"num_classes": "classes", "image_size": "px"}
+        units = {"num_classes": "classes", "image_size": "px"}
+        target += [f"{data[key]} {unit}" for key, unit in units.items() if data.get(key)]
+        bank = f"{data.get('bank_size')} samples, share {data.get('retention_share')} of a batch"
         facts = {
             "base": f"{base_of(self.tuned)} (fingerprint `{str(module.base_identity.get('fingerprint'))[:12]}`)",
-            "data": described(data.get("target"))
-            + "".join(
-                f", {value} {what}"
-                for key, what in (("num_classes", "classes"), ("image_size", "px"))
-                if (value := data.get(key)) is not None
-            ),
+            "data": ", ".join(filter(None, target)) or None,
             "objective": f"{type(objective).__name__}, {objective.schedule!r}, retention weight "
             f"{objective.retention_weight:g}, reconsolidation weight {objective.reconsolidation_weight:g}",
-            "memory bank": f"{data.get('bank_size')} samples, share {data.get('retention_share')} of a batch"
-            if data.get("bank") is not None
-            else "none",
+            "memory bank": bank if data.get("bank") is not None else "none",
             "tuner": "none (full fine-tuning)" if module.tuner is None else type(module.tuner).__name__,
-            "optimizer": described(self.config.get("model", {}).get("init_args", {}).get("optimizer")),
-            "steps": f"{self.tuned.run.step} of batch {data.get('batch_size')}{self.processes()}",
-            "seed": str(self.config.get("seed_everything")),
-            "sampler": f"{type(module.sampler.scheduler).__name__}, {module.sampler.num_inference_steps} steps, "
-            f"guidance {module.sampler.guidance_scale:g}",
+            "optimizer": described(self.setting("model", "init_args", "optimizer")),
+            "steps": f"{self.tuned.run.step} of batch {data['batch_size']}{self.processes()}" if data else None,
+            "seed": described(self.setting("seed_everything")),
+            "sampler": f"{type(sampler.scheduler).__name__}, {sampler.num_inference_steps} steps, "
+            f"guidance {sampler.guidance_scale:g}",
         }
-        return {key: value for key, value in facts.items() if "None" not in value}
+        return {key: value for key, value in facts.items() if value is not None}
 
 
-def described(entry: Any) -> str:
-    """An entry of a config in words: the class and its settings; of paths, only the last part."""
+def described(entry: Any) -> str | None:
+    """An entry of a config in words: the class and its settings; of paths, only the last part. None for nothing."""
     if not isinstance(entry, dict) or "class_path" not in entry:
-        return str(entry)
+        return None if entry is None else str(entry)
     settings = {key: value for key, value in (entry.get("init_args") or {}).items() if value is not None}
     said = [
         f"{key} {Path(value).name if isinstance(value, str) else described(value)}" for key, value in settings.items()
@@ -113,13 +111,13 @@ def license_of(base: str) -> str | None:
 
 
 def model_card(
-    record: RunRecord, network: Any, title: str, usage: str, picture: str, license_name: str | None, done: list[str]
+    record: RunRecord, library: str, title: str, usage: str, picture: str, license_name: str | None, done: list[str]
 ) -> str:
     """A card in the hub's format: YAML front matter, what the run was, its measurements and how to use the model.
 
     Args:
         record: Of the run.
-        network: What is exported.
+        library: What opens the export.
         title: Its name.
         usage: The card's section about how to open it.
         picture: File of the sample grid, beside the card; empty if there is none.
@@ -147,26 +145,26 @@ def model_card(
         ]
     else:
         lines += [f"The base is licensed as `{license_name}`, which holds for this model, too.", ""]
-    return f"---\n{front_matter(record, network, title, license_name, metrics)}\n---\n\n" + "\n".join(lines)
+    return f"---\n{front_matter(record, library, title, license_name, metrics)}\n---\n\n" + "\n".join(lines)
 
 
 def front_matter(
-    record: RunRecord, network: Any, title: str, license_name: str | None, metrics: dict[str, float]
+    record: RunRecord, library: str, title: str, license_name: str | None, metrics: dict[str, float]
 ) -> str:
     """The card's metadata as the hub reads them, as YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = "unconditional-image-generation" if isinstance(network, DiT) else "text-to-image"
-    base = str(record.tuned.module.base_identity.get("name"))
-    data = described(record.config.get("data", {}).get("init_args", {}).get("target"))
+    module = record.tuned.module
+    task, base = module.pipeline_tag, str(module.base_identity.get("name"))
+    data = described(record.setting("data", "init_args", "target")) or "the target"
     results = [EvalResult(task, "custom", data, name, round(value, 6)) for name, value in metrics.items()]
     card: dict[str, Any] = {
         "base_model": hub_name(base),
-        "library_name": "peft" if title.endswith("adapter") else "diffusers",
+        "library_name": library,
         "license": license_name,
         "license_name": "see-base-model" if license_name == "other" else None,
         "pipeline_tag": task,
-        "tags": ["diff-tuning", "lightning_difftune", *(["dit"] if isinstance(network, DiT) else ["stable-diffusion"])],
+        "tags": ["diff-tuning", "lightning_difftune", *module.card_tags],
     }
     if results:
         card |= {"model_name": title, "eval_results": results}
@@ -197,12 +195,12 @@ class Card:
             return {}
         return {"README.md": card, **({picture.name: picture} if picture.exists() else {})}
 
-    def write(self, run: TunedRun, network: Any, usage: str, license_name: str | None, done: list[str]) -> None:
+    def write(self, run: TunedRun, library: str, usage: str, license_name: str | None, done: list[str]) -> None:
         """Write the card, and the run's latest sample grid if it has one."""
         record, (card, picture) = RunRecord(run), self.files()
         grid = record.grid()
         if grid is not None:
             shutil.copyfile(grid, picture)
-        text = model_card(record, network, self.output.stem, usage, picture.name if grid else "", license_name, done)
+        text = model_card(record, library, self.output.stem, usage, picture.name if grid else "", license_name, done)
         card.write_text(text, encoding="utf-8")
         done.append(f"model card: {card}")

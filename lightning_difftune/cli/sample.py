@@ -16,22 +16,23 @@ from torch import Tensor
 from lightning_difftune import __version__
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.sources import Source, open_source
-from lightning_difftune.cli.subjects import Subject, draw, subjects_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
+from lightning_difftune.modules import DiffTuningModule
+from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.pictures import grid_of, to_png
 from lightning_difftune.sampling import Sampler, adds_noise, is_flow, scheduler_named
 
-DESCRIPTION = """Draw pictures with a model and save them as PNG files, one each and all in grid.png, a row a class.
+DESCRIPTION = """Draw pictures with a model as PNG files, one per picture and all in grid.png, a row per class.
 
-  difftune sample runs/flowers/version_0/checkpoints/last.ckpt --classes sunflower rose --num_samples 8
+  difftune sample runs/flowers --classes sunflower rose --num_samples 8
   difftune sample tuned.safetensors --classes 3 17 --seed 1 --guidance_scale 3 --solver UniPCMultistep --steps 20
   difftune sample sd-nano-flowers --prompts "a photo of a sunflower" "a photo of a rose" --output sunflowers
   difftune sample CONTROLNET.ckpt --controls edges/1.jpg edges/2.jpg --prompts "a red house"
 
-SOURCE is a checkpoint of a run (or the run's folder), an export, a model that `load_dit` opens, a Stable Diffusion
-pipeline or the name of a bundled model. Sampler settings that are not given are the run's or the export's own.
-Picture j of a class has the start noise of (seed, j), so it stays the same whatever else is drawn beside it.
+SOURCE is a run (its folder or a checkpoint), an export, a model that `load_dit` opens, a Stable Diffusion pipeline or
+the name of a bundled model. Sampler settings that are not given are the run's or the export's own.
+Picture j of a class has the start noise of (seed, j), so it stays the same whatever else is drawn.
 Each PNG carries its settings as text, under "parameters". The same command line gives the same bytes on the same
 machine; another batch size or device rounds differently and may move a pixel by one level in 255."""
 
@@ -47,16 +48,14 @@ def sample(argv: Sequence[str]) -> None:
         CheckpointError: If the source cannot be opened.
     """
     options, rest = parser().parse_known_args(argv)
-    if options.source is None:
-        raise ConfigError("difftune sample needs what to draw with: `difftune sample SOURCE`; see --help.")
     if options.num_samples < 1 or options.batch_size < 1:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
     output = free_folder(options.output, options.overwrite)
-    source = open_source(options.source, rest, base=options.base, vae=options.vae, text=options.prompts is not None)
+    source = open_source(options.run, rest, base=options.base, vae=options.vae, text=options.prompts is not None)
     module = source.module.to(device_of(options.device))
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
-    subjects = subjects_of(module, options)
+    subjects = module.subjects(options.classes, options.prompts, options.controls)
     with source.weights(options.raw):
         parameters = parameters_of(source, options)
         pictures = draw(module, subjects, options.num_samples, options.batch_size)
@@ -67,7 +66,7 @@ def sample(argv: Sequence[str]) -> None:
 def parser() -> CommandParser:
     """The options of the command."""
     options = CommandParser("sample", DESCRIPTION)
-    options.add_argument("source", nargs="?", help="checkpoint, export, pipeline, or bundled name")
+    options.add_run("run, export, pipeline, or bundled name", "SOURCE")
     what = options.add_mutually_exclusive_group()
     what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first ten)")
     what.add_argument("--prompts", nargs="+", metavar="TEXT", help="for text-to-image (default: the run's)")
@@ -157,7 +156,7 @@ def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
 def parameters_of(source: Source, options: argparse.Namespace) -> dict[str, Any]:
     """What decides the pictures, as plain JSON values."""
     return {
-        "source": options.source,
+        "source": options.run,
         "weights": source.fingerprint,
         "raw": options.raw,
         "seed": options.seed,
@@ -165,11 +164,22 @@ def parameters_of(source: Source, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
+@torch.inference_mode()
+def draw(module: DiffTuningModule, subjects: Sequence[Subject], num_samples: int, batch_size: int) -> Tensor:
+    """Pictures (rows * num_samples, C, H, W) uint8 on the CPU, row by row."""
+    wanted = [(subject, index) for subject in subjects for index in range(num_samples)]
+    pictures = []
+    for start in range(0, len(wanted), batch_size):
+        shown, indices = zip(*wanted[start : start + batch_size], strict=True)
+        pictures.append(module.generate(torch.tensor(indices), module.conditions_for(shown)).cpu())
+    return torch.cat(pictures)
+
+
 def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters: dict[str, Any]) -> None:
     """Write ``grid.png`` and one file for each of the pictures, with the parameters in their text chunks."""
     output.mkdir(parents=True, exist_ok=True)
     columns = len(pictures) // len(subjects)
-    write_png(grid_of(pictures, columns), output / "grid.png", {"rows": [one.name for one in subjects], **parameters})
+    write_png(grid_of(pictures, columns), output / "grid.png", {"rows": [row.name for row in subjects], **parameters})
     for row, subject in enumerate(subjects):
         slug = re.sub(r"[^a-z0-9]+", "-", subject.name.lower()).strip("-")[:40].rstrip("-") or "unconditional"
         place = f"{row:02d}-{slug}"

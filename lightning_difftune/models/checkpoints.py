@@ -135,7 +135,8 @@ def read_folder(folder: Path) -> Contents:
     index = folder / "model_index.json"
     labels = read_json(index).get("id2label") or {} if index.exists() else {}
     classes = [str(i) for i in range(architecture["num_classes"])]
-    class_names = [labels[i] for i in classes] if labels.keys() >= set(classes) else None
+    named = classes[: len(labels)]  # the first classes, or all
+    class_names = [labels[i] for i in named] if named and labels.keys() >= set(named) else None
     state: dict[str, Tensor] = {}
     for file in (inner / name for name in weights.tensors):
         state |= read_safetensors(file)[0] if weights.is_safe else read_torch(file)

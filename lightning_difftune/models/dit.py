@@ -120,7 +120,7 @@ class DiT(nn.Module):
         mlp_ratio: Width of the MLP's hidden layer over H.
         num_classes: Classes K; the label table has K + 1 rows, the last one for the null class.
         learn_sigma: Whether the output carries a second set of channels for the variance (LEARNED_RANGE).
-        class_names: Names of the K classes, if known; they travel with exports.
+        class_names: Names of the K classes, or of the first of them; they travel with exports.
 
     Raises:
         ConfigError: If a size does not divide another, or the names are not K.
@@ -150,7 +150,7 @@ class DiT(nn.Module):
             raise ConfigError(f"patch_size {patch_size} does not divide input_size {input_size}.")
         if hidden_size % num_heads or hidden_size % 4:
             raise ConfigError(f"hidden_size {hidden_size} must be a multiple of num_heads ({num_heads}) and of 4.")
-        if class_names is not None and len(class_names) != num_classes:
+        if class_names is not None and len(class_names) > num_classes:
             raise ConfigError(f"{len(class_names)} class_names were given for num_classes {num_classes}.")
         self.architecture: dict[str, Any] = {
             "input_size": input_size,

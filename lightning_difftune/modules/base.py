@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -19,10 +20,14 @@ from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
+from lightning_difftune.models import export_network
+from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.usage import usage_of_network
 from lightning_difftune.modules.finite_loss import FiniteLoss
 from lightning_difftune.modules.lean_checkpoints import complete, make_lean
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.pretrained import EncodedPictures, PretrainedSamples
+from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import (
@@ -174,6 +179,76 @@ class DiffTuningModule(L.LightningModule, ABC):
     def bank_spec(self) -> dict[str, Any]:
         """What decides :meth:`source_conditions` and :meth:`bank_columns`, as plain JSON values."""
         return {}
+
+    # -- what people ask a family for, and how its network is handed on --------------------------------------------
+
+    pipeline_tag: ClassVar[str] = "unconditional-image-generation"
+    """The hub's word for what it does, on model cards."""
+    card_tags: ClassVar[tuple[str, ...]] = ()
+    """Its further tags there."""
+
+    def subjects(
+        self,
+        classes: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        controls: Sequence[str] | None = None,
+    ) -> list[Subject]:
+        """The rows of pictures that people ask for; what a family can be asked for is what it does not refuse.
+
+        Args:
+            classes: Names or numbers of classes.
+            prompts: Texts.
+            controls: Files of pictures that control maps are taken from.
+
+        Raises:
+            ConfigError: If something is asked for that the model does not take.
+            DataError: If a picture cannot be read.
+        """
+        asked = (("--classes", classes), ("--prompts", prompts), ("--controls", controls))
+        refuse(asked, "its pictures have no condition.")
+        return [Subject("samples")]
+
+    def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:
+        """Condition and null condition of one picture of each subject, for :meth:`generate`."""
+        return self.conditions(torch.arange(len(subjects)))
+
+    @property
+    def lacks_class_names(self) -> bool:
+        """Whether its classes could have names and have none."""
+        return False
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Name the first classes."""
+
+    def write_export(self, network: Any, path: Path) -> nn.Module:
+        """Write its plain network for others to open, and return what is read back; by default a network of diffusers.
+
+        Args:
+            network: The trained network, with a tuner's layers merged.
+            path: A file ending in ``.safetensors``, or a folder.
+
+        Raises:
+            ConfigError: If nothing says how the network is written.
+            CheckpointError: If it cannot be written.
+        """
+        if not hasattr(network, "save_pretrained"):
+            raise ConfigError(
+                f"{type(self).__name__} does not say how its {type(network).__name__} is written. Give it a method "
+                "write_export(network, path) that returns what it reads back."
+            )
+        if path.suffix == ".safetensors":
+            raise ConfigError(f"A network of diffusers is a folder: give --output {path.stem} in place of {path.name}.")
+        return open_network(type(network), export_network(network, path))
+
+    def usage(self, network: Any, path: Path, base: str) -> str:
+        """The section of a model card that says how an export is opened, as Markdown.
+
+        Args:
+            network: What was exported.
+            path: Where.
+            base: Name of the pre-trained model.
+        """
+        return usage_of_network(network, base)
 
     # -- shared ---------------------------------------------------------------------------------------------------
 

@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from lightning_difftune.draws import Draws
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules.base import adamw
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
+from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.pictures import to_uint8
+from lightning_difftune.pictures import to_pixels, to_uint8
 from lightning_difftune.prompts import DEFAULT_PROMPT
 from lightning_difftune.protocols import (
     Annotator,
@@ -283,3 +285,34 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
         streams = [batch["target"], *([batch["retention"]] if "retention" in batch else [])]
         maps = torch.cat([self.control_values(stream["conditioning_pixel_values"]) for stream in streams])
         return x0, {"prompt_embeds": embeddings, "conditioning_pixel_values": maps}, is_retention
+
+    # -- what people ask it for -------------------------------------------------------------------------------------
+
+    def subjects(
+        self,
+        classes: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        controls: Sequence[str] | None = None,
+    ) -> list[Subject]:
+        """A row for each control picture, whose map the annotator makes; under its own prompt or the only one."""
+        asked = super().subjects(classes, prompts)
+        if not controls:
+            raise ConfigError("A ControlNet draws after control maps: name pictures for them, --controls FILE ...")
+        if len(asked) not in (1, len(controls)):
+            raise ConfigError(f"{len(asked)} prompts for {len(controls)} control pictures: give one, or one for each.")
+        size = self.sample_shape[-1] * self.autoencoder.downsample
+        rows = []
+        for number, file in enumerate(controls):
+            try:
+                with Image.open(file) as image:
+                    pixels = torch.from_numpy(to_pixels(image, size, 3))
+            except (OSError, ValueError, UnidentifiedImageError) as error:
+                raise DataError(f"The control picture {file} cannot be read: {error}") from error
+            (control,) = self.annotate(pixels[None].to(self.device)).cpu()
+            rows.append(Subject(Path(file).stem, asked[number % len(asked)].asked, control))
+        return rows
+
+    def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:
+        """Their prompts and control maps."""
+        maps = torch.stack([subject.control for subject in subjects if subject.control is not None])
+        return self.controlled([subject.asked for subject in subjects], maps)

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_difftune.draws import Draws, labels_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
+from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.usage import usage_of_dit, usage_of_file
 from lightning_difftune.modules.base import DiffTuningModule, adamw
+from lightning_difftune.modules.subjects import Subject, class_subjects, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_pixel_values, to_uint8
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, SupportsClassNames, TargetBatch, Tuner
@@ -123,15 +125,14 @@ class DiTDiffTuningModule(DiffTuningModule):
         return identity
 
     def name_classes(self, names: Sequence[str]) -> None:
-        """Name the first rows of the label table; the rows behind them, if there are any, are called unused.
+        """Name the first rows of the label table; rows behind them have no names.
 
         Raises:
             ConfigError: If there are more names than rows.
         """
-        rest = self.dit.num_classes - len(names)
-        if rest < 0:
+        if len(names) > self.dit.num_classes:
             raise ConfigError(f"{len(names)} class names were given for a label table of {self.dit.num_classes} rows.")
-        self.dit.class_names = [*names, *(f"unused {i}" for i in range(rest))]
+        self.dit.class_names = list(names)
 
     def on_fit_start(self) -> None:
         """Take over the names of the data's classes, unless names were given."""
@@ -244,3 +245,42 @@ class DiTDiffTuningModule(DiffTuningModule):
     def _with_null(self, labels: Tensor, null_class: int) -> tuple[Tensor, Tensor]:
         labels = labels.to(self.device)
         return labels, torch.full_like(labels, null_class)
+
+    # -- what people ask it for, and how it is handed on -----------------------------------------------------------
+
+    card_tags = ("dit",)
+
+    def subjects(
+        self,
+        classes: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        controls: Sequence[str] | None = None,
+    ) -> list[Subject]:
+        """Classes, by name or number."""
+        refuse((("--prompts", prompts), ("--controls", controls)), "it knows classes and no words; use --classes.")
+        return class_subjects(classes, self.dit.class_names, self.num_classes)
+
+    def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Tensor, Tensor]:
+        """Their classes, and the null class."""
+        return self.class_conditions(torch.tensor([subject.asked for subject in subjects]))
+
+    @property
+    def lacks_class_names(self) -> bool:
+        """Whether nothing has named the rows of the label table."""
+        return self.dit.class_names is None
+
+    def write_export(self, network: DiT, path: Path) -> DiT:
+        """Write one file with the official key names or a folder for diffusers, with sampler and autoencoder."""
+        is_file = path.suffix == ".safetensors"
+        named = None if self.autoencoder is None else self.autoencoder.settings()
+        network.sampling = self.sampler.settings() | ({} if named is None else {"autoencoder": named})
+        autoencoder = None if is_file else self.autoencoder
+        export_dit(network, path, "safetensors" if is_file else "diffusers", autoencoder=autoencoder)
+        return load_dit(path)
+
+    def usage(self, network: DiT, path: Path, base: str) -> str:
+        """How the file or the folder is opened."""
+        if path.suffix == ".safetensors":
+            named = "autoencoder" in (network.sampling or {}) or network.sample_shape[0] in (1, 3)
+            return usage_of_file(path.name, needs_autoencoder=not named)
+        return usage_of_dit(network.architecture, network.sampling, self.autoencoder is not None)

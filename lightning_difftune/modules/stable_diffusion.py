@@ -19,6 +19,7 @@ from lightning_difftune.models import FrozenAutoencoder, FrozenTextEncoder
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.diffusers_folder import folder_of, open_network
 from lightning_difftune.modules.base import DiffTuningModule, adamw
+from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import Sampler
@@ -255,3 +256,23 @@ class StableDiffusionModule(DiffTuningModule, ABC):
             x0 = torch.cat([x0, retained["latents"].to(x0.dtype)])
             embeddings = torch.cat([embeddings, self.bank_embeddings(retained)])
         return x0, embeddings, torch.arange(len(x0), device=x0.device) >= len(mean)
+
+    # -- what people ask it for -------------------------------------------------------------------------------------
+
+    pipeline_tag = "text-to-image"
+    card_tags = ("stable-diffusion",)
+
+    def subjects(
+        self,
+        classes: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        controls: Sequence[str] | None = None,
+    ) -> list[Subject]:
+        """Prompts; its own where nobody asks for others."""
+        refuse([("--classes", classes)], "it is asked in words; use --prompts.")
+        refuse([("--controls", controls)], "it follows no control pictures.")
+        return [Subject(prompt, prompt) for prompt in prompts or self.prompts]
+
+    def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:
+        """Their prompts, and the empty one."""
+        return self.prompted(tuple(subject.asked for subject in subjects), torch.arange(len(subjects)))

@@ -217,6 +217,24 @@ def test_a_runs_adapter_and_its_card(tiny_run, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("output", "library"), [("flowers-adapter", "diffusers"), ("adapter.safetensors", "lightning_difftune")]
+)
+def test_the_library_does_not_depend_on_the_name(measured_run, tmp_path, output, library):
+    assert exported(measured_run, tmp_path / output) == 0
+    card = (tmp_path / output).with_suffix(".md") if "." in output else tmp_path / output / "README.md"
+    assert ModelCard.load(card).data.library_name == library
+
+
+def test_a_row_whose_text_has_a_none_in_it_stays(measured_run, tmp_path):
+    config = measured_run.folder / "config.yaml"
+    config.write_text(config.read_text().replace("/pictures", "/None-such"))
+    checkpoint = torch.load(measured_run.checkpoint, weights_only=True)
+    torch.save(checkpoint | {"config": config.read_text()}, measured_run.checkpoint)
+    assert exported(measured_run, tmp_path / "flowers") == 0
+    assert "| data | ImageFolder (root None-such), 3 classes, 8 px |" in (tmp_path / "flowers/README.md").read_text()
+
+
 def test_licences_of_bases(tmp_path, monkeypatch):
     assert license_of("dit-nano-omniglot") == "apache-2.0"
     (tmp_path / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model")
@@ -238,3 +256,4 @@ def test_configs_in_words():
     outer = {"class_path": "b.Partition", "init_args": {"source": inner, "part": "train"}}
     assert described(outer) == "Partition (source ImageFolder (root flowers), part train)"
     assert described({"class_path": "b.Digits"}) == "b.Digits"
+    assert described(None) is None

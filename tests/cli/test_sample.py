@@ -13,10 +13,10 @@ from PIL import Image
 
 from lightning_difftune import ControlNetDiffTuningModule
 from lightning_difftune.cli import main
-from lightning_difftune.cli.subjects import class_of
 from lightning_difftune.data import Canny
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit
+from lightning_difftune.modules.subjects import class_number, class_subjects
 from lightning_difftune.pictures import to_pixels
 from lightning_difftune.sampling import Sampler
 
@@ -163,10 +163,10 @@ def test_a_controlnet_follows_pictures(pipeline_folder, tmp_path, monkeypatch, c
     assert (np.asarray(Image.open("out/01-steps-control.png")) == expected).all()
     assert not np.asarray(Image.open("out/00-plain-control.png")).any()
     for wrong, message in (
-        (["control.ckpt"], "name pictures to take them from, --controls FILE"),
+        (["control.ckpt"], "name pictures for them, --controls FILE"),
         ([*args, "--prompts", "a", "b", "c"], "3 prompts for 2 control pictures"),
         (["control.ckpt", "--controls", "config.yaml"], "control picture config.yaml cannot be read"),
-        (["control.ckpt", "--classes", "1"], "asked in words"),
+        (["control.ckpt", "--classes", "1"], "does not take --classes: it is asked in words; use --prompts."),
         ([pipeline_folder, "--controls", "plain.png"], "follows no control pictures"),
     ):
         assert main(["sample", *wrong, "--output", "x"]) == 2
@@ -200,10 +200,10 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "needs what to draw with"),
+        ([], "name a run first"),
         (["RUN", "--classes", "rosse"], "no class 'rosse' among the 3. Did you mean rose"),
         (["RUN", "--classes", "3"], "no class '3' among the 3. Its classes are oxeye_daisy, rose, sunflower."),
-        (["RUN", "--prompts", "a rose"], "use --classes in place of --prompts"),
+        (["RUN", "--prompts", "a rose"], "does not take --prompts: it knows classes and no words; use --classes."),
         (["RUN", "--solver", "UniPC"], "diffusers has no UniPCScheduler. Did you mean UniPCMultistep"),
         (["RUN", "--solver", "EulerAncestralDiscrete"], "adds noise at each step"),
         (["RUN", "--solver", "FlowMatchEulerDiscrete"], "The model predicts noise, which FlowMatchEuler"),
@@ -237,6 +237,32 @@ def test_mistakes_say_what_to_do(tiny_run, tmp_path, monkeypatch, capsys, args, 
 
 def test_names_go_before_numbers():
     digits = ["zero", "2", "1"]
-    assert [class_of(one, digits, 3) for one in ("zero", "1", "2", "0")] == [0, 2, 1, 0]
+    assert [class_number(one, digits, 3) for one in ("zero", "1", "2", "0")] == [0, 2, 1, 0]
     with pytest.raises(ConfigError, match="no names, and the numbers 0 to 4"):
-        class_of("rose", None, 5)
+        class_number("rose", None, 5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "number"),
+    [("UPPER", 1), ("upper", 0), ("Upper", None), ("a-b", 2), ("a b", None), ("a_b", 3), ("4", 4), ("shark", 5)],
+)
+def test_an_exact_name_wins_and_a_loose_one_must_be_of_one_class(asked, number):
+    names = ["upper", "UPPER", "a-b", "a_b", "shark, great white", "shark"]
+    if number is not None:
+        assert class_number(asked, names, 6) == number
+    else:
+        with pytest.raises(ConfigError, match=r"is the name of 2 classes. Ask for one by its number: \d \(.*\), \d"):
+            class_number(asked, names, 6)
+
+
+def test_two_classes_of_one_name_are_asked_for_by_number():
+    with pytest.raises(ConfigError, match=r"'rose' is the name of 2 classes.*: 0 \(rose\), 2 \(rose\)"):
+        class_number("rose", ["rose", "lily", "rose"], 3)
+    assert class_number("2", ["rose", "lily", "rose"], 3) == 2
+
+
+def test_rows_behind_the_named_classes_are_not_shown():
+    shown = class_subjects(None, ["ant", "bee"], 6)
+    assert [subject.name for subject in shown] == ["ant", "bee"]
+    assert class_subjects(["4"], ["ant", "bee"], 6)[0].name == "class 4"
+    assert len(class_subjects(None, None, 600)) == 10

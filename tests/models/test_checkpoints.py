@@ -156,7 +156,7 @@ def test_heads_against_a_file_that_knows_them(tmp_path: Path, model: DiT) -> Non
         ({"architecture": "{"}, "metadata is incomplete or damaged"),
         ({"architecture": "[1]"}, "metadata is incomplete or damaged"),
         ({"architecture": json.dumps({"width": 3})}, "a DiT that cannot be built"),
-        ({"class_names": json.dumps(["one"])}, "1 class_names were given for num_classes 1000"),
+        ({"class_names": json.dumps(["one"] * 1001)}, "1001 class_names were given for num_classes 1000"),
     ],
 )
 def test_metadata_that_cannot_be_used(

@@ -72,7 +72,7 @@ def test_unknown_size_is_refused(name: str) -> None:
         ({"patch_size": 4}, "patch_size 4 does not divide input_size 6"),
         ({"num_heads": 5}, "hidden_size 24 must be a multiple of num_heads"),
         ({"hidden_size": 30}, "hidden_size 30 must be a multiple"),
-        ({"class_names": ["a", "b"]}, "2 class_names were given for num_classes 5"),
+        ({"class_names": list("abcdef")}, "6 class_names were given for num_classes 5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
