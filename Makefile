@@ -1,13 +1,14 @@
 # make demo        install and run the quickstart: about five minutes on two CPU cores
 # make test        linters, type checks, import contract, documentation and the test suite
 # make test-slow   the tests that take more than 20 seconds each
+# make test-gpu    the tests that need a GPU, in under three minutes; skipped where there is none
 # make docs        the documentation, as build/docs/index.html
 # make package     wheel and source distribution, in dist/
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-slow lint docs package clean
+.PHONY: demo test test-slow test-gpu lint docs package clean
 
 demo: .venv/.demo
 	$(BIN)/difftune quickstart
@@ -17,6 +18,9 @@ test: lint docs
 
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow
+
+test-gpu: .venv/.dev
+	$(BIN)/pytest -m gpu -rs tests
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

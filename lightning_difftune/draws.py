@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import numpy as np
+import hashlib
+from typing import Any
+
 import torch
 from torch import Tensor
 
+VERSION = 2
+"""Of the numbers below. Memory banks state it, since samples of another version are other samples."""
 
-def seed_of(*key: int) -> int:
-    """Mix non-negative integers into one 63-bit seed; nearby keys give unrelated seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+@torch.compiler.disable
+def seed_of(stream: str, *key: int) -> int:
+    """Mix the name of a stream and integers into one 63-bit seed; nearby keys give unrelated seeds.
+
+    The name keeps apart what is drawn for different purposes: no two of them share a seed, whatever their keys are.
+
+    Example:
+        >>> len({seed_of("noise", 7), seed_of("noise", 7, 0), seed_of("labels", 7), seed_of("labels", 7, 0)})
+        4
+    """
+    return int.from_bytes(hashlib.sha256(repr((stream, *key)).encode()).digest()[:8], "big") >> 1
 
 
 class Draws:
@@ -30,43 +43,55 @@ class Draws:
     def __init__(
         self, seed: int, step: int, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1
     ) -> None:
-        self.generator = torch.Generator(device).manual_seed(seed_of(seed, step))
+        self.generator = torch.Generator(device).manual_seed(seed_of("step", seed, step))
         self.rank, self.world_size = rank, world_size
 
+    @torch.compiler.disable
     def uniform(self, size: int) -> Tensor:
         """(size,) float32 in [0, 1)."""
-        device = self.generator.device
-        full = torch.rand(size * self.world_size, generator=self.generator, device=device)
+        full = torch.rand(size * self.world_size, **self._like)
         return full[self.rank :: self.world_size].contiguous()
 
+    @torch.compiler.disable
     def normal(self, *shape: int) -> Tensor:
         """Standard normal float32 of the given shape, batch first."""
         size, *rest = shape
-        full = torch.randn(size * self.world_size, *rest, generator=self.generator, device=self.generator.device)
+        full = torch.randn(size * self.world_size, *rest, **self._like)
         return full[self.rank :: self.world_size].contiguous()
 
+    @property
+    def _like(self) -> dict[str, Any]:
+        # Whatever the default type is: bfloat16 would reach 737 of 1,000 timesteps.
+        return {"generator": self.generator, "device": self.generator.device, "dtype": torch.float32}
 
-def noise_of(seed: int, indices: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Start noise (B, *shape) on the CPU for sample indices (B,); row i depends on (seed, indices[i]) alone."""
-    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed_of(seed, 0, i))) for i in indices.tolist()]
-    return torch.stack(rows) if rows else torch.empty(0, *shape)
+
+def noise_of(seed: int, indices: Tensor, shape: tuple[int, ...], stream: str = "start noise") -> Tensor:
+    """Normal float32 noise (B, *shape) on the CPU for sample indices (B,); row i depends on (seed, indices[i]) alone.
+
+    Noise of another ``stream`` is independent of it.
+    """
+    noise = torch.empty(len(indices), *shape, dtype=torch.float32, device="cpu")
+    for row, i in zip(noise, indices.tolist(), strict=True):
+        row.normal_(generator=torch.Generator().manual_seed(seed_of(stream, seed, i)))
+    return noise
 
 
 def uniform_of(seed: int, indices: Tensor) -> Tensor:
     """Numbers (B,) float32 in [0, 1] on the CPU; entry i depends on (seed, indices[i]) alone."""
-    return torch.tensor([seed_of(seed, 2, i) / 2**63 for i in indices.tolist()], dtype=torch.float32)
+    values = [seed_of("uniform", seed, i) / 2**63 for i in indices.tolist()]
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-def labels_of(seed: int, indices: Tensor, num_classes: int) -> Tensor:
-    """Class labels (B,) int64, uniform over the classes; row i depends on (seed, indices[i]) alone."""
-    return torch.tensor([seed_of(seed, 1, i) % num_classes for i in indices.tolist()], dtype=torch.int64)
+def choices_of(seed: int, indices: Tensor, count: int) -> Tensor:
+    """Choices (B,) int64 among 0 .. count - 1 on the CPU, uniform; entry i depends on (seed, indices[i]) alone.
+
+    Example:
+        >>> choices_of(0, torch.arange(8), 5).tolist()
+        [3, 0, 1, 3, 4, 1, 0, 3]
+    """
+    return torch.tensor([choice_of(seed, i, count) for i in indices.tolist()], dtype=torch.int64, device="cpu")
 
 
 def choice_of(seed: int, index: int, count: int) -> int:
-    """One of 0 .. count - 1 for sample ``index``, uniform; depends on (seed, index) alone.
-
-    Example:
-        >>> [choice_of(0, index, 5) for index in range(8)]
-        [1, 0, 2, 4, 0, 2, 2, 4]
-    """
-    return seed_of(seed, 2, index) % count
+    """One of 0 .. count - 1 for sample ``index``, uniform; depends on (seed, index) alone."""
+    return seed_of("choice", seed, index) % count

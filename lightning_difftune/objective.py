@@ -158,7 +158,7 @@ class DiffTuningObjective(nn.Module):
                 and their part of ``condition``.
         """
         if draws is None:
-            draws = Draws(seed_of(int(torch.randint(2**31, ()))), 0, x0.device)
+            draws = Draws(seed_of("objective", int(torch.randint(2**31, ()))), 0, x0.device)
         t = self.timesteps(draws.uniform(len(x0)), is_retention)
         noise = draws.normal(*x0.shape)
         if self.retention_target is not None and retained is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lightning_difftune.draws import noise_of, seed_of, uniform_of
+from lightning_difftune.draws import noise_of, uniform_of
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.protocols import Denoiser, RetentionBatch
 
@@ -128,8 +128,8 @@ class StoredPredictions:
         """``timesteps`` (B,) int64, ``noise`` and ``predictions`` (B, c, h, w) float32."""
         uniform = uniform_of(self.seed, indices).to(latents.device)
         t = objective.timesteps(uniform, torch.ones_like(uniform, dtype=torch.bool))
-        # A seed of its own: the sample itself was made from noise_of(seed, i), and would be no independent sample.
-        noise = noise_of(seed_of(self.seed, 3), indices, tuple(latents.shape[1:])).to(latents.device)
+        # A stream of its own: noise that the sample itself was made from would not be independent of it.
+        noise = noise_of(self.seed, indices, tuple(latents.shape[1:]), "noise of predictions").to(latents.device)
         x_t = objective.diffusion.add_noise(latents, noise, t)
         predictions = teacher(x_t, t, condition)[:, : latents.shape[1]].float()
         return {"timesteps": t, "noise": noise, "predictions": predictions}

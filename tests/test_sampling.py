@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from jsonargparse import ArgumentParser
 
-from lightning_difftune.draws import labels_of, noise_of
+from lightning_difftune.draws import choices_of, noise_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.sampling import Guided, Sampler, adds_noise, ddim, is_flow, sample, scheduler_named, swap
 
@@ -99,9 +99,9 @@ def test_start_noise_and_labels_depend_on_seed_and_index_alone():
     assert not torch.equal(noise[0], noise[1])
     assert torch.equal(noise[2:3], noise_of(1, indices[2:3], (2, 3)))
     assert not torch.equal(noise, noise_of(2, indices, (2, 3)))
-    labels = labels_of(0, torch.arange(6000), 6)
+    labels = choices_of(0, torch.arange(6000), 6)
     assert torch.bincount(labels, minlength=6).min() > 880
-    assert torch.equal(labels_of(0, torch.tensor([17]), 6), labels[17:18])
+    assert torch.equal(choices_of(0, torch.tensor([17]), 6), labels[17:18])
 
 
 def test_domain_guidance_of_a_model_by_itself_is_plain_guidance():

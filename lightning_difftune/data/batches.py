@@ -46,7 +46,7 @@ class ShuffledStream:
         return type(self), (self.num_samples, self.batch_size, self.seed, self.rank, self.world_size)
 
     def _shuffle_of_pass(self, number: int) -> npt.NDArray[np.int64]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, number))
+        generator = torch.Generator().manual_seed(seed_of("order", self.seed, number))
         return torch.randperm(self.num_samples, generator=generator).numpy()
 
     def indices(self, step: int) -> list[int]:
@@ -61,7 +61,7 @@ class ShuffledStream:
 
     def coins(self, step: int) -> list[bool]:
         """B fair coin tosses of this rank at one step."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, step, 1))
+        generator = torch.Generator().manual_seed(seed_of("mirrored", self.seed, step))
         tosses = torch.rand(self.batch_size * self.world_size, generator=generator) < 0.5
         return tosses[self.rank :: self.world_size].tolist()
 
@@ -101,11 +101,11 @@ class BalancedStream(ShuffledStream):
         return type(self), (self.labels, self.batch_size, self.seed, self.rank, self.world_size)
 
     def _order_of_pass(self, number: int) -> npt.NDArray[np.int64]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, number, 2))
+        generator = torch.Generator().manual_seed(seed_of("classes", self.seed, number))
         return torch.randperm(len(self._members), generator=generator).numpy()
 
     def _turns_of_class(self, position: int, number: int) -> npt.NDArray[np.int64]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, number, 3, position))
+        generator = torch.Generator().manual_seed(seed_of("order of a class", self.seed, number, position))
         members = self._members[position]
         return members[torch.randperm(len(members), generator=generator).numpy()]
 

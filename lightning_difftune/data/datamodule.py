@@ -281,13 +281,13 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             LabelledTargets(read, self.num_classes, self.target.describe),
             self._target_stream(self.batch_size - retained, *share),
             bank.read if bank is not None else None,
-            ShuffledStream(len(bank), retained, seed_of(self.seed, 1), *share) if bank is not None else None,
+            ShuffledStream(len(bank), retained, seed_of("bank", self.seed), *share) if bank is not None else None,
             self.horizontal_flip,
         )
         return self._loader(batches, TrainingSteps(batches, self._batches_taken if self.trainer is not None else None))
 
     def _target_stream(self, batch_size: int, rank: int, world_size: int) -> ShuffledStream:
-        seed = seed_of(self.seed, 0)
+        seed = seed_of("target", self.seed)
         if not self.class_balanced:
             return ShuffledStream(len(self.target), batch_size, seed, rank, world_size)
         labels = self.target.labels()

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_difftune.draws import Draws, labels_of
+from lightning_difftune.draws import Draws, choices_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
@@ -220,7 +220,7 @@ class DiTDiffTuningModule(DiffTuningModule):
     def source_conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Classes of the pre-trained model, drawn uniformly from (seed, i) alone."""
         num_classes = self.base_identity["num_classes"]
-        return self._with_null(labels_of(self.seed, indices, num_classes), num_classes)
+        return self._with_null(choices_of(self.seed, indices, num_classes), num_classes)
 
     def source_condition(self, condition: Tensor) -> Tensor:
         """The null class: the pre-trained model does not know the target's classes."""
@@ -232,7 +232,7 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The source classes."""
-        return {"class_labels": labels_of(self.seed, indices, self.base_identity["num_classes"])}
+        return {"class_labels": choices_of(self.seed, indices, self.base_identity["num_classes"])}
 
     def bank_spec(self) -> dict[str, Any]:
         """How the source classes are drawn."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from lightning_difftune import draws
 from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch, SupportsEncode
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class PretrainedSamples:
             **self.latents_spec(),
             "latent_shape": list(module.sample_shape),
             "seed": module.seed,
+            "draws": draws.VERSION,
             **module.bank_spec(),
             **(target.bank_spec(module.objective) if (target := module.objective.retention_target) else {}),
         }

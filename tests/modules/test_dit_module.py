@@ -2,13 +2,14 @@
 
 import copy
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from tiny import quiet_trainer, tiny_dit, tiny_weights
+from tiny import quiet_trainer, tiny_dit, tiny_pictures, tiny_weights
 
 from lightning_difftune import (
     DiffTuningObjective,
@@ -341,3 +342,22 @@ def test_class_names_travel_in_the_checkpoint(weights, tmp_path):
     given = DiTDiffTuningModule(model=str(weights), num_classes=3, class_names=["x", "y", "z"])
     given.on_load_checkpoint(torch.load(tmp_path / "run.ckpt", weights_only=True))
     assert given.dit.class_names[:3] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_under_bf16_with_a_fused_step(tmp_path, algorithm):
+    """Lightning refuses it, for a reason that concerns fp16."""
+    limit, seen = 1e-4, []
+
+    def look(module):
+        seen.append(torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]))
+
+    before = LambdaCallback(on_before_optimizer_step=lambda trainer, module, optimizer: look(module))
+    after = LambdaCallback(on_train_batch_end=lambda trainer, module, *_: look(module))
+    module = DiTDiffTuningModule(tiny_dit(num_classes=3), optimizer=partial(torch.optim.AdamW, lr=0.0, fused=True))
+    data = MemoryBankDataModule(tiny_pictures(), 3, 8, 1, batch_size=4)
+    settings = {"gradient_clip_val": limit, "gradient_clip_algorithm": algorithm, "precision": "bf16-mixed"}
+    quiet_trainer(tmp_path, 1, before, after, **settings).fit(module, data)
+    measure = torch.linalg.vector_norm if algorithm == "norm" else lambda x: x.abs().max()
+    assert measure(seen[0]) > limit
+    assert measure(seen[1]) == pytest.approx(limit, rel=1e-3)
