@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, one job at a time in a folder, and digests."""
+"""Files and folders that are there whole or not at all and state their digests; one job at a time in a folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
 from lightning.fabric.utilities.rank_zero import rank_zero_info
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_difftune.errors import StoreError
+from lightning_difftune.errors import CheckpointError, StoreError
 
 LOCK = ".lock"
+SHA256 = "sha256"  # the key of a safetensors file's metadata under which our own files state their digest
+SUMS = "SHA256SUMS"  # in folders that we write
 
 # -- written whole ----------------------------------------------------------------------------------------------------
 
@@ -185,6 +189,72 @@ class FolderLock:
     def discard(self) -> None:
         """Delete the file: the folder is done, and nobody needs to take turns any more."""
         (self.folder / LOCK).unlink(missing_ok=True)
+
+
+# -- tensors and folders that state their digests ---------------------------------------------------------------------
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Map a safetensors file into memory => tensors, metadata; compared with its hash where it states one."""
+    try:
+        with safe_open(file, "pt") as content:
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            metadata = content.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
+    stated = metadata.pop(SHA256, None)
+    if stated is not None and stated != tensor_digest(tensors, metadata):
+        raise CheckpointError(
+            f"{file} was altered: its contents do not have the sha256 that it states. Export it again."
+        )
+    return tensors, metadata
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that states its hash, and whose bytes depend on what is in it alone."""
+    save_file(dict(tensors), file, {**metadata, SHA256: tensor_digest(tensors, metadata)})
+    order_metadata(file)
+
+
+def order_metadata(file: Path) -> None:
+    """Sort the metadata of a safetensors file in place, which the library writes in a random order."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= size:
+            opened.seek(8)
+            opened.write(ordered.ljust(size))
+
+
+def write_sums(folder: Path) -> None:
+    """State the SHA-256 of all files below a folder in its ``SHA256SUMS``, as ``sha256sum --check`` reads it.
+
+    A ``README.md`` is left out, which people edit.
+    """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (SUMS, "README.md"))
+    lines = [f"{file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: Path) -> None:
+    """Compare the files in a folder with ``SHA256SUMS`` in it, or in the folder above, if there is such a file.
+
+    Raises:
+        CheckpointError: If a file was altered.
+    """
+    for place in (folder, folder.parent):
+        if not (place / SUMS).is_file():
+            continue
+        stated = (place / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+        for digest, _, name in (line.partition("  ") for line in stated):
+            file = place / name
+            if file.parent == folder and file.is_file() and file_digest(file) != digest:
+                raise CheckpointError(
+                    f"{file} was altered: it does not have the SHA-256 in {place / SUMS}. Write or download it again; "
+                    f"if you changed it on purpose, delete {SUMS}."
+                )
 
 
 # -- SHA-256, in hexadecimal ------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_difftune.files import atomic_path, atomic_write, tensor_digest
-from lightning_difftune.models.checkpoint_files import write_safetensors
+from lightning_difftune.files import atomic_path, atomic_write, tensor_digest, write_safetensors
 
 
 @pytest.fixture

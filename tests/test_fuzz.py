@@ -20,7 +20,8 @@ from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.run import Run, check_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
-from lightning_difftune.models.checkpoint_files import read_json, read_safetensors, read_torch
+from lightning_difftune.files import read_safetensors
+from lightning_difftune.models.checkpoint_files import read_json, read_torch
 from lightning_difftune.models.checkpoints import read_file
 from lightning_difftune.schedules import MeasuredSchedule
 

@@ -6,20 +6,15 @@ import argparse
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.files import tensor_digest
 
 STATE_KEYS = ("ema", "ema_state_dict", "model", "module", "state_dict")  # averages first
-SHA256 = "sha256"  # the key of the metadata under which our own files state their hash
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -31,35 +26,6 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}.")
     return content
-
-
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a safetensors file into memory => tensors, metadata; compared with its hash where it states one."""
-    try:
-        with safe_open(file, "pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            metadata = content.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
-    stated = metadata.pop(SHA256, None)
-    if stated is not None and stated != tensor_digest(tensors, metadata):
-        raise CheckpointError(
-            f"{file} was altered: its contents do not have the sha256 that it states. Export it again."
-        )
-    return tensors, metadata
-
-
-def write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that states its hash, and whose bytes depend on what is in it alone."""
-    save_file(dict(tensors), file, {**metadata, SHA256: tensor_digest(tensors, metadata)})
-    with file.open("r+b") as opened:  # the library writes metadata in a random order
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(ordered) <= size:
-            opened.seek(8)
-            opened.write(ordered.ljust(size))
 
 
 def check_records(file: Path) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.files import tensor_digest
+from lightning_difftune.files import check_sums, read_safetensors, tensor_digest
 from lightning_difftune.models import diffusers_layout, hub
-from lightning_difftune.models.checkpoint_files import read_json, read_safetensors, read_torch
+from lightning_difftune.models.checkpoint_files import read_json, read_torch
 from lightning_difftune.models.dit import SIZES, DiT
 from lightning_difftune.models.weight_files import DIFFUSERS, find_weights, missing_shards
 
@@ -123,6 +123,8 @@ def read_folder(folder: Path) -> Contents:
     inner = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
     names = sorted(entry.name for entry in inner.iterdir())
     weights = find_weights(names)
+    for place in {folder, inner}:
+        check_sums(place)
     if weights is None or "config.json" not in names:
         missing = missing_shards(names)
         raise CheckpointError(

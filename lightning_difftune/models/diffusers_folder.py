@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import check_sums
 from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoints import BUNDLED
 from lightning_difftune.models.weight_files import DIFFUSERS, find_weights, missing_shards
@@ -58,6 +59,7 @@ def open_network(
     """
     folder = folder_of(source, subfolder, revision) / subfolder
     diffusers_class: Any = kind
+    check_sums(folder)
     try:
         # Through a folder whose configuration has another class, diffusers would fill a default network at random.
         config: dict[str, Any] = diffusers_class.load_config(str(folder), local_files_only=True)

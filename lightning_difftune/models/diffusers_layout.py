@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import check_sums
 from lightning_difftune.models.dit import sincos_2d
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def load_exact_transformer(folder: str | Path) -> DiTTransformer2DModel:
 
     folder = Path(folder)
     inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    check_sums(inner)
     try:
         transformer = Transformer.from_pretrained(str(inner), local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from lightning_difftune import __version__
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.files import atomic_path
+from lightning_difftune.files import atomic_path, write_safetensors, write_sums
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
-from lightning_difftune.models.checkpoint_files import write_safetensors
 from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
@@ -73,6 +72,7 @@ def export_dit(
                 write_file(model, draft)
             else:
                 write_diffusers(model, draft, autoencoder)
+                write_sums(draft)
             verify(model, draft)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot write {path}: {error}. Is the disk full, or the folder protected?") from error

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.files import atomic_path
+from lightning_difftune.files import atomic_path, write_sums
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 
@@ -43,6 +43,7 @@ def export_network(network: Any, folder: str | Path, *, overwrite: bool = False)
     try:
         with atomic_path(folder) as draft:
             network.save_pretrained(draft)
+            write_sums(draft)
             again = open_network(type(network), draft)
             if fingerprint(again) != fingerprint(network):
                 raise CheckpointError("Not exported: what was written does not read back as the same weights.")

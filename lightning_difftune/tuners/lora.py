@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2022) by ``peft``, whose adapter files it reads and writes."""
+"""LoRA (Hu et al., 2022) by ``peft``; it reads and writes the files of ``peft`` and of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.files import check_sums, read_safetensors, write_safetensors
+from lightning_difftune.tuners import lora_files
 from lightning_difftune.tuners.base import Model, ParameterEfficientTuner
 from lightning_difftune.tuners.fused_qkv import PARTS, fuse_qkv, fused_names, split_qkv
 
@@ -86,21 +88,25 @@ class LoRA(ParameterEfficientTuner):
     def save_adapter(self, model: nn.Module, folder: str | Path, base: str) -> None:
         """Write the updates and the label table as ``peft`` does, for ``PeftModel.from_pretrained`` to open.
 
+        The folder is there whole or not at all, and the same updates give the same bytes.
+
         Args:
             model: A network that this tuner was applied to.
-            folder: Gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+            folder: Gets ``adapter_config.json``, ``adapter_model.safetensors`` and their ``SHA256SUMS``; an adapter
+                that is there is replaced.
             base: Identity of the pre-trained weights, such as a module's ``base_identity["fingerprint"]``.
-        """
-        from safetensors.torch import save_file
 
-        folder = Path(folder)
-        config = self._config()
+        Raises:
+            CheckpointError: If the folder holds something else, or cannot be written.
+        """
         state = self._state(model)
-        config.modules_to_save = [TABLE] if f"{PREFIX}{TABLE}.weight" in state else None
+        config = self._config()
+        config.modules_to_save = [TABLE] if f"{TABLE}.weight" in state else None
         config.inference_mode = True  # as peft writes it
-        config.save_pretrained(str(folder))
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt", "base": base})
+        with lora_files.folder_for(folder) as draft:
+            lora_files.write_config(config, draft / lora_files.CONFIG)
+            tensors = {PREFIX + name: tensor for name, tensor in state.items()}
+            write_safetensors(tensors, draft / lora_files.ADAPTER, {"format": "pt", "base": base})
 
     def load_adapter(self, model: nn.Module, folder: str | Path, base: str) -> None:
         """Read what :meth:`save_adapter`, or ``peft``, has written.
@@ -114,16 +120,15 @@ class LoRA(ParameterEfficientTuner):
             CheckpointError: If the files are missing or damaged, of another base, or of other settings.
         """
         from peft import LoraConfig
-        from safetensors import SafetensorError, safe_open
 
-        file = Path(folder) / "adapter_model.safetensors"
+        file = Path(folder) / lora_files.ADAPTER
+        check_sums(Path(folder))
         try:
             config = LoraConfig.from_pretrained(str(folder))
-            with safe_open(file, "pt") as opened:
-                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                saved = (opened.metadata() or {}).get("base", base)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{folder} is no LoRA adapter of peft: {error}.") from error
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder} is not a LoRA adapter of peft: {error}.") from error
+        found, metadata = read_safetensors(file)
+        saved = metadata.get("base", base)
         if saved != base:
             raise CheckpointError(
                 f"{file} was trained from the base {saved[:12]}, but the model here starts from {base[:12]}. "
@@ -135,20 +140,50 @@ class LoRA(ParameterEfficientTuner):
                 f"{folder} has rank {config.r}, alpha {config.lora_alpha} and targets "
                 f"{sorted(config.target_modules or ())}; this tuner has {wanted[0]}, {wanted[1]} and {wanted[2]}."
             )
-        expected = self._state(model)
-        differing = sorted(
-            name
-            for name in found.keys() | expected.keys()
-            if name not in found or name not in expected or found[name].shape != expected[name].shape
-        )
-        if differing:
+        self._fill(model, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}, file)
+
+    def save_lora_weights(self, model: nn.Module, folder: str | Path) -> None:
+        """Write the updates as diffusers' pipelines open them: ``pipeline.load_lora_weights(folder)``.
+
+        That computes what the model computes, for any alpha, which is in the file's metadata.
+
+        Args:
+            model: A network of diffusers that this tuner was applied to, such as a pipeline's UNet or transformer.
+            folder: Gets ``pytorch_lora_weights.safetensors`` and ``SHA256SUMS``; a LoRA that is there is replaced.
+
+        Raises:
+            ConfigError: If the network is not of diffusers.
+            CheckpointError: If the folder holds something else or cannot be written.
+        """
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state(model).items()}
+        with lora_files.folder_for(folder) as draft:
+            lora_files.write_diffusers(model, state, self._config(), draft)
+
+    def load_lora_weights(self, model: nn.Module, source: str | Path, *, network_only: bool = False) -> None:
+        """Read a LoRA of diffusers' trainers or of kohya's (``lora_unet_...``), whatever its alpha.
+
+        Args:
+            model: A network of diffusers that this tuner was applied to; it stays as it is if the file does not fit.
+            source: A safetensors file, or a folder with ``pytorch_lora_weights.safetensors``.
+            network_only: Leave out what the file has for text encoders, which this tuner does not train.
+
+        Raises:
+            ConfigError: If the network is not of diffusers.
+            CheckpointError: If the file is missing, damaged, or has updates that this tuner does not.
+        """
+        file, factors, scales = lora_files.read_diffusers(model, source, network_only)
+        ranks = sorted({len(tensor) for name, tensor in factors.items() if ".lora_A." in name})
+        if ranks != [self.rank]:
             raise CheckpointError(
-                f"{file} does not fit the model: {len(differing)} tensors are missing, unknown or of another shape, "
-                f"the first is {differing[0]}."
+                f"{file} has updates of rank {ranks}, this tuner of {self.rank}. Give it the file's rank; a file of "
+                "several ranks is not supported."
             )
-        with torch.no_grad():
-            for name, tensor in expected.items():
-                tensor.copy_(found[name])
+        own = self.alpha / self.rank
+        scaled = {
+            name: tensor * (scales[name.partition(".lora_")[0]] / own) if ".lora_B." in name else tensor
+            for name, tensor in factors.items()
+        }
+        self._fill(model, scaled, file)
 
     def _config(self) -> LoraConfig:
         from peft import LoraConfig
@@ -158,4 +193,23 @@ class LoRA(ParameterEfficientTuner):
     def _state(self, model: nn.Module) -> dict[str, Tensor]:
         """The trained tensors under the names of peft's files, sharing the model's memory."""
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return {PREFIX + name.replace(".default.", "."): parameter for name, parameter in trained.items()}
+        return {name.replace(".default.", "."): parameter for name, parameter in trained.items()}
+
+    def _fill(self, model: nn.Module, found: dict[str, Tensor], file: Path) -> None:
+        """Copy tensors into the model if all of them fit, and none is missing."""
+        expected = self._state(model)
+        differing = sorted(
+            name
+            for name in found.keys() | expected.keys()
+            if name not in found or name not in expected or found[name].shape != expected[name].shape
+        )
+        if differing:
+            targets = sorted({name.partition(".lora_")[0] for name in found if ".lora_" in name})
+            raise CheckpointError(
+                f"{file} does not fit the model: {len(differing)} tensors are missing, unknown or of another shape, "
+                f"the first is {differing[0]}. The file updates {len(targets)} layers, such as {targets[:2]}; the "
+                f"tuner's target_modules are {list(self.target_modules)}."
+            )
+        with torch.no_grad():
+            for name, tensor in expected.items():
+                tensor.copy_(found[name])

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.models.checkpoint_files import read_json, read_safetensors, read_torch
+from lightning_difftune.files import read_safetensors
+from lightning_difftune.models.checkpoint_files import read_json, read_torch
 
 STATE = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
 

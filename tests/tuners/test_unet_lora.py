@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,140 @@ def test_full_fine_tuning_trains_all_of_it(pipeline_folder: str) -> None:
     low = TextToImageDiffTuningModule(pipeline_folder, tuner=LoRA(rank=2, target_modules=ATTENTION))
     low.configure_model()
     assert all("lora_" in name for name, p in low.named_parameters() if p.requires_grad)
+
+
+ALL = ("to_q", "to_v", "to_out.0")
+
+
+def pipeline_with(unet: Any) -> Any:
+    """A pipeline of which only the UNet is used."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(None, None, None, unet, None, None, None, requires_safety_checker=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alpha", [2, 6, 3])
+def test_diffusers_pipelines_open_our_lora_whatever_its_alpha(tmp_path: Path, alpha: int) -> None:
+    tuner = LoRA(rank=2, alpha=alpha, target_modules=ALL)
+    unet = tuned_unet(tuner)
+    tuner.save_lora_weights(unet, tmp_path / "lora")
+    pipeline = pipeline_with(tiny_unet())
+    pipeline.load_lora_weights(str(tmp_path / "lora"))
+    torch.testing.assert_close(output_of(pipeline.unet), output_of(unet), rtol=0, atol=1e-5)
+    other = tiny_unet()
+    tuner.apply(other)
+    tuner.load_lora_weights(other, tmp_path / "lora")
+    assert torch.equal(output_of(other), output_of(unet))
+
+
+def other_formats(unet: Any, file: Path, format: str, alpha: float) -> None:
+    """The updates of a UNet as other trainers write them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().contiguous() for name, tensor in get_peft_model_state_dict(unet).items()}
+    if format == "kohya":
+        renamed = {}
+        for name, tensor in state.items():
+            layer, _, factor = name.partition(".lora_")
+            start = "lora_unet_" + layer.replace(".", "_")
+            renamed[f"{start}.lora_{'down' if factor[0] == 'A' else 'up'}.weight"] = tensor
+            renamed[f"{start}.alpha"] = torch.tensor(alpha)
+    elif format == "diffusers":  # without metadata, as its trainers wrote it until 2025: alpha is the rank
+        renamed = {f"unet.{name}": tensor for name, tensor in state.items()}
+    else:
+        names = {"lora_A": "lora.down", "lora_B": "lora.up"}
+        renamed = {f"unet.{name.replace(a, b)}": state[name] for a, b in names.items() for name in state if a in name}
+    save_file(renamed, file)
+
+
+@pytest.mark.parametrize(("format", "alpha"), [("kohya", 6.0), ("kohya", 1.0), ("diffusers", 2.0), ("older", 2.0)])
+def test_loras_of_other_trainers_are_read(tmp_path: Path, format: str, alpha: float) -> None:
+    unet = tuned_unet(LoRA(rank=2, alpha=int(alpha), target_modules=ALL))
+    other_formats(unet, tmp_path / "theirs.safetensors", format, alpha)
+    tuner = LoRA(rank=2, alpha=5, target_modules=ALL)
+    ours = tiny_unet()
+    tuner.apply(ours)
+    tuner.load_lora_weights(ours, tmp_path / "theirs.safetensors")
+    torch.testing.assert_close(output_of(ours), output_of(unet), rtol=0, atol=1e-5)
+
+
+def test_a_lora_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    unet = tuned_unet(LoRA(rank=2, target_modules=ALL))
+    file = tmp_path / "theirs.safetensors"
+    other_formats(unet, file, "diffusers", 2)
+    tuner, ours = LoRA(rank=2, target_modules=ATTENTION), tiny_unet()
+    tuner.apply(ours)
+    state = fingerprint(ours)
+    with pytest.raises(CheckpointError, match=r"the first is .*to_out.*target_modules are \['to_q', 'to_v'\]"):
+        tuner.load_lora_weights(ours, file)
+    wide, wider = LoRA(rank=3, target_modules=ALL), tiny_unet()
+    wide.apply(wider)
+    with pytest.raises(CheckpointError, match=r"updates of rank \[2\], this tuner of 3"):
+        wide.load_lora_weights(wider, file)
+    content = load_file(file)
+    encoder = {
+        f"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{x}.weight": torch.ones(2, 2) for x in "AB"
+    }
+    save_file(content | encoder, file)
+    full, fuller = LoRA(rank=2, target_modules=ALL), tiny_unet()
+    full.apply(fuller)
+    with pytest.raises(CheckpointError, match=r"2 tensors beyond the unet's.*network_only=True"):
+        full.load_lora_weights(fuller, file)
+    full.load_lora_weights(fuller, file, network_only=True)
+    save_file(content | {"unet.conv_in.dora_scale": torch.ones(2)}, file)
+    with pytest.raises(CheckpointError, match=r"not a plain LoRA: it has unet\.conv_in\.dora_scale"):
+        tuner.load_lora_weights(ours, file)
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
+        tuner.load_lora_weights(ours, tmp_path / "absent")
+    assert fingerprint(ours) == state
+
+
+@pytest.mark.parametrize("format", ["peft", "diffusers"])
+def test_lora_folders_are_the_same_bytes_each_time_and_say_when_they_are_damaged(tmp_path: Path, format: str) -> None:
+    tuner = LoRA(rank=2, alpha=6, target_modules=ALL)
+    unet = tuned_unet(tuner)
+
+    def save(folder: Path) -> None:
+        if format == "peft":
+            tuner.save_adapter(unet, folder, "abc")
+        else:
+            tuner.save_lora_weights(unet, folder)
+
+    def load(folder: Path) -> None:
+        if format == "peft":
+            tuner.load_adapter(unet, folder, "abc")
+        else:
+            tuner.load_lora_weights(unet, folder)
+
+    for name in ("first", "second", "first"):  # also over what is there
+        save(tmp_path / name)
+    files = {file.name: file.read_bytes() for file in (tmp_path / "first").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in (tmp_path / "second").iterdir()}
+    assert all((tmp_path / "first" / name).stat().st_mode & 0o777 == 0o666 & ~umask() for name in files)
+    state = fingerprint(unet)
+    for name, content in files.items():
+        for position in range(0, len(content), max(1, len(content) // 20)):
+            flipped = bytearray(content)
+            flipped[position] ^= 64
+            (tmp_path / "first" / name).write_bytes(flipped)
+            if name != "SHA256SUMS":
+                with pytest.raises(CheckpointError, match=f"{name} was altered"):
+                    load(tmp_path / "first")
+            else:
+                with contextlib.suppress(CheckpointError):
+                    load(tmp_path / "first")
+            assert fingerprint(unet) == state
+        (tmp_path / "first" / name).write_bytes(content)
+    (tmp_path / "first" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"holds \['notes\.txt'\], and a LoRA's folder is replaced as a whole"):
+        save(tmp_path / "first")
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+def umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value
