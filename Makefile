@@ -25,7 +25,7 @@ test-gpu: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy lightning_difftune benchmarks
+	$(BIN)/mypy lightning_difftune benchmarks pretraining
 	$(BIN)/lint-imports
 
 docs: .venv/.dev

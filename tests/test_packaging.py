@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from setuptools import find_namespace_packages
 
 import lightning_difftune
 
@@ -28,11 +29,14 @@ def test_one_version():
     assert version in re.findall(r"\d+\.\d+\.\d+", (ROOT / "CHANGELOG.md").read_text().split("## ")[1])
 
 
-def test_every_package_is_listed():
-    """A folder of code that is missing from the list would be missing from the wheel alone."""
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {file.parent for file in (ROOT / "lightning_difftune").rglob("__init__.py")}
-    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} <= listed
+def test_every_folder_of_code_and_of_configs_is_found():
+    """A folder that is not found would be missing from the wheel alone."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    found = set(find_namespace_packages(str(ROOT), **settings))
+    code = {file.parent.relative_to(ROOT) for file in (ROOT / "lightning_difftune").rglob("__init__.py")}
+    configs = {Path("lightning_difftune", file.parent.relative_to(ROOT)) for file in (ROOT / "configs").rglob("*.yaml")}
+    assert {".".join(folder.parts) for folder in code | configs} <= found
+    assert not [name for name in found if name.split(".")[0] != "lightning_difftune"]
 
 
 def test_citation_has_what_the_format_asks_for():
@@ -81,7 +85,7 @@ def test_distributions_hold_what_they_should(built):
             if file.is_file() and wanted and "__pycache__" not in file.parts:
                 inside = file.relative_to(ROOT).as_posix()
                 assert (inside if folder == "lightning_difftune" else f"lightning_difftune/{inside}") in packed
-    assert not [name for name in packed if name.startswith(("tests", "docs", "notebooks"))]
+    assert not [name for name in packed if name.startswith(("tests", "docs", "notebooks", "configs", "pretraining"))]
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "CHANGELOG.md", "CITATION.cff", "Makefile", "tests/conftest.py", "docs/index.md"} <= names

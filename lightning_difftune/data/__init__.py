@@ -12,7 +12,6 @@ from lightning_difftune.data.image_files import CUB200, ImageFolder, ListedImage
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter
-from lightning_difftune.data.omniglot import RenderedOmniglot
 from lightning_difftune.data.partition import Partition
 from lightning_difftune.data.web_dataset import WebDatasetShards
 
@@ -39,7 +38,6 @@ __all__ = [
     "MidasNormal",
     "NpzImages",
     "Partition",
-    "RenderedOmniglot",
     "UperNetSegmentation",
     "WebDatasetShards",
 ]

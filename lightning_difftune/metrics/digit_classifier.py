@@ -17,7 +17,7 @@ BUNDLED = Path(__file__).parent / "weights" / "digit-classifier.safetensors"
 class DigitClassifier(nn.Module):
     """Convolutional classifier of small grey digits with 64 features before its last layer.
 
-    The bundled weights were trained by ``python -m lightning_difftune.cli.digit_classifier`` on the 4,000 training
+    The bundled weights were trained by ``python -m pretraining.digit_classifier`` on the 4,000 training
     pictures of :class:`~lightning_difftune.data.HandwrittenDigits`, cropped to 24 and resized to 20 pixels as in the
     quickstart; the 1,000 held-out pictures tell how good it is.
 

@@ -10,14 +10,17 @@ from typing import Any
 import yaml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-ALL_FILES = sorted(path.relative_to(CONFIGS.parent).as_posix() for path in CONFIGS.rglob("*.yaml"))
+PRETRAINING = CONFIGS.parent / "pretraining"
+ALL_FILES = sorted(
+    path.relative_to(CONFIGS.parent).as_posix() for folder in (CONFIGS, PRETRAINING) for path in folder.rglob("*.yaml")
+)
 # Which files each test_<family>.py covers: folders, and files of configs/ itself.
 FAMILIES = {
     "dit": ("ablations", "dit", "presets", "tuners"),
     "controlnet": ("controlnet",),
     "loggers": ("loggers",),
     "photos": ("photos",),
-    "pretrain": ("pretrain", "quickstart.yaml"),
+    "pretrain": ("pretraining", "quickstart.yaml"),
     "strategy": ("strategy",),
     "studies": ("studies",),
     "text_to_image": ("text_to_image",),
@@ -26,7 +29,7 @@ FAMILIES = {
 
 def files_of(family: str) -> list[str]:
     """The files that test_<family>.py covers."""
-    return [file for file in ALL_FILES if Path(file).parts[1] in FAMILIES[family]]
+    return [file for file in ALL_FILES if {*Path(file).parts[:2]} & {*FAMILIES[family]}]
 
 
 def header(file: str) -> str:
@@ -38,8 +41,10 @@ def header(file: str) -> str:
 
 def commands(file: str) -> list[list[str]]:
     """The ``difftune`` commands in a file's header, without the program's name."""
+    program = "(?:difftune|python -m lightning_difftune)"
     joined = header(file).replace("\\\n", " ")
-    return [shlex.split(line) for line in re.findall(r"^ +difftune ((?:fit|compare) .*)$", joined, flags=re.MULTILINE)]
+    found = re.findall(rf"^ +{program} ((?:fit|compare) .*)$", joined, flags=re.MULTILINE)
+    return [shlex.split(line) for line in found]
 
 
 def arguments(file: str) -> list[str]:

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from config_files import CONFIGS
+from config_files import CONFIGS, PRETRAINING
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +18,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working directory with the config hub in it."""
     folder = tmp_path_factory.mktemp("workplace")
     (folder / "configs").symlink_to(CONFIGS)
+    (folder / "pretraining").symlink_to(PRETRAINING)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         yield folder

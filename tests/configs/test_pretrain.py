@@ -14,7 +14,7 @@ from lightning_difftune.callbacks import EMA
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.data.source_facts import labels_of
 
-FLOWERS = "configs/pretrain/flowers.yaml"
+FLOWERS = "pretraining/flowers.yaml"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,5 +39,5 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     else:
         assert cli.model._num_classes == cli.datamodule.num_classes
         assert labels_of(cli.datamodule.target.source) is not None, "labels are checked before the run starts"
-    if file.startswith("configs/pretrain/"):
+    if file.startswith("pretraining/"):
         assert not cli.model.uses_retention, "nothing is there to be retained"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from config_files import CONFIGS, arguments, files_of
-from tiny_data import make_small_omniglot, make_small_photos, make_tiny_imagenet
+from tiny_data import make_small_photos, make_tiny_imagenet
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.compare.jobs import read_jobs
@@ -22,9 +22,8 @@ from lightning_difftune.schedules import fit_schedule
 
 @pytest.fixture(scope="module", autouse=True)
 def data(workplace: Path) -> None:
-    """Small photos and characters, and a source that was trained here; the digits come with a dependency."""
+    """Small photos, and a source that was trained here; the digits come with a dependency."""
     (workplace / "data").mkdir()
-    make_small_omniglot(workplace / "data")
     make_small_photos(workplace / "data", each=5)
     make_tiny_imagenet(workplace / "data", 200)
     (workplace / "runs/pretrain-longer").mkdir(parents=True)

@@ -170,12 +170,6 @@ def make_omniglot(data: Path) -> None:
         Image.fromarray(ink).convert("1").save(folder / "0001_01.png")
 
 
-def make_small_omniglot(data: Path) -> None:
-    """Three hatched drawings, in the layout that RenderedOmniglot reads from a file."""
-    ink = np.full((3, -(-105 * 105 // 8)), 0b10101010, np.uint8)
-    np.savez(data / "omniglot_small_105.npz", ink=ink, labels=np.arange(3), class_names=["alif", "bet", "gimel"])
-
-
 def make_tiny_imagenet(data: Path, count: int = 2) -> None:
     labels = np.arange(count) % 200
     np.savez(data / "tiny_imagenet_32.npz", images=np.zeros((count, 32, 32, 3), np.uint8), labels=labels)

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.callbacks import FID
-from lightning_difftune.cli.digit_classifier import digits
 from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, count_trainable
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
-from lightning_difftune.data import MemoryBank
+from lightning_difftune.data import HandwrittenDigits, ImageTargets, MemoryBank
 from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.pictures import to_uint8
@@ -34,6 +33,12 @@ class Tuned:
     curve: list[tuple[int, float]]  # Fréchet distance over training steps
     seconds: float
     parameters: int
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Pictures (N, 1, 20, 20) uint8 and labels (N,) as the quickstart has them."""
+    source = HandwrittenDigits("train" if split == "train" else "test", crop=24)
+    return ImageTargets(source, image_size=20, channels=1).uint8(range(len(source))), torch.from_numpy(source.labels)
 
 
 def quickstart_digits(output: Path, options: argparse.Namespace) -> None:

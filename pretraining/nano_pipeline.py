@@ -1,4 +1,4 @@
-"""``python -m lightning_difftune.cli.nano_pipeline``: a text-to-image pipeline for 32 px, up to its pre-training.
+"""``python -m pretraining.nano_pipeline``: a text-to-image pipeline for 32 px, up to its pre-training.
 
 It has the parts, the file layout and the noise schedule of Stable Diffusion 1.5 at a hundredth of its size, so that
 what trains on the one trains on the other: a CLIP tokenizer and text encoder, a UNet with cross-attention, a KL
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
-from lightning_difftune.cli.nano_autoencoder import new_autoencoder, peak_signal_to_noise, train_autoencoder
 from lightning_difftune.data import ImageTargets, NpzImages
 from lightning_difftune.data.source_facts import class_names_of
 from lightning_difftune.errors import DataError
 from lightning_difftune.prompts import DEFAULT_PROMPT
+from pretraining.nano_autoencoder import new_autoencoder, peak_signal_to_noise, train_autoencoder
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL, UNet2DConditionModel

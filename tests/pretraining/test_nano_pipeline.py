@@ -10,14 +10,15 @@ import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
 from torchvision.datasets import Flowers102
 
-from lightning_difftune.cli.nano_autoencoder import (
+from lightning_difftune.errors import DataError
+from pretraining.nano_autoencoder import (
     new_autoencoder,
     peak_signal_to_noise,
     reconstruction_loss,
     train_autoencoder,
     unit_variance_scale,
 )
-from lightning_difftune.cli.nano_pipeline import (
+from pretraining.nano_pipeline import (
     CAPTIONS,
     MAX_TOKENS,
     PROMPTS,
@@ -26,7 +27,6 @@ from lightning_difftune.cli.nano_pipeline import (
     new_text_encoder,
     new_tokenizer,
 )
-from lightning_difftune.errors import DataError
 
 NAMES = Flowers102.classes
 DRAW = {"num_inference_steps": 2, "output_type": "np"}

@@ -8,9 +8,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 
-from lightning_difftune.data import omniglot
-from lightning_difftune.data.omniglot import RenderedOmniglot
 from lightning_difftune.errors import ConfigError, DataError
+from pretraining import omniglot
+from pretraining.omniglot import RenderedOmniglot
 
 CLASS_NAMES = ["Runes/character01", "Runes/character02", "Shapes/character01"]
 LABELS = np.array([0, 0, 1, 2])

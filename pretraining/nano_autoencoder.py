@@ -1,4 +1,4 @@
-"""The autoencoder of the small text-to-image pipeline that :mod:`lightning_difftune.cli.nano_pipeline` writes."""
+"""The autoencoder of the small text-to-image pipeline that :mod:`pretraining.nano_pipeline` writes."""
 
 from __future__ import annotations
 

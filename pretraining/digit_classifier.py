@@ -1,4 +1,4 @@
-"""``python -m lightning_difftune.cli.digit_classifier``: train the classifier that the quickstart counts with."""
+"""``python -m pretraining.digit_classifier``: train the classifier that the quickstart counts with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2 import RandomAffine
 
-from lightning_difftune.data import HandwrittenDigits, ImageTargets
+from lightning_difftune.cli.quickstart.digits import digits
 from lightning_difftune.metrics.digit_classifier import BUNDLED, DigitClassifier
 
 
@@ -31,12 +31,6 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 30, seed: int
         if step % 200 == 0:
             print(f"step {step} of {steps}: loss {loss.item():.3f}")
     return model.eval().requires_grad_(False)
-
-
-def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 1, 20, 20) uint8 and labels (N,) as the quickstart has them."""
-    source = HandwrittenDigits("train" if split == "train" else "test", crop=24)
-    return ImageTargets(source, image_size=20, channels=1).uint8(range(len(source))), torch.from_numpy(source.labels)
 
 
 def main() -> None:
