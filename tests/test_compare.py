@@ -258,8 +258,12 @@ def test_what_a_result_holds(project):
     assert found["fit_seconds"] > 0
     assert {"torch", "lightning_difftune"} <= found["versions"].keys()
     assert found["threads"] == torch.get_num_threads()
-    with Image.open("out/results/tuned-seed1.png") as grid:
+    with Image.open("out/runs/tuned-seed1/samples.png") as grid:
         assert grid.size == (10 * 22 + 2, 10 * 22 + 2)
+        first_row = np.asarray(grid.convert("RGB"))[:24]
+    with Image.open("out/samples.png") as sheet:  # one row for each run, behind its name
+        assert sheet.height == 24
+        assert (np.asarray(sheet)[:, -222:] == first_row).all()
     assert [path.name for path in Path("out").glob("bank*")] == ["bank-seed1"]
     (row,) = table()
     assert (row["run"], row["seeds"], row["fd_digit_classifier std"], row["change"]) == ("tuned", "1", "", "")
@@ -283,6 +287,7 @@ def test_report_draws_again_from_the_results_alone(finished, monkeypatch, capsys
     assert "<svg" in Path("out/figures/sweep.svg").read_text()
     with Image.open("out/figures/curves.png") as picture:
         assert np.asarray(picture).std() > 5, "something is drawn"
+    sheet = Path("out/samples.png").read_bytes()
     outputs = [Path("out/table.csv"), Path("out/table.md"), *Path("out/figures").iterdir()]
     written = {path: path.read_bytes() for path in outputs}
     for path in outputs:
@@ -292,6 +297,7 @@ def test_report_draws_again_from_the_results_alone(finished, monkeypatch, capsys
     capsys.readouterr()
     assert main(["compare", "study.yaml", "--report"]) == 0
     assert {path: path.read_bytes() for path in outputs} == written
+    assert Path("out/samples.png").read_bytes() == sheet, "the samples were deleted with the runs"
     assert "4 of 4 results in out/results" in capsys.readouterr().out
 
 
@@ -302,8 +308,8 @@ def test_results_may_be_kept_apart_from_the_runs(finished, monkeypatch, capsys):
     monkeypatch.delattr(compare, "start_process")
     assert main(["compare", "study.yaml"]) == 0, "all runs are finished"
     assert "4 of 4 results in kept/results" in capsys.readouterr().out
-    assert sorted(path.name for path in Path("kept").iterdir()) == ["figures", "results", "table.csv", "table.md"]
-    assert not list(Path("out").glob("[!.]*"))
+    assert sorted(path.name for path in Path("kept").iterdir()) == ["results", "table.csv", "table.md"]  # no sheet
+    assert [path.name for path in Path("out").glob("[!.]*")] == ["figures"]
     assert main(["compare", "study.yaml", "--output", "elsewhere", "--dry_run"]) == 0
     assert "plain-seed0: to do" in capsys.readouterr().out
 

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.compare.figures import draw_figures
+from lightning_difftune.cli.compare.figures import contact_sheet, draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
 from lightning_difftune.cli.compare.table import comparison, write_tables
@@ -203,12 +203,14 @@ def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console:
         ConfigError: If there is none.
     """
     results: list[tuple[StudyRun, Mapping[str, Any]]] = []
+    grids: dict[str, Path] = {}  # of each run's first seed
     composed = [(job.run, job.seed) for job in jobs]
     others = [run for run in finished_runs(study, kept) if run not in composed]
     for job in sorted([*jobs, *read_jobs(study, others, output, kept)], key=lambda job: job.seed):
         result = job.result()
         if result is not None:
             results.append((job.run, result))
+            grids.setdefault(job.run.name, job.grid_path)
             if differences := job.differences():
                 console.print(f"{job.name} was made with another config: {'; '.join(differences)}")
     if not results:
@@ -217,5 +219,7 @@ def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console:
     console.print(f"{len(results)} of {of} results in {kept / 'results'}")
     lines = comparison(study, results)
     write_tables(study, lines, kept, console)
-    draw_figures(study, lines, kept / "figures")
-    console.print(f"Tables {kept / 'table.csv'}, {kept / 'table.md'}; figures in {kept / 'figures'}")
+    draw_figures(study, lines, output / "figures")
+    if all(path.is_file() for path in grids.values()):  # those of kept results may be on another machine
+        atomic_write(kept / "samples.png", contact_sheet(grids))
+    console.print(f"Tables {kept / 'table.csv'}, {kept / 'table.md'}; figures in {output / 'figures'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,3 +119,21 @@ def grid(study: Study, rows: int, columns: int, sharey: bool = False) -> tuple[F
     axes = figure.subplots(rows, columns, squeeze=False, sharey=sharey)
     figure.suptitle(study.title, fontsize=12)
     return figure, list(axes.flat)
+
+
+def contact_sheet(grids: Mapping[str, Path]) -> bytes:
+    """PNG of the first ten samples of each run, one row for each, from grids that have ten in a row."""
+    from PIL import Image, ImageDraw
+
+    rows = []
+    for path in grids.values():
+        with Image.open(path) as picture:
+            rows.append(picture.convert("RGB").crop((0, 0, picture.width, (picture.height - 2) // 10 + 2)))
+    left, height = 8 + 6 * max(map(len, grids)), max(row.height for row in rows)
+    sheet = Image.new("RGB", (left + max(row.width for row in rows), height * len(rows)), "white")
+    for number, (name, row) in enumerate(zip(grids, rows, strict=True)):
+        ImageDraw.Draw(sheet).text((4, number * height + height // 2 - 6), name, fill="black")
+        sheet.paste(row, (left, number * height))
+    png = io.BytesIO()
+    sheet.save(png, format="PNG", optimize=True)
+    return png.getvalue()

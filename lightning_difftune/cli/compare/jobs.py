@@ -53,8 +53,13 @@ class Job:
 
     @property
     def result_path(self) -> Path:
-        """The result of the finished run; its sample grid has the suffix ``.png``."""
+        """The result of the finished run."""
         return self.kept / "results" / f"{self.name}.json"
+
+    @property
+    def grid_path(self) -> Path:
+        """The sample grid of the finished run."""
+        return self.folder / "samples.png"
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,13 +99,11 @@ class Job:
     def discard_leftovers(self) -> None:
         """Delete what killed runs have left half-written."""
         discard_temporaries(self.folder)
-        for path in (self.result_path, self.result_path.with_suffix(".png")):
-            discard_temporaries(path.parent, path.name)
+        discard_temporaries(self.result_path.parent, self.result_path.name)
 
     def forget(self) -> None:
         """Delete the result and the run's folder."""
         self.result_path.unlink(missing_ok=True)
-        self.result_path.with_suffix(".png").unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)
 

@@ -70,7 +70,7 @@ def work(folder: Path) -> None:
     path = Path(job["result"])
     path.parent.mkdir(parents=True, exist_ok=True)
     if grid is not None:
-        atomic_write(path.with_suffix(".png"), grid)
+        atomic_write(folder / "samples.png", grid)
     atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
