@@ -258,7 +258,7 @@ def test_what_a_run_prints(project):
         assert noise not in printed, printed
     wrong = subprocess.run([*entry, "train"], capture_output=True, text=True, timeout=60, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.startswith("difftune: 'train' is no command; choose from quickstart, data, plan, fit,")
+    assert wrong.stderr.startswith("difftune: 'train' is no command; choose from quickstart, init, data, plan, fit,")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_what_a_run_prints(project):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train"], "'train' is no command; choose from quickstart, data, plan, fit"),
+        (["train"], "'train' is no command; choose from quickstart, init, data, plan, fit"),
         ([*FIT, "--modle", "x"], r"unrecognized arguments: --modle x\n`difftune fit --help`"),
         (["fit", "--config", "none.yaml"], "does not exist.*none.yaml"),
         ([*FIT, f"{DATA}batch_size", "five"], "Expected a <class 'int'>. Got value: five"),

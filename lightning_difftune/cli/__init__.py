@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_difftune import __version__
 from lightning_difftune.errors import ConfigError, DiffTuneError
@@ -12,6 +13,7 @@ from lightning_difftune.errors import ConfigError, DiffTuneError
 # What can be typed after `difftune`, in the groups that the help shows.
 COMMANDS = {
     "quickstart": "Diff-Tune a small bundled model on a CPU, in four minutes",
+    "init": "look at your pictures and write a config for them",
     "data": "what is in a data set: `difftune data check PATH`",
     "plan": "what a config will cost: operations, memory, disk and hours",
     "fit": "fine-tune; builds a missing memory bank first",
@@ -34,7 +36,7 @@ def lines_about(*names: str) -> str:
 HELP = f"""difftune {__version__}: Diff-Tuning for diffusion models
 
 First steps
-{lines_about("quickstart", "data", "plan")}
+{lines_about("quickstart", "init", "data", "plan")}
 
 Runs: each takes --config FILE several times, and any key of it as an option
 {lines_about("fit", "validate", "test", "predict")}
@@ -104,6 +106,10 @@ def start(args: list[str]) -> int:
         from lightning_difftune.cli.quickstart import quickstart
 
         quickstart(args[1:])
+    elif args[0] == "init":
+        from lightning_difftune.cli.init import init
+
+        init(args[1:])
     elif args[0] == "compare":
         from lightning_difftune.cli.compare import compare
 
@@ -135,7 +141,11 @@ def start(args: list[str]) -> int:
     elif args[0] in COMMANDS or args[0].startswith("-"):
         from lightning_difftune.cli.lightning import run_lightning
 
-        run_lightning(args)
+        trainer: Any = run_lightning(args).trainer
+        if args[0] == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
+            from lightning_difftune.cli.next_steps import summary
+
+            print(f"\n{summary(trainer)}")
     else:
         raise ConfigError(f"{args[0]!r} is no command; choose from {', '.join(COMMANDS)}. `difftune --help` says more.")
     return 0

@@ -203,4 +203,4 @@ class Card:
             shutil.copyfile(grid, picture)
         text = model_card(record, library, self.output.stem, usage, picture.name if grid else "", license_name, done)
         card.write_text(text, encoding="utf-8")
-        done.append(f"model card: {card}")
+        done.append(f"model card: {card}\nNext: the card says how to open it")

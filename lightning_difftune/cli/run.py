@@ -24,6 +24,9 @@ from lightning_difftune.trust import check_trust
 CONFIG = "config"  # the key of a checkpoint under which its run's settings are
 MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
 
+DISTANCES = re.compile(r"fid|fd_\w+")
+SIMILARITIES = {"control/ssim": True, "control/pixel_accuracy": True, "control/mse": False}  # whether higher is better
+
 Series = list[tuple[int, float]]
 
 
@@ -208,6 +211,12 @@ class Run:
     def finite(self, name: str) -> Series:
         """The finite values of a logged name."""
         return [(step, value) for step, value in self.metrics.get(name, []) if math.isfinite(value)]
+
+    @property
+    def scores(self) -> dict[str, bool]:
+        """Names of what was logged about generated pictures, and whether higher is better."""
+        found = {name: False for name in self.metrics if DISTANCES.fullmatch(name)}
+        return found | {name: higher for name, higher in SIMILARITIES.items() if name in self.metrics}
 
     @property
     def last_step(self) -> int:

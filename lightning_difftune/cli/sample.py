@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_difftune import __version__
 from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.next_steps import export_command
 from lightning_difftune.cli.sources import Source, open_source
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
@@ -60,7 +61,10 @@ def sample(argv: Sequence[str]) -> None:
         parameters = parameters_of(source, options)
         pictures = draw(module, subjects, options.num_samples, options.batch_size)
     save(pictures, subjects, output, parameters)
-    print("\n".join([*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures beside it"]))
+    done = [*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures in that folder"]
+    if source.run is not None:
+        done.append(f"Next: {export_command(source.run.run)}")
+    print("\n".join(done))
 
 
 def parser() -> CommandParser:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.next_steps import sample_command
 from lightning_difftune.cli.report.page import page
 from lightning_difftune.cli.run import Run
 from lightning_difftune.errors import DataError
@@ -42,4 +43,6 @@ def report(argv: Sequence[str]) -> None:
         output.write_bytes(content)
     except OSError as error:
         raise DataError(f"The report cannot be written: {error}. Choose another place: --output FILE.html.") from error
-    print(f"{output}: {len(content) / 1e6:.1f} MB, of the run in {run.path}")
+    print(f"{output}: {len(content) / 1e6:.1f} MB, of the run in {run.path}; open it in a browser")
+    if run.checkpoint is not None:
+        print(f"Next: {sample_command(run)}")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_difftune.cli.report.figures import scores
 from lightning_difftune.cli.run import Run, Series
 
 FEWEST_OF_A_CLASS = 10
@@ -97,7 +96,7 @@ def unfinished(run: Run) -> Advice | None:
 
 def train_longer(run: Run) -> Advice | None:
     """A score was still getting better."""
-    for name, higher in scores(run).items():
+    for name, higher in run.scores.items():
         series = run.finite(name)
         before = _before_last_quarter(series)
         if run.stopped_early or before is None or series[-1][1] != _best(series, higher)[1]:
@@ -115,7 +114,7 @@ def train_longer(run: Run) -> Advice | None:
 
 def stop_earlier(run: Run) -> Advice | None:
     """A score has been better than it is at the end."""
-    for name, higher in scores(run).items():
+    for name, higher in run.scores.items():
         series = run.finite(name)
         if len(series) < 3:
             continue
@@ -210,7 +209,7 @@ def measured_schedule(run: Run) -> Advice | None:
 
 def unmeasured(run: Run) -> Advice | None:
     """Nothing looked at generated pictures."""
-    if scores(run) or run.grids:
+    if run.scores or run.grids:
         return None
     return Advice(
         "Look at pictures while it trains: callbacks SampleGrid and FID, or ControlSimilarity for a ControlNet.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from lightning_difftune.cli.report.figures import scores
 from lightning_difftune.cli.run import Run
 
 
@@ -102,7 +101,7 @@ def _progress(run: Run) -> str:
 
 def _results(run: Run) -> list[str]:
     results = []
-    for name, higher in scores(run).items():
+    for name, higher in run.scores.items():
         if series := run.finite(name):
             step, best = (max if higher else min)(series, key=lambda point: point[1])
             better = "higher" if higher else "lower"

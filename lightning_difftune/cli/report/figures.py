@@ -12,8 +12,6 @@ from lightning_difftune.cli.run import Run, Series
 
 POINTS = 40  # of a curve; where there are more, each stands for a few and the band shows how far these spread
 INK = "#010203"  # stands for the page's colour of text
-DISTANCES = re.compile(r"fid|fd_\w+")
-SIMILARITIES = {"control/ssim": True, "control/pixel_accuracy": True, "control/mse": False}  # whether higher is better
 # Seen in figures of their own, or of no interest over the steps.
 LEFT_OUT = re.compile(
     r"train/.*|forgetting(_gap)?/.*|.*/swap_.*|control/(seconds|time_share)|sudden_convergence/.*|ewc/.*|lr-.*"
@@ -30,25 +28,19 @@ class Panel:
     series: dict[str, Series]
 
 
-def scores(run: Run) -> dict[str, bool]:
-    """Names of what was logged about generated pictures, and whether higher is better."""
-    found = {name: False for name in run.metrics if DISTANCES.fullmatch(name)}
-    return found | {name: higher for name, higher in SIMILARITIES.items() if name in run.metrics}
-
-
 def panels(run: Run) -> list[Panel]:
     """What is worth a curve, the most telling first."""
     streams = {"target": "train/reconsolidation", "memory bank": "train/retention"}
     drawn = [Panel("Training losses of both streams", "loss", _named(run, streams))]
     drawn += [
         Panel(name, f"{'higher' if higher else 'lower'} is better", _named(run, {name: name}))
-        for name, higher in scores(run).items()
+        for name, higher in run.scores.items()
     ]
     drawn.append(Panel("Loss on held-out pictures", "val/loss", _named(run, {"val/loss": "val/loss"})))
     rates = {name: name for name in run.metrics if name.startswith("lr-")}
     drawn.append(Panel("Learning rate", "learning rate", _named(run, rates)))
     drawn.append(Panel("Distance from the pre-trained weights", "squared L2", _named(run, {"total": "ewc/total"})))
-    known = {"val/loss", *scores(run)}
+    known = {"val/loss", *run.scores}
     others = [name for name in run.metrics if name not in known and not LEFT_OUT.fullmatch(name)]
     drawn += [Panel(name, name, _named(run, {name: name})) for name in others[:MOST_OTHERS]]
     return [panel for panel in drawn if panel.series]

@@ -1,0 +1,150 @@
+"""``difftune init``: look at pictures, and write the config that tunes a model to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.data_check import HELD_OUT, facts_at
+from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, Base, Plan, Seen
+from lightning_difftune.cli.init.config import config_text, described, indented, quoted
+from lightning_difftune.data.class_counts import FEW_PICTURES
+from lightning_difftune.data.partition import Partition
+from lightning_difftune.errors import ConfigError, DataError
+
+DESCRIPTION = """Look at a folder of pictures and write a commented config that tunes a model to them.
+
+  difftune init photos                   one folder for each class: a class-conditional DiT
+  difftune init photos                   pictures with captions (1.txt beside 1.png, or metadata.jsonl): text to image
+  difftune init photos --captions        folders for classes, whose names become captions: text to image
+  difftune init photos --control canny   a ControlNet that follows edges
+
+The base model fits the machine: a bundled one for 32 px without a GPU; DiT-XL/2 or Stable Diffusion 1.5 with one, whose
+weights the run downloads. A tenth of the pictures is held out. What it will cost is printed as by `difftune plan`."""
+
+
+def init(argv: Sequence[str]) -> None:
+    """Look, write, and say what it costs and what comes next.
+
+    Args:
+        argv: The command line after ``init``.
+
+    Raises:
+        ConfigError: If the command line cannot be used, or the model does not fit the pictures.
+        DataError: If there are no pictures that can be used.
+    """
+    parser = CommandParser("init", DESCRIPTION)
+    parser.usage = "difftune init FOLDER [options]"
+    parser.add_argument("path", metavar="FOLDER", help="pictures: a folder, .npz, shards, or a data set on the hub")
+    parser.add_argument("--model", help="the pre-trained model (default: one that fits the machine)")
+    parser.add_argument("--captions", action="store_true", help="text to image, by captions or the classes' names")
+    parser.add_argument("--control", choices=list(CONTROLS), help="a ControlNet that follows such maps")
+    parser.add_argument("--output", type=Path, default=Path("my.yaml"), help="the config (default: my.yaml)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a config that is there")
+    parser.add_argument("--no_plan", action="store_true", help="leave out what it will cost")
+    options = parser.parse_args(list(argv))
+    if options.output.exists() and not options.overwrite:
+        raise ConfigError(f"{options.output} exists. Name another --output, or pass --overwrite.")
+    seen = look(options.path, options.captions or options.control is not None)
+    made = planned(seen, options.model, options.control or ("captions" if seen.captions else "classes"))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(config_text(made, options.output), encoding="utf-8")
+    said = [
+        f"Looked at {described(seen)}.",
+        *made.notes,
+        f"Wrote {options.output}: {made.base.name}, {made.steps:,} steps.",
+    ]
+    print("\n".join(said), flush=True)
+    if not options.no_plan:
+        from lightning_difftune.cli.plan import plan
+
+        device = [] if torch.cuda.is_available() or made.base.is_large else ["--device", "measured"]
+        plan(["--config", str(options.output), *device])
+    print(f"\nNext: difftune fit --config {options.output}")
+
+
+def look(path: str, wants_captions: bool) -> Seen:
+    """Look at all pictures as ``difftune data check`` does.
+
+    Raises:
+        DataError: If fewer than two pictures can be read.
+    """
+    facts = facts_at(path, None, 0)
+    if len(facts.readable) < 2:
+        raise DataError(f"{path} holds {len(facts.readable)} pictures that can be read; a model needs two at least.")
+    source, captions = source_of(facts.source, path), []
+    has_classes = bool(facts.counts())
+    if wants_captions and has_classes:
+        source = f"class_path: lightning_difftune.data.ClassCaptions\ninit_args:\n  source:\n{indented(source, 4)}"
+        captions = [f"a photo of a {name.replace('_', ' ')}" for name in facts.counts()]
+    elif not has_classes:
+        from lightning_difftune.data.source_facts import captions_of
+
+        captions = list(dict.fromkeys(captions_of(facts.source) or [""]))
+    try:
+        held_out = len(Partition(facts.source, HELD_OUT, "val"))
+    except ConfigError:
+        held_out = 0
+    return Seen(path, facts, source, captions[:8], len(facts.pictures) - held_out, held_out)
+
+
+def source_of(source: Any, path: str) -> str:
+    """The data set as YAML."""
+    name = type(source).__name__
+    key = {"NpzImages": "path", "HubImages": "path", "WebDatasetShards": "shards"}.get(name, "root")
+    return f"class_path: lightning_difftune.data.{name}\ninit_args: {{{key}: {quoted(path)}}}"
+
+
+def planned(seen: Seen, model: str | None, task: str) -> Plan:
+    """Choose the model and all sizes.
+
+    Raises:
+        ConfigError: If a model is asked for that is not known, or does not take what the pictures have.
+    """
+    known = CLASSES if task == "classes" else CAPTIONS
+    has_gpu = torch.cuda.is_available()
+    if model is None:
+        base = next(base for base in reversed(known.values()) if base.is_large == has_gpu and base.channels == 3)
+    elif model in known:
+        base = known[model]
+    elif model in CLASSES | CAPTIONS:
+        wanted = "captions: pass --captions" if model in CAPTIONS else "classes: leave --captions and --control out"
+        raise ConfigError(f"{model} takes {wanted}. For these pictures there is {', '.join(known)}.")
+    else:  # another one of the same family and size
+        large = next(base for base in known.values() if base.is_large)
+        base = Base(**{**vars(large), "name": model})
+    plan = Plan(base, task, Path(seen.path).expanduser().resolve().name or "run", seen)
+    of_target = base.batch_size - int(base.share * base.batch_size)
+    plan.steps = rounded(min(max(base.passes * seen.trained // of_target, base.steps[0]), base.steps[1]))
+    if task in CONTROLS and base.is_large:
+        plan.steps = rounded(min(max(base.passes * seen.trained // of_target, 3000), 15_000))
+    read = int(base.share * base.batch_size) * plan.steps
+    plan.bank_size = rounded(min(max(read // 3, base.bank[0]), base.bank[1]))
+    if unreadable := seen.facts.unreadable():
+        first = next(iter(unreadable))
+        plan.notes.append(f"{len(unreadable)} cannot be read, such as {first}; on_corrupt: skip leaves them out.")
+    counts = seen.facts.counts()
+    if few := [name for name, count in counts.items() if 0 < count < FEW_PICTURES]:
+        plan.notes.append(f"{len(few)} classes have fewer than {FEW_PICTURES} pictures: so few are learned by heart.")
+    if model is None and not has_gpu:
+        large = next(base for base in known.values() if base.is_large)
+        plan.notes.append(
+            f"There is no GPU here, so the base is the bundled {base.name}, for {base.image_size} px; with one it is "
+            f"{large.name} (--model)."
+        )
+    return plan
+
+
+def rounded(count: int) -> int:
+    """A round number near it.
+
+    Example:
+        >>> rounded(123), rounded(1234), rounded(23456)
+        (120, 1200, 23500)
+    """
+    step = 10 if count < 500 else 100 if count < 5000 else 500
+    return max(step, round(count / step) * step)

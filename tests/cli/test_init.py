@@ -1,0 +1,157 @@
+"""``difftune init``: what it sees, what it decides, and that what it writes is a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_difftune.cli import main
+from lightning_difftune.cli.init import rounded
+from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES
+from lightning_difftune.cli.lightning import ConfigReader
+
+
+def picture(file: Path, seed: int) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.RandomState(seed).randint(256, size=(12, 16, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Three classes of twelve pictures."""
+    monkeypatch.chdir(tmp_path)
+    for label, name in enumerate(("rose", "oxeye_daisy", "lily")):
+        for index in range(12):
+            picture(Path("photos", name, f"{index}.png"), 100 * label + index)
+    return Path("photos")
+
+
+@pytest.fixture
+def captioned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for index in range(20):
+        picture(Path("pairs", f"{index}.png"), index)
+        Path("pairs", f"{index}.txt").write_text(f'a "red" house, number {index}: new')
+    return Path("pairs")
+
+
+def written(*args: str) -> dict:
+    """The config, which the command line accepts."""
+    assert main(["init", *args, "--no_plan"]) == 0
+    return yaml.safe_load(ConfigReader().compose(["--config", "my.yaml"]))
+
+
+def test_folders_for_classes_become_a_dit(folder, capsys) -> None:
+    config = written("photos")
+    data, model, trainer = config["data"]["init_args"], config["model"]["init_args"], config["trainer"]
+    assert config["model"]["class_path"] == "lightning_difftune.DiTDiffTuningModule"
+    assert (model["model"], data["num_classes"], data["image_size"]) == ("dit-nano-imagenet", 3, 32)
+    assert data["target"]["init_args"]["source"]["init_args"] == {"root": "photos"}
+    assert data["val_target"]["init_args"]["part"] == "val"
+    assert model["lr_scheduler"]["init_args"]["total_steps"] == trainer["max_steps"] == 400
+    assert trainer["max_steps"] % trainer["val_check_interval"] == 0, "the last step is validated"
+    assert data["bank_size"] <= int(data["retention_share"] * data["batch_size"]) * trainer["max_steps"]
+    said = capsys.readouterr().out
+    assert "36 pictures of 3 classes in photos, 4 of them held out" in said
+    assert "Next: difftune fit --config my.yaml" in said
+
+
+def test_names_of_classes_become_captions(folder) -> None:
+    config = written("photos", "--captions")
+    assert config["model"]["class_path"] == "lightning_difftune.TextToImageDiffTuningModule"
+    prompts = config["model"]["init_args"]["prompts"]
+    assert prompts == ["a photo of a lily", "a photo of a oxeye daisy", "a photo of a rose"]
+    source = config["data"]["init_args"]["target"]["init_args"]["source"]
+    assert source["class_path"] == "lightning_difftune.data.ClassCaptions"
+    assert "num_classes" not in config["data"]["init_args"]
+
+
+def test_captions_are_seen_without_being_asked_for(captioned) -> None:
+    config = written("pairs")
+    assert config["model"]["class_path"] == "lightning_difftune.TextToImageDiffTuningModule"
+    assert 'a "red" house, number 0: new' in config["model"]["init_args"]["prompts"]
+
+
+@pytest.mark.parametrize("data", ["folder", "captioned"])
+def test_a_controlnet_needs_pictures_alone(data, request) -> None:
+    path = str(request.getfixturevalue(data))
+    config = written(path, "--control", "canny")
+    assert config["model"]["init_args"]["annotator"]["class_path"] == "lightning_difftune.data.annotators.Canny"
+    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert {"ControlSimilarity", "SuddenConvergence"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("args", "model"),
+    [
+        ([], "facebook/DiT-XL-2-256"),
+        (["--captions"], "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        (["--control", "depth"], "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        (["--model", "dit-nano-imagenet"], "dit-nano-imagenet"),
+    ],
+)
+def test_a_gpu_gets_a_large_model(args, model, folder, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    config = written("photos", *args)
+    assert config["model"]["init_args"]["model"] == model
+    assert config["trainer"]["precision"] == "bf16-mixed"
+
+
+def test_grey_pictures_for_a_model_of_grey_ones(folder) -> None:
+    config = written("photos", "--model", "dit-nano-omniglot")
+    assert (config["data"]["init_args"]["channels"], config["data"]["init_args"]["image_size"]) == (1, 20)
+    assert config["model"]["init_args"].get("autoencoder") is None
+
+
+def test_what_is_wrong_with_the_pictures_is_taken_into_account(folder, capsys) -> None:
+    Path("photos", "rose", "0.png").write_bytes(b"not a picture")
+    for index in range(60):
+        picture(Path("photos", "lily", f"more-{index}.png"), 1000 + index)
+    data = written("photos")["data"]["init_args"]
+    assert data["on_corrupt"] == "skip"
+    assert data["class_balanced"] is True
+    assert "1 cannot be read, such as photos/rose/0.png" in capsys.readouterr().out
+
+
+def test_too_few_to_hold_some_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in range(3):
+        picture(Path("few", f"{index}.png"), index)
+    assert written("few")["data"]["init_args"].get("val_target") is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "does not exist"),
+        (["photos", "--model", "sd-nano-flowers"], "takes captions: pass --captions"),
+        (["photos", "--captions", "--model", "dit-nano-imagenet"], "takes classes"),
+        (["photos", "--control", "smell"], "invalid choice"),
+        (["photos", "--output", "taken.yaml"], "taken.yaml exists"),
+    ],
+)
+def test_mistakes(args, message, folder, capsys) -> None:
+    Path("taken.yaml").touch()
+    assert main(["init", *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_cost_and_the_next_command_are_printed(folder, capsys) -> None:
+    assert main(["init", "photos"]) == 0
+    said = capsys.readouterr().out
+    assert said.index("this CPU, 1 device") < said.index("Next: difftune fit")
+
+
+def test_sizes_lie_within_what_the_base_allows() -> None:
+    for base in [*CLASSES.values(), *CAPTIONS.values()]:
+        assert base.steps[0] < base.steps[1]
+        assert base.bank[0] < base.bank[1]
+        assert 0 < int(base.share * base.batch_size) < base.batch_size
+    assert [rounded(count) for count in (1, 404, 4040, 40_400)] == [10, 400, 4000, 40_500]

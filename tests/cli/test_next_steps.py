@@ -1,0 +1,60 @@
+"""What commands say at their end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from lightning_difftune.cli.next_steps import export_command, name_of, sample_command, summary
+from lightning_difftune.cli.run import Run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Run:
+    """A finished run in my photos/lightning_logs/version_1, after a first launch that never trained."""
+    monkeypatch.chdir(tmp_path)
+    for version in (0, 1):
+        folder = Path("my photos", "lightning_logs", f"version_{version}")
+        (folder / "samples").mkdir(parents=True)
+        config = {"trainer": {"default_root_dir": "my photos", "max_steps": 4}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.csv").write_text("step,train/loss,val/loss,fid,lr-AdamW\n1,0.5,,,0.1\n3,0.4,0.25,31.5,0.1\n")
+    for step in (2, 4):
+        (folder / "samples" / f"step-000000{step}.png").touch()
+    (folder / "checkpoints").mkdir()
+    content = {"global_step": 4, "class_names": ["oxeye daisy"], "pytorch-lightning_version": "2", "state_dict": {}}
+    torch.save(content, folder / "checkpoints" / "last.ckpt")
+    return Run(folder)
+
+
+def test_a_run_goes_by_its_root_as_long_as_that_means_this_launch(run) -> None:
+    assert name_of(run) == "'my photos'"
+    later = Path("my photos", "lightning_logs", "version_2")
+    later.mkdir()
+    (later / "config.yaml").write_text(run.config_text)
+    (later / "metrics.csv").write_text("step,train/loss\n3,0.4\n")
+    assert name_of(run) == f"'{run.path}'"
+
+
+def test_the_summary_says_what_is_where_and_what_comes_next(run) -> None:
+    said = summary(SimpleNamespace(log_dir=str(run.path), default_root_dir=None, global_step=4)).splitlines()
+    assert said == [
+        f"Run         {run.path}, 4 steps",
+        f"Checkpoint  {run.path}/checkpoints/last.ckpt",
+        f"Metrics     {run.path}/metrics.csv: val/loss 0.25, fid 31.5",
+        f"Pictures    {run.path}/samples/step-0000004.png",
+        "Next        difftune report 'my photos'",
+        "            difftune sample 'my photos' --classes 'oxeye daisy'",
+        "            difftune export 'my photos' --output my-model",
+    ]
+    assert export_command(run) == said[-1].strip()
+
+
+def test_a_controlnet_needs_a_picture(run) -> None:
+    run.content.pop("class_names")
+    run.config["model"] = {"init_args": {"annotator": {"class_path": "Canny"}}}
+    assert sample_command(run) == "difftune sample 'my photos' --controls PICTURE.jpg"
