@@ -98,6 +98,8 @@ class DiffTuningObjective(nn.Module):
         self.weighting = weighting
         self.retention_target = retention_target
         self.diffusion: ForwardProcess = diffusion if diffusion is not None else GaussianDiffusion()
+        if hasattr(self.schedule, "bind"):
+            self.schedule.bind(self.diffusion)
 
         steps = self.diffusion.num_timesteps
         s = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion
+from lightning_difftune.diffusion import ForwardProcess
 from lightning_difftune.errors import ConfigError
 
 
@@ -21,7 +21,8 @@ class ForgettingSchedule(Protocol):
 
     Any object with these two methods is a schedule. Both map a tensor of any shape to non-negative weights of that
     shape. Psi should not decrease in s and xi not increase; only their shape matters when timesteps are sampled from
-    them.
+    them. A schedule that depends on the forward process also has ``bind(process)``, which the objective calls with its
+    own before it asks for weights.
     """
 
     def reconsolidation(self, s: Tensor) -> Tensor:
@@ -78,17 +79,31 @@ class MirroredPowerSchedule(PowerSchedule):
 
     Args:
         tau: Exponent, at least 0.
-        num_timesteps: T of the grid that is mirrored.
+
+    Example:
+        >>> schedule = MirroredPowerSchedule()
+        >>> from lightning_difftune.diffusion import GaussianDiffusion
+        >>> schedule.bind(GaussianDiffusion(100))
+        >>> schedule.retention(torch.tensor([0.01, 1.0]))
+        tensor([1.0000, 0.0100])
     """
 
-    def __init__(self, tau: float = 1.0, num_timesteps: int = 1000) -> None:
-        super().__init__(tau)
-        self.num_timesteps = num_timesteps
+    num_timesteps: int | None = None
+
+    def bind(self, process: ForwardProcess) -> None:
+        """Take T from a forward process."""
+        self.num_timesteps = process.num_timesteps
 
     def retention(self, s: Tensor) -> Tensor:
-        """(1 - s + 1/T)^tau, same shape as s; zeros for tau = 0."""
+        """(1 - s + 1/T)^tau, same shape as s; zeros for tau = 0.
+
+        Raises:
+            ConfigError: If no process was bound.
+        """
         if self.tau == 0:
             return torch.zeros_like(s)
+        if self.num_timesteps is None:
+            raise unbound(self)
         return (1 - s + 1 / self.num_timesteps) ** self.tau
 
 
@@ -98,30 +113,66 @@ class SNRSchedule:
     Args:
         k: Keeps psi bounded at pure noise; at least 1 so that psi stays in [0, 1].
         gamma: Sharpness, at least 0; 0 is standard fine-tuning.
-        diffusion: The forward process whose SNR it is, the objective's own; DiT's by default.
 
     Raises:
         ConfigError: If k < 1 or gamma < 0.
     """
 
-    def __init__(self, k: float = 1.0, gamma: float = 1.0, diffusion: ForwardProcess | None = None) -> None:
+    snr: Tensor | None = None
+
+    def __init__(self, k: float = 1.0, gamma: float = 1.0) -> None:
         if k < 1 or gamma < 0:
             raise ConfigError(f"An SNR schedule needs k >= 1 and gamma >= 0, got k = {k}, gamma = {gamma}.")
         self.k, self.gamma = float(k), float(gamma)
-        process = diffusion if diffusion is not None else GaussianDiffusion()
-        self.snr = process.snr(torch.arange(process.num_timesteps, device="cpu"))  # (T,)
+
+    def bind(self, process: ForwardProcess) -> None:
+        """Take the SNR from a forward process."""
+        device = next(process.buffers()).device
+        self.snr = process.snr(torch.arange(process.num_timesteps, device=device)).cpu()  # (T,)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(k={self.k:g}, gamma={self.gamma:g})"
 
     def reconsolidation(self, s: Tensor) -> Tensor:
-        """1 / (k + SNR(s))^gamma, same shape as s."""
+        """1 / (k + SNR(s))^gamma, same shape as s.
+
+        Raises:
+            ConfigError: If no process was bound.
+        """
+        if self.snr is None:
+            raise unbound(self)
         t = (s.double() * len(self.snr)).round().long().clamp(1, len(self.snr)) - 1
         return ((self.k + self.snr.to(s.device)[t]).to(s.dtype)) ** -self.gamma
 
     def retention(self, s: Tensor) -> Tensor:
         """1 - psi(s) / psi(1), same shape as s."""
         return 1 - self.reconsolidation(s) / self.reconsolidation(torch.ones_like(s))
+
+
+def unbound(schedule: ForgettingSchedule) -> ConfigError:
+    """What is wrong where a schedule is asked before it knows its process."""
+    return ConfigError(
+        f"{schedule!r} depends on the forward process and knows none. An objective binds its own; elsewhere call "
+        "schedule.bind(process), such as GaussianDiffusion() for DiT."
+    )
+
+
+def describe_backwards(schedule: ForgettingSchedule, psi: Tensor, xi: Tensor) -> str | None:
+    """What to say of a schedule that retains noise and learns details; ``None`` for one that runs as the paper's do.
+
+    Args:
+        schedule: Whose weights they are.
+        psi: Its psi at rising s, (T,).
+        xi: Its xi there, (T,).
+    """
+    falls, rises = bool((psi.diff() < -1e-6 * psi.max()).any()), bool((xi.diff() > 1e-6 * xi.max()).any())
+    if not falls and not rises:
+        return None
+    found = " and ".join(["psi falls"] * falls + ["xi rises"] * rises)
+    return (
+        f"{schedule!r} runs backwards: {found} towards noise, where Diff-Tuning learns the target more and retains "
+        "the source less. s = 0 is data and s = 1 is noise; exchange s for 1 - s unless this is meant."
+    )
 
 
 class MeasuredSchedule:

@@ -12,13 +12,26 @@ from lightning_difftune import (
     PowerSchedule,
     SNRSchedule,
 )
-from lightning_difftune.diffusion import GaussianDiffusion
+from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.schedules import fit_schedule, isotonic
+from lightning_difftune.losses import eps_mse_loss, velocity_mse_loss
+from lightning_difftune.schedules import describe_backwards, fit_schedule, isotonic
 
 S = torch.arange(1, 1001, dtype=torch.float64) / 1000
 TAUS = [0.0, 0.3, 0.5, 0.7, 1.0, 1.5]
-SCHEDULES = [*(PowerSchedule(tau) for tau in TAUS), *(MirroredPowerSchedule(tau) for tau in TAUS), SNRSchedule()]
+
+
+def bound(schedule, process=None):
+    """A schedule that knows its process, DiT's by default."""
+    schedule.bind(process or GaussianDiffusion())
+    return schedule
+
+
+SCHEDULES = [
+    *(PowerSchedule(tau) for tau in TAUS),
+    *(bound(MirroredPowerSchedule(tau)) for tau in TAUS),
+    bound(SNRSchedule()),
+]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
@@ -42,7 +55,7 @@ def test_power_schedule_sums_to_one(tau):
 @pytest.mark.parametrize("tau", [0.3, 1.0, 1.5])
 def test_mirrored_schedule_gives_the_official_weights(tau):
     """The authors' code draws the 0-based timestep k with (k+1)^tau for the target and (T-k)^tau for retention."""
-    schedule = MirroredPowerSchedule(tau)
+    schedule = bound(MirroredPowerSchedule(tau))
     target = torch.tensor([float((k + 1) ** tau) for k in range(1000)], dtype=torch.float64)
     retained = torch.tensor([float((1000 - k) ** tau) for k in range(1000)], dtype=torch.float64)
     torch.testing.assert_close(schedule.reconsolidation(S) / schedule.reconsolidation(S).sum(), target / target.sum())
@@ -56,7 +69,7 @@ def test_tau_zero_is_standard_fine_tuning(schedule):
 
 
 def test_snr_schedule_against_a_plain_loop():
-    schedule = SNRSchedule(k=2.0, gamma=0.5)
+    schedule = bound(SNRSchedule(k=2.0, gamma=0.5))
     psi, alpha_bar = schedule.reconsolidation(S), 1.0
     for t in range(1000):
         alpha_bar *= 1 - (1e-4 + (0.02 - 1e-4) * t / 999)
@@ -67,9 +80,55 @@ def test_snr_schedule_against_a_plain_loop():
 def test_snr_schedule_of_another_process():
     process = GaussianDiffusion(100, 0.00085, 0.012, "scaled_linear")
     s = torch.arange(1, 101, dtype=torch.float64) / 100
-    psi = SNRSchedule(diffusion=process).reconsolidation(s)
+    psi = bound(SNRSchedule(), process).reconsolidation(s)
     alpha_bar = process.sqrt_alphas_cumprod.double() ** 2
     torch.testing.assert_close(psi, 1 - alpha_bar, rtol=1e-4, atol=1e-5)  # 1 / (1 + SNR)
+
+
+PROCESSES = [
+    GaussianDiffusion(),
+    GaussianDiffusion(1000, 0.00085, 0.012, "scaled_linear"),
+    GaussianDiffusion(100),
+    RectifiedFlow(50),
+]
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: f"{type(p).__name__}-{p.num_timesteps}")
+def test_an_objective_binds_its_process_to_its_schedule(process):
+    """Slow twins of psi and xi at each level of the objective's process, whatever the schedule was bound to before."""
+    steps = process.num_timesteps
+    snr = [float(process.snr(torch.tensor([t]))) for t in range(steps)]
+    psi = bound(SNRSchedule(k=2.0))
+    objective = DiffTuningObjective(psi, loss_of(process), diffusion=process)
+    torch.testing.assert_close(objective.psi.double(), torch.tensor([1 / (2 + x) for x in snr], dtype=torch.float64))
+    objective = DiffTuningObjective(bound(MirroredPowerSchedule(0.7)), loss_of(process), diffusion=process)
+    mirrored = torch.tensor([((steps - t) / steps) ** 0.7 for t in range(steps)])
+    torch.testing.assert_close(objective.xi, mirrored)
+
+
+def loss_of(process):
+    return velocity_mse_loss if isinstance(process, RectifiedFlow) else eps_mse_loss
+
+
+@pytest.mark.parametrize("schedule", [SNRSchedule(), MirroredPowerSchedule()], ids=repr)
+def test_a_schedule_without_a_process_says_so(schedule):
+    with pytest.raises(ConfigError, match=r"call schedule.bind\(process\)"):
+        schedule.retention(S)
+
+
+@pytest.mark.parametrize(
+    ("psi", "xi", "message"),
+    [
+        (S, 1 - S, None),
+        (torch.ones_like(S), torch.zeros_like(S), None),
+        (1 - S, S, "psi falls and xi rises"),
+        (S, S, "runs backwards: xi rises"),
+        ((S - 0.5).square(), 1 - S, "runs backwards: psi falls"),
+    ],
+)
+def test_a_schedule_that_runs_backwards_is_told_from_one_that_does_not(psi, xi, message):
+    found = describe_backwards(PowerSchedule(), psi, xi)
+    assert found is None if message is None else message in found
 
 
 def test_schedules_take_any_shape():
