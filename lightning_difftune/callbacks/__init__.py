@@ -8,6 +8,8 @@ from lightning_difftune.callbacks.ema import EMA
 from lightning_difftune.callbacks.ewc import EWC
 from lightning_difftune.callbacks.fid import FID
 from lightning_difftune.callbacks.forgetting_meter import ForgettingMeter
+from lightning_difftune.callbacks.generation import GenerationCallback
+from lightning_difftune.callbacks.history import MeasuringCallback
 from lightning_difftune.callbacks.preemption import Preemption
 from lightning_difftune.callbacks.regional_compile import RegionalCompile
 from lightning_difftune.callbacks.sample_grid import SampleGrid
@@ -20,6 +22,8 @@ __all__ = [
     "ChainOfForgetting",
     "ControlSimilarity",
     "ForgettingMeter",
+    "GenerationCallback",
+    "MeasuringCallback",
     "Preemption",
     "RegionalCompile",
     "SampleGrid",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
@@ -54,6 +54,20 @@ class ChainOfForgetting(DistanceCallback):
         >>> trainer = L.Trainer(callbacks=[EMA(), ChainOfForgetting(percents=(0, 20, 100))], logger=False)
     """
 
+    trajectories = 6.5  # eleven that share their beginnings
+
+    @classmethod
+    def among(cls, callbacks: Iterable[Callback]) -> ChainOfForgetting | None:
+        """The one among callbacks or, without one, one that measures as a Fréchet distance among them does."""
+        distances = [callback for callback in callbacks if isinstance(callback, DistanceCallback)]
+        own = next((callback for callback in distances if isinstance(callback, cls)), None)
+        if own is not None or not distances:
+            return own
+        like = distances[0]
+        chain = cls(like.num_samples, feature_extractor=like.distance.feature_extractor, batch_size=like.batch_size)
+        chain.reference, chain.cache = like.reference, like.cache
+        return chain
+
     def __init__(
         self,
         num_samples: int = 10_000,
@@ -76,14 +90,8 @@ class ChainOfForgetting(DistanceCallback):
         self.percents = sorted(set(percents))
         self.shown = shown
         self.dirpath = dirpath
-        self.history: list[tuple[int, dict[float, float]]] = []
         self.strip = torch.empty(0)
         self._folder = Path()
-
-    @property
-    def state_key(self) -> str:
-        """Several of these may stand side by side, with different extractors."""
-        return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder while all processes are here."""
@@ -140,12 +148,3 @@ class ChainOfForgetting(DistanceCallback):
             "`generate_swapped(indices, fractions)` and the callback was given none. Add the method, or pass "
             "`generate=`: a function of indices (B,) and P fractions that returns pictures (P, B, 1 or 3, H, W) uint8."
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history of (step, distances by p)."""
-        return {"history": list(self.history)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the history."""
-        self.history = [(int(step), dict(result)) for step, result in state_dict["history"]]
-        self._latest_step = self.history[-1][0] if self.history else None

@@ -15,12 +15,13 @@ from torchmetrics import Metric
 
 from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.generation import GenerationCallback
+from lightning_difftune.callbacks.history import MeasuringCallback
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import check_pictures, grid_of
 from lightning_difftune.protocols import SupportsControl, SupportsControlExamples
 
 
-class ControlSimilarity(GenerationCallback):
+class ControlSimilarity(MeasuringCallback, GenerationCallback):
     """Generate pictures from the controls of held-out ones, annotate them again, and log how similar the maps are.
 
     The curve on which :class:`~lightning_difftune.callbacks.SuddenConvergence` finds its step (Appendix C of the
@@ -73,7 +74,7 @@ class ControlSimilarity(GenerationCallback):
         self.controls = controls
         self.num_shown = min(num_shown, num_samples)
         self.picture_log = PictureLog("control", dirpath)
-        self.history: list[tuple[int, float]] = []
+        self.history = []
         self._annotated: dict[int, tuple[Tensor, list[str]]] = {}  # first index of a batch => its controls and captions
         self._training_since: float | None = None
         self._seconds_spent = 0.0
@@ -85,14 +86,15 @@ class ControlSimilarity(GenerationCallback):
         return f"control/{getattr(self.metric, 'key', type(self.metric).__name__.lower())}"
 
     @property
-    def last_value(self) -> float | None:
-        """The latest similarity, or ``None`` before the first."""
-        return self.history[-1][1] if self.history else None
-
-    @property
     def state_key(self) -> str:
         """Several of these may stand side by side, with different metrics."""
         return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """The similarity, or the error, as the metric says which it is."""
+        better = bool(getattr(self.metric, "higher_is_better", True))
+        name = type(self.metric).__name__
+        return {self.monitor: {"higher_is_better": better, "label": f"How well controls are followed ({name})"}}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say at the start what is missing, and what an evaluation costs."""
@@ -205,15 +207,6 @@ class ControlSimilarity(GenerationCallback):
         for index, column in shown.items():
             columns[index] = column
         return trainer.strategy.reduce(columns, reduce_op="sum").cpu()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history of (step, value)."""
-        return {"history": list(self.history)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the history."""
-        self.history = [(int(step), float(value)) for step, value in state_dict["history"]]
-        self._latest_step = self.history[-1][0] if self.history else None
 
 
 def _controlled(pl_module: L.LightningModule) -> SupportsControl:

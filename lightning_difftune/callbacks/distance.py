@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks.generation import SampleCallback
+from lightning_difftune.callbacks.history import MeasuringCallback
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
 from lightning_difftune.metrics.reference_cache import reference_key
@@ -20,7 +21,7 @@ from lightning_difftune.pictures import check_pictures
 from lightning_difftune.protocols import SupportsReferenceImages
 
 
-class DistanceCallback(SampleCallback):
+class DistanceCallback(MeasuringCallback, SampleCallback):
     """Base of callbacks that measure Fréchet distances of generated to real pictures.
 
     The sums over the real pictures are measured once, or come from the cache. The extractor is on the accelerator
@@ -53,6 +54,7 @@ class DistanceCallback(SampleCallback):
         cache_dir: str | Path | None,
     ) -> None:
         super().__init__(num_samples, batch_size, every_n_steps, generate)
+        self.history = []
         self.reference = reference
         self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
         self._distance = FrechetDistance(feature_extractor) if feature_extractor is not None else None
@@ -70,6 +72,11 @@ class DistanceCallback(SampleCallback):
     def monitor(self) -> str:
         """The logged name, for ``ModelCheckpoint(monitor=...)``."""
         return "fid" if self._distance is None else self._distance.key
+
+    @property
+    def state_key(self) -> str:
+        """Several of these may stand side by side, with different extractors."""
+        return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find extractor and reference, and say through what the pictures will be looked at."""

@@ -10,6 +10,7 @@ import lightning as L
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks.distance import DistanceCallback
+from lightning_difftune.metrics import InceptionV3Features
 
 
 class FID(DistanceCallback):
@@ -54,17 +55,13 @@ class FID(DistanceCallback):
         cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(num_samples, feature_extractor, every_n_steps, batch_size, reference, generate, cache_dir)
-        self.history: list[tuple[int, float]] = []
 
-    @property
-    def last_value(self) -> float | None:
-        """The latest distance, or ``None`` before the first."""
-        return self.history[-1][1] if self.history else None
-
-    @property
-    def state_key(self) -> str:
-        """Several of these may stand side by side, with different extractors."""
-        return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """The distance: lower is better."""
+        extractor = InceptionV3Features if self._distance is None else self._distance.feature_extractor
+        facts = {"num_samples": self.num_samples, "num_features": extractor.num_features}
+        label = "FID" if self._distance is None else f"Fréchet distance ({self._distance.name})"
+        return {self.monitor: {"higher_is_better": False, "label": label, **facts}}
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure the distance with all processes and log it."""
@@ -78,12 +75,3 @@ class FID(DistanceCallback):
         self.history.append((step, value))
         # All processes hold the same value; the maximum of them is that value to the bit, which a mean need not be.
         pl_module.log(self.monitor, value, prog_bar=True, reduce_fx="max", sync_dist=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history of (step, value)."""
-        return {"history": list(self.history)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the history."""
-        self.history = [(int(step), float(value)) for step, value in state_dict["history"]]
-        self._latest_step = self.history[-1][0] if self.history else None

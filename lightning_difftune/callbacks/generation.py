@@ -21,8 +21,12 @@ from lightning_difftune.protocols import SupportsGenerate
 class GenerationCallback(Callback, ABC):
     """Base of callbacks that have pictures generated at the end of a validation, by the weights it was run with.
 
-    Not in Lightning's sanity check or ``fast_dev_run``. The global random state is the same afterwards, so looking at
-    samples more or less often does not change the training.
+    Subclass it to look at pictures in a way of your own: :meth:`evaluate` is called when it is time, on every process,
+    and asks for pictures as it likes, in the batches that :meth:`batches` gives. With :class:`EMA` among the callbacks,
+    the weights are the averaged ones. It is not called in Lightning's sanity check or ``fast_dev_run``. The global
+    random state is the same afterwards, so looking at samples more or less often does not change the training. For a
+    value that is to be in checkpoints and in the report, derive from
+    :class:`~lightning_difftune.callbacks.MeasuringCallback`, too.
 
     Args:
         num_samples: How many pictures are generated: indices 0 .. num_samples - 1.
@@ -31,7 +35,18 @@ class GenerationCallback(Callback, ABC):
 
     Raises:
         ConfigError: If a number is not positive.
+
+    Example:
+        >>> class Brightness(GenerationCallback):
+        ...     def evaluate(self, trainer, pl_module, step):
+        ...         pictures = [pl_module.generate(torch.tensor(batch)) for batch in self.batches()]
+        ...         pl_module.log("brightness", torch.cat(pictures).float().mean())
+        >>> Brightness(num_samples=10, batch_size=4, every_n_steps=None).batches()
+        [range(0, 4), range(4, 8), range(8, 10)]
     """
+
+    trajectories: float = 1.0
+    """Reverse processes that a sample costs, for ``difftune plan``."""
 
     def __init__(self, num_samples: int, batch_size: int, every_n_steps: int | None) -> None:
         for name, number in (

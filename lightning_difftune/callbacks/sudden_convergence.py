@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.callbacks.history import MeasuringCallback
+from lightning_difftune.errors import ConfigError
 
 Mode = Literal["max", "min"]
 ControlTask = Literal["edge", "sketch", "depth", "normal", "segmentation_coco", "segmentation_ade20k"]
@@ -42,7 +42,7 @@ class Leap(NamedTuple):
     end_step: int
 
 
-class SuddenConvergence(Callback):
+class SuddenConvergence(MeasuringCallback):
     """Find the step at which a logged scalar converges suddenly, as ControlNets do (Appendix C of the paper).
 
     Two answers come from the values of all validations of a ``fit``. With a threshold, the step of convergence is the
@@ -110,7 +110,7 @@ class SuddenConvergence(Callback):
         self.patience = patience
         self.stop = stop
         self.window = window
-        self.history: list[tuple[int, float]] = []
+        self.history = []
         self._latest_logged: Tensor | None = None
 
     @classmethod
@@ -234,23 +234,6 @@ class SuddenConvergence(Callback):
                 },
                 step=trainer.global_step,
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The history of (step, value)."""
-        return {"history": list(self.history)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the history.
-
-        Raises:
-            CheckpointError: If this is not the state of a SuddenConvergence.
-        """
-        if "history" not in state_dict:
-            raise CheckpointError(
-                f"The state of SuddenConvergence holds {sorted(state_dict)}, expected 'history'. Pass what this "
-                "callback's state_dict returned."
-            )
-        self.history = [(int(step), float(value)) for step, value in state_dict["history"]]
 
     def _gain(self, before: float, after: float) -> float:
         return after - before if self.mode == "max" else before - after

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def class_counts(datamodule: Any) -> dict[str, int] | None:
     return {str(names[i]) if i < len(names) else str(i): count for i, count in enumerate(counts)}
 
 
+def scores(callbacks: Iterable[Any]) -> dict[str, Any]:
+    """What the callbacks log that tells a better model from a worse one."""
+    return {name: facts for callback in callbacks for name, facts in getattr(callback, "scores", dict)().items()}
+
+
 class SaveRun(SaveConfigCallback):
     """Saves ``environment.json`` beside the ``config.yaml`` that Lightning saves when a run starts."""
 
@@ -74,9 +80,10 @@ class SaveRun(SaveConfigCallback):
             "processes": trainer.world_size,
             "git": commit(),
             "class_counts": class_counts(getattr(trainer, "datamodule", None)),
+            "scores": scores(vars(trainer)["callbacks"]),
         }
         path = self._folder / "environment.json"
         try:
             path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            rank_zero_warn(f"{path} could not be saved: {error}. Training goes on.")
+            rank_zero_warn(f"{path} could not be saved: {error}. Training continues.")

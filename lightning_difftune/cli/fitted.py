@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, Protocol, runtime_checkable
 
-from lightning_difftune.callbacks import EMA
+from torch import nn
+
 from lightning_difftune.cli.lightning import DiffTuneCLI
 
-T = TypeVar("T")
+
+@runtime_checkable
+class AveragesParameters(Protocol):
+    """A callback with averages of the weights."""
+
+    def average_parameters(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A ``with`` block in which they stand in for the weights."""
 
 
-def callbacks_of(cli: DiffTuneCLI, kind: type[T]) -> list[T]:
-    """The run's callbacks of one kind."""
+def callbacks_of(cli: DiffTuneCLI, kind: Any) -> list[Any]:
+    """The run's callbacks of a class, or those that do what a protocol says."""
     return [callback for callback in vars(cli.trainer)["callbacks"] if isinstance(callback, kind)]
 
 
 def averaged_weights(cli: DiffTuneCLI) -> AbstractContextManager[None]:
     """A ``with`` block in which the averaged weights stand in, if the run has averages; else the weights are left."""
-    averages = callbacks_of(cli, EMA)
+    averages = callbacks_of(cli, AveragesParameters)
     return averages[0].average_parameters(cli.model) if averages else nullcontext()
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_difftune.callbacks import EMA
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoint_files import check_records
 from lightning_difftune.trust import check_trust
@@ -24,8 +25,6 @@ from lightning_difftune.trust import check_trust
 CONFIG = "config"  # the key of a checkpoint under which its run's settings are
 MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
 
-DISTANCES = re.compile(r"fid|fd_\w+")
-SIMILARITIES = {"control/ssim": True, "control/pixel_accuracy": True, "control/mse": False}  # whether higher is better
 
 Series = list[tuple[int, float]]
 
@@ -107,10 +106,9 @@ class Run:
         return self.content.get("class_names")
 
     @property
-    def averages(self) -> dict[str, Any] | None:
-        """State of the callback that averages weights, if the run had one."""
-        states = self.content.get("callbacks", {}).values()
-        return next((state for state in states if "averages" in state), None)
+    def averages(self) -> EMA | None:
+        """The averaged weights, if the checkpoint has some."""
+        return EMA.in_checkpoint(self.content)
 
     def settings(self, trusted: Sequence[str] = (), parts: Sequence[str] | None = None) -> dict[str, Any]:
         """What the run was started with: as the checkpoint holds it, or as the file beside it does.
@@ -213,10 +211,19 @@ class Run:
         return [(step, value) for step, value in self.metrics.get(name, []) if math.isfinite(value)]
 
     @property
+    def score_facts(self) -> dict[str, dict[str, Any]]:
+        """What was measured and tells a better model from a worse one, by logged name.
+
+        Each has ``higher_is_better`` and a ``label``; see
+        :meth:`~lightning_difftune.callbacks.MeasuringCallback.scores`.
+        """
+        known = self.environment.get("scores")
+        return {name: facts for name, facts in (known or {}).items() if name in self.metrics}
+
+    @property
     def scores(self) -> dict[str, bool]:
         """Names of what was logged about generated pictures, and whether higher is better."""
-        found = {name: False for name in self.metrics if DISTANCES.fullmatch(name)}
-        return found | {name: higher for name, higher in SIMILARITIES.items() if name in self.metrics}
+        return {name: bool(facts.get("higher_is_better")) for name, facts in self.score_facts.items()}
 
     @property
     def last_step(self) -> int:

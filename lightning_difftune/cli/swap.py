@@ -12,10 +12,8 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
-from lightning_difftune.callbacks import FID, ChainOfForgetting
-from lightning_difftune.callbacks.generation import GenerationCallback
+from lightning_difftune.callbacks import ChainOfForgetting, GenerationCallback
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.fitted import callbacks_of
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.run import Run, check_checkpoint
 from lightning_difftune.cli.tuned import TunedRun
@@ -109,16 +107,8 @@ def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tens
 
 def chain_of(cli: DiffTuneCLI, options: argparse.Namespace) -> ChainOfForgetting:
     """The callback that measures: the config's own, or one like its FID callback."""
-    own, fids = callbacks_of(cli, ChainOfForgetting), callbacks_of(cli, FID)
-    if own:
-        chain = own[0]
-    elif fids:
-        fid = fids[0]
-        chain = ChainOfForgetting(
-            fid.num_samples, feature_extractor=fid.distance.feature_extractor, batch_size=fid.batch_size
-        )
-        chain.reference, chain.cache = fid.reference, fid.cache
-    else:
+    chain = ChainOfForgetting.among(vars(cli.trainer)["callbacks"])
+    if chain is None:
         raise ConfigError(
             "The config has neither a ChainOfForgetting nor a FID callback that says how pictures are measured. Add "
             "one of them to trainer.callbacks."

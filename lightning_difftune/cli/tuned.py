@@ -8,7 +8,6 @@ from pathlib import Path
 
 import yaml
 
-from lightning_difftune.callbacks import EMA
 from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.run import Run, check_checkpoint
 from lightning_difftune.modules import DiffTuningModule
@@ -54,11 +53,9 @@ class TunedRun:
             raw: Leave the averages out.
             done: Gets a line that says which weights those are.
         """
-        state = self.run.averages
-        if raw or state is None:
-            done.append("weights: as trained" + ("" if state else "; the checkpoint has no averages"))
+        average = self.run.averages
+        if raw or average is None:
+            done.append("weights: as trained" + ("; the checkpoint has no averages" if average is None else ""))
             return nullcontext()
-        average = EMA()
-        average.load_state_dict(state)
-        done.append(f"weights: averaged by EMA over {average.num_updates:,} updates")
+        done.append(f"weights: averaged over {average.num_updates:,} updates")
         return average.average_parameters(self.module)

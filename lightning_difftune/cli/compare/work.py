@@ -11,13 +11,12 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_difftune.callbacks import SuddenConvergence
 from lightning_difftune.cli import STOPPED
 from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.environment import circumstances
@@ -92,11 +91,21 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
         raise ConfigError(f"`evaluate` of the study file cannot be used: {' '.join(str(error).split())}") from error
 
 
+@runtime_checkable
+class FindsConvergence(Protocol):
+    """A callback that watches for the step at which a scalar converges."""
+
+    monitor: str
+    threshold: float | None
+    convergence_step: int | None
+    leap: Any
+
+
 def sudden_convergence(cli: DiffTuneCLI) -> list[dict[str, Any]]:
-    """The answers of each :class:`SuddenConvergence` of the run."""
+    """The answers of each callback that watches for convergence."""
     return [
-        {"monitor": one.monitor, "threshold": one.threshold, "step": one.convergence_step, "leap": one.leap}
-        for one in callbacks_of(cli, SuddenConvergence)
+        {"monitor": c.monitor, "threshold": c.threshold, "step": c.convergence_step, "leap": c.leap}
+        for c in callbacks_of(cli, FindsConvergence)
     ]
 
 

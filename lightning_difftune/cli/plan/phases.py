@@ -9,8 +9,6 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_difftune.callbacks import ChainOfForgetting
-from lightning_difftune.callbacks.generation import GenerationCallback
 from lightning_difftune.cli.plan.probe import Costs
 from lightning_difftune.cli.plan.speed import Speed
 from lightning_difftune.modules import DiffTuningModule
@@ -116,12 +114,11 @@ def evaluation(
     pictures = 0.0
     for callback in callbacks_of(config.trainer):
         kind, arguments = callback
-        if not issubclass(kind, GenerationCallback):
+        if not hasattr(kind, "trajectories"):
             continue
         every = max(interval or steps, arguments.get("every_n_steps") or 1)
         runs = math.ceil(steps / every) if times else 0
-        curves = 6.5 if issubclass(kind, ChainOfForgetting) else 1  # eleven trajectories that share their beginnings
-        pictures += runs * arguments["num_samples"] * curves
+        pictures += runs * arguments["num_samples"] * kind.trajectories
     samples = {
         "denoise": pictures * forward_passes(module.sampler) + times * (num_held_out or 0),
         "decode": pictures,
@@ -167,7 +164,7 @@ def validation_interval(trainer: Namespace, steps_per_epoch: int | None) -> int 
     return max(1, int(steps_per_epoch * interval)) * (trainer.check_val_every_n_epoch or 1)
 
 
-def callbacks_of(trainer: Namespace) -> list[tuple[type, dict[str, Any]]]:
+def callbacks_of(trainer: Namespace) -> list[tuple[Any, dict[str, Any]]]:
     """Class and arguments of each callback in the config, which are not made: some open weights."""
     from importlib import import_module
 

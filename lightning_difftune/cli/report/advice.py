@@ -12,7 +12,6 @@ from itertools import pairwise
 from lightning_difftune.cli.run import Run, Series
 
 FEWEST_OF_A_CLASS = 10
-INCEPTION_FEATURES = 2048
 GAIN = 0.02  # of a score in the last quarter of a run, which is still worth training for
 LOSS = 0.05  # of a score or loss since its best, which is more than a wobble
 LEAP = 3.0  # of the loss over its median until then, if that is out of the ordinary for the run, too
@@ -182,16 +181,17 @@ def few_of_a_class(run: Run) -> Advice | None:
     )
 
 
-def few_pictures_for_fid(run: Run) -> Advice | None:
-    """FID of fewer pictures than Inception has features."""
-    number = (run.callback("FID") or {}).get("num_samples")
-    if "fid" not in run.metrics or not isinstance(number, int) or number >= INCEPTION_FEATURES:
-        return None
-    return Advice(
-        "Measure FID with 10,000 pictures before comparing it with anything else.",
-        f"FID was taken of {number:,} pictures. With fewer than Inception's {INCEPTION_FEATURES:,} features the "
-        "covariance is singular and the value too large, by an amount that depends on their number.",
-    )
+def few_pictures(run: Run) -> Advice | None:
+    """A Fréchet distance of fewer pictures than its extractor has features."""
+    for name, facts in run.score_facts.items():
+        pictures, features = facts.get("num_samples"), facts.get("num_features")
+        if pictures and features and pictures < features:
+            return Advice(
+                f"Measure {facts['label']} with 10,000 pictures before comparing it with anything else.",
+                f"{name} was taken of {pictures:,} pictures. With fewer than the extractor's {features:,} features the "
+                "covariance is singular and the value too large, by an amount that depends on their number.",
+            )
+    return None
 
 
 def measured_schedule(run: Run) -> Advice | None:
@@ -227,7 +227,7 @@ RULES: tuple[Callable[[Run], Advice | None], ...] = (
     retain_more,
     overfits,
     few_of_a_class,
-    few_pictures_for_fid,
+    few_pictures,
     measured_schedule,
     unmeasured,
 )

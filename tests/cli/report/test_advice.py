@@ -32,17 +32,19 @@ def make_run(folder, metrics, *, trainer=None, model=None, data=None, callbacks=
         "data": {"init_args": data or {}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "environment.json").write_text(json.dumps(environment or {}))
+    (folder / "environment.json").write_text(json.dumps({"scores": SCORES, **(environment or {})}))
     return Run(folder)
 
 
 FLAT = {"train/loss": [1.0] * 12, "train/retention": [1.0, 1.1] * 6, "fid": [9.0, 5.0, 4.0, 4.0, 4.0]}
-INCEPTION = {"class_path": "lightning_difftune.callbacks.FID", "init_args": {"num_samples": 10_000}}
-FEW = {"class_path": "lightning_difftune.callbacks.FID", "init_args": {"num_samples": 400}}
+SCORES = {
+    "fid": {"higher_is_better": False, "label": "FID", "num_samples": 10_000, "num_features": 2048},
+    "control/ssim": {"higher_is_better": True, "label": "How well controls are followed (BlurredSSIM)"},
+}
 
 
 def test_nothing_to_say(tmp_path):
-    run = make_run(tmp_path, FLAT, callbacks=[INCEPTION])
+    run = make_run(tmp_path, FLAT)
     assert advise(run) == []
     assert f"{len(RULES)} rules looked at them" in page(run)
 
@@ -83,7 +85,7 @@ def test_a_controlnets_convergence_is_a_sentence_not_a_curve(tmp_path):
     ],
 )
 def test_advice_from_the_curves(tmp_path, changes, said, evidence):
-    (advice,) = advise(make_run(tmp_path, {**FLAT, **changes}, callbacks=[INCEPTION]))
+    (advice,) = advise(make_run(tmp_path, {**FLAT, **changes}))
     assert said in advice.what
     assert evidence in advice.evidence
 
@@ -97,13 +99,13 @@ def test_advice_from_the_curves(tmp_path, changes, said, evidence):
     ],
 )
 def test_noise_is_no_leap(tmp_path, losses):
-    assert advise(make_run(tmp_path, {**FLAT, "train/loss": losses}, callbacks=[INCEPTION])) == []
+    assert advise(make_run(tmp_path, {**FLAT, "train/loss": losses})) == []
 
 
 def test_noise_is_no_rise(tmp_path):
     """Losses that scatter by more than they rise ask for nothing."""
     noisy = [1.0, 3.0, 0.2, 2.0, 1.0, 1.0, 1.0, 1.0, 0.3, 3.5, 0.4, 3.0]
-    assert advise(make_run(tmp_path, {**FLAT, "train/retention": noisy}, callbacks=[INCEPTION])) == []
+    assert advise(make_run(tmp_path, {**FLAT, "train/retention": noisy})) == []
 
 
 def test_advice_from_what_else_there_is(tmp_path):
@@ -118,7 +120,7 @@ def test_advice_from_what_else_there_is(tmp_path):
     assert "step 111 of 500" in unfinished.evidence
     assert few.evidence.startswith("1 of 3 classes")
     assert "SampleGrid" in unmeasured.what
-    (advice,) = advise(make_run(tmp_path, FLAT, callbacks=[FEW]))
+    (advice,) = advise(make_run(tmp_path, FLAT, environment={"scores": {"fid": {**SCORES["fid"], "num_samples": 400}}}))
     assert "400 pictures" in advice.evidence
 
 
@@ -132,7 +134,6 @@ def test_advised_options_are_options(tmp_path):
     run = make_run(
         tmp_path,
         {**FLAT, **falling},
-        callbacks=[INCEPTION],
         trainer={"max_steps": 151},
         model={"lr_scheduler": {"init_args": {"total_steps": 151}}},
         data={"retention_share": 0.2},
