@@ -163,26 +163,6 @@ def test_help_of_our_commands_has_examples(command, capsys):
     assert len(out.splitlines()) <= 60
 
 
-def test_completion_knows_commands_and_options(tmp_path, capsys):
-    assert main(["--completion", "bash"]) == 0
-    script = capsys.readouterr().out
-    (tmp_path / "difftune.bash").write_text(script)
-
-    def completed(*typed):
-        array = " ".join(f"'{word}'" for word in ("difftune", *typed))
-        code = f"source {tmp_path}/difftune.bash; COMP_WORDS=({array}); COMP_CWORD={len(typed)}; "
-        code += "_shtab_difftune; echo ${COMPREPLY[@]}"
-        return subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True).stdout.split()
-
-    assert set(completed("")) >= {*COMMANDS}
-    assert completed("exp") == ["export"]
-    assert {"--trainer.max_steps", "--trainer.max_epochs"} <= set(completed("fit", "--trainer.max"))
-    assert set(completed("sample", "--guidance")) == {"--guidance_channels", "--guidance_scale"}
-    assert completed("data", "ch") == ["check"]
-    assert main(["--completion", "cmd"]) == 2
-    assert "There is completion for bash, zsh" in capsys.readouterr().err
-
-
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
@@ -258,7 +238,7 @@ def test_what_a_run_prints(project):
         assert noise not in printed, printed
     wrong = subprocess.run([*entry, "train"], capture_output=True, text=True, timeout=60, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr.startswith("difftune: 'train' is no command; choose from quickstart, init, data, plan, fit,")
+    assert wrong.stderr.startswith("difftune: 'train' is not a command. Choose from quickstart, init, data, plan, fit,")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -267,7 +247,7 @@ def test_what_a_run_prints(project):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["train"], "'train' is no command; choose from quickstart, init, data, plan, fit"),
+        (["train"], "'train' is not a command. Choose from quickstart, init, data, plan, fit"),
         ([*FIT, "--modle", "x"], r"unrecognized arguments: --modle x\n`difftune fit --help`"),
         (["fit", "--config", "none.yaml"], "does not exist.*none.yaml"),
         ([*FIT, f"{DATA}batch_size", "five"], "Expected a <class 'int'>. Got value: five"),

@@ -117,7 +117,7 @@ def test_another_run_does_the_last_steps(project, capsys):
     assert main([*args, "--output", "plain", "--ckpt_path", "two/last.ckpt"]) == 0
     assert main([*args, "--output", "other", "--tail", "two/last.ckpt"]) == 0
     said = capsys.readouterr().out
-    assert "The last steps are done by two/last.ckpt, weights: averaged by EMA over 2 updates." in said
+    assert "The last steps are done by two/last.ckpt, weights: averaged over 2 updates." in said
     plain = {(row["model"], row["swapped_percent"]): float(row["fd_means"]) for row in table(project / "plain")}
     other = {row["swapped_percent"]: float(row["fd_means"]) for row in table(project / "other")}
     assert other["0"] == plain["one", "0"]

@@ -177,7 +177,7 @@ def test_averages_are_taken_unless_told_otherwise(project, tmp_path, capsys):
     checkpoint = checkpoint_of(project, ema=True)
     status, said = exported(checkpoint, tmp_path / "average.safetensors", capsys)
     assert status == 0, said
-    assert "weights: averaged by EMA over 3 updates" in said
+    assert "weights: averaged over 3 updates" in said
     averages = torch.load(checkpoint, weights_only=True)["callbacks"]["EMA"]["averages"]
     found = load_dit(tmp_path / "average.safetensors").state_dict()
     for name, tensor in averages.items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from lightning_difftune import __version__
@@ -50,17 +52,20 @@ Examples
   difftune fit --config configs/quickstart.yaml --trainer.max_steps 100
   difftune fit --config configs/quickstart.yaml --print_config
   difftune fit --ckpt_path last
-  difftune sample RUN/checkpoints/last.ckpt --classes sunflower rose
-  difftune export --ckpt_path RUN/checkpoints/last.ckpt --output tuned
+  difftune sample RUN --classes sunflower rose
+  difftune export RUN --output tuned
 
-`difftune COMMAND --help` lists the options of a command. --debug, anywhere,
-shows the traceback of an error. `--completion bash` (zsh, fish, ...) prints a
-script for the TAB key: difftune --completion bash >> ~/.bashrc
+RUN is the folder of a run, or one of its checkpoints. `difftune COMMAND --help`
+lists the options of a command. --debug, anywhere, shows the traceback of an error.
 
 Exit status: 0 done; 1 `data check` found pictures that cannot be read, or
 there is a bug, with its traceback; 2 a mistake in the input, which is named;
-143 a run was stopped by a signal and has saved: `--ckpt_path last` goes on.
+143 a run was stopped by a signal and has saved: `--ckpt_path last` resumes it.
 """
+
+# Those that are not Lightning's, and where they are; each is a function of that name, of the command line after it.
+OWN = {name: name for name in ("quickstart", "init", "plan", "sample", "report", "export", "swap", "compare")}
+OWN["data"] = "data_check"
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # full, or not to be written to
 STOPPED = 143  # the status of a process that SIGTERM ended, 128 + 15
@@ -98,56 +103,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(args: list[str]) -> int:
     """Run one command and return its exit status; imports what it needs, so that ``--help`` is quick."""
-    if args[0] == "--completion":
-        from lightning_difftune.cli.completion import completion
+    command, *rest = args
+    if command in OWN:
+        module = import_module(f"{__name__}.{OWN[command]}")
+        return int(getattr(module, command)(rest) or 0)
+    if command not in COMMANDS and not command.startswith("-"):
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        known = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(COMMANDS)}."
+        raise ConfigError(f"{command!r} is not a command. {known} `difftune --help` says more.")
+    from lightning_difftune.cli.lightning import run_lightning
 
-        print(completion(args[1] if len(args) > 1 else "", COMMANDS))
-    elif args[0] == "quickstart":
-        from lightning_difftune.cli.quickstart import quickstart
+    trainer: Any = run_lightning(args).trainer
+    if command == "fit" and not trainer.fast_dev_run:
+        from lightning_difftune.cli.next_steps import summary
 
-        quickstart(args[1:])
-    elif args[0] == "init":
-        from lightning_difftune.cli.init import init
-
-        init(args[1:])
-    elif args[0] == "compare":
-        from lightning_difftune.cli.compare import compare
-
-        compare(args[1:])
-    elif args[0] == "swap":
-        from lightning_difftune.cli.swap import swap
-
-        swap(args[1:])
-    elif args[0] == "data":
-        from lightning_difftune.cli.data_check import data
-
-        return data(args[1:])
-    elif args[0] == "sample":
-        from lightning_difftune.cli.sample import sample
-
-        sample(args[1:])
-    elif args[0] == "export":
-        from lightning_difftune.cli.export import export
-
-        export(args[1:])
-    elif args[0] == "plan":
-        from lightning_difftune.cli.plan import plan
-
-        plan(args[1:])
-    elif args[0] == "report":
-        from lightning_difftune.cli.report import report
-
-        report(args[1:])
-    elif args[0] in COMMANDS or args[0].startswith("-"):
-        from lightning_difftune.cli.lightning import run_lightning
-
-        trainer: Any = run_lightning(args).trainer
-        if args[0] == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
-            from lightning_difftune.cli.next_steps import summary
-
-            print(f"\n{summary(trainer)}")
-    else:
-        raise ConfigError(f"{args[0]!r} is no command; choose from {', '.join(COMMANDS)}. `difftune --help` says more.")
+        told = summary(trainer)  # on all processes, since it asks for the logger's folder
+        if trainer.is_global_zero:
+            print(f"\n{told}")
     return 0
 
 
