@@ -56,7 +56,7 @@ Examples
   difftune export RUN --output tuned
 
 RUN is the folder of a run, or one of its checkpoints. `difftune COMMAND --help`
-lists the options of a command. --debug, anywhere, shows the traceback of an error.
+lists the options of a command; --debug, anywhere, shows an error's traceback.
 
 Exit status: 0 done; 1 `data check` found pictures that cannot be read, or
 there is a bug, with its traceback; 2 a mistake in the input, which is named;
