@@ -73,6 +73,9 @@ def plan(argv: Sequence[str]) -> None:
     show(found, costs, speed, data.batch_size, num_devices(config.trainer), options)
 
 
+CPU_BATCH = 16
+
+
 def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precision: str) -> Speed:
     """This machine's speed, on its GPU if it has one; the module is trained for a moment."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,6 +83,8 @@ def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precis
     trained.train()
     of_training = Probe(trained, shape, data.batch_size, precision)
     size = BATCH_SIZE if data.build_batch_size == "auto" else data.build_batch_size
+    if device.type == "cpu":
+        size = min(size, CPU_BATCH)  # more of them take as long, each
     return Measured(of_training, Probe(trained, shape, size, precision))
 
 

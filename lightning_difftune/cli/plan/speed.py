@@ -76,7 +76,7 @@ class Measured:
         least: Seconds that each part is timed for at least.
     """
 
-    def __init__(self, of_training: Probe, of_building: Probe, least: float = 2.0) -> None:
+    def __init__(self, of_training: Probe, of_building: Probe, least: float = 1.0) -> None:
         module = of_training.module
         device = module.device
         self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
@@ -98,10 +98,10 @@ class Measured:
 
 
 def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
-    """Seconds of one call, the median of as many as fit into the time, three at least, after a first one."""
+    """Seconds of one call, the median of as many as fit into the time, after a first one; three, unless those are slow."""
     times: list[float] = []
     first = True
-    while len(times) < 3 or sum(times) < least:
+    while not times or sum(times) < (least if len(times) >= 3 else 2 * least):
         start = now(device)
         run()
         if not first:
