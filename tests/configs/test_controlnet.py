@@ -11,7 +11,7 @@ import torch
 import transformers
 from config_files import arguments, composition, files_of, header, leaves, settings, smaller_callbacks
 from PIL import Image
-from tiny_data import Scenes, accept_flowers, make_ade20k, make_coco, make_flowers
+from tiny_data import Scenes, accept_flowers, make_ade20k, make_captioned_folder, make_coco, make_flowers
 from torch import nn
 
 from lightning_difftune import ControlNetDiffTuningModule, MemoryBank, PowerSchedule
@@ -23,6 +23,7 @@ from lightning_difftune.modules.stable_diffusion import stable_diffusion_process
 
 BASE = "configs/controlnet/base.yaml"
 FLOWERS = "configs/controlnet/flowers.yaml"
+FOLDER = "configs/controlnet/folder.yaml"
 FULL = ["--config", "configs/presets/full.yaml"]
 
 
@@ -85,6 +86,7 @@ def ingredients(workplace: Path, pipeline_folder: str) -> Iterator[None]:
     """Every data set where its config looks for it, the pipeline and the annotators' networks."""
     for make in (make_coco, make_ade20k, make_flowers):
         make(workplace / "data", Scenes())
+    make_captioned_folder(workplace / "data")
     make_annotators(workplace)
     (workplace / "pipeline").symlink_to(pipeline_folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -147,7 +149,10 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     if file == FLOWERS:
         assert sudden.threshold == 0.4, "one of its own: the paper's are for 512 px"
         return
-    task = FILES.get(file, TASKS["edge"])  # base.yaml's command has the edge task
+    task = FILES.get(file, TASKS["edge"])  # base.yaml's command has the edge task, and so has folder.yaml's
+    if file == FOLDER:
+        held_out = set(data.val_target.source.indices)
+        assert not held_out & set(data.target.source.indices), "nothing of COCO is left"
     assert (sudden.monitor, sudden.threshold, sudden.mode) == (task.monitor, task.threshold, task.mode)
     assert module.annotator.channels == task.channels
     assert (trainer.max_steps, trainer.val_check_interval, data.batch_size) == (task.steps, 100, 4)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from config_files import ALL_FILES, CONFIGS, FAMILIES, arguments, commands, files_of, header
+from config_files import ALL_FILES, CONFIGS, FAMILIES, arguments, commands, files_of, header, leaves, settings
 
 from lightning_difftune.cli.lightning import ConfigReader
 
@@ -53,3 +53,22 @@ def test_a_run_of_more_than_a_thousand_steps_is_saved_on_its_way(file: str) -> N
     for callback in trainer.get("callbacks", []):
         if callback["class_path"].endswith("ModelCheckpoint") and trainer.get("max_steps", 0) > 1000:
             assert callback["init_args"]["every_n_train_steps"] <= trainer["max_steps"] / 4
+
+
+METHODS = ("ablations", "loggers", "presets", "strategy", "tuners")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(file for family in METHODS for file in ALL_FILES if f"/{family}/" in file),
+        "configs/text_to_image/whole_unet.yaml",
+    ],
+)
+def test_an_overlay_of_a_method_sets_no_path(file: str) -> None:
+    """Over any base, it would write there what belongs to another, or read it."""
+    places = ("dir", "dirpath", "path", "root", "bank", "cache", "folder", "output")
+    for key, value in leaves(settings(file)).items():
+        name = key.rpartition(".")[2]
+        assert value is None or name == "class_path" or not name.endswith(places), f"{key}: {value}"
+        assert not str(value).startswith(("runs/", "data/")), f"{key}: {value}"

@@ -98,7 +98,7 @@ class Measured:
 
 
 def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
-    """Seconds of one call, the median of as many as fit into the time, after a first one; three, unless those are slow."""
+    """Seconds of one call after a first: the median of as many as fit into the time, and three unless they are slow."""
     times: list[float] = []
     first = True
     while not times or sum(times) < (least if len(times) >= 3 else 2 * least):
