@@ -41,33 +41,37 @@ class PowerSchedule:
 
     Args:
         tau: Exponent, at least 0.
+        floor: Least psi: psi = max(floor, s^tau), so that small noise is learned of the target, too. xi stays as it is.
 
     Raises:
-        ConfigError: If tau is negative or not finite.
+        ConfigError: If tau is negative or not finite, or the floor is outside [0, 1].
 
     Example:
         >>> PowerSchedule(tau=1.0).retention(torch.tensor([0.25, 1.0]))
         tensor([0.7500, 0.0000])
     """
 
-    def __init__(self, tau: float = 1.0) -> None:
+    def __init__(self, tau: float = 1.0, floor: float = 0.0) -> None:
         if not 0 <= tau < float("inf"):
             raise ConfigError(
                 f"tau must be a finite number of at least 0, got {tau}. A negative tau would emphasise small noise for "
                 "the target; tau = 0 is standard fine-tuning and 1 the paper's default."
             )
-        self.tau = float(tau)
+        if not 0 <= floor <= 1:
+            raise ConfigError(f"floor is the least psi, a number in [0, 1]; got {floor}.")
+        self.tau, self.floor = float(tau), float(floor)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(tau={self.tau:g})"
+        floor = f", floor={self.floor:g}" if self.floor else ""
+        return f"{type(self).__name__}(tau={self.tau:g}{floor})"
 
     def reconsolidation(self, s: Tensor) -> Tensor:
-        """s^tau, same shape as s."""
-        return s**self.tau
+        """max(floor, s^tau), same shape as s."""
+        return (s**self.tau).clamp(min=self.floor)
 
     def retention(self, s: Tensor) -> Tensor:
         """1 - s^tau, same shape as s."""
-        return 1 - self.reconsolidation(s)
+        return 1 - s**self.tau
 
 
 class MirroredPowerSchedule(PowerSchedule):
@@ -79,6 +83,7 @@ class MirroredPowerSchedule(PowerSchedule):
 
     Args:
         tau: Exponent, at least 0.
+        floor: Least psi, as in :class:`PowerSchedule`.
 
     Example:
         >>> schedule = MirroredPowerSchedule()

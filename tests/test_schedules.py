@@ -212,3 +212,18 @@ def test_measurements_that_give_no_schedule_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=message):
             fit_schedule(tmp_path / "psi.json", [0.2, 0.8], before, after)
     assert not (tmp_path / "psi.json").exists()
+
+
+@pytest.mark.parametrize("kind", [PowerSchedule, MirroredPowerSchedule])
+def test_a_floor_lifts_psi_and_leaves_xi(kind):
+    s = torch.tensor([0.1, 0.3, 0.9], dtype=torch.float64)
+    plain, lifted = kind(tau=1.0), kind(tau=1.0, floor=0.3)
+    assert lifted.reconsolidation(s).tolist() == [0.3, 0.3, 0.9]
+    assert torch.equal(lifted.retention(s), plain.retention(s))
+    assert repr(lifted) == f"{kind.__name__}(tau=1, floor=0.3)"
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, float("nan")])
+def test_a_floor_that_is_no_share_is_refused(floor):
+    with pytest.raises(ConfigError, match="floor is the least psi"):
+        PowerSchedule(floor=floor)

@@ -147,8 +147,9 @@ def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
     if source.knows_sampler and is_flow(sampler.scheduler) != is_flow(own.scheduler):
         what = "a velocity (flow matching)" if is_flow(own.scheduler) else "noise"
         raise ConfigError(f"The model predicts {what}, which {type(sampler.scheduler).__name__} does not integrate.")
-    if sampler.domain_guidance and not source.has_base:
-        raise ConfigError("Domain Guidance needs the model that this one was tuned from; name it with --base.")
+    if (sampler.domain_guidance or sampler.pretrained_tail) and not source.has_base:
+        what = "Domain Guidance" if sampler.domain_guidance else f"A pretrained_tail of {sampler.pretrained_tail:g}"
+        raise ConfigError(f"{what} needs the model that this one was tuned from; name it with --base.")
     if adds_noise(sampler.scheduler):
         raise ConfigError(
             f"{type(sampler.scheduler).__name__} adds noise at each step, so that a picture would depend on those "

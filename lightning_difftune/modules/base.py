@@ -89,7 +89,8 @@ class DiffTuningModule(L.LightningModule, ABC):
         self.tuner = tuner
         self.sampler = sampler if sampler is not None else Sampler()
         # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
-        self.bank_sampler = replace(bank_sampler if bank_sampler is not None else self.sampler, domain_guidance=False)
+        bank_sampler = bank_sampler if bank_sampler is not None else self.sampler
+        self.bank_sampler = replace(bank_sampler, domain_guidance=False, pretrained_tail=0.0)
         self._check_schedulers()
         self.seed = seed
         self.base_identity: dict[str, Any] = {}
@@ -348,7 +349,15 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Samples (B, c, h, w) whose start noise depends on the seed and their index alone, for indices (B,)."""
         condition, null_condition = conditions
         null_condition, null_denoise = self.null_branch(sampler, null_condition)
-        return sampler(denoise, self.start_noise(indices), condition, null_condition, null_denoise=null_denoise)
+        noise = self.start_noise(indices)
+        if sampler.pretrained_tail:
+            tuned = sampler.guided(denoise, condition, null_condition, null_denoise)
+            return sampler.swap(tuned, self.guided_source(conditions), noise, [sampler.pretrained_tail])[0]
+        return sampler(denoise, noise, condition, null_condition, null_denoise=null_denoise)
+
+    def guided_source(self, conditions: tuple[Any, Any]) -> Guided:
+        """The pre-trained network under what it understands of a condition and a null condition of this module."""
+        return self.sampler.guided(self.frozen_denoiser(), *map(self.source_condition, conditions))
 
     def generate(self, indices: Tensor, conditions: tuple[Any, Any] | None = None) -> Tensor:
         """Pictures (B, C, H, W) uint8; picture i depends on the seed and i alone.
@@ -385,8 +394,8 @@ class DiffTuningModule(L.LightningModule, ABC):
             (P, B, C, H, W) uint8.
         """
         if tail is None:
-            source = (self.source_condition(condition) for condition in self.conditions(indices))
-            last = self.sampler.guided(self.frozen_denoiser(), *source)
+            last = self.guided_source(self.conditions(indices))
+            fractions = [max(fraction, self.sampler.pretrained_tail) for fraction in fractions]
         else:
             last = tail.guided(indices)
         swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)

@@ -37,6 +37,8 @@ class DiTDiffTuningModule(DiffTuningModule):
         class_names: Names of the target's classes, saved with checkpoints and exports; those of the data by default.
         label_table: ``"keep"`` reuses rows 0..K-1 of the pre-trained table and its null row, as the authors' code
             does; ``"resize"`` starts K fresh rows beside the copied null row, as Table 1 counts them.
+        retention_labels: ``"null"`` retains samples under the null class, as the paper does; ``"source"`` under the
+            source class that a sample was drawn for, if its row is not one of the target's, else under the null class.
         label_dropout: Probability that a target sample is shown without its label.
         autoencoder: Frozen autoencoder of latent models; ``None`` for pixel models.
         objective: The loss of Eq. 5; the authors' preset by default.
@@ -48,7 +50,9 @@ class DiTDiffTuningModule(DiffTuningModule):
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Raises:
-        ConfigError: If K is larger than a table that is kept, or the autoencoder's latents do not fit the model.
+        ConfigError: If K is larger than a table that is kept, source classes are to be retained in a table that is not
+            kept or by a teacher, which is asked under the null class, or the autoencoder's latents do not fit the
+            model.
 
     Example:
         >>> from lightning_difftune import DiTDiffTuningModule
@@ -67,6 +71,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         num_classes: int | None = None,
         class_names: list[str] | None = None,
         label_table: Literal["keep", "resize"] = "keep",
+        retention_labels: Literal["null", "source"] = "null",
         label_dropout: float = 0.1,
         autoencoder: FrozenAutoencoder | None = None,
         objective: DiffTuningObjective | None = None,
@@ -80,6 +85,12 @@ class DiTDiffTuningModule(DiffTuningModule):
         super().__init__(objective, optimizer, lr_scheduler, tuner, sampler, bank_sampler, seed)
         if not 0 <= label_dropout < 1:
             raise ConfigError(f"label_dropout must be in [0, 1), got {label_dropout}.")
+        if retention_labels == "source" and (label_table == "resize" or self.objective.retention_target is not None):
+            raise ConfigError(
+                "retention_labels: source needs the rows of the source classes (label_table: keep) and compares with "
+                f"the noise (no retention_target); found label_table: {label_table} and retention_target: "
+                f"{self.objective.retention_target}. Set retention_labels: null."
+            )
         # A model that is given as an object is trained in place; its copy is what "pre-trained" means for the bank.
         # Both hide in a tuple, where nn.Module does not register them.
         self._given = (model, copy.deepcopy(model)) if isinstance(model, DiT) else None
@@ -87,6 +98,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         self._num_classes = num_classes
         self.class_names = class_names
         self.label_table = label_table
+        self.retention_labels = retention_labels
         self.label_dropout = label_dropout
         self.autoencoder = autoencoder
 
@@ -227,8 +239,18 @@ class DiTDiffTuningModule(DiffTuningModule):
         return torch.full_like(condition, self.base_identity["num_classes"])
 
     def retention_condition(self, retention: RetentionBatch) -> Tensor:
-        """The null class (Section 3.2, "Conditional Generation")."""
-        return torch.full((len(retention["latents"]),), self.dit.null_class, device=self.device)
+        """The null class (Section 3.2, "Conditional Generation"), or the source class if its row is still its own.
+
+        Raises:
+            ConfigError: If source classes are asked for and the bank does not know them.
+        """
+        null = torch.full((len(retention["latents"]),), self.dit.null_class, device=self.device)
+        if self.retention_labels == "null":
+            return null
+        if "class_labels" not in retention:
+            raise ConfigError("The memory bank is of pictures without source classes. Set retention_labels: null.")
+        source = retention["class_labels"].to(self.device)
+        return torch.where(source >= self.num_classes, source, null)
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The source classes."""

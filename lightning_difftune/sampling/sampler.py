@@ -28,9 +28,11 @@ class Sampler:
         guidance_scale: Strength of the guidance.
         guidance_channels: Guided leading channels; ``null`` guides all (the paper-literal preset).
         domain_guidance: Take the unconditional branch from the frozen pre-trained network (arXiv 2504.01521).
+        pretrained_tail: Share of the steps, those nearest to the data, that the pre-trained network does in place of
+            the tuned one (Fig. 1 of the paper); 0 leaves none to it.
 
     Raises:
-        ConfigError: If there is no step.
+        ConfigError: If there is no step, or the share is outside [0, 1).
     """
 
     scheduler: Any = None
@@ -38,10 +40,16 @@ class Sampler:
     guidance_scale: float = 1.5
     guidance_channels: int | None = 3
     domain_guidance: bool = False
+    pretrained_tail: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
+        if not 0 <= self.pretrained_tail < 1:
+            raise ConfigError(
+                f"pretrained_tail is the share of the last steps that the pre-trained model does: a number in [0, 1), "
+                f"such as 0.1; got {self.pretrained_tail}."
+            )
         if self.scheduler is None:
             self.scheduler = ddim()
 
@@ -100,7 +108,11 @@ class Sampler:
             others = {key: settings[key] for key in ("num_inference_steps", "guidance_scale", "guidance_channels")}
         except KeyError as error:
             raise ConfigError(f"This description of a sampler lacks {error}: {dict(settings)}") from error
-        return cls(scheduler, **others, domain_guidance=bool(settings.get("domain_guidance", False)))
+        return cls(
+            scheduler,
+            **others,
+            **{key: settings[key] for key in ("domain_guidance", "pretrained_tail") if key in settings},
+        )
 
     def settings(self) -> dict[str, Any]:
         """What :meth:`from_settings` makes this sampler of again, as JSON values; infinities are kept as such.
@@ -122,8 +134,9 @@ class Sampler:
             "guidance_scale": self.guidance_scale,
             "guidance_channels": self.guidance_channels,
         }
-        # Left out where it is off, so that banks of the time before it keep their spec.
-        return spec | {"domain_guidance": True} if self.domain_guidance else spec
+        # Left out where they are off, so that banks of earlier versions keep their spec.
+        switches = {"domain_guidance": self.domain_guidance, "pretrained_tail": self.pretrained_tail}
+        return spec | {name: value for name, value in switches.items() if value}
 
 
 def plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ FAMILIES = {
     "controlnet": ("controlnet",),
     "loggers": ("loggers",),
     "photos": ("photos",),
+    "photos32": ("photos32",),
     "pretrain": ("pretraining", "quickstart.yaml"),
     "strategy": ("strategy",),
     "studies": ("studies",),

@@ -361,3 +361,14 @@ def test_gradients_are_clipped_under_bf16_with_a_fused_step(tmp_path, algorithm)
     measure = torch.linalg.vector_norm if algorithm == "norm" else lambda x: x.abs().max()
     assert measure(seen[0]) > limit
     assert measure(seen[1]) == pytest.approx(limit, rel=1e-3)
+
+
+def test_samples_may_be_retained_under_source_classes_whose_rows_are_free():
+    module = DiTDiffTuningModule(tiny_dit(), num_classes=3, retention_labels="source")
+    module.configure_model()
+    retention = {"latents": torch.zeros(4, 1, 8, 8), "class_labels": torch.tensor([0, 2, 3, 5])}
+    assert module.retention_condition(retention).tolist() == [6, 6, 3, 5]
+    with pytest.raises(ConfigError, match="pictures without source classes"):
+        module.retention_condition({"latents": torch.zeros(4, 1, 8, 8)})
+    with pytest.raises(ConfigError, match="retention_labels: source needs the rows"):
+        DiTDiffTuningModule(tiny_dit(), num_classes=3, retention_labels="source", label_table="resize")

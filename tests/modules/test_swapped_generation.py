@@ -162,3 +162,27 @@ def test_the_losses_of_the_forgetting_meter_are_simple_ones():
         before = (tiny_dit()(x_t, t, torch.full((3,), 6))[:, :1] - noise).square().mean((1, 2, 3))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(source, before)
+
+
+@pytest.mark.parametrize("domain_guidance", [False, True])
+def test_a_pretrained_tail_is_what_the_swap_draws_at_its_share(domain_guidance):
+    plain = module_of(domain_guidance=domain_guidance)
+    (swapped,) = plain.generate_swapped(INDICES, [0.5])
+    plain.sampler.pretrained_tail = 0.5
+    assert torch.equal(plain.generate(INDICES), swapped)
+    assert torch.equal(plain.generate_swapped(INDICES, [0.0])[0], swapped), "fraction 0 is what generate draws"
+    plain.sampler.pretrained_tail = 0.0
+    assert not torch.equal(plain.generate(INDICES), swapped)
+
+
+def test_a_pretrained_tail_is_not_the_banks_and_travels_with_the_settings():
+    module = module_of(sampler=Sampler(num_inference_steps=STEPS, pretrained_tail=0.25))
+    assert module.bank_sampler.pretrained_tail == 0
+    assert Sampler.from_settings(module.sampler.settings()).pretrained_tail == 0.25
+    assert "pretrained_tail" not in Sampler().spec(), "banks of earlier versions keep their spec"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_pretrained_tail_outside_its_range_is_refused(share):
+    with pytest.raises(ConfigError, match=r"pretrained_tail is the share .* \[0, 1\)"):
+        Sampler(pretrained_tail=share)
