@@ -25,7 +25,6 @@ from lightning_difftune import ControlNetDiffTuningModule, DiTDiffTuningModule, 
 from lightning_difftune.callbacks import ForgettingMeter
 from lightning_difftune.data import HandwrittenDigits
 from lightning_difftune.data.annotators import Canny
-from lightning_difftune.modules.stable_diffusion import stable_diffusion_sampler
 from lightning_difftune.sampling import Sampler
 
 FRACTIONS = [k / 10 for k in range(11)]
@@ -50,7 +49,7 @@ def digits(folder: Path) -> tuple[DiTDiffTuningModule, MemoryBankDataModule]:
 
 def flowers(folder: Path) -> tuple[ControlNetDiffTuningModule, MemoryBankDataModule]:
     """A ControlNet on pictures of noise: what they show does not change what a step costs."""
-    sampler = stable_diffusion_sampler(4, 1.0)
+    sampler = Sampler(None, 4, 1.0, None)
     module = ControlNetDiffTuningModule(Canny(), "sd-nano-flowers", sampler=sampler, bank_sampler=sampler)
     pictures = np.random.default_rng(0).integers(0, 256, (256, 32, 32, 3), dtype=np.uint8)
     source: Any = [(picture, "a photo of a rose") for picture in pictures]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_difftune.errors import ConfigError
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]  # diffusers' names
 
 
 class ForwardProcess(nn.Module, ABC):
@@ -38,6 +40,12 @@ class ForwardProcess(nn.Module, ABC):
         a, b = self.coefficients(t, t)
         return (a / b).square()
 
+    def levels(self) -> Tensor:
+        """a_t and b_t of all t as one table (2, T) float32 on the CPU."""
+        device = next((table.device for table in self.buffers()), torch.device("cpu"))
+        t = torch.arange(self.num_timesteps, device=device)
+        return torch.stack(self.coefficients(t, t)).float().cpu()
+
     def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
         """The eps (B, ...) that x_t and a clean sample imply."""
         a, b = self.coefficients(t, x_t)
@@ -58,6 +66,11 @@ class GaussianDiffusion(ForwardProcess):
         beta_end: Variance added by the last step.
         beta_schedule: ``"linear"`` in beta, or ``"scaled_linear"``, which is linear in the square root of beta; the
             names are those of diffusers' schedulers.
+        rescale_betas_zero_snr: Rescale to pure noise at the last step (Lin et al., 2024), where abar is then exactly 0
+            and a noise prediction says nothing about x_0: for networks that predict v or the clean sample.
+
+    Attributes:
+        scheduler_settings: What makes a scheduler of diffusers reverse this process.
 
     Raises:
         ConfigError: If there are fewer than two steps, the betas are not in (0, 1) or fall, or the schedule is neither.
@@ -75,6 +88,7 @@ class GaussianDiffusion(ForwardProcess):
     posterior_mean_xt: Tensor
     posterior_log_variance: Tensor
     log_betas: Tensor
+    scheduler_settings: dict[str, Any]
 
     def __init__(
         self,
@@ -82,6 +96,7 @@ class GaussianDiffusion(ForwardProcess):
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
         beta_schedule: Literal["linear", "scaled_linear"] = "linear",
+        rescale_betas_zero_snr: bool = False,
     ) -> None:
         super().__init__()
         if beta_schedule not in ("linear", "scaled_linear"):
@@ -91,12 +106,40 @@ class GaussianDiffusion(ForwardProcess):
                 f"A diffusion needs two steps or more and 0 < beta_start <= beta_end < 1; "
                 f"got {num_timesteps} steps, betas {beta_start} to {beta_end}."
             )
-        self.num_timesteps = num_timesteps
         power = 1.0 if beta_schedule == "linear" else 0.5
         ends = beta_start**power, beta_end**power
         betas = torch.linspace(*ends, num_timesteps, dtype=torch.float64, device="cpu") ** (1 / power)
         alphas_cumprod = (1 - betas).cumprod(0)
+        if rescale_betas_zero_snr:
+            roots = alphas_cumprod.sqrt()
+            alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
+        self._tabulate(alphas_cumprod, None if rescale_betas_zero_snr else betas)
+        self.scheduler_settings = {"beta_start": beta_start, "beta_end": beta_end, "beta_schedule": beta_schedule}
+        if rescale_betas_zero_snr:
+            self.scheduler_settings["rescale_betas_zero_snr"] = True
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> GaussianDiffusion:
+        """The process of a table of abar_t (T,), which falls from below 1 to at least 0.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        table = alphas_cumprod.detach().to("cpu", torch.float64)
+        if table.ndim != 1 or len(table) < 2 or not (table.diff() < 0).all() or not (table[0] < 1 and table[-1] >= 0):
+            raise ConfigError("alphas_cumprod must be (T,) numbers that fall, from below 1 to 0 or more.")
+        process = cls(len(table))
+        process._tabulate(table)
+        betas = 1 - table / torch.cat([torch.ones_like(table[:1]), table[:-1]])
+        process.scheduler_settings = {"trained_betas": betas.tolist()}
+        if table[-1] == 0:
+            process.scheduler_settings["rescale_betas_zero_snr"] = True
+        return process
+
+    def _tabulate(self, alphas_cumprod: Tensor, betas: Tensor | None = None) -> None:
+        self.num_timesteps = len(alphas_cumprod)
         previous = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
+        betas = 1 - alphas_cumprod / previous if betas is None else betas
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
         posterior_variance[0] = posterior_variance[1]  # it is 0 at t = 0, where its logarithm is wanted
         tables = {
@@ -118,6 +161,11 @@ class GaussianDiffusion(ForwardProcess):
         """The clean sample (B, ...) that x_t and a noise prediction imply."""
         a, b = self.coefficients(t, x_t)
         return (x_t - b * prediction) / a
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether the last step is pure noise, where a noise prediction says nothing about x_0."""
+        return bool(self.sqrt_alphas_cumprod[-1] == 0)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Mean (B, ...) of q(x_{t-1} | x_t, x_0), Eq. 7 of Ho et al. (2020)."""
@@ -159,6 +207,19 @@ class RectifiedFlow(ForwardProcess):
     def predict_x0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
         """The clean sample (B, ...) that x_t and a velocity imply."""
         return x_t - at(self.s, t, x_t) * prediction
+
+
+def same_process(first: ForwardProcess, second: ForwardProcess) -> bool:
+    """Whether two processes have the same noise levels: a_t and b_t within 0.001 at each t.
+
+    Example:
+        >>> same_process(GaussianDiffusion(), GaussianDiffusion(1000, 0.00085, 0.012, "scaled_linear"))
+        False
+    """
+    if first.num_timesteps != second.num_timesteps:
+        return False
+    ours, theirs = first.levels(), second.levels()
+    return bool((ours - theirs).abs().max() < 1e-3)
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:

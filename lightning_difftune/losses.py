@@ -1,25 +1,57 @@
 """Per-sample denoising losses. Each takes the raw network output and returns one number a sample, (B,).
 
 A loss belongs to what the network predicts, as diffusers names it: ``eps_mse_loss`` and ``hybrid_loss`` are for
-``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is that of
-flow matching. All take the same arguments.
+``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is for
+``flow_prediction``. Each says so in its attribute ``prediction_type``, which a loss of your own may have, too. All take
+the same arguments.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, RectifiedFlow, at
+from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, PredictionType, RectifiedFlow, at
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.weightings import LossWeighting
 
-if TYPE_CHECKING:
-    from lightning_difftune.weightings import LossWeighting
+Loss = Callable[..., Tensor]
+L = TypeVar("L", bound=Loss)
 
 
+def _for(prediction_type: PredictionType) -> Callable[[L], L]:
+    def mark(loss: L) -> L:
+        setattr(loss, "prediction_type", prediction_type)  # noqa: B010
+        return loss
+
+    return mark
+
+
+def prediction_type_of(loss: Loss) -> PredictionType | None:
+    """What a loss takes a network's output for; ``None`` for a function that does not say.
+
+    Example:
+        >>> prediction_type_of(v_mse_loss), prediction_type_of(lambda *args: args[0])
+        ('v_prediction', None)
+    """
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    return getattr(loss, "prediction_type", None)
+
+
+def loss_for(prediction_type: PredictionType, learned_variance: bool = False) -> Loss:
+    """The loss of a prediction type; the hybrid one for a network that predicts noise and its variance."""
+    if prediction_type == "epsilon":
+        return hybrid_loss if learned_variance else eps_mse_loss
+    return {"v_prediction": v_mse_loss, "sample": x0_mse_loss, "flow_prediction": velocity_mse_loss}[prediction_type]
+
+
+@_for("epsilon")
 def eps_mse_loss(
     output: Tensor,
     x0: Tensor,
@@ -50,6 +82,7 @@ def eps_mse_loss(
     return error if weighting is None else error * weighting.weights(diffusion.snr(t))
 
 
+@_for("v_prediction")
 def v_mse_loss(
     output: Tensor,
     x0: Tensor,
@@ -66,7 +99,7 @@ def v_mse_loss(
     loss of the noise that v implies.
 
     Raises:
-        ConfigError: If the forward process is no Gaussian diffusion.
+        ConfigError: If the forward process is not a Gaussian diffusion.
     """
     if not isinstance(diffusion, GaussianDiffusion):
         raise ConfigError(
@@ -78,6 +111,7 @@ def v_mse_loss(
     return error if weighting is None else error * weighting.weights(snr) * snr / (snr + 1)
 
 
+@_for("sample")
 def x0_mse_loss(
     output: Tensor,
     x0: Tensor,
@@ -97,6 +131,7 @@ def x0_mse_loss(
     return error if weighting is None else error * weighting.weights(snr) * snr
 
 
+@_for("flow_prediction")
 def velocity_mse_loss(
     output: Tensor,
     x0: Tensor,
@@ -127,6 +162,7 @@ def velocity_mse_loss(
     return error if weighting is None else error * weighting.weights(diffusion.snr(t)) * (1 - diffusion.s[t]).square()
 
 
+@_for("epsilon")
 def hybrid_loss(
     output: Tensor,
     x0: Tensor,
@@ -150,7 +186,7 @@ def hybrid_loss(
         (B,) float32.
 
     Raises:
-        ConfigError: If the output has no second half of channels, or the forward process is no Gaussian diffusion.
+        ConfigError: If the output has no second half of channels, or the forward process is not a Gaussian diffusion.
     """
     if not isinstance(diffusion, GaussianDiffusion):
         raise ConfigError(

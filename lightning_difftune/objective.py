@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion
+from lightning_difftune.conditions import take
+from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, PredictionType, RectifiedFlow, same_process
 from lightning_difftune.draws import Draws, seed_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.losses import hybrid_loss
+from lightning_difftune.losses import Loss, hybrid_loss, loss_for, prediction_type_of
 from lightning_difftune.protocols import Denoiser, RetentionBatch
-from lightning_difftune.retention_targets import RetentionTarget, last
+from lightning_difftune.retention_targets import RetentionTarget
 from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule
+from lightning_difftune.source import SourceFacts
 from lightning_difftune.weightings import LossWeighting
 
 
@@ -40,26 +42,26 @@ class DiffTuningObjective(nn.Module):
     With a ``retention_target`` the retention term compares with the pre-trained network's predictions in place of the
     noise; the variational term of a hybrid loss stays as it is (see :func:`~lightning_difftune.losses.hybrid_loss`).
 
-    The defaults are those of the authors' released code. The forward process and the two distributions are buffers
-    outside the state dict.
+    Forward process and loss are those of the pre-trained model, which a module binds the objective to (:meth:`bind`);
+    what is given here is compared with it. By itself the objective has the defaults of the authors' released code:
+    DiT's process and the hybrid loss. The process and the two distributions are buffers outside the state dict.
 
     Args:
         schedule: Psi and xi; ``MirroredPowerSchedule(tau=1)`` by default.
-        loss: Per-sample loss of :mod:`~lightning_difftune.losses`, the one of the network's prediction type.
+        loss: Per-sample loss of :mod:`~lightning_difftune.losses`; by default the one of what the model predicts.
         retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper. 0 is the ablation
             "reconsolidation only" (Fig. 6b).
-        diffusion: The forward process; T = 1000 and DiT's linear betas by default.
+        diffusion: The forward process; by default the one that the model was trained with.
             :class:`~lightning_difftune.diffusion.RectifiedFlow` trains by flow matching.
         reconsolidation_weight: Weight of the reconsolidation term; 0 is the ablation "retention only" (Fig. 6b).
         weighting: Weights of the noise levels in both terms, over the SNR of ``diffusion``: see
             :mod:`~lightning_difftune.weightings`. All count alike by default.
-
         retention_target: What retained samples are compared with: see :mod:`~lightning_difftune.retention_targets`.
             Their noise by default, which is replay (Eq. 3).
 
     Raises:
-        ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, or both terms have no
-            weight.
+        ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, both terms have no
+            weight, or loss, forward process and model do not go together.
 
     Example:
         >>> objective = DiffTuningObjective()
@@ -70,6 +72,8 @@ class DiffTuningObjective(nn.Module):
         (torch.Size([]), torch.Size([5]))
     """
 
+    loss: Loss
+    _derived: Loss
     psi: Tensor
     xi: Tensor
     reconsolidation_cdf: Tensor
@@ -78,7 +82,7 @@ class DiffTuningObjective(nn.Module):
     def __init__(
         self,
         schedule: ForgettingSchedule | None = None,
-        loss: Callable[..., Tensor] = hybrid_loss,
+        loss: Loss | None = None,
         retention_weight: float = 0.1,
         diffusion: ForwardProcess | None = None,
         reconsolidation_weight: float = 1.0,
@@ -92,15 +96,70 @@ class DiffTuningObjective(nn.Module):
                 f"reconsolidation_weight = {reconsolidation_weight}."
             )
         self.schedule = schedule if schedule is not None else MirroredPowerSchedule()
-        self.loss = loss
         self.retention_weight = retention_weight
         self.reconsolidation_weight = reconsolidation_weight
         self.weighting = weighting
         self.retention_target = retention_target
-        self.diffusion: ForwardProcess = diffusion if diffusion is not None else GaussianDiffusion()
-        if hasattr(self.schedule, "bind"):
-            self.schedule.bind(self.diffusion)
+        self._given = loss, diffusion
+        self.bind(SourceFacts("The model", "", learned_variance=True))
 
+    def bind(self, source: SourceFacts) -> SourceFacts:
+        """Take forward process and loss from a model where none were given, and compare those that were.
+
+        A module calls it once its model is there; the schedule is bound to the process, too.
+
+        Returns:
+            The facts, with process and prediction type of this objective where the model states none.
+
+        Raises:
+            ConfigError: If a given loss or process contradicts the model or the other, or the noise loss is asked for
+                where the last step is pure noise.
+        """
+        loss, process = self._given
+        if hasattr(self, "loss") and self.loss is not self._derived:  # assigned since
+            loss = self.loss
+        said = prediction_type_of(loss) if loss is not None else None
+        prediction = source.prediction_type or said or _prediction_of(process)
+        if process is None:
+            is_flow = prediction == "flow_prediction"
+            process = source.process or (RectifiedFlow() if is_flow else GaussianDiffusion())
+        if said not in (None, prediction):
+            fit = loss_for(prediction, source.learned_variance).__name__
+            raise ConfigError(
+                f"{source.name} predicts {prediction!r}, but the objective's loss is {_name(loss)}, for {said!r}. "
+                f"Leave the loss out, or set it to {fit}."
+            )
+        if source.process is not None and not same_process(process, source.process):
+            raise ConfigError(
+                f"{source.name} was trained with another noise schedule than the objective's diffusion, a "
+                f"{type(process).__name__}: {type(source.process).__name__} "
+                f"{getattr(source.process, 'scheduler_settings', '')}. Leave the diffusion out: it is then the model's."
+            )
+        if (prediction == "flow_prediction") != isinstance(process, RectifiedFlow):
+            raise ConfigError(
+                f"The objective's loss is for {prediction!r}, and its diffusion is a {type(process).__name__}. "
+                "velocity_mse_loss goes with RectifiedFlow, and the other losses with GaussianDiffusion."
+            )
+        if prediction == "epsilon" and isinstance(process, GaussianDiffusion) and process.has_zero_terminal_snr:
+            raise ConfigError(
+                f"{source.name}: the last step of this process is pure noise (rescale_betas_zero_snr), where a noise "
+                "prediction says nothing about the picture. It needs a network that predicts v or the clean sample."
+            )
+        if said == "epsilon" and not source.learned_variance and _name(loss) == hybrid_loss.__name__:
+            raise ConfigError(
+                f"hybrid_loss trains a variance, and {source.name} predicts none. Leave the loss out, or set it to "
+                "eps_mse_loss."
+            )
+        self.prediction_type: PredictionType = prediction
+        self._derived = self.loss = loss if loss is not None else loss_for(prediction, source.learned_variance)
+        device = next((table.device for table in self.buffers()), torch.device("cpu"))
+        self.diffusion: ForwardProcess = process.to(device)
+        if hasattr(self.schedule, "bind"):
+            self.schedule.bind(process)
+        self._tabulate(device)
+        return replace(source, process=process, prediction_type=prediction)
+
+    def _tabulate(self, device: torch.device) -> None:
         steps = self.diffusion.num_timesteps
         s = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
         psi, xi = self.schedule.reconsolidation(s), self.schedule.retention(s)
@@ -112,11 +171,11 @@ class DiffTuningObjective(nn.Module):
                 )
         if not psi.any():
             raise ConfigError(f"{self.schedule!r} gives the target no weight at any timestep: psi is 0 everywhere.")
-        self.uses_retention = bool(xi.any()) and retention_weight > 0
-        if reconsolidation_weight == 0 and not self.uses_retention:
+        self.uses_retention = bool(xi.any()) and self.retention_weight > 0
+        if self.reconsolidation_weight == 0 and not self.uses_retention:
             raise ConfigError(
                 f"Nothing is learned: reconsolidation_weight is 0 and so is retention, with retention_weight = "
-                f"{retention_weight} and {self.schedule!r}. Raise one of the two."
+                f"{self.retention_weight} and {self.schedule!r}. Raise one of the two."
             )
         for name, table in {
             "psi": psi,
@@ -124,7 +183,7 @@ class DiffTuningObjective(nn.Module):
             "reconsolidation_cdf": (psi / psi.sum()).cumsum(0),
             "retention_cdf": (xi / xi.sum() if xi.any() else torch.full_like(xi, 1 / steps)).cumsum(0),
         }.items():
-            self.register_buffer(name, table.float(), persistent=False)
+            self.register_buffer(name, table.float().to(device), persistent=False)
 
     def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
         """Timesteps (B,) int64 by inverting the two distributions at uniform numbers (B,) in [0, 1)."""
@@ -154,7 +213,7 @@ class DiffTuningObjective(nn.Module):
             condition: Their condition, passed to ``denoise`` untouched.
             is_retention: (B,) bool, which samples come from the memory bank.
             draws: Where random numbers come from; torch's global generator seeds them by default.
-            retained: What the bank knows of the retained samples, which then are the last ones of the batch; a
+            retained: What the bank knows of the retained samples, in the order in which the mask has them; a
                 ``retention_target`` needs it.
             teacher: The pre-trained network, for a ``retention_target`` that asks it. It is given the retained samples
                 and their part of ``condition``.
@@ -164,9 +223,9 @@ class DiffTuningObjective(nn.Module):
         t = self.timesteps(draws.uniform(len(x0)), is_retention)
         noise = draws.normal(*x0.shape)
         if self.retention_target is not None and retained is not None:
-            first = len(x0) - len(retained["latents"])
-            t_retained, noise_retained = self.retention_target.draws(retained, t[first:], noise[first:])
-            t, noise = torch.cat([t[:first], t_retained]), torch.cat([noise[:first], noise_retained])
+            rows = retained_rows(is_retention, len(retained["latents"]))[0]
+            t_retained, noise_retained = self.retention_target.draws(retained, t[rows], noise[rows])
+            t, noise = t.index_copy(0, rows, t_retained), noise.index_copy(0, rows, noise_retained)
         return self.at(denoise, x0, condition, is_retention, t, noise, retained, teacher)
 
     def at(
@@ -184,12 +243,11 @@ class DiffTuningObjective(nn.Module):
         x_t = self.diffusion.add_noise(x0, noise, t)
         batch = denoise(x_t, t, condition), x0, x_t, noise, t
         if self.retention_target is not None and retained is not None:
-            count = len(retained["latents"])
-            learned = self.retention_target.predictions(
-                retained, x_t[-count:], t[-count:], last(condition, count), teacher
-            )
-            of_target, of_bank = tuple(part[:-count] for part in batch), tuple(part[-count:] for part in batch)
-            losses = torch.cat([self._losses(of_target), self._losses(of_bank, learned)])
+            rows, others = retained_rows(is_retention, len(retained["latents"]))
+            learned = self.retention_target.predictions(retained, x_t[rows], t[rows], take(condition, rows), teacher)
+            of_target = self._losses(tuple(part[others] for part in batch))
+            of_bank = self._losses(tuple(part[rows] for part in batch), learned)
+            losses = torch.cat([of_target, of_bank])[torch.cat([others, rows]).argsort()]
         else:
             losses = self._losses(batch)
         per_sample = losses * self.weights(t, is_retention)
@@ -221,6 +279,28 @@ class WeightedDiffTuningObjective(DiffTuningObjective):
     def weights(self, t: Tensor, is_retention: Tensor) -> Tensor:
         """Psi(s_t) for target samples and xi(s_t) for retained ones, (B,)."""
         return torch.where(is_retention, self.xi[t], self.psi[t])
+
+
+def retained_rows(is_retention: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions (count,) of the retained samples and (B - count,) of the others, by the mask (B,), in its order.
+
+    Their number is known to the batch, so nothing waits for the device.
+
+    Raises:
+        ConfigError: If the mask has another number of them; looked at on the CPU.
+    """
+    if is_retention.device.type == "cpu" and int(is_retention.sum()) != count:
+        raise ConfigError(f"The mask has {int(is_retention.sum())} retained samples and the bank's batch {count}.")
+    order = (~is_retention).to(torch.uint8).argsort(stable=True)
+    return order[:count], order[count:]
+
+
+def _prediction_of(process: ForwardProcess | None) -> PredictionType:
+    return "flow_prediction" if isinstance(process, RectifiedFlow) else "epsilon"
+
+
+def _name(loss: Any) -> str:
+    return str(getattr(loss, "__name__", repr(loss)))
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -6,22 +6,30 @@ samples: the squared error is taken from the pre-trained network's prediction, i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lightning_difftune.diffusion import ForwardProcess
 from lightning_difftune.draws import noise_of, uniform_of
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.protocols import Denoiser, RetentionBatch
 
-if TYPE_CHECKING:
-    from lightning_difftune.objective import DiffTuningObjective
+
+class DrawsTimesteps(Protocol):
+    """What a retention target asks of an objective: its forward process, and timesteps as it draws them."""
+
+    diffusion: ForwardProcess
+
+    def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
+        """Uniform numbers (B,) in [0, 1), and which of them are for retained samples => timesteps (B,) int64."""
+        ...
 
 
 @runtime_checkable
 class RetentionTarget(Protocol):
-    """Where the target of the retention term comes from, for an objective and for the bank it trains on."""
+    """Where the target of the retention term comes from, for an objective and for its bank."""
 
     def draws(self, retained: RetentionBatch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps (K,) and noise (K, c, h, w) of K retained samples: those drawn for this step, or the bank's."""
@@ -34,12 +42,12 @@ class RetentionTarget(Protocol):
         ...
 
     def bank_columns(
-        self, objective: DiffTuningObjective, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
+        self, objective: DrawsTimesteps, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
     ) -> dict[str, Tensor]:
-        """What the bank keeps, besides, of its samples ``indices`` (B,), latents (B, c, h, w)."""
+        """What the bank keeps in addition of its samples ``indices`` (B,), latents (B, c, h, w)."""
         ...
 
-    def bank_spec(self, objective: DiffTuningObjective) -> dict[str, Any]:
+    def bank_spec(self, objective: DrawsTimesteps) -> dict[str, Any]:
         """What decides :meth:`bank_columns`, as plain JSON values."""
         ...
 
@@ -72,12 +80,12 @@ class OnlineTeacher:
         return teacher(x_t, t, condition)[:, : x_t.shape[1]].float()
 
     def bank_columns(
-        self, objective: DiffTuningObjective, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
+        self, objective: DrawsTimesteps, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
     ) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
-    def bank_spec(self, objective: DiffTuningObjective) -> dict[str, Any]:
+    def bank_spec(self, objective: DrawsTimesteps) -> dict[str, Any]:
         """Nothing: the bank is that of replay."""
         return {}
 
@@ -123,7 +131,7 @@ class StoredPredictions:
 
     @torch.no_grad()
     def bank_columns(
-        self, objective: DiffTuningObjective, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
+        self, objective: DrawsTimesteps, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
     ) -> dict[str, Tensor]:
         """``timesteps`` (B,) int64, ``noise`` and ``predictions`` (B, c, h, w) float32."""
         uniform = uniform_of(self.seed, indices).to(latents.device)
@@ -134,12 +142,13 @@ class StoredPredictions:
         predictions = teacher(x_t, t, condition)[:, : latents.shape[1]].float()
         return {"timesteps": t, "noise": noise, "predictions": predictions}
 
-    def bank_spec(self, objective: DiffTuningObjective) -> dict[str, Any]:
+    def bank_spec(self, objective: DrawsTimesteps) -> dict[str, Any]:
         """The seed, deciles of the timesteps, and coefficients of the forward process."""
-        deciles = torch.linspace(0.05, 0.95, 10, device=objective.xi.device)
+        device = next(objective.diffusion.buffers()).device
+        deciles = torch.linspace(0.05, 0.95, 10, device=device)
         t = objective.timesteps(deciles, torch.ones_like(deciles, dtype=torch.bool))
         steps = objective.diffusion.num_timesteps
-        grid = torch.arange(0, steps, max(1, steps // 5), device=objective.xi.device)
+        grid = torch.arange(0, steps, max(1, steps // 5), device=device)
         signal, _ = objective.diffusion.coefficients(grid, grid)
         return {
             "stored_predictions": {
@@ -148,10 +157,3 @@ class StoredPredictions:
                 "signal": [round(coefficient, 5) for coefficient in signal.tolist()],
             }
         }
-
-
-def last(condition: Any, count: int) -> Any:
-    """The last ``count`` entries of a condition: a tensor, nested dicts of tensors, or ``None``."""
-    if isinstance(condition, dict):
-        return {name: last(value, count) for name, value in condition.items()}
-    return None if condition is None else condition[-count:]

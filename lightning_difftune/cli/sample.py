@@ -22,7 +22,7 @@ from lightning_difftune.files import atomic_write
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.pictures import grid_of, to_png
-from lightning_difftune.sampling import Sampler, adds_noise, is_flow, scheduler_named
+from lightning_difftune.sampling import Sampler, adds_noise, scheduler_named
 
 DESCRIPTION = """Draw pictures with a model as PNG files, one per picture and all in grid.png, a row per class.
 
@@ -52,7 +52,14 @@ def sample(argv: Sequence[str]) -> None:
     if options.num_samples < 1 or options.batch_size < 1:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
     output = free_folder(options.output, options.overwrite)
-    source = open_source(options.run, rest, base=options.base, vae=options.vae, text=options.prompts is not None)
+    source = open_source(
+        options.run,
+        rest,
+        base=options.base,
+        vae=options.vae,
+        text=options.prompts is not None,
+        solver=options.solver,
+    )
     module = source.module.to(device_of(options.device))
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
@@ -143,10 +150,7 @@ def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
         changes["domain_guidance"] = True
     if options.solver is not None:
         changes["scheduler"] = scheduler_named(options.solver, own.scheduler.config)
-    sampler = replace(own, **changes)
-    if source.knows_sampler and is_flow(sampler.scheduler) != is_flow(own.scheduler):
-        what = "a velocity (flow matching)" if is_flow(own.scheduler) else "noise"
-        raise ConfigError(f"The model predicts {what}, which {type(sampler.scheduler).__name__} does not integrate.")
+    sampler = source.module.fitted(replace(own, **changes))
     if (sampler.domain_guidance or sampler.pretrained_tail) and not source.has_base:
         what = "Domain Guidance" if sampler.domain_guidance else f"A pretrained_tail of {sampler.pretrained_tail:g}"
         raise ConfigError(f"{what} needs the model that this one was tuned from; name it with --base.")

@@ -10,16 +10,13 @@ from lightning_difftune.cli.run import checkpoints_below, launches_below
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.losses import velocity_mse_loss
 from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import BUNDLED, fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.modules import DiffTuningModule, DiTDiffTuningModule, TextToImageDiffTuningModule
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.sampling import Sampler, is_flow, scheduler_named
-
-VELOCITY_MODELS = ("dit-nano-omniglot-flow",)  # bundled ones by flow matching, which their files do not say
+from lightning_difftune.sampling import Sampler
 
 
 class Source:
@@ -30,7 +27,6 @@ class Source:
         done: What to say about it.
         run: The run that it comes from, if it does.
         has_base: Whether the model that it was tuned from is there, too.
-        knows_sampler: Whether its sampler is its own, and not a guess.
     """
 
     def __init__(
@@ -39,10 +35,9 @@ class Source:
         done: list[str],
         run: TunedRun | None = None,
         has_base: bool = True,
-        knows_sampler: bool = True,
     ) -> None:
         self.module, self.done, self.run = module, done, run
-        self.has_base, self.knows_sampler = has_base, knows_sampler
+        self.has_base = has_base
 
     def weights(self, raw: bool) -> AbstractContextManager[None]:
         """A ``with`` block in which a run's averages are the weights, if it has any and they are wanted."""
@@ -55,7 +50,13 @@ class Source:
 
 
 def open_source(
-    name: str, settings: Sequence[str] = (), *, base: str | None = None, vae: str | None = None, text: bool = False
+    name: str,
+    settings: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    vae: str | None = None,
+    text: bool = False,
+    solver: str | None = None,
 ) -> Source:
     """Open a model by its path or name.
 
@@ -66,6 +67,7 @@ def open_source(
         base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
         vae: The autoencoder of a latent DiT that comes without one.
         text: Whether a hub repository is a text-to-image pipeline.
+        solver: The scheduler that is asked for; of flow matching, it says what a DiT predicts whose file does not.
 
     Raises:
         ConfigError: If something is missing to draw with it, or settings are given that only runs have.
@@ -79,7 +81,8 @@ def open_source(
         raise ConfigError(f"Unknown options: {' '.join(settings)}. Only a checkpoint takes keys of its run's config.")
     folder = BUNDLED / name if (BUNDLED / name).is_dir() else path
     kind = kind_of(folder) if folder.is_dir() else ""
-    if kind.startswith("StableDiffusion") or (text and not folder.exists()):
+    is_pipeline = (folder / "model_index.json").exists() and kind != "DiTPipeline"
+    if is_pipeline or (text and not folder.exists()):
         module: DiffTuningModule = TextToImageDiffTuningModule(name)
         module.configure_model()
     elif kind == "UNet2DConditionModel":
@@ -87,10 +90,9 @@ def open_source(
     elif kind == "ControlNetModel":
         raise ConfigError(f"{name} is a ControlNet, which draws after control maps; open it with diffusers' pipelines.")
     else:
-        module = open_dit(name, folder, base, vae)
+        module = open_dit(name, folder, base, vae, solver)
     network = module.trainable_modules()[0]
-    knows_sampler = not isinstance(network, DiT) or network.sampling is not None or name in VELOCITY_MODELS
-    return Source(module.eval(), [f"{name}: {type(network).__name__}"], None, base is not None, knows_sampler)
+    return Source(module.eval(), [f"{name}: {type(network).__name__}"], None, base is not None)
 
 
 def kind_of(folder: Path) -> str:
@@ -112,35 +114,19 @@ def open_unet(name: str, base: str | None) -> DiffTuningModule:
     return module
 
 
-def open_dit(name: str, folder: Path, base: str | None, vae: str | None) -> DiffTuningModule:
+def open_dit(name: str, folder: Path, base: str | None, vae: str | None, solver: str | None) -> DiffTuningModule:
     """A DiT with the sampler that it was exported with, and its autoencoder if it denoises latents."""
     dit = load_dit(name)
-    sampler = sampler_for(name, dit)
+    is_flow = dit.sampling is None and solver is not None and "flow" in solver.lower()
     module = DiTDiffTuningModule(
         model=base if base is not None else dit,
         autoencoder=autoencoder_of(folder, vae, dit, name),
-        objective=objective_for(sampler),
-        sampler=sampler,
+        objective=DiffTuningObjective(diffusion=RectifiedFlow()) if is_flow else None,
+        sampler=Sampler.from_settings(dit.sampling) if dit.sampling is not None else None,
     )
     module.configure_model()
     module.dit = dit
     return module
-
-
-def sampler_for(name: str, dit: DiT) -> Sampler:
-    """The sampler that a DiT was exported with; without one, the authors' protocol."""
-    if dit.sampling is not None:
-        return Sampler.from_settings(dit.sampling)
-    if name in VELOCITY_MODELS:
-        return Sampler(scheduler_named("FlowMatchEulerDiscrete", {}), 20, 2.0, None)
-    return Sampler()
-
-
-def objective_for(sampler: Sampler) -> DiffTuningObjective | None:
-    """An objective whose process the sampler reverses; ``None`` for the default one."""
-    if not is_flow(sampler.scheduler):
-        return None
-    return DiffTuningObjective(loss=velocity_mse_loss, diffusion=RectifiedFlow())
 
 
 def autoencoder_of(folder: Path, vae: str | None, dit: DiT, name: str) -> FrozenAutoencoder | None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import folder_of, open_network
 from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.source import LatentScale
 
 if TYPE_CHECKING:
     from diffusers.models import AutoencoderKL
@@ -23,35 +28,44 @@ class FrozenAutoencoder(Frozen):
 
     Args:
         source: Hub repository, local folder, or an ``AutoencoderKL``, which is taken over and frozen.
-        scaling_factor: Multiplies raw latents so that they have about unit variance; 0.18215 for Stable Diffusion's.
+        scaling_factor: Multiplies raw latents so that they have about unit variance; by default what the autoencoder's
+            ``config.json`` states, 0.18215 for Stable Diffusion's. Its ``shift_factor``, or ``latents_mean`` and
+            ``latents_std``, are read from there, too.
         subfolder: Folder of the autoencoder in ``source``, such as ``"vae"`` of a pipeline.
         dtype: Precision of its weights and computation, whatever autocast is active around it.
 
     Raises:
-        CheckpointError: If the source is not found, unreadable, or no ``AutoencoderKL``.
+        CheckpointError: If the source is not found, unreadable, not an ``AutoencoderKL``, or normalises its latents in
+            a way that is not known here.
         ConfigError: If the scaling factor is not positive.
     """
 
     def __init__(
         self,
         source: str | AutoencoderKL | Path = "stabilityai/sd-vae-ft-ema",
-        scaling_factor: float = 0.18215,
+        scaling_factor: float | None = None,
         subfolder: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
-        if not scaling_factor > 0:
-            raise ConfigError(f"scaling_factor must be positive, got {scaling_factor}.")
+        if scaling_factor is not None:
+            LatentScale(scaling_factor)  # refuses what is not positive before anything is opened
         autoencoder = open_autoencoder(source, subfolder or "") if isinstance(source, str | Path) else source
         if autoencoder.dtype != getattr(torch, dtype):
             autoencoder.to(getattr(torch, dtype))
         super().__init__(autoencoder)
-        self.scaling_factor = scaling_factor
+        stated = scale_of(*stated_by(source, subfolder or ""))
+        self.scale = stated if scaling_factor is None else replace(stated, scaling_factor=scaling_factor)
         self._named = (str(source), subfolder) if isinstance(source, str) and not Path(source).exists() else None
 
     @property
     def autoencoder(self) -> AutoencoderKL:
         """The network."""
         return self.network
+
+    @property
+    def scaling_factor(self) -> float:
+        """What raw latents are multiplied with."""
+        return self.scale.scaling_factor
 
     @property
     def downsample(self) -> int:
@@ -80,14 +94,13 @@ class FrozenAutoencoder(Frozen):
         Raises:
             CheckpointError: If there is none.
         """
-        config = read_json(folder_of(pipeline, "vae") / "vae" / "config.json")
-        return cls(pipeline, config.get("scaling_factor", 0.18215), "vae")
+        return cls(pipeline, None, "vae")
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (c, h, w) of the latents of square pictures.
 
         Raises:
-            ConfigError: If the size is no multiple of ``downsample``.
+            ConfigError: If the size is not a multiple of ``downsample``.
         """
         if image_size % self.downsample or image_size <= 0:
             raise ConfigError(f"image_size {image_size} must be a positive multiple of {self.downsample}.")
@@ -95,8 +108,12 @@ class FrozenAutoencoder(Frozen):
         return self.autoencoder.config["latent_channels"], side, side
 
     def fingerprint(self) -> str:
-        """Identity of the weights; the key of cached latents, together with ``scaling_factor``."""
+        """Identity of the weights."""
         return fingerprint(self.autoencoder)
+
+    def identity(self) -> str:
+        """Weights, scale and shift: what decides the latents of a picture; the key of cached ones."""
+        return f"{self.fingerprint()} x {self.scale}"
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,15 +139,54 @@ class FrozenAutoencoder(Frozen):
             raise DataError(f"pixel_values must be floats in [-1, 1], got {pixel_values.dtype}.")
         with torch.autocast(pixel_values.device.type, enabled=False):
             posterior = self.autoencoder.encode(pixel_values.to(self.autoencoder.dtype)).latent_dist
-        return posterior.mean.float() * self.scaling_factor, posterior.std.float() * self.scaling_factor
+        return self.scale.scale(posterior.mean.float(), posterior.std.float())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) => pixel values (B, 3, H, W) float32, clamped to [-1, 1]."""
-        raw = (latents.float() / self.scaling_factor).to(self.autoencoder.dtype)
+        raw = self.scale.unscale(latents.float()).to(self.autoencoder.dtype)
         with torch.autocast(latents.device.type, enabled=False):
             pictures = self.autoencoder.decode(raw).sample
         return pictures.float().clamp(-1, 1)
+
+
+def stated_by(source: str | AutoencoderKL | Path, subfolder: str) -> tuple[Mapping[str, Any], str]:
+    """The configuration of an autoencoder with its unknown keys, which diffusers drops on opening, and its name."""
+    if not isinstance(source, str | Path):
+        return source.config, "The autoencoder"
+    file = folder_of(source, subfolder) / subfolder / "config.json"
+    return read_json(file), str(file)
+
+
+def scale_of(config: Mapping[str, Any], name: str) -> LatentScale:
+    """The normalisation of latents that an ``AutoencoderKL``'s configuration states.
+
+    Raises:
+        CheckpointError: If it has statistics of latents under names that this class does not know, as autoencoders of
+            other classes have, or as many means as it has no channels.
+    """
+    from diffusers.models import AutoencoderKL as Autoencoder
+
+    known = inspect.signature(Autoencoder.__init__).parameters
+    unknown = [
+        key
+        for key, value in config.items()
+        if key not in known and value is not None and re.search(r"mean|std|scal|shift|norm", key) and key[0] != "_"
+    ]
+    if unknown:
+        raise CheckpointError(
+            f"{name} states {', '.join(unknown)} for its latents, a normalisation that is not known here. Known are "
+            "scaling_factor, shift_factor, and latents_mean with latents_std."
+        )
+    try:
+        scale = LatentScale.of_config(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{name}: {error}") from error
+    if scale.latents_mean is not None and len(scale.latents_mean) != config["latent_channels"]:
+        raise CheckpointError(
+            f"{name} states {len(scale.latents_mean)} latents_mean for {config['latent_channels']} channels."
+        )
+    return scale
 
 
 def open_autoencoder(source: str | Path, subfolder: str) -> AutoencoderKL:

@@ -133,7 +133,7 @@ def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | N
         autoencoder.autoencoder.save_pretrained(folder / "vae")
         config_file = folder / "vae" / "config.json"
         config = json.loads(config_file.read_text(encoding="utf-8"))
-        write_json(config_file, {**config, "scaling_factor": autoencoder.scaling_factor})
+        write_json(config_file, {**config, **autoencoder.scale.settings()})
     write_json(folder / "model_index.json", index)
 
     usage = usage_of_dit(architecture, model.sampling, autoencoder is not None)

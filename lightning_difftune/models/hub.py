@@ -75,7 +75,7 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
         raise _failure(repo_id, revision, error) from error
 
 
-def fetch_file(repo_id: str, name: str) -> Path:
+def fetch_file(repo_id: str, name: str, revision: str | None = None) -> Path:
     """Download one file of a repository that is no model folder, or find it in the cache.
 
     Raises:
@@ -85,17 +85,18 @@ def fetch_file(repo_id: str, name: str) -> Path:
 
     hub = HfApi()
     try:
-        info = hub.model_info(repo_id, timeout=10)  # downloading without a connection would try for half a minute
+        # Downloading without a connection would try for half a minute; this does not.
+        info = hub.model_info(repo_id, revision=revision, timeout=10)
         if name not in [entry.rfilename for entry in info.siblings or []]:
             raise CheckpointError(f"{repo_id} on the Hugging Face hub holds no {name}.")
-        return Path(hub.hf_hub_download(repo_id, name))
+        return Path(hub.hf_hub_download(repo_id, name, revision=revision))
     except CheckpointError:
         raise
     except Exception as error:
-        cached = None if _is_unknown(error) else try_to_load_from_cache(repo_id, name)
+        cached = None if _is_unknown(error) else try_to_load_from_cache(repo_id, name, revision=revision)
         if isinstance(cached, str):
             return Path(cached)
-        raise _failure(repo_id, None, error) from error
+        raise _failure(repo_id, revision, error) from error
 
 
 def _is_unknown(error: Exception) -> bool:

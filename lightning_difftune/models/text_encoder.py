@@ -50,8 +50,8 @@ class FrozenTextEncoder(Frozen):
         return text_digest(f"{fingerprint(self.network)} {vocabulary}")
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings (B, L, D) float32 of B prompts, padded to L tokens.
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``prompt_embeds`` (B, L, D) float32 of B prompts, padded to L tokens.
 
         A prompt of more than L tokens is cut there, and a warning says so once for each.
         """
@@ -68,7 +68,11 @@ class FrozenTextEncoder(Frozen):
                     f"This prompt is truncated: it has {count} tokens, and the text encoder reads {length}: {prompt!r}"
                 )
         with torch.autocast(device.type, enabled=False):
-            return self.network(tokens.to(device))[0].float()
+            return {"prompt_embeds": self.network(tokens.to(device))[0].float()}
+
+    def null(self) -> dict[str, Tensor]:
+        """What a dropped prompt is, in one row: the empty prompt."""
+        return self.encode([""])
 
 
 def open_text_encoder(source: str | Path, revision: str | None) -> tuple[CLIPTokenizer, CLIPTextModel]:

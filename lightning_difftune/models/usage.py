@@ -119,7 +119,9 @@ def usage_of_dit(architecture: dict[str, Any], sampling: dict[str, Any] | None, 
     guided = sampling.get("guidance_channels", 3)
     if has_autoencoder:
         decoding = 'vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")\n'
-        decoding += "pictures = vae.decode(x / vae.config.scaling_factor).sample.clamp(-1, 1)"
+        decoding += (
+            "pictures = vae.decode(x / vae.config.scaling_factor + (vae.config.shift_factor or 0)).sample.clamp(-1, 1)"
+        )
     elif channels in (1, 3):
         decoding = "pictures = x.clamp(-1, 1)  # this model draws pixels and has no autoencoder"
     else:

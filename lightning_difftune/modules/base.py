@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_difftune.diffusion import RectifiedFlow
+from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
@@ -37,9 +37,11 @@ from lightning_difftune.protocols import (
     Denoiser,
     DiffTuningBatch,
     RetentionBatch,
+    TargetBatch,
     Tuner,
 )
-from lightning_difftune.sampling import Guided, Sampler, is_flow
+from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for
+from lightning_difftune.source import SourceFacts, check_scheduler
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -50,27 +52,33 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 class DiffTuningModule(L.LightningModule, ABC):
     """Base of the Diff-Tuning modules: subclass it for a model family of your own.
 
-    A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`prepare`, :meth:`denoise`, :meth:`decode`,
-    :attr:`sample_shape` and :meth:`pretrained`, and a conditional one :meth:`conditions`, :meth:`source_conditions`,
-    :meth:`source_condition` and :meth:`retention_condition`. The rest (both streams in one forward pass, the objective,
-    pictures and the memory bank, validation on fixed draws, optimizers, lean checkpoints) is here.
+    A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`denoise`, :meth:`decode`, :attr:`sample_shape`
+    and :meth:`pretrained`; one of latents :meth:`encode_pixels`; and a conditional one :meth:`target_condition`,
+    :meth:`null_condition`, :meth:`retention_condition`, :meth:`conditions`, :meth:`source_conditions` and
+    :meth:`source_condition`. The rest (both streams in one forward pass, the objective, pictures and the memory bank,
+    validation on fixed draws, optimizers, lean checkpoints) is here.
 
     Timesteps, noise and label dropout depend on ``seed`` and the batch's index alone, so a run that is resumed or
     spread over more processes sees the numbers of the undisturbed run.
 
     Args:
-        objective: The loss of Eq. 5; the authors' preset by default.
+        objective: The loss of Eq. 5; the authors' preset by default. Without a loss and a forward process of its own it
+            has those of the model.
         optimizer: Given the trainable parameters, returns an optimizer; AdamW, lr 1e-4, no weight decay by default.
         lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
         tuner: A parameter-efficient method; ``None`` trains all of :meth:`trainable_modules`.
-        sampler: How pictures are generated for FID and grids.
+        sampler: How pictures are generated for FID and grids; without a scheduler it gets one for the model.
         bank_sampler: How the memory bank is generated; like ``sampler`` by default.
         seed: Seed of training draws, of generated pictures and of the bank.
 
+    Attributes:
+        source_facts: What the pre-trained model is, once it is built.
+
     Raises:
-        ConfigError: If the objective trains velocities and a sampler's scheduler takes noise predictions, or the other
-            way round.
+        ConfigError: When the networks are built, if objective or samplers contradict the model.
     """
+
+    source_facts: SourceFacts
 
     def __init__(
         self,
@@ -91,9 +99,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
         bank_sampler = bank_sampler if bank_sampler is not None else self.sampler
         self.bank_sampler = replace(bank_sampler, domain_guidance=False, pretrained_tail=0.0)
-        self._check_schedulers()
         self.seed = seed
-        self.base_identity: dict[str, Any] = {}
         # Lightning's own mean truncates the number of samples when several processes have an odd one.
         self.val_loss = MeanMetric(nan_strategy="disable")
         self._is_built = False
@@ -101,33 +107,18 @@ class DiffTuningModule(L.LightningModule, ABC):
         # In a tuple, where nn.Module does not register it: it is no part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
 
-    def _check_schedulers(self) -> None:
-        velocities = isinstance(self.objective.diffusion, RectifiedFlow)
-        for name, sampler in (("sampler", self.sampler), ("bank_sampler", self.bank_sampler)):
-            if is_flow(sampler.scheduler) != velocities:
-                raise ConfigError(
-                    f"The objective trains by {type(self.objective.diffusion).__name__}, but the {name} integrates "
-                    f"with {type(sampler.scheduler).__name__}. A RectifiedFlow needs a scheduler of flow matching, "
-                    "such as diffusers.FlowMatchEulerDiscreteScheduler, and a GaussianDiffusion one of noise "
-                    "predictions."
-                )
-
     # -- what a model family supplies ----------------------------------------------------------------------------
 
-    shape_cure = "Set image_size and channels of the data to fit it."
+    resize_hint = "Set image_size and channels of the data to fit it."
     """What to do where pictures do not fit the model."""
 
     @abstractmethod
-    def build(self) -> dict[str, Any]:
-        """Create the networks with their pre-trained weights and return the identity of those weights.
+    def build(self) -> SourceFacts | dict[str, Any]:
+        """Create the networks with their pre-trained weights and return the facts of the pre-trained model.
 
-        Called once, before the tuner is applied. The identity is a flat dict of plain values with a ``fingerprint``;
-        checkpoints carry it, and a checkpoint of another base is refused.
+        Called once, before the tuner is applied. Checkpoints carry the facts, and a checkpoint of another model is
+        refused. A dict with ``name`` and ``fingerprint`` stands for facts that state nothing else.
         """
-
-    @abstractmethod
-    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Any, Tensor]:
-        """One concatenated batch: x0 (B, c, h, w), its condition, and is_retention (B,) bool; target samples first."""
 
     @abstractmethod
     def denoise(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
@@ -154,9 +145,26 @@ class DiffTuningModule(L.LightningModule, ABC):
         :meth:`source_condition`.
         """
 
-    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; by default themselves and 0."""
-        return pixel_values, torch.zeros_like(pixel_values)
+    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; by default themselves and none."""
+        return pixel_values, None
+
+    def encoder_identity(self) -> str | None:
+        """What decides the result of :meth:`encode`; ``None`` for a model of pixels, which has nothing to cache."""
+        return None
+
+    @property
+    def condition_dropout(self) -> float:
+        """Probability that a target sample is trained under :meth:`null_condition`; 0 by default."""
+        return 0.0
+
+    def target_condition(self, target: TargetBatch) -> Any:
+        """The condition of an encoded target batch: ``None``, a tensor of B rows, or (nested) dicts of such tensors."""
+        return None
+
+    def null_condition(self, condition: Any) -> Any:
+        """The same condition with that dropped which guidance drops, such as the null class or the empty prompt."""
+        return None
 
     def conditions(self, indices: Tensor) -> tuple[Any, Any]:
         """Condition and null condition of the generated pictures ``indices`` (B,); ``None`` twice if there are none."""
@@ -254,8 +262,8 @@ class DiffTuningModule(L.LightningModule, ABC):
 
     # -- shared ---------------------------------------------------------------------------------------------------
 
-    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`encode_pixels`, checked: mean and standard deviation (B, c, h, w) of what is denoised.
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`encode_pixels`, checked: mean and standard deviation (B, c, h, w), if any, of what is denoised.
 
         Raises:
             ConfigError: If the model denoises another shape.
@@ -264,9 +272,45 @@ class DiffTuningModule(L.LightningModule, ABC):
         if tuple(mean.shape[1:]) != self.sample_shape:
             raise ConfigError(
                 f"Pictures of shape {tuple(pixel_values.shape[1:])} become samples of shape {tuple(mean.shape[1:])}, "
-                f"but the model denoises {self.sample_shape}. {self.shape_cure}"
+                f"but the model denoises {self.sample_shape}. {self.resize_hint}"
             )
         return mean, std
+
+    def encode(self, batch: TargetBatch) -> TargetBatch:
+        """Pictures (B, C, H, W) => ``latent_mean`` and, in latent models, ``latent_std`` (B, c, h, w).
+
+        Other tensors, such as class labels, stay.
+
+        Raises:
+            ConfigError: If the model denoises another shape.
+        """
+        mean, std = self.posterior(batch["pixel_values"])
+        others = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "pixel_values"}
+        deviation = {} if std is None else {"latent_std": std}
+        return cast("TargetBatch", {"latent_mean": mean, **deviation, **others})
+
+    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Any, Tensor]:
+        """One batch of both streams: x0 (B, c, h, w), its condition, and which samples are retained, (B,) bool.
+
+        A target sample is drawn from its latents' posterior and, in training, loses its condition with probability
+        ``condition_dropout``. A retained one is as the bank has it, under :meth:`retention_condition`.
+        """
+        target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
+        x0, std = target["latent_mean"], target.get("latent_std")
+        if std is not None:
+            x0 = x0 + std * draws.normal(*x0.shape)
+        condition = self.target_condition(target)
+        if self.training and condition is not None:
+            dropped = draws.uniform(len(x0)) < self.condition_dropout
+            condition = where(dropped, self.null_condition(condition), condition)
+        retained = batch.get("retention")
+        is_retention = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+        if retained is not None:
+            latents = retained["latents"].to(x0)
+            x0 = torch.cat([x0, latents])
+            condition = concatenate(condition, self.retention_condition(retained))
+            is_retention = torch.cat([is_retention, is_retention.new_ones(len(latents))])
+        return x0, condition, is_retention
 
     @property
     def uses_retention(self) -> bool:
@@ -277,12 +321,55 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Build the networks and apply the tuner, once."""
         if self._is_built:
             return
-        self.base_identity = self.build()
+        facts = self.build()
+        if isinstance(facts, dict):
+            others = {key: value for key, value in facts.items() if key not in ("name", "fingerprint")}
+            facts = SourceFacts(facts["name"], facts["fingerprint"], identity=others)
+        self.source_facts = self.objective.bind(facts)
+        self.sampler, self.bank_sampler = self.sampler, self.bank_sampler  # compared with the facts from here on
         for network in self.trainable_modules():
             network.train(self.training)  # diffusers opens its models in eval mode
             if self.tuner is not None:
                 self.tuner.apply(network)
         self._is_built = True
+
+    def default_scheduler(self) -> NoiseScheduler:
+        """The scheduler of a sampler that has none, for :attr:`source_facts`: DDIM, or Euler steps in a flow."""
+        return ddim_for(self.source_facts)
+
+    def fitted(self, sampler: Sampler, role: str = "the sampler") -> Sampler:
+        """A sampler for the pre-trained model: with a scheduler, if it has none, or compared.
+
+        Raises:
+            ConfigError: If its scheduler reverses another process, takes another prediction, or clips latents.
+        """
+        if sampler.scheduler is None:
+            return replace(sampler, scheduler=self.default_scheduler())
+        check_scheduler(sampler.scheduler, self.source_facts, role)
+        return sampler
+
+    @property
+    def sampler(self) -> Sampler:
+        """How pictures are generated; made for the model, or compared with it, once that is built."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Sampler) -> None:
+        self._sampler = self.fitted(sampler, "the sampler") if hasattr(self, "source_facts") else sampler
+
+    @property
+    def bank_sampler(self) -> Sampler:
+        """How the memory bank is generated."""
+        return self._bank_sampler
+
+    @bank_sampler.setter
+    def bank_sampler(self, sampler: Sampler) -> None:
+        self._bank_sampler = self.fitted(sampler, "the bank_sampler") if hasattr(self, "source_facts") else sampler
+
+    @property
+    def base_identity(self) -> dict[str, Any]:
+        """Name, fingerprint and what else identifies the pre-trained model, as flat plain values."""
+        return self.source_facts.base_identity if hasattr(self, "source_facts") else {}
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every parameter that the optimizer sees."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from lightning_difftune.draws import Draws
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules.base import adamw
+from lightning_difftune.modules.families import stable_diffusion
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.objective import DiffTuningObjective
@@ -25,13 +26,13 @@ from lightning_difftune.prompts import DEFAULT_PROMPT
 from lightning_difftune.protocols import (
     Annotator,
     Denoiser,
-    DiffTuningBatch,
     RetentionBatch,
     SupportsControlExamples,
     TargetBatch,
     Tuner,
 )
 from lightning_difftune.sampling import Sampler
+from lightning_difftune.source import SourceFacts
 
 
 class ControlNetDiffTuningModule(StableDiffusionModule):
@@ -87,21 +88,21 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            model,
-            revision,
-            image_size,
-            prompts,
-            bank_prompts,
-            prompt_dropout,
-            gradient_checkpointing,
-            channels_last,
-            objective,
-            optimizer,
-            lr_scheduler,
-            tuner,
-            sampler,
-            bank_sampler,
-            seed,
+            model=model,
+            revision=revision,
+            image_size=image_size,
+            prompts=prompts,
+            bank_prompts=bank_prompts,
+            prompt_dropout=prompt_dropout,
+            gradient_checkpointing=gradient_checkpointing,
+            channels_last=channels_last,
+            objective=objective,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            tuner=tuner,
+            sampler=sampler,
+            bank_sampler=bank_sampler,
+            seed=seed,
         )
         self.annotator = annotator
         self.controlnet_source = controlnet
@@ -110,16 +111,24 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
 
     # -- networks -------------------------------------------------------------------------------------------------
 
-    def build(self) -> dict[str, Any]:
-        """Open the pipeline's networks and put a ControlNet beside them."""
-        unet = self.open_unet()
-        self.build_frozen(unet)
+    def build(self) -> SourceFacts:
+        """Open the pipeline's networks and put a ControlNet beside them.
+
+        Raises:
+            CheckpointError: If the pipeline's network is not the UNet of Stable Diffusion 1.x or 2.x.
+        """
+        unet = self.open_pipeline()
+        if self.family is not stable_diffusion.FAMILY:
+            raise CheckpointError(
+                f"{self.model}: ControlNets are trained beside Stable Diffusion 1.x and 2.x, and this pipeline has a "
+                f"{type(unet).__name__} under other conditions."
+            )
         self.controlnet = self.new_controlnet(unet)
         for network in (unet, self.controlnet):  # gradients flow through both
             self.apply_memory_options(network)
         self.unet = Frozen(unet)
-        identity = {"name": self.model, "fingerprint": fingerprint(unet)}
-        return identity if self.controlnet_source is None else {**identity, "controlnet": fingerprint(self.controlnet)}
+        own = {} if self.controlnet_source is None else {"controlnet": fingerprint(self.controlnet)}
+        return self.facts(unet, **own)
 
     def new_controlnet(self, unet: Any) -> Any:
         """A copy of the UNet's encoder whose outputs are zero, or the ControlNet that was asked for."""
@@ -186,11 +195,11 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
 
     def pretrained(self) -> Denoiser:
         """The pipeline's UNet without control; it is frozen here, so it needs no copy."""
-        return lambda x_t, t, condition: self.unet(x_t, t, encoder_hidden_states=condition).sample
+        return partial(self.family.call, self.unet)
 
-    def source_condition(self, condition: dict[str, Tensor]) -> Tensor:
+    def source_condition(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
         """The prompt alone: the pre-trained network knows no control."""
-        return condition["prompt_embeds"]
+        return {name: condition[name] for name in self.null_text()}
 
     # -- control --------------------------------------------------------------------------------------------------
 
@@ -216,12 +225,8 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
     def controlled(self, captions: Sequence[str], maps: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Condition and null condition of B captions and control maps (B, C, H, W) uint8."""
         control = self.control_values(self.checked(maps, "The batch"))
-        embeddings = self.text_encoder.encode(captions)
-        null = self.null_embedding().expand_as(embeddings)
-        return (
-            {"prompt_embeds": embeddings, "conditioning_pixel_values": control},
-            {"prompt_embeds": null, "conditioning_pixel_values": control},
-        )
+        condition = {**self.text_encoder.encode(captions), "conditioning_pixel_values": control}
+        return condition, self.null_condition(condition)
 
     def control_values(self, maps: Tensor) -> Tensor:
         """Control maps uint8 => float32 in [0, 1], on this module's device."""
@@ -270,21 +275,17 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
     def retention_condition(self, retention: RetentionBatch) -> dict[str, Tensor]:
         """The bank's prompts and control maps."""
         maps = self.control_values(retention["conditioning_pixel_values"])
-        return {"prompt_embeds": self.bank_embeddings(retention), "conditioning_pixel_values": maps}
+        return {**super().retention_condition(retention), "conditioning_pixel_values": maps}
+
+    def target_condition(self, target: TargetBatch) -> dict[str, Tensor]:
+        """The captions and control maps."""
+        maps = self.control_values(target["conditioning_pixel_values"])
+        return {**super().target_condition(target), "conditioning_pixel_values": maps}
 
     def bank_spec(self) -> dict[str, Any]:
         """The prompts, and what decodes and annotates the pictures."""
-        vae = f"{self.autoencoder.fingerprint()} x {self.autoencoder.scaling_factor}"
+        vae = self.autoencoder.identity()
         return {**super().bank_spec(), "autoencoder": vae, "annotator": self.annotator.identity()}
-
-    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """As for text, with the control maps of both streams beside the embeddings."""
-        if "latent_mean" not in batch["target"]:
-            batch = {**batch, "target": self.encode(batch["target"])}
-        x0, embeddings, is_retention = super().prepare(batch, draws)
-        streams = [batch["target"], *([batch["retention"]] if "retention" in batch else [])]
-        maps = torch.cat([self.control_values(stream["conditioning_pixel_values"]) for stream in streams])
-        return x0, {"prompt_embeds": embeddings, "conditioning_pixel_values": maps}, is_retention
 
     # -- what people ask it for -------------------------------------------------------------------------------------
 

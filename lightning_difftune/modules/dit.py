@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from lightning_difftune.draws import Draws, choices_of
+from lightning_difftune.draws import choices_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
@@ -20,15 +20,16 @@ from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.modules.subjects import Subject, class_subjects, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_pixel_values, to_uint8
-from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, SupportsClassNames, TargetBatch, Tuner
+from lightning_difftune.protocols import RetentionBatch, SupportsClassNames, TargetBatch, Tuner
 from lightning_difftune.sampling import Sampler
+from lightning_difftune.source import LatentScale, SourceFacts
 
 
 class DiTDiffTuningModule(DiffTuningModule):
     """Diff-Tuning of a :class:`~lightning_difftune.models.DiT` on a labelled target.
 
     Retention samples go through the unconditional branch only (null label); target labels are dropped with
-    probability ``label_dropout``, once a sample (Section 3.2, "Conditional Generation").
+    probability ``label_dropout``, once per sample (Section 3.2, "Conditional Generation").
 
     Args:
         model: The pre-trained model: a bundled name, a file or folder or hub id that
@@ -103,6 +104,11 @@ class DiTDiffTuningModule(DiffTuningModule):
         self.autoencoder = autoencoder
 
     @property
+    def condition_dropout(self) -> float:
+        """Probability that a target sample is shown without its label."""
+        return self.label_dropout
+
+    @property
     def num_classes(self) -> int:
         """Classes K of the target."""
         return self._num_classes if self._num_classes is not None else self.dit.num_classes
@@ -112,11 +118,11 @@ class DiTDiffTuningModule(DiffTuningModule):
         model = copy.deepcopy(self._given[1]) if self._given is not None else load_dit(self._source)
         return model.requires_grad_(False).eval().to(self.device)
 
-    def build(self) -> dict[str, Any]:
+    def build(self) -> SourceFacts:
         """Load the model and fit its label table to the target."""
         self.dit = self._given[0] if self._given is not None else load_dit(self._source)
         name = "a DiT built here" if self._given is not None else self._source
-        identity = {"name": name, "fingerprint": fingerprint(self.dit), "num_classes": self.dit.num_classes}
+        facts = self._facts(name)
         if self.label_table == "resize":
             self.dit.resize_label_table(self.num_classes, self.class_names)
         elif self.num_classes > self.dit.num_classes:
@@ -134,7 +140,32 @@ class DiTDiffTuningModule(DiffTuningModule):
                 raise ConfigError(
                     f"The autoencoder makes latents of {channels} channels but {name} denoises {self.dit.sample_shape}."
                 )
-        return identity
+        return facts
+
+    def _facts(self, name: str) -> SourceFacts:
+        """What the DiT's file states, and what its architecture and the autoencoder tell."""
+        sampling = self.dit.sampling or {}
+        scheduler = None
+        if "scheduler" in sampling:
+            scheduler = {**sampling["scheduler_config"], "_class_name": sampling["scheduler"]}
+        latents = self.autoencoder.scale if self.autoencoder is not None else None
+        named = sampling.get("autoencoder", {}).get("scaling_factor")
+        if latents is not None and named is not None and abs(latents.scaling_factor / named - 1) > 1e-3:
+            raise ConfigError(
+                f"{name} denoises latents with a scaling_factor of {named}, but the autoencoder here has "
+                f"{latents.scaling_factor}. Set it to {named}."
+            )
+        if latents is None and self.dit.sample_shape[0] not in (1, 3):
+            latents = LatentScale()  # of an autoencoder that is not here
+        return SourceFacts.of_scheduler(
+            name,
+            fingerprint(self.dit),
+            scheduler,
+            learned_variance=self.dit.architecture["learn_sigma"],
+            latents=latents,
+            condition="classes",
+            identity={"num_classes": self.dit.num_classes},
+        )
 
     def name_classes(self, names: Sequence[str]) -> None:
         """Name the first rows of the label table; rows behind them have no names.
@@ -169,16 +200,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         """The transformer."""
         return [self.dit]
 
-    def encode(self, batch: TargetBatch) -> TargetBatch:
-        """Pictures (B, C, H, W) => mean and std (B, c, h, w) of their latents, 0 in pixel models, and their labels.
-
-        Raises:
-            ConfigError: If the model denoises another shape.
-        """
-        mean, std = self.posterior(batch["pixel_values"])
-        return {"latent_mean": mean, "latent_std": std, "class_labels": batch["class_labels"]}
-
-    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Pictures (B, C, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents; pixel models keep them."""
         if self.autoencoder is None:
             return super().encode_pixels(pixel_values)
@@ -186,9 +208,7 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def encoder_identity(self) -> str | None:
         """Fingerprint and scale of the autoencoder; ``None`` for pixel models."""
-        if self.autoencoder is None:
-            return None
-        return f"{self.autoencoder.fingerprint()} x {self.autoencoder.scaling_factor}"
+        return None if self.autoencoder is None else self.autoencoder.identity()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; pixel models clamp."""
@@ -205,20 +225,13 @@ class DiTDiffTuningModule(DiffTuningModule):
         """Network output (B, C or 2C, h, w) under class ids (B,), null class included."""
         return self.dit(x_t, t, condition)
 
-    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """Target samples with labels dropped at random, then retained ones under the null class."""
-        target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
-        mean, std, labels = target["latent_mean"], target["latent_std"], target["class_labels"]
-        x0 = mean if self.autoencoder is None else mean + std * draws.normal(*mean.shape)
-        if self.training:
-            dropped = draws.uniform(len(labels)) < self.label_dropout
-            labels = torch.where(dropped, self.dit.null_class, labels)
-        if "retention" in batch:
-            retained = batch["retention"]["latents"]
-            x0 = torch.cat([x0, retained.to(x0.dtype)])
-            labels = torch.cat([labels, self.retention_condition(batch["retention"])])
-        is_retention = torch.arange(len(x0), device=x0.device) >= len(mean)
-        return x0, labels, is_retention
+    def target_condition(self, target: TargetBatch) -> Tensor:
+        """The class labels (B,)."""
+        return target["class_labels"]
+
+    def null_condition(self, condition: Tensor) -> Tensor:
+        """The null class."""
+        return torch.full_like(condition, self.dit.null_class)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -35,6 +35,7 @@ def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:
         )
     checkpoint["state_dict"] = state
     checkpoint["base_identity"] = module.base_identity
+    checkpoint["source"] = module.source_facts.state()
 
 
 def complete(module: Any, checkpoint: dict[str, Any], strict: bool, source: str) -> None:
@@ -51,6 +52,12 @@ def complete(module: Any, checkpoint: dict[str, Any], strict: bool, source: str)
             f"(fingerprint {str(saved.get('fingerprint'))[:12]}), but the model here starts from "
             f"{module.base_identity.get('name')} (fingerprint {str(module.base_identity.get('fingerprint'))[:12]}). "
             "Pass the pre-trained model that the run was started from."
+        )
+    changed = module.source_facts.differences(checkpoint.get("source", {}))
+    if changed:
+        raise CheckpointError(
+            f"{source} was trained with {' and '.join(changed)}. Keep the objective's loss and diffusion, and the "
+            "autoencoder, as the run had them."
         )
     current = module.state_dict()
     for name in frozen_names(module):

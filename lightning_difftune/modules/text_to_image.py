@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.protocols import Denoiser
+from lightning_difftune.source import SourceFacts
 
 
 class TextToImageDiffTuningModule(StableDiffusionModule):
-    """Diff-Tuning of a Stable Diffusion UNet on pictures with captions, whole or by a tuner such as LoRA.
+    """Diff-Tuning of a text-to-image pipeline's network on pictures with captions, whole or by a tuner such as LoRA.
 
-    ``LoRA(target_modules=("to_q", "to_v"))`` fits the attention layers of diffusers' UNets. Arguments as those of
+    ``LoRA(target_modules=("to_q", "to_v"))`` fits the attention layers of diffusers' networks. Arguments as those of
     :class:`~lightning_difftune.modules.StableDiffusionModule`.
 
     Example:
@@ -27,24 +28,27 @@ class TextToImageDiffTuningModule(StableDiffusionModule):
         ... )
     """
 
-    unet: Any
-
-    def build(self) -> dict[str, Any]:
+    def build(self) -> SourceFacts:
         """Open the pipeline's networks."""
-        self.unet = self.open_unet()
-        self.build_frozen(self.unet)
-        self.apply_memory_options(self.unet)
-        return {"name": self.model, "fingerprint": fingerprint(self.unet)}
+        network = self.open_pipeline()
+        setattr(self, self.family.network_folder, network)
+        self.apply_memory_options(network)
+        return self.facts(network)
+
+    @property
+    def network(self) -> Any:
+        """The network that is trained; also the attribute ``unet``, by the name of its folder in the pipeline."""
+        return getattr(self, self.family.network_folder)
 
     def trainable_modules(self) -> list[nn.Module]:
-        """The UNet."""
-        return [self.unet]
+        """The network that denoises."""
+        return [self.network]
 
-    def denoise(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Network output (B, c, h, w) under embeddings (B, L, D)."""
-        return self.unet(x_t, t, encoder_hidden_states=condition).sample
+    def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Network output (B, c, h, w) under the family's conditions, such as ``prompt_embeds`` (B, L, D)."""
+        return self.family.call(self.network, x_t, t, condition)
 
     def pretrained(self) -> Denoiser:
-        """The UNet as the pipeline has it."""
-        unet = self.open_unet().requires_grad_(False).eval().to(self.device)
-        return lambda x_t, t, condition: unet(x_t, t, encoder_hidden_states=condition).sample
+        """The network as the pipeline has it."""
+        network = self.open_network().requires_grad_(False).eval().to(self.device)
+        return partial(self.family.call, network)

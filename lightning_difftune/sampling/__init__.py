@@ -3,7 +3,14 @@
 from lightning_difftune.sampling.guidance import Guided
 from lightning_difftune.sampling.loop import Reverse, sample, swap
 from lightning_difftune.sampling.sampler import Sampler
-from lightning_difftune.sampling.schedulers import NoiseScheduler, adds_noise, ddim, is_flow, scheduler_named
+from lightning_difftune.sampling.schedulers import (
+    NoiseScheduler,
+    adds_noise,
+    ddim,
+    ddim_for,
+    is_flow,
+    scheduler_named,
+)
 
 __all__ = [
     "Guided",
@@ -12,6 +19,7 @@ __all__ = [
     "Sampler",
     "adds_noise",
     "ddim",
+    "ddim_for",
     "is_flow",
     "sample",
     "scheduler_named",

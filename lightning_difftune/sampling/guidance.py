@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_difftune.conditions import concatenate, equal
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import Denoiser
 
@@ -63,21 +64,3 @@ class Guided:
             eps_null = self.null_denoise(x, t, self.null_condition)[:, :channels].float()
         k = channels if self.channels is None else self.channels
         return torch.cat([eps_null[:, :k] + self.scale * (eps[:, :k] - eps_null[:, :k]), eps[:, k:]], dim=1)
-
-
-def concatenate(first: Any, second: Any) -> Any:
-    """Join two conditions of the same structure (tensors or nested dicts of them) along the batch."""
-    if isinstance(first, dict):
-        return {key: concatenate(value, second[key]) for key, value in first.items()}
-    return torch.cat([first, second])
-
-
-def equal(first: Any, second: Any) -> bool:
-    """Whether two conditions (tensors or nested dicts of them) are the same, value by value."""
-    if isinstance(first, dict):
-        return (
-            isinstance(second, dict)
-            and first.keys() == second.keys()
-            and all(equal(first[k], second[k]) for k in first)
-        )
-    return isinstance(first, Tensor) and isinstance(second, Tensor) and torch.equal(first, second)

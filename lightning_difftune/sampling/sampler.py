@@ -14,7 +14,8 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.sampling.guidance import Guided
 from lightning_difftune.sampling.loop import sample, swap
-from lightning_difftune.sampling.schedulers import ddim, scheduler_from
+from lightning_difftune.sampling.schedulers import NoiseScheduler, ddim
+from lightning_difftune.source import scheduler_from
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Sampler:
     """Settings of :func:`~lightning_difftune.sampling.sample`; the defaults are the authors' evaluation protocol.
 
     Args:
-        scheduler: Any diffusers scheduler; DDIM with "leading" spacing by default. Velocity models take one of flow
-            matching, such as ``diffusers.FlowMatchEulerDiscreteScheduler``.
+        scheduler: Any diffusers scheduler of the model's process and prediction type. Without one a module makes it for
+            its model; by itself a sampler has DDIM over DiT's betas, with "leading" spacing.
         num_inference_steps: Number of reverse steps.
         guidance_scale: Strength of the guidance.
         guidance_channels: Guided leading channels; ``null`` guides all (the paper-literal preset).
@@ -50,8 +51,11 @@ class Sampler:
                 f"pretrained_tail is the share of the last steps that the pre-trained model does: a number in [0, 1), "
                 f"such as 0.1; got {self.pretrained_tail}."
             )
-        if self.scheduler is None:
-            self.scheduler = ddim()
+
+    @property
+    def reverse(self) -> NoiseScheduler:
+        """The scheduler, or the paper's DDIM where there is none."""
+        return self.scheduler if self.scheduler is not None else ddim()
 
     def __call__(
         self,
@@ -76,7 +80,7 @@ class Sampler:
         return sample(
             denoise,
             noise,
-            self.scheduler,
+            self.reverse,
             self.num_inference_steps,
             condition,
             null_condition,
@@ -94,7 +98,7 @@ class Sampler:
 
     def swap(self, model: Guided, tail: Guided, noise: Tensor, fractions: Sequence[float]) -> Tensor:
         """Noise (B, C, H, W) => samples (P, B, C, H, W) whose last ``fractions`` (P of them) are done by ``tail``."""
-        return swap(model, tail, noise, self.scheduler, fractions, self.num_inference_steps)
+        return swap(model, tail, noise, self.reverse, fractions, self.num_inference_steps)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Sampler:
@@ -121,14 +125,14 @@ class Sampler:
             >>> Sampler.from_settings(Sampler(num_inference_steps=7).settings()).num_inference_steps
             7
         """
-        config = {key: value for key, value in self.scheduler.config.items() if not key.startswith("_")}
+        config = {key: value for key, value in self.reverse.config.items() if not key.startswith("_")}
         return {**self.spec(), "scheduler_config": json.loads(json.dumps(config, default=lambda array: array.tolist()))}
 
     def spec(self) -> dict[str, Any]:
         """The settings as plain values that any JSON holds, for a memory bank's manifest."""
-        config = {key: plain(value) for key, value in self.scheduler.config.items() if not key.startswith("_")}
+        config = {key: plain(value) for key, value in self.reverse.config.items() if not key.startswith("_")}
         spec = {
-            "scheduler": type(self.scheduler).__name__,
+            "scheduler": type(self.reverse).__name__,
             "scheduler_config": config,
             "num_inference_steps": self.num_inference_steps,
             "guidance_scale": self.guidance_scale,

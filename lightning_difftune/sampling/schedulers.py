@@ -11,10 +11,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.source import SourceFacts, betas_of, prediction_type_of
 
 # The settings of a scheduler that are about the process it reverses, not about how it does so.
-_PROCESS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+_PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 
 
 class NoiseScheduler(Protocol):
@@ -38,17 +48,24 @@ class NoiseScheduler(Protocol):
 
 def ddim() -> NoiseScheduler:
     """The paper's sampler: DDIM (eta 0) over DiT's linear betas, "leading" grid {0, 20, ..., 980} at 50 steps."""
+    return ddim_for(SourceFacts("DiT", "", GaussianDiffusion(), "epsilon"))
+
+
+def ddim_for(source: SourceFacts) -> NoiseScheduler:
+    """DDIM over a model's process and for what it predicts; the Euler steps of flow matching for a flow.
+
+    Where the last step is pure noise the grid is "trailing", which starts there (Lin et al., 2024).
+    """
+    if source.prediction_type == "flow_prediction":
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        euler: NoiseScheduler = FlowMatchEulerDiscreteScheduler(**betas_of(source))
+        return euler
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=1e-4,
-        beta_end=0.02,
-        beta_schedule="linear",
-        clip_sample=False,
-        set_alpha_to_one=True,
-        timestep_spacing="leading",
-    )
+    settings = betas_of(source)
+    spacing = "trailing" if settings.get("rescale_betas_zero_snr") else "leading"
+    return DDIMScheduler(**settings, clip_sample=False, set_alpha_to_one=True, timestep_spacing=spacing)
 
 
 def is_flow(scheduler: NoiseScheduler) -> bool:
@@ -61,7 +78,7 @@ def is_flow(scheduler: NoiseScheduler) -> bool:
         >>> is_flow(ddim())
         False
     """
-    return scheduler.config.get("prediction_type", "flow_prediction") == "flow_prediction"
+    return prediction_type_of(scheduler) == "flow_prediction"
 
 
 def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
@@ -109,21 +126,6 @@ def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
         scheduler: NoiseScheduler = kind(**settings)
     except (ImportError, TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"{class_name} cannot be made: {str(error).strip().partition(chr(10))[0]}") from error
-    return scheduler
-
-
-def scheduler_from(name: str, config: Mapping[str, Any]) -> NoiseScheduler:
-    """A scheduler of diffusers by its class and all of its settings.
-
-    Raises:
-        ConfigError: If this version of diffusers does not have it.
-    """
-    import diffusers
-
-    kind: Any = getattr(diffusers, name, None)
-    if kind is None:
-        raise ConfigError(f"This version of diffusers has no {name}, which the model was sampled with.")
-    scheduler: NoiseScheduler = kind.from_config(dict(config))
     return scheduler
 
 

@@ -110,7 +110,7 @@ def test_bundled_models_have_a_fitting_sampler(tmp_path, capsys):
     sampled(tmp_path / "flow", "dit-nano-omniglot-flow", *few)
     assert text_of(tmp_path / "flow" / "grid.png")["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert main(["sample", "dit-nano-omniglot-flow", *few, "--solver", "DDIM"]) == 2
-    assert "predicts a velocity" in capsys.readouterr().err
+    assert "predicts 'flow_prediction'" in capsys.readouterr().err
 
 
 def test_text_to_image_by_prompt(pipeline_folder, tmp_path, capsys):
@@ -206,7 +206,10 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
         (["RUN", "--prompts", "a rose"], "does not take --prompts: it knows classes and no words; use --classes."),
         (["RUN", "--solver", "UniPC"], "diffusers has no UniPCScheduler. Did you mean UniPCMultistep"),
         (["RUN", "--solver", "EulerAncestralDiscrete"], "adds noise at each step"),
-        (["RUN", "--solver", "FlowMatchEulerDiscrete"], "The model predicts noise, which FlowMatchEuler"),
+        (
+            ["RUN", "--solver", "FlowMatchEulerDiscrete"],
+            "predicts 'epsilon', but the sampler integrates with FlowMatchEuler",
+        ),
         (["RUN", "--steps", "0"], "num_inference_steps must be at least 1"),
         (["RUN", "--guidance_channels", "three"], "expected a number, or `all`"),
         (["RUN", "--num_samples", "0"], "must be at least 1"),

@@ -7,14 +7,13 @@ import pytest
 import torch
 from tiny import quiet_trainer
 
-from lightning_difftune import ControlNetDiffTuningModule, MemoryBank, MemoryBankDataModule
+from lightning_difftune import ControlNetDiffTuningModule, DiffTuningObjective, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA, ForgettingMeter
 from lightning_difftune.data import ImageTargets, LatentCache
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.models import export_network
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.modules.stable_diffusion import stable_diffusion_objective, stable_diffusion_sampler
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
 from lightning_difftune.sampling import Sampler
@@ -36,7 +35,7 @@ class Bright:
 
 
 def module_of(pipeline_folder, **settings):
-    settings = {"annotator": Bright(), "model": pipeline_folder, "sampler": stable_diffusion_sampler(2, 3.0)} | settings
+    settings = {"annotator": Bright(), "model": pipeline_folder, "sampler": Sampler(None, 2, 3.0, None)} | settings
     return ControlNetDiffTuningModule(**settings)
 
 
@@ -207,7 +206,7 @@ def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_
 
 @pytest.mark.parametrize("target", [OnlineTeacher(), StoredPredictions()], ids=repr)
 def test_a_controlnet_starts_without_anything_to_retain(tmp_path, pipeline_folder, target):
-    objective = stable_diffusion_objective()
+    objective = DiffTuningObjective()
     objective.retention_target = target
     trainer = quiet_trainer(tmp_path, 1)
     trainer.fit(module_of(pipeline_folder, objective=objective), data_of(tmp_path))

@@ -15,7 +15,7 @@ from lightning_difftune.losses import velocity_mse_loss
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsSwap
-from lightning_difftune.sampling import Sampler, sample
+from lightning_difftune.sampling import Sampler, ddim, sample
 
 STEPS = 6
 INDICES = torch.arange(4)
@@ -142,10 +142,10 @@ def test_flow_matching_is_a_loss_and_a_scheduler():
 
 def test_a_scheduler_of_the_other_process_is_refused():
     flow = DiffTuningObjective(loss=velocity_mse_loss, diffusion=RectifiedFlow())
-    with pytest.raises(ConfigError, match="trains by RectifiedFlow, but the sampler integrates with DDIMScheduler"):
-        DiTDiffTuningModule(tiny_dit(), objective=flow)
+    with pytest.raises(ConfigError, match="predicts 'flow_prediction', but the sampler integrates with DDIMScheduler"):
+        DiTDiffTuningModule(tiny_dit(), objective=flow, sampler=Sampler(ddim())).configure_model()
     with pytest.raises(ConfigError, match="the bank_sampler integrates with FlowMatchEulerDiscreteScheduler"):
-        DiTDiffTuningModule(tiny_dit(), bank_sampler=Sampler(FLOW))
+        DiTDiffTuningModule(tiny_dit(), bank_sampler=Sampler(FLOW)).configure_model()
 
 
 def test_the_losses_of_the_forgetting_meter_are_simple_ones():

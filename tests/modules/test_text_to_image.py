@@ -15,20 +15,20 @@ from tiny import quiet_trainer
 from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import LatentCache
+from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.losses import eps_mse_loss
-from lightning_difftune.modules.stable_diffusion import stable_diffusion_objective, stable_diffusion_sampler
+from lightning_difftune.losses import eps_mse_loss, v_mse_loss
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
-from lightning_difftune.sampling import Sampler, sample
+from lightning_difftune.sampling import Sampler, ddim, sample
 from lightning_difftune.tuners import LoRA
 
 CAPTIONS = ["a photo of a cat", "a photo of a dog", "grey"]
 
 
 def module_of(pipeline_folder, **settings):
-    settings = {"sampler": stable_diffusion_sampler(2, 3.0), "prompts": CAPTIONS} | settings
+    settings = {"sampler": Sampler(None, 2, 3.0, None), "prompts": CAPTIONS} | settings
     return TextToImageDiffTuningModule(pipeline_folder, **settings)
 
 
@@ -58,7 +58,7 @@ def test_it_trains_on_captions_and_a_bank_of_its_own_samples(tmp_path, pipeline_
     assert bank.read(torch.arange(5))["class_labels"].tolist() == [0, 1, 0, 1, 0]
     if latent_cache:
         batch = LatentCache(tmp_path / "latents").read([2], [False])
-        expected = module.text_encoder.encode(["grey"])
+        expected = module.text_encoder.encode(["grey"])["prompt_embeds"]
         torch.testing.assert_close(batch["prompt_embeds"], expected, rtol=1e-3, atol=1e-3)  # float16
 
     trainer.save_checkpoint(tmp_path / "run.ckpt")
@@ -95,7 +95,7 @@ def test_sample_i_depends_on_its_index_alone(pipeline_folder):
 def test_captions_are_dropped_once_a_sample_and_retained_samples_have_their_bank_prompts(pipeline_folder):
     module = built(pipeline_folder, bank_prompts=["grey", ""], prompt_dropout=0.25).train()
     count = 2000
-    embeddings = module.text_encoder.encode(["a photo of a cat"]).expand(count, -1, -1)
+    embeddings = module.text_encoder.encode(["a photo of a cat"])["prompt_embeds"].expand(count, -1, -1)
     latents = torch.zeros(count, 4, 8, 8)
     target = {"latent_mean": latents, "latent_std": latents, "prompt_embeds": embeddings}
     retention = {"latents": torch.ones(3, 4, 8, 8), "class_labels": torch.tensor([1, 0, 0])}
@@ -103,24 +103,24 @@ def test_captions_are_dropped_once_a_sample_and_retained_samples_have_their_bank
     assert is_retention.sum() == 3
     assert is_retention[count:].all()
     assert (x0[count:] == 1).all()
-    null = module.null_embedding()
+    null, condition = module.null_text()["prompt_embeds"], condition["prompt_embeds"]
     dropped = (condition[:count] == null).flatten(1).all(1)
     assert torch.equal(condition[:count][~dropped], embeddings[~dropped])
     assert 0.2 < dropped.float().mean() < 0.3
-    assert torch.equal(condition[count:], module.text_encoder.encode(["", "grey", "grey"]))
+    assert torch.equal(condition[count:], module.text_encoder.encode(["", "grey", "grey"])["prompt_embeds"])
     module.eval()
-    assert torch.equal(module.prepare({"target": target}, Draws(0, 0))[1], embeddings)
+    assert torch.equal(module.prepare({"target": target}, Draws(0, 0))[1]["prompt_embeds"], embeddings)
 
 
 def test_domain_guidance_takes_the_empty_prompt_of_the_pipeline_before_tuning(pipeline_folder):
-    plain, domain = stable_diffusion_sampler(2, 3.0), stable_diffusion_sampler(2, 3.0)
+    plain, domain = Sampler(None, 2, 3.0, None), Sampler(None, 2, 3.0, None)
     domain.domain_guidance = True
     module, indices = built(pipeline_folder), torch.arange(2)
     pipeline = copy.deepcopy(module.unet)
     condition, null = module.conditions(indices)
 
     def guided(x_t, t, _):
-        text, empty = module.denoise(x_t, t, condition), pipeline(x_t, t, null).sample
+        text, empty = module.denoise(x_t, t, condition), pipeline(x_t, t, null["prompt_embeds"]).sample
         return empty + 3.0 * (text - empty)
 
     module.sampler = plain
@@ -130,7 +130,7 @@ def test_domain_guidance_takes_the_empty_prompt_of_the_pipeline_before_tuning(pi
     with torch.no_grad():
         for parameter in module.unet.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    expected = sample(guided, module.start_noise(indices), domain.scheduler, 2)
+    expected = sample(guided, module.start_noise(indices), module.sampler.scheduler, 2)
     assert (module.generate(indices).int() - to_uint8(module.decode(expected)).int()).abs().max() <= 1
     module.sampler = plain
     assert (module.generate(indices).int() - to_uint8(module.decode(expected)).int()).abs().max() > 1
@@ -183,7 +183,7 @@ def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
     encoder = built(pipeline_folder).text_encoder
     long = "a photo of a cat and a photo of a dog"
     with pytest.warns(UserWarning, match=r"is truncated: it has \d+ tokens, and the text encoder reads 8: 'a photo"):
-        embedding = encoder.encode([long])
+        embedding = encoder.encode([long])["prompt_embeds"]
     assert embedding.shape == (1, 8, 16)
     import warnings
 
@@ -194,7 +194,7 @@ def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
 
 @pytest.mark.parametrize("target", [OnlineTeacher(), StoredPredictions()], ids=repr)
 def test_a_model_starts_without_anything_to_retain(tmp_path, pipeline_folder, target):
-    objective = stable_diffusion_objective()
+    objective = DiffTuningObjective()
     objective.retention_target = target
     trainer = quiet_trainer(tmp_path, 1)
     trainer.fit(module_of(pipeline_folder, objective=objective), data_of(tmp_path))
@@ -210,10 +210,10 @@ def test_mistakes_are_refused(tmp_path, pipeline_folder):
     labelled = MemoryBankDataModule([(np.zeros((16, 16, 3), np.uint8), 0)] * 5, 1, 16, batch_size=2)
     with pytest.raises(ConfigError, match=r"needs captions.*ClassCaptions"):
         quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), labelled)
-    with pytest.raises(ConfigError, match="the objective's diffusion has another noise schedule"):
-        built(pipeline_folder, objective=DiffTuningObjective(loss=eps_mse_loss))
-    with pytest.raises(ConfigError, match="the scheduler of sampler has another noise schedule"):
-        built(pipeline_folder, sampler=Sampler())
+    with pytest.raises(ConfigError, match="another noise schedule than the objective's diffusion"):
+        built(pipeline_folder, objective=DiffTuningObjective(diffusion=GaussianDiffusion()))
+    with pytest.raises(ConfigError, match="the sampler: DDIMScheduler reverses another noise schedule"):
+        built(pipeline_folder, sampler=Sampler(ddim()))
     with pytest.raises(ConfigError, match="Set the model's image_size"):
         quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, image_size=32, bank=None))
     with pytest.raises(CheckpointError, match="no local folder"):
@@ -225,13 +225,18 @@ def test_mistakes_are_refused(tmp_path, pipeline_folder):
         built(str(broken))
 
 
-def test_a_v_prediction_pipeline_needs_its_own_sampler(tmp_path, pipeline_folder):
+def test_a_v_prediction_pipeline_brings_its_loss_and_sampler(tmp_path, pipeline_folder):
     folder = tmp_path / "v"
     shutil.copytree(pipeline_folder, folder)
     file = Path(folder) / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
-    with pytest.raises(ConfigError, match="predicts 'v_prediction', the scheduler of sampler is set for 'epsilon'"):
-        built(str(folder))
+    module = built(str(folder))
+    assert module.objective.loss is v_mse_loss
+    assert module.sampler.scheduler.config.prediction_type == "v_prediction"
+    with pytest.raises(ConfigError, match="predicts 'v_prediction', but the sampler integrates with DDIMScheduler"):
+        built(str(folder), sampler=Sampler(ddim()))
+    with pytest.raises(ConfigError, match="predicts 'v_prediction', but the objective's loss is eps_mse_loss"):
+        built(str(folder), objective=DiffTuningObjective(loss=eps_mse_loss))
 
 
 def test_image_size_of_another_resolution(tmp_path, pipeline_folder):

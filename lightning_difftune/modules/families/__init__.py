@@ -1,0 +1,101 @@
+"""The text-to-image families: one file each, which says what to open, how text becomes conditions, and how to call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from lightning_difftune.errors import CheckpointError
+from lightning_difftune.models import hub
+from lightning_difftune.models.checkpoint_files import read_json
+from lightning_difftune.models.checkpoints import BUNDLED
+from lightning_difftune.sampling import NoiseScheduler, Sampler
+from lightning_difftune.source import SourceFacts
+
+FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
+"""The file of each class that ``model_index.json`` may state; a file's ``FAMILY`` is its :class:`Family`."""
+
+
+class TextConditions(Protocol):
+    """Frozen text encoders, as a module that follows its parent to any device."""
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """B prompts => tensors of B rows by name, float32; their names are columns of cached targets, too."""
+        ...
+
+    def null(self) -> dict[str, Tensor]:
+        """The condition of the unconditional branch, which guidance and dropped captions have: one row."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Identity of weights and vocabularies."""
+        ...
+
+
+class Family(Protocol):
+    """What one class of pipelines has of its own. No base class is needed."""
+
+    network_folder: str  # of the network that denoises, such as "unet"; the module's attribute has the same name
+
+    def network_class(self) -> Any:
+        """Class of diffusers that the network has; imported here, since diffusers is slow to import."""
+        ...
+
+    def open_text(self, model: str | Path, revision: str | None) -> Any:
+        """The :class:`TextConditions` of a pipeline."""
+        ...
+
+    def check(self, model: str, network: Any, text: Any, latent_channels: int) -> None:
+        """Refuse networks that need more than they are given here.
+
+        Raises:
+            CheckpointError: If the parts do not fit, or the network takes further inputs.
+        """
+        ...
+
+    def call(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """x_t (B, c, h, w), t (B,) index or, in sampling, the scheduler's float => output (B, c, h, w).
+
+        The only place for packing, ids, the network's own scale of time, and signs.
+        """
+        ...
+
+    def sampler(self) -> Sampler:
+        """How pictures are drawn by default: steps and guidance, without a scheduler."""
+        ...
+
+    def scheduler(self, source: SourceFacts) -> NoiseScheduler:
+        """The default scheduler over a model's process and for what it predicts."""
+        ...
+
+
+def family_of(model: str | Path, revision: str | None = None) -> Family:
+    """The family of a pipeline, by the class that its ``model_index.json`` states.
+
+    Raises:
+        CheckpointError: If it is of a class that is not supported.
+    """
+    stated = pipeline_class(model, revision)
+    if stated not in FAMILIES:
+        raise CheckpointError(
+            f"{model} is a {stated}, which is not supported. Supported are pipelines of the class "
+            f"{' or '.join(FAMILIES)}."
+        )
+    return cast("Family", import_module(f"{__name__}.{FAMILIES[stated]}").FAMILY)
+
+
+def pipeline_class(model: str | Path, revision: str | None = None) -> str:
+    """The class of a pipeline; that of Stable Diffusion 1.x and 2.x for a folder that states none.
+
+    Raises:
+        CheckpointError: If it is a repository that cannot be had.
+    """
+    folder = BUNDLED / model if (BUNDLED / model).is_dir() else Path(model).expanduser()
+    file = folder / "model_index.json"
+    if not folder.exists() and (repository := hub.repository_of(str(model), revision)) is not None:
+        file = hub.fetch_file(repository[0], "model_index.json", repository[1])
+    return str(read_json(file).get("_class_name")) if file.exists() else next(iter(FAMILIES))

@@ -1,0 +1,303 @@
+"""What a pre-trained model is: the noise it knows, what it predicts, the space it denoises, what conditions it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, PredictionType, RectifiedFlow, same_process
+from lightning_difftune.errors import CheckpointError, ConfigError
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How raw latents of an autoencoder become those that a model denoises: (raw - shift) * scale, or per channel.
+
+    z = (raw - ``shift_factor``) * ``scaling_factor``; with ``latents_mean`` and ``latents_std``, one number per
+    channel, it is (raw - mean) / std * ``scaling_factor``. The names are those of diffusers' autoencoders.
+
+    Raises:
+        ConfigError: If the scale or a deviation is not positive, one of mean and std is missing, or both a shift and
+            means are given.
+    """
+
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.scaling_factor > 0:
+            raise ConfigError(f"scaling_factor must be positive, got {self.scaling_factor}.")
+        mean, std = self.latents_mean, self.latents_std
+        if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
+            raise ConfigError(
+                f"latents_mean and latents_std go together, one number per channel; got {mean} and {std}."
+            )
+        if std is not None and not all(value > 0 for value in std):
+            raise ConfigError(f"latents_std must be positive, got {std}.")
+        if mean is not None and self.shift_factor:
+            raise ConfigError(
+                f"An autoencoder with both shift_factor = {self.shift_factor} and latents_mean is not known here: "
+                "diffusers' models have one or the other."
+            )
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any], scaling_factor: float = 0.18215) -> Self:
+        """What an autoencoder's ``config.json`` states; ``scaling_factor`` where it states none."""
+        stated = config.get("scaling_factor")
+        mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
+        return cls(
+            scaling_factor if stated is None else stated,
+            config.get("shift_factor") or 0.0,
+            None if mean is None else tuple(mean),
+            None if std is None else tuple(std),
+        )
+
+    def scale(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation (B, c, h, w) of raw latents => of those that are denoised."""
+        offset, factor = self._affine(mean)
+        return (mean - offset) * factor, std * factor
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) => raw ones."""
+        offset, factor = self._affine(latents)
+        return latents / factor + offset
+
+    def _affine(self, like: Tensor) -> tuple[Any, Any]:
+        if self.latents_mean is None or self.latents_std is None:
+            return self.shift_factor, self.scaling_factor
+        both = torch.tensor([self.latents_mean, self.latents_std], dtype=torch.float32, device=like.device)
+        mean, std = both.view(2, 1, -1, 1, 1)
+        return mean, self.scaling_factor / std
+
+    def settings(self) -> dict[str, Any]:
+        """What differs from no shift, as JSON values; the scale always."""
+        others = {"shift_factor": self.shift_factor or None, "latents_mean": self.latents_mean}
+        others["latents_std"] = self.latents_std
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in others.items() if v is not None}
+        return {"scaling_factor": self.scaling_factor, **plain}
+
+    def __str__(self) -> str:
+        """For identities: the scale alone where there is nothing else."""
+        others = ", ".join(f"{name} {value}" for name, value in self.settings().items() if name != "scaling_factor")
+        return f"{self.scaling_factor}" + (f" ({others})" if others else "")
+
+
+@dataclass(frozen=True, eq=False)
+class SourceFacts:
+    """The facts of one pre-trained model, made by a family's ``build()`` from what lies beside the weights.
+
+    Objective, schedule and samplers take process and prediction type from here where the user gave none, and are
+    compared with it where he did. ``None`` means that nothing states it, and the objective's word is taken.
+
+    Args:
+        name: What the model is called, for messages.
+        fingerprint: Identity of its weights.
+        process: The forward process that it was trained with.
+        prediction_type: What it predicts, in diffusers' words.
+        learned_variance: Whether its output has a second half of channels for the variance.
+        latents: The scale of the latents that it denoises; ``None`` for a model of pixels.
+        condition: What conditions it, such as ``"classes"`` or ``"text"``.
+        scheduler: Class (``_class_name``) and settings of the scheduler that it was published with.
+        identity: More of what identifies it, as plain values; checkpoints carry it with name and fingerprint.
+    """
+
+    name: str
+    fingerprint: str
+    process: ForwardProcess | None = None
+    prediction_type: PredictionType | None = None
+    learned_variance: bool = False
+    latents: LatentScale | None = None
+    condition: str | None = None
+    scheduler: Mapping[str, Any] | None = None
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_scheduler(cls, name: str, fingerprint: str, scheduler: Mapping[str, Any] | None, **others: Any) -> Self:
+        """Facts whose process and prediction type are those of a scheduler's settings, if there are any.
+
+        Raises:
+            CheckpointError: If the settings are of no scheduler that the installed diffusers has, or describe none of
+                the processes that are known here.
+        """
+        if scheduler is None:
+            return cls(name, fingerprint, **others)
+        try:
+            made = scheduler_from(str(scheduler.get("_class_name")), scheduler)
+            process, prediction = process_of(made), prediction_type_of(made)
+        except ConfigError as error:
+            raise CheckpointError(f"{name}: its scheduler cannot be read. {error}") from error
+        return cls(name, fingerprint, process, prediction, scheduler=dict(scheduler), **others)
+
+    @property
+    def base_identity(self) -> dict[str, Any]:
+        """Name, fingerprint and what else identifies the model, flat."""
+        return {"name": self.name, "fingerprint": self.fingerprint, **self.identity}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps to compare with: prediction type, noise levels a_t, scale of the latents."""
+        return {
+            "prediction_type": self.prediction_type,
+            "signal": None if self.process is None else self.process.levels()[0],
+            "latents": None if self.latents is None else str(self.latents),
+        }
+
+    def differences(self, state: Mapping[str, Any]) -> list[str]:
+        """What differs from a checkpoint's :meth:`state`, in words; what one side does not state is not compared."""
+        ours = self.state()
+        found = [
+            f"{name.replace('_', ' ')} {state[name]} instead of {ours[name]}"
+            for name in ("prediction_type", "latents")
+            if None not in (ours[name], state.get(name)) and ours[name] != state[name]
+        ]
+        signal, theirs = ours["signal"], state.get("signal")
+        if signal is not None and theirs is not None:
+            theirs = theirs.to(signal.device)
+            if signal.shape != theirs.shape or (signal - theirs).abs().max() > 1e-3:
+                found.append("other noise levels")
+        return found
+
+
+# -- schedulers -----------------------------------------------------------------------------------------------------
+
+
+def scheduler_from(name: str, config: Mapping[str, Any]) -> Any:
+    """A scheduler of diffusers by its class and all of its settings.
+
+    Raises:
+        ConfigError: If this version of diffusers does not have it.
+    """
+    import diffusers
+
+    kind: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    if kind is None:
+        raise ConfigError(f"This version of diffusers has no {name}, which the model was sampled with.")
+    return kind.from_config(dict(config))
+
+
+def prediction_type_of(scheduler: Any) -> PredictionType | None:
+    """What a scheduler takes a network's output for; ``None`` if it does not say.
+
+    Those made for flow matching alone, such as ``FlowMatchEulerDiscreteScheduler``, have no ``prediction_type``.
+    """
+    stated = scheduler.config.get("prediction_type")
+    if stated in PREDICTION_TYPES:
+        return stated
+    return "flow_prediction" if stated is None and "flow" in type(scheduler).__name__.lower() else None
+
+
+def process_of(scheduler: Any) -> ForwardProcess:
+    """The forward process that a scheduler reverses, by its ``alphas_cumprod``, or the straight path of flow matching.
+
+    Raises:
+        ConfigError: If it is neither.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    if prediction_type_of(scheduler) == "flow_prediction":
+        return RectifiedFlow(config.num_train_timesteps)
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(table, Tensor):
+        raise ConfigError(f"{kind} has no alphas_cumprod, so the process that it reverses is not known.")
+    table = table.detach().double().cpu()
+    is_zero = bool(config.get("rescale_betas_zero_snr", False))
+    if config.get("trained_betas") is None and config.get("beta_schedule") in ("linear", "scaled_linear"):
+        process = GaussianDiffusion(
+            len(table), config.beta_start, config.beta_end, config.beta_schedule, rescale_betas_zero_snr=is_zero
+        )
+        # Ours is exact; theirs, in float32, is the truth about what they do.
+        if (process.sqrt_alphas_cumprod - table.sqrt()).abs().max() < 1e-3:
+            return process
+    if is_zero:
+        table[-1] = 0  # where some have 2^-24, to divide by
+    return GaussianDiffusion.from_alphas_cumprod(table)
+
+
+def check_scheduler(scheduler: Any, source: SourceFacts, role: str = "the sampler") -> None:
+    """Refuse a scheduler that would draw something else than the model's samples.
+
+    Args:
+        scheduler: Of diffusers.
+        source: The model, with a process and a prediction type.
+        role: What the scheduler is to the reader of the message, such as ``"bank_sampler"``.
+
+    Raises:
+        ConfigError: If it takes another prediction, reverses another process, clips latents, or needs a variance that
+            the network does not have.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    process, wanted = source.process, source.prediction_type
+    found = prediction_type_of(scheduler)
+    if found != wanted:
+        takes = f"takes {found!r}" if found is not None else "does not say what it takes"
+        fix = (
+            "Take one of flow matching, such as diffusers.FlowMatchEulerDiscreteScheduler"
+            if wanted == "flow_prediction"
+            else f"Set the scheduler's prediction_type to {wanted!r}"
+            if "prediction_type" in config
+            else "Take one of a Gaussian diffusion, such as diffusers.DDIMScheduler"
+        )
+        raise ConfigError(
+            f"{source.name} predicts {wanted!r}, but {role} integrates with {kind}, which {takes}. {fix}, or leave the "
+            "scheduler out: it is then made for the model."
+        )
+    uses_flow = config.get("use_flow_sigmas")
+    if uses_flow is not None and bool(uses_flow) != (wanted == "flow_prediction"):
+        raise ConfigError(
+            f"{role}: {kind} has use_flow_sigmas = {uses_flow} with prediction_type {found!r}. Set both for flow "
+            "matching, or neither."
+        )
+    if process is not None and not same_process(process_of(scheduler), process):
+        raise ConfigError(
+            f"{role}: {kind} reverses another noise schedule than {source.name} was trained with: "
+            f"{_levels(scheduler)}. Give it the betas of {_described(process)}, or leave the scheduler out: it is then "
+            "made for the model."
+        )
+    clips = bool(config.get("clip_sample", False))
+    if source.latents is not None and (clips or config.get("thresholding", False)):
+        name = "clip_sample" if clips else "thresholding"
+        raise ConfigError(
+            f"{role}: {kind} has {name} on, which is for pixels in [-1, 1]; {source.name} denoises latents, which have "
+            f"no bounds and would be cut. Set the scheduler's {name} to false."
+        )
+    if clips and config.get("clip_sample_range", 1.0) != 1.0:
+        raise ConfigError(
+            f"{role}: {kind} clips samples to {config.clip_sample_range}, and pixels are in [-1, 1]. Set its "
+            "clip_sample_range to 1.0."
+        )
+    if str(config.get("variance_type")).startswith("learned") and not source.learned_variance:
+        raise ConfigError(
+            f"{role}: {kind} has variance_type {config.variance_type!r}, but {source.name} predicts no variance. "
+            "Set it to 'fixed_small'."
+        )
+
+
+def _levels(scheduler: Any) -> str:
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+    return f"{ {k: scheduler.config[k] for k in names if scheduler.config.get(k) is not None} }"
+
+
+def betas_of(source: SourceFacts) -> dict[str, Any]:
+    """The settings that give a scheduler of diffusers the model's process and prediction type.
+
+    For a Gaussian diffusion: ``num_train_timesteps``, the betas, and ``rescale_betas_zero_snr`` where the last step is
+    pure noise.
+    """
+    process = source.process
+    if isinstance(process, GaussianDiffusion):
+        settings: dict[str, Any] = {"num_train_timesteps": process.num_timesteps, **process.scheduler_settings}
+        return {**settings, "prediction_type": source.prediction_type}
+    return {} if process is None else {"num_train_timesteps": process.num_timesteps}
+
+
+def _described(process: ForwardProcess) -> str:
+    if isinstance(process, GaussianDiffusion):
+        settings = {k: v for k, v in process.scheduler_settings.items() if k != "trained_betas"}
+        return str(settings or "the model's own scheduler_config.json")
+    return f"{type(process).__name__} over {process.num_timesteps} steps"
