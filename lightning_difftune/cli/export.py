@@ -28,7 +28,8 @@ DESCRIPTION = """Write the tuned network of a run, for others to open.
 
   difftune export RUN --output tuned.safetensors   one file, official key names
   difftune export RUN --output tuned               a folder for diffusers
-  difftune export RUN --output adapter --format peft
+  difftune export RUN --output lora --format diffusers   a LoRA for pipeline.load_lora_weights("lora")
+  difftune export RUN --output adapter --format peft     the same for peft
   difftune export RUN --output tuned --push user/name --license apache-2.0
 
 The averaged weights are taken where the checkpoint has them, and a tuner's layers are merged into the plain network; a
@@ -67,9 +68,9 @@ def export(argv: Sequence[str]) -> None:
     module = run.module
     done = [str(run)]
     with run.weights(options.raw, done):
-        if options.format == "peft":
-            library, network = "peft", write_adapter(module, options, done)
-            usage = usage_of_adapter(network, base_of(run))
+        if is_adapter(module, options.format):
+            library, network = options.format, write_adapter(module, options, done)
+            usage = usage_of_adapter(network, base_of(run), options.format)
         else:
             name_classes(run, done)
             library, network = "lightning_difftune" if is_file else "diffusers", plain_network(module, done)
@@ -87,7 +88,7 @@ def parser() -> CommandParser:
     options = CommandParser("export", DESCRIPTION)
     options.add_run()
     options.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
-    options.add_argument("--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output")
+    options.add_argument("--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output, merged")
     options.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
     options.add_argument("--overwrite", action="store_true", help="replace what is at the output")
     options.add_argument("--license", metavar="NAME", help="the base's, for the card (default: what the base says)")
@@ -96,8 +97,14 @@ def parser() -> CommandParser:
     return options
 
 
+def is_adapter(module: DiffTuningModule, format: str | None) -> bool:
+    """Whether a LoRA stays one: for peft, or in a network of diffusers for diffusers."""
+    is_lora = hasattr(module.tuner, "save_lora_weights") and hasattr(module.trainable_modules()[0], "save_pretrained")
+    return format == "peft" or (format == "diffusers" and is_lora)
+
+
 def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: list[str]) -> Any:
-    """Write a LoRA's layers as peft does, and return the network that they belong to.
+    """Write a LoRA's layers as peft or diffusers does, and return the network that they belong to.
 
     Raises:
         ConfigError: If the run did not train a LoRA.
@@ -112,11 +119,15 @@ def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: l
     before = fingerprint(network)
     with atomic_path(options.output) as draft:
         draft.mkdir()
-        tuner.save_adapter(network, draft, base)
-        tuner.load_adapter(network, draft, base)
+        if options.format == "peft":
+            tuner.save_adapter(network, draft, base)
+            tuner.load_adapter(network, draft, base)
+        else:
+            tuner.save_lora_weights(network, draft)
+            tuner.load_lora_weights(network, draft)
         if fingerprint(network) != before:
             raise CheckpointError("Not exported: the adapter does not read back as it was.")
-    done.append(f"tuner: LoRA, kept as an adapter for peft\nwrote {options.output}")
+    done.append(f"tuner: LoRA, kept as an adapter for {options.format}\nwrote {options.output}")
     return network
 
 

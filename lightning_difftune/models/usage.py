@@ -103,6 +103,18 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")  # base: {what}
 """
 
 
+_LORA = """\
+## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("path/to/this/folder")
+```
+"""
+
+
 def usage_of_dit(architecture: dict[str, Any], sampling: dict[str, Any] | None, has_autoencoder: bool) -> str:
     """How a DiT's diffusers folder is used, as Markdown.
 
@@ -167,8 +179,10 @@ def usage_of_network(network: Any, base: str) -> str:
     return template.format(base=base)
 
 
-def usage_of_adapter(network: Any, base: str) -> str:
-    """How a folder with a LoRA adapter is used, as Markdown."""
+def usage_of_adapter(network: Any, base: str, format: str = "peft") -> str:
+    """How a folder with a LoRA adapter is used, as Markdown, by peft or by diffusers."""
+    if format == "diffusers":
+        return _LORA.format(base=base)
     if hasattr(network, "save_pretrained"):
         kind = type(network).__name__
         what = f'diffusers\' {kind} of "{base}"'
