@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import constants
 from PIL import Image
@@ -136,3 +137,31 @@ def test_a_share_that_leaves_no_sample_of_the_bank(refused: Callable[..., None])
         [f"{DATA}bank", "bank", f"{DATA}retention_share", "0.2"],
         r"int\(0.2 \* 4\) = 0 bank samples in a batch of 4. Raise one of them, or set bank: null",
     )
+
+
+def test_a_lora_is_exported_for_diffusers_pipelines(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    config["model"]["init_args"]["tuner"] = {
+        "class_path": "lightning_difftune.tuners.LoRA",
+        "init_args": {"rank": 2, "alpha": 6, "target_modules": ["to_q", "to_v"]},
+    }
+    config["model"]["init_args"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}}
+    config["trainer"]["enable_checkpointing"] = True
+    (project / "run.yaml").write_text(yaml.safe_dump(config))
+    main([*FIT, "--trainer.max_steps", "2"])
+    main(["export", "run", "--output", "lora", "--format", "diffusers"])
+    assert "kept as an adapter for diffusers" in capsys.readouterr().out
+    assert sorted(file.name for file in (project / "lora").iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "pytorch_lora_weights.safetensors",
+    ]
+    main(["export", "run", "--output", "merged"])
+    pipeline: Any = StableDiffusionPipeline.from_pretrained("pipeline")
+    pipeline.load_lora_weights("lora")
+    merged = type(pipeline.unet).from_pretrained("merged")
+    x, text, t = torch.randn(2, 4, 8, 8), torch.randn(2, 8, 16), torch.tensor([3, 900])
+    with torch.no_grad():
+        torch.testing.assert_close(pipeline.unet(x, t, text).sample, merged(x, t, text).sample, rtol=1e-5, atol=1e-5)

@@ -88,7 +88,9 @@ def parser() -> CommandParser:
     options = CommandParser("export", DESCRIPTION)
     options.add_run()
     options.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
-    options.add_argument("--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output, merged")
+    options.add_argument(
+        "--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output, merged"
+    )
     options.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
     options.add_argument("--overwrite", action="store_true", help="replace what is at the output")
     options.add_argument("--license", metavar="NAME", help="the base's, for the card (default: what the base says)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,7 +72,39 @@ class LoRA(ParameterEfficientTuner):
         if parts.keys() & targets:
             split_qkv(model)
         inject_adapter_in_model(self._config(), model)
-        return [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        updates = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        for parameter in updates:  # which peft gives the precision of the frozen weights, too coarse to train in
+            parameter.data = parameter.data.float()
+        return updates
+
+    @contextmanager
+    def disabled(self, model: nn.Module) -> Iterator[None]:
+        """A ``with`` block in which a network is as it was before tuning, to the bit: its updates are off.
+
+        That holds for networks whose layers were not split and that have no label table, as those of diffusers; so no
+        second copy of the pre-trained weights is needed.
+
+        Example:
+            >>> tuner, model = LoRA(1, 1, ("0",)), nn.Sequential(nn.Linear(2, 2))
+            >>> x, before = torch.ones(1, 2), model(torch.ones(1, 2))
+            >>> tuner.apply(model)
+            >>> _ = nn.init.ones_(model[0].lora_B["default"].weight)
+            >>> with tuner.disabled(model):
+            ...     torch.equal(model(x), before)
+            True
+            >>> torch.equal(model(x), before)
+            False
+        """
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        try:
+            for layer in layers:  # `enable_adapters` would also freeze them
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
 
     def merge(self, model: Model) -> Model:
         """A frozen copy whose linear layers have taken up the updates, with query, key and value fused again."""
