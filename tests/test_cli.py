@@ -22,7 +22,7 @@ from tiny import tiny_dit
 
 from lightning_difftune import MemoryBank, __version__
 from lightning_difftune.cli import COMMANDS, HELP, export, main, sample
-from lightning_difftune.cli.lightning import ConfigReader, run_lightning
+from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.data import ImageFolder
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_dit
@@ -215,10 +215,6 @@ def test_fit_validate_predict(project, checkpoint, capsys):
 def test_fit_resumes(project, checkpoint):
     assert main([*FIT, "--ckpt_path", str(checkpoint), f"{TRAINER}max_steps", "6"]) == 0
     assert only(project.glob("run/lightning_logs/version_1/checkpoints/*.ckpt")).name.endswith("step=6.ckpt")
-
-
-def test_predict_does_not_keep_the_bank_in_memory(project):
-    assert not run_lightning(PREDICT).trainer.predict_loop.return_predictions
 
 
 def test_what_a_run_prints(project):

@@ -27,7 +27,6 @@ from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
 from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name
 from lightning_difftune.cli.run import Run, check_checkpoint, newest_checkpoint
-from lightning_difftune.data import MemoryBank, MemoryBankDataModule
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
 
@@ -134,13 +133,6 @@ class DiffTuneCLI(LightningCLI):
         if not isinstance(trainer.strategy, FSDPStrategy) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
-
-    def predict(self, **kwargs: Any) -> None:
-        """Build the memory bank, without a second copy of it in memory, and say where it is."""
-        self.trainer.predict(**{**kwargs, "return_predictions": False})
-        if isinstance(self.datamodule, MemoryBankDataModule) and self.datamodule.bank_path is not None:
-            bank = MemoryBank(self.datamodule.bank_path)
-            rank_zero_info(f"Memory bank {bank.path}: {len(bank):,} samples of shape {bank.latent_shape}.")
 
 
 def loggers_of(given: Any, folder: str | None) -> Any:

@@ -11,7 +11,7 @@ from lightning_difftune.data.image_arrays import ArrayImages, NpzImages
 from lightning_difftune.data.image_files import CUB200, ImageFolder, ListedImages
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
-from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter
+from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.partition import Partition
 from lightning_difftune.data.web_dataset import WebDatasetShards
 
@@ -33,7 +33,6 @@ __all__ = [
     "ListedImages",
     "MemoryBank",
     "MemoryBankDataModule",
-    "MemoryBankWriter",
     "MidasDepth",
     "MidasNormal",
     "NpzImages",

@@ -25,13 +25,12 @@ from lightning_difftune.data.class_counts import describe_small_classes
 from lightning_difftune.data.images import ImageTargets, check_labels
 from lightning_difftune.data.largest_batch import BATCH_SIZE, build_batch
 from lightning_difftune.data.latent_cache import LatentCache
-from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
+from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.progress import shard_progress
 from lightning_difftune.data.real_pictures import RealPictures
-from lightning_difftune.data.shards import ShardWork
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.protocols import BankGenerator, SupportsBankGeneration, SupportsEncode
+from lightning_difftune.protocols import SupportsBankGeneration, SupportsEncode
 
 # A process without a batch would leave validation while the others wait for it.
 _FEWEST_EVALUATION_BATCHES = 64
@@ -215,12 +214,24 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         if self.bank_path is None or not getattr(module, "uses_retention", True):
             return None
         if not isinstance(module, SupportsBankGeneration):
-            return MemoryBank(self.bank_path)
+            bank = MemoryBank(self.bank_path)
+            return bank if len(bank) <= self.bank_size else MemoryBank(self.bank_path, self.bank_size)
+        return self._build_bank(module, self.bank_path)
+
+    def _build_bank(self, module: SupportsBankGeneration, path: Path) -> MemoryBank:
+        """The bank at the trainer's precision, on all processes."""
+        assert self.trainer is not None
+        context = self.trainer.precision_plugin.forward_context
         generator = module.bank_generator(self.bank_source)
-        batch_size = self._bank_batch_size(generator)
+
+        def largest(count: int) -> None:
+            with context():
+                generator.generate_bank(torch.arange(count))
+
+        batch_size = build_batch(self.build_batch_size, path, largest)
         with shard_progress("Memory bank", self._rank) as progress:
             bank = MemoryBank.build(
-                self.bank_path,
+                path,
                 generator,
                 self.bank_size,
                 batch_size=batch_size,
@@ -228,8 +239,9 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
                 world_size=self._world_size,
                 barrier=self._barrier,
                 progress=self._until_stopped(progress),
+                context=context,
             )
-        rank_zero_info(f"Memory bank {self.bank_path}: {len(bank):,} samples of shape {bank.latent_shape}.")
+        rank_zero_info(f"Memory bank {path}: {len(bank):,} samples of shape {bank.latent_shape}.")
         return bank
 
     def open_latent_cache(self) -> LatentCache | None:
@@ -259,12 +271,6 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
                 barrier=self._barrier,
                 progress=self._until_stopped(progress),
             )
-
-    def _bank_batch_size(self, generator: BankGenerator) -> int:
-        assert self.bank_path is not None
-        return build_batch(
-            self.build_batch_size, self.bank_path, lambda count: generator.generate_bank(torch.arange(count))
-        )
 
     # -- loaders ----------------------------------------------------------------------------------------------------
 
@@ -317,18 +323,18 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             )
         return self._loader(batches, EvaluationSteps(batches, self._world_size, self._rank))
 
-    def predict_dataloader(self) -> ShardWork:
-        """Work for ``trainer.predict``: the sample indices that the memory bank still lacks."""
+    def predict_dataloader(self) -> list[Any]:
+        """Nothing to predict: ``trainer.predict`` builds the memory bank, as ``fit`` would, and that is done here.
+
+        Raises:
+            StoreError: As :meth:`open_bank`.
+            ConfigError: If there is no bank, or the module cannot build it.
+        """
         module = self.trainer.lightning_module if self.trainer is not None else None
         if self.bank_path is None or not isinstance(module, SupportsBankGeneration):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
-        generator = module.bank_generator(self.bank_source)
-        writer = MemoryBank.writer(self.bank_path, generator.bank_spec(), self.bank_size)
-        self.trainer.callbacks.append(MemoryBankWriter(writer))
-        if self._rank == 0:
-            writer.lock(waits=self._world_size == 1)
-        self._barrier()
-        return bank_work(writer, self._bank_batch_size(generator), self._rank, self._world_size)
+        self._build_bank(module, self.bank_path)
+        return []
 
     def _loader(self, batches: Dataset, sampler: DistributedSampler) -> DataLoader:
         return DataLoader(

@@ -23,10 +23,11 @@ from lightning_difftune.data.source_facts import (
     content_digest_of,
     labels_of,
     location_of,
+    picture_digests_of,
     transforms_pictures,
 )
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.files import array_digest
+from lightning_difftune.files import array_digest, text_digest
 from lightning_difftune.pictures import to_pixel_values, to_pixels
 from lightning_difftune.protocols import TargetBatch
 
@@ -175,6 +176,18 @@ class ImageTargets:
         64 of its pictures, so changes to others stay unnoticed there.
         """
         return self._identity
+
+    def picture_digests(self) -> Tensor | None:
+        """A number for every picture that changes with it and its label or caption, (N,) int64, 0 for none; or None.
+
+        None where only reading the pictures would tell.
+        """
+        digests, labels, captions = picture_digests_of(self.source), self.labels(), captions_of(self.source)
+        texts = captions if captions is not None else None if labels is None else labels.tolist()
+        if digests is None or texts is None:
+            return None
+        pairs = zip(digests, texts, strict=True)
+        return torch.tensor([int(text_digest(f"{digest} {text}")[:15], 16) for digest, text in pairs])
 
     @cached_property
     def _identity(self) -> str:

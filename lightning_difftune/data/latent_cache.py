@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_difftune.data.images import ImageTargets, as_batch, mirror
-from lightning_difftune.data.shards import ShardReader, ShardWork, ShardWriter, build
-from lightning_difftune.data.shards.format import shard_name
+from lightning_difftune.data.shards import ShardReader, ShardWriter, build
+from lightning_difftune.data.shards.format import BuildPlan, shard_name
 from lightning_difftune.errors import ConfigError, DataError, StoreError
 from lightning_difftune.protocols import TargetBatch
 
 Encode = Callable[[TargetBatch], TargetBatch]
 
 _KIND = "latent-cache"
+_MIRRORED = "mirrored."  # before the name of a column
+_FACTS = ("source_index", "picture")
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -28,11 +31,11 @@ class LatentCache:
     """The posterior of every target picture's latents, in a folder of shards, memory-mapped.
 
     Mean and standard deviation are stored, so that each epoch draws new latents; and, where training mirrors pictures,
-    those of the mirror image too, since an autoencoder does not commute with mirroring. Sample 2i of the shards is then
-    picture i and sample 2i + 1 its mirror image, so that a batch reads from the disk only what it uses. Each has what
-    the model's ``encode`` makes of it, ``latent_mean`` and ``latent_std`` (c, h, w) among them, and ``source_index``,
-    int64: the picture that was encoded, which is another than i where a damaged file was skipped. A folder gets its
-    manifest last and cannot be opened without, so a cache has every picture or is refused.
+    those of the mirror image too, since an autoencoder does not commute with mirroring. Each sample has what the
+    model's ``encode`` makes of a picture, ``latent_mean`` and ``latent_std`` (c, h, w) among them; the same of its
+    mirror image under ``mirrored.`` names; ``source_index``, int64: the picture that was encoded, which is another than
+    i where a damaged file was skipped; and ``picture``, int64: a digest of the file or array it was, 0 if unknown. A
+    folder gets its manifest last and cannot be opened without, so a cache has every picture or is refused.
 
     Args:
         path: A finished cache.
@@ -44,7 +47,7 @@ class LatentCache:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._reader = ShardReader(path, kind=_KIND)
-        self._ways = 2 if self._reader.spec.get("mirrored") else 1
+        self._names = [n for n in self._reader.shapes if not n.startswith(_MIRRORED) and n not in _FACTS]
 
     @classmethod
     def build(
@@ -66,7 +69,8 @@ class LatentCache:
     ) -> LatentCache:
         """Open the cache of these pictures and this autoencoder; encode first what it lacks.
 
-        A run that is stopped goes on at the shard where it was. All ranks must call this function.
+        A run that is stopped resumes at the shard where it was. Of a cache of other pictures, those that
+        stayed the same are kept and the others encoded. All ranks must call this function.
 
         Args:
             path: The folder.
@@ -100,29 +104,43 @@ class LatentCache:
                 "channels": targets.channels,
                 "identity": targets.identity(),
                 "image_size": targets.image_size,
+                "pictures": len(targets),
             },
         }
-        ways = 2 if mirrored else 1
+        digests = targets.picture_digests()
+
+        def replaces(other: BuildPlan) -> bool:
+            changes = {**other.spec, "targets": {**other.spec["targets"], **_of_pictures(full_spec)}}
+            return changes == full_spec and bool(_encoded([Path(path)], digests))
+
         writer = ShardWriter(
-            path, kind=_KIND, spec=full_spec, num_samples=ways * len(targets), shard_size=ways * shard_size
+            path, kind=_KIND, spec=full_spec, num_samples=len(targets), shard_size=shard_size, replaces=replaces
         )
+        kept: dict[int, tuple[Path, int]] = {}
 
-        def work() -> ShardWork:  # dealt out when the first batch is asked for, since other jobs may come before
-            return writer.work(ways * batch_size, rank, world_size)
+        def work() -> list[list[int]]:  # dealt out when the first batch is asked for, since other jobs may come before
+            kept.update(_encoded(writer.previous, digests))
+            batches = writer.work(batch_size, rank, world_size)
+            return [[i for i in batch.indices.tolist() if i not in kept] for batch in batches]
 
-        pictures = _read_ahead(targets, work, ways, num_workers)
+        pictures = _read_ahead(targets, work, num_workers)
 
         def generate(indices: Tensor) -> dict[str, Tensor]:
-            batch, source_index = next(pictures)  # of the same work, in the same order
-            encoded = _encode(encode, [batch, mirror(batch)][:ways])
-            stored = {name: t.to(_DTYPES[dtype]) if t.is_floating_point() else t for name, t in encoded.items()}
-            return {**stored, "source_index": source_index.repeat_interleave(ways)}
+            found = next(pictures)  # of the same work, in the same order; fills `kept` when it is dealt out
+            old = [i for i in indices.tolist() if i in kept]
+            new = [i for i in indices.tolist() if i not in kept]
+            parts = [{**_row(*kept[i]), "source_index": torch.tensor([i])} for i in old]
+            if found is not None:
+                batch, source_index = found
+                encoded = _encode(encode, batch, mirrored)
+                stored = {name: x.to(_DTYPES[dtype]) if x.is_floating_point() else x for name, x in encoded.items()}
+                own = source_index == torch.tensor(new)
+                picture = torch.zeros_like(source_index) if digests is None else digests[new] * own
+                parts.append({**stored, "source_index": source_index, "picture": picture})
+            back = torch.tensor(old + new).argsort()
+            return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
-        def report(done: int, total: int) -> None:
-            if progress is not None:
-                progress(done // ways, total // ways)
-
-        build(writer, generate, ways * batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=report)
+        build(writer, generate, batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
         cache = cls(path)
         cache._report_replaced(targets)
         return cache
@@ -138,7 +156,7 @@ class LatentCache:
         return self._reader.shapes["latent_mean"]
 
     def __len__(self) -> int:
-        return len(self._reader) // self._ways
+        return len(self._reader)
 
     def read(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
         """A training batch.
@@ -154,11 +172,17 @@ class LatentCache:
         Raises:
             ConfigError: A mirror image is asked for, and the cache was made without.
         """
-        pictures, mirrored = (torch.as_tensor(values, dtype=torch.int64) for values in (indices, flips))
-        if self._ways == 1 and mirrored.any():
+        pictures, mirrored = torch.as_tensor(indices), torch.as_tensor(flips, dtype=torch.bool)
+        if mirrored.any() and not self.spec.get("mirrored"):
             raise ConfigError(f"{self.path} was made without mirror images; build it with mirrored=True.")
-        samples = self._reader.read(self._ways * pictures + mirrored)
-        del samples["source_index"]
+        plain = self._reader.read(pictures[~mirrored], self._names)
+        flipped = self._reader.read(pictures[mirrored], [_MIRRORED + name for name in self._names if mirrored.any()])
+        samples = {}
+        for name, tensor in plain.items():
+            samples[name] = tensor.new_empty((len(pictures), *tensor.shape[1:]))
+            samples[name][~mirrored] = tensor
+            if flipped:
+                samples[name][mirrored] = flipped[_MIRRORED + name]
         return cast("TargetBatch", {n: t.float() if t.is_floating_point() else t for n, t in samples.items()})
 
     def replaced(self) -> dict[int, int]:
@@ -168,8 +192,7 @@ class LatentCache:
             with safe_open(self.path / shard_name(shard), framework="pt") as file:  # one column, not the latents
                 encoded = file.get_tensor("source_index").tolist()
             samples = self._reader.plan.shard_range(shard)
-            ways = self._ways
-            replaced |= {i // ways: j for i, j in zip(samples, encoded, strict=True) if i // ways != j}
+            replaced |= {i: j for i, j in zip(samples, encoded, strict=False) if i != j}
         return replaced
 
     def verify(self) -> None:
@@ -188,7 +211,8 @@ class LatentCache:
         if targets.on_corrupt == "error":
             raise StoreError(
                 f"{self.path} was made with on_corrupt='skip' and replaced {len(replaced)} damaged pictures, the first "
-                f"one {first}. Allow that again with on_corrupt='skip', or mend them, delete {self.path} and run again."
+                f"one {first}. Allow that again with on_corrupt='skip', or repair them, delete {self.path} and "
+                "run again."
             )
         rank_zero_warn(
             f"{self.path}: {len(replaced)} of {len(self)} pictures are damaged, the first one {first}; the next "
@@ -196,45 +220,69 @@ class LatentCache:
         )
 
 
-class _PicturesOfWork(Dataset[tuple[TargetBatch, Tensor] | DataError]):
-    """Item k is the pictures of the k-th batch of work, and which ones were read, (B,) int64."""
+_Pictures = tuple[TargetBatch, Tensor] | None
 
-    def __init__(self, targets: ImageTargets, work: ShardWork, ways: int) -> None:
-        self.targets, self.work, self.ways = targets, work, ways
+
+class _PicturesOfWork(Dataset[_Pictures | DataError]):
+    """Item k is the pictures at the k-th list of indices, and which ones were read, (B,) int64."""
+
+    def __init__(self, targets: ImageTargets, work: list[list[int]]) -> None:
+        self.targets, self.work = targets, work
 
     def __len__(self) -> int:
         return len(self.work)
 
-    def __getitem__(self, position: int) -> tuple[TargetBatch, Tensor] | DataError:
+    def __getitem__(self, position: int) -> _Pictures | DataError:
         try:
-            pictures = self.work[position]["indices"][:: self.ways] // self.ways
-            items = [self.targets.read(index) for index in pictures.tolist()]
+            items = [self.targets.read(index) for index in self.work[position]]
+            if not items:
+                return None
             return as_batch(items, [False] * len(items)), torch.tensor([item.source_index for item in items])
         except DataError as error:  # raised in a worker, its message would arrive inside a printed traceback
             return error
 
 
-def _read_ahead(
-    targets: ImageTargets, work: Callable[[], ShardWork], ways: int, num_workers: int
-) -> Iterator[tuple[TargetBatch, Tensor]]:
-    loader = DataLoader(_PicturesOfWork(targets, work(), ways), batch_size=None, num_workers=num_workers)
+def _read_ahead(targets: ImageTargets, work: Callable[[], list[list[int]]], num_workers: int) -> Iterator[_Pictures]:
+    loader = DataLoader(_PicturesOfWork(targets, work()), batch_size=None, num_workers=num_workers)
     for pictures in loader:
         if isinstance(pictures, DataError):
             raise pictures
         yield pictures
 
 
+def _of_pictures(spec: dict[str, Any]) -> dict[str, Any]:
+    """The part of a spec that changes with the pictures."""
+    return {name: spec["targets"][name] for name in ("identity", "pictures")}
+
+
+def _encoded(folders: Sequence[Path], digests: Tensor | None) -> dict[int, tuple[Path, int]]:
+    """Which pictures, by index, earlier shards have encoded: the file and the row."""
+    rows: dict[int, tuple[Path, int]] = {}
+    for folder in folders if digests is not None else []:
+        for shard in sorted(folder.glob("shard-*.safetensors")):
+            with suppress(OSError, SafetensorError), safe_open(shard, framework="pt") as file:
+                rows |= {digest: (shard, row) for row, digest in enumerate(file.get_tensor("picture").tolist())}
+    return {} if digests is None else {i: rows[d] for i, d in enumerate(digests.tolist()) if d and d in rows}
+
+
+def _row(shard: Path, row: int) -> dict[str, Tensor]:
+    with safe_open(shard, framework="pt") as file:
+        return {name: file.get_slice(name)[row : row + 1] for name in file.keys()}  # noqa: SIM118 - not a dict
+
+
 @torch.no_grad()
-def _encode(encode: Encode, batches: Sequence[TargetBatch]) -> dict[str, Tensor]:
-    """What is stored of pictures, each followed by its mirror image if ``batches`` has that too, on the CPU."""
-    encoded = [cast("dict[str, Tensor]", encode(batch)) for batch in batches]
-    for tensors, batch in zip(encoded, batches, strict=True):
-        count = len(batch["pixel_values"])
+def _encode(encode: Encode, batch: TargetBatch, mirrored: bool) -> dict[str, Tensor]:
+    """What is stored of pictures and, if asked for, of their mirror images, on the CPU."""
+    columns: dict[str, Tensor] = {}
+    count = len(batch["pixel_values"])
+    for prefix, pictures in {"": batch, **({_MIRRORED: mirror(batch)} if mirrored else {})}.items():
+        tensors = cast("dict[str, Tensor]", encode(pictures))
         mean, std = (tensors.get(name, torch.empty(0)) for name in ("latent_mean", "latent_std"))
         if mean.ndim != 4 or mean.shape != std.shape or any(len(tensor) != count for tensor in tensors.values()):
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ConfigError(
                 f"encode returned {shapes} for {count} pictures; expected latent_mean and latent_std, (B, c, h, w) "
-                "each, and tensors of B entries beside them."
+                "each, and tensors of B entries in addition to them."
             )
-    return {name: torch.stack([t[name] for t in encoded], dim=1).flatten(0, 1).cpu() for name in encoded[0]}
+        columns |= {prefix + name: tensor.cpu() for name, tensor in tensors.items()}
+    return columns

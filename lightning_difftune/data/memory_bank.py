@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
-from lightning_difftune.data.shards import ShardBatch, ShardReader, ShardWork, ShardWriter, build
+from lightning_difftune.data.shards import ShardReader, ShardWriter, build
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.protocols import BankGenerator, RetentionBatch
 
@@ -28,9 +26,11 @@ class MemoryBank:
 
     Args:
         path: The folder.
+        num_samples: How many of its samples are used, the first ones; ``None`` is all.
 
     Raises:
-        StoreError: There is no finished bank, or it is damaged; the message names the file and the cure.
+        StoreError: There is no finished bank, it is damaged, or it has fewer samples; the message names the file and
+            what to do.
 
     Example:
         >>> class Constant:
@@ -43,8 +43,14 @@ class MemoryBank:
         tensor([7., 3.])
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, num_samples: int | None = None) -> None:
         self._reader = ShardReader(path, kind=KIND)
+        self._num_samples = len(self._reader) if num_samples is None else num_samples
+        if self._num_samples > len(self._reader):
+            raise StoreError(
+                f"{self.path} has {len(self._reader):,} samples, fewer than the {self._num_samples:,} that are asked "
+                "for. Ask for fewer, or let a Diff-Tuning module build the rest."
+            )
         if self._reader.dtypes.get("latents") not in _DTYPES.values():
             raise StoreError(
                 f"{self.path} holds {', '.join(sorted(self._reader.shapes))}; a memory bank holds latents."
@@ -64,10 +70,12 @@ class MemoryBank:
         world_size: int = 1,
         barrier: Callable[[], None] = lambda: None,
         progress: Callable[[int, int], None] | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> MemoryBank:
         """Open a bank, after generating what is still missing of it.
 
-        A finished bank of the same generator and settings is opened as it is, an interrupted one is gone on with.
+        Sample i depends on the generator and i alone, so a bank of the same generator and settings that has fewer
+        samples grows, an interrupted one is resumed, and of one that has more the first ones are used.
 
         Args:
             path: The folder.
@@ -81,33 +89,24 @@ class MemoryBank:
             world_size: Number of processes; all must call this.
             barrier: Waits for all processes.
             progress: Called with the samples that this rank has done, and has to do in all.
+            context: What samples are generated in, such as a trainer's precision.
 
         Raises:
             StoreError: The folder was made by another model or other settings, is damaged, or the disk is full.
             ConfigError: A size below 1 or an unknown dtype.
         """
-        writer = cls.writer(path, generator.bank_spec(), num_samples, shard_size=shard_size, dtype=dtype)
-
-        def generate(indices: Tensor) -> dict[str, Tensor]:
-            return _as_stored(writer, generator.generate_bank(indices))
-
-        build(writer, generate, batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
-        return cls(path)
-
-    @staticmethod
-    def writer(
-        path: str | Path,
-        bank_spec: dict[str, Any],
-        num_samples: int,
-        *,
-        shard_size: int = 1024,
-        dtype: Literal["float32", "float16"] = "float32",
-    ) -> ShardWriter:
-        """The writer of a bank, for :func:`bank_work` and :class:`MemoryBankWriter`; see :meth:`build`."""
         if dtype not in _DTYPES:
             raise ConfigError(f"A memory bank's dtype is one of {', '.join(_DTYPES)}, got {dtype!r}.")
-        spec = {**bank_spec, "dtype": dtype}
-        return ShardWriter(path, kind=KIND, spec=spec, num_samples=num_samples, shard_size=shard_size)
+        spec = {**generator.bank_spec(), "dtype": dtype}
+        writer = ShardWriter(path, kind=KIND, spec=spec, num_samples=num_samples, shard_size=shard_size)
+
+        def generate(indices: Tensor) -> dict[str, Tensor]:
+            with context():
+                made = generator.generate_bank(indices)
+            return _as_stored(made, _DTYPES[dtype])
+
+        build(writer, generate, batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
+        return cls(path, num_samples)
 
     @property
     def path(self) -> Path:
@@ -125,7 +124,7 @@ class MemoryBank:
         return self._reader.shapes["latents"]
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return self._num_samples
 
     def read(self, indices: Tensor) -> RetentionBatch:
         """Read samples, in any order and with repeats.
@@ -140,6 +139,8 @@ class MemoryBank:
         Raises:
             IndexError: An index lies outside the bank.
         """
+        if indices.numel() and int(indices.max()) >= len(self):
+            raise IndexError(f"sample {int(indices.max())} of {len(self)} of {self.path}")
         tensors = self._reader.read(indices)
         return cast("RetentionBatch", {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})
 
@@ -172,67 +173,8 @@ class MemoryBank:
             )
 
 
-def bank_work(writer: ShardWriter, batch_size: int, rank: int = 0, world_size: int = 1) -> ShardWork:
-    """What one rank's ``predict_dataloader`` returns to fill a bank: ``{"shard": int, "indices": (B,) int64}``.
-
-    Return it as it is: Lightning deals out the items of a ``DataLoader`` a second time. If a rank may have nothing left
-    to do, set ``allow_zero_length_dataloader_with_multiple_devices`` on the data module.
-    """
-    return writer.work(batch_size, rank, world_size)
-
-
-class MemoryBankWriter(BasePredictionWriter):
-    """Writes what ``predict_step`` makes of the batches of :func:`bank_work`, and finishes the bank.
-
-    ``predict_step`` returns what :meth:`BankGenerator.generate_bank` does for ``batch["indices"]``. Call
-    ``trainer.predict(..., return_predictions=False)``, or Lightning keeps the whole bank in memory as well.
-
-    Args:
-        writer: The bank's, from :meth:`MemoryBank.writer`.
-    """
-
-    def __init__(self, writer: ShardWriter) -> None:
-        super().__init__("batch")
-        self.writer = writer
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep Lightning from warning that it cannot tell a batch's samples: ours name theirs."""
-        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
-
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: dict[str, Tensor],
-        batch_indices: Sequence[int] | None,
-        batch: ShardBatch,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Take the samples; a shard is written when they are its last."""
-        self.writer.add(batch, _as_stored(self.writer, prediction))
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finish the bank when all ranks are done.
-
-        Not in ``on_predict_end``, which Lightning skips on ranks that had nothing left to do; never after an error.
-        """
-        if stage == "predict":
-            self.writer.flush()
-            trainer.strategy.barrier()
-            if trainer.is_global_zero:
-                self.writer.finish()
-            trainer.strategy.barrier()
-            self.writer.unlock()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let another job go on."""
-        self.writer.unlock()
-
-
-def _as_stored(writer: ShardWriter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     made = {name: tensor.dtype for name, tensor in tensors.items()}
     if "latents" not in made or not made["latents"].is_floating_point:
         raise StoreError(f"A memory bank holds floating-point latents, but the generator made {made or 'nothing'}.")
-    dtype = _DTYPES[writer.plan.spec["dtype"]]
     return {name: x.detach().cpu().to(dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}

@@ -114,6 +114,26 @@ def content_digest_of(source: Any) -> str | None:
     return None
 
 
+def picture_digests_of(source: Any) -> list[str] | None:
+    """A text for every picture that changes with what is stored of it, or None where only reading would tell.
+
+    Of a file it is the name with that of its folder, the size and the modification time in seconds; of an array the
+    SHA-256 of its bytes.
+    """
+    if transforms_pictures(source):
+        return None
+    if isinstance(source, Subset | ConcatDataset):
+        return _looked_through(source, picture_digests_of)
+    paths, controls = paths_of(source), getattr(source, "control_paths", None)
+    if paths is not None:
+        facts = [stat_digest([path]) + Path(path).parent.name for path in paths]
+        return facts if controls is None else [a + stat_digest([b]) for a, b in zip(facts, controls, strict=True)]
+    for stored in (getattr(source, name, None) for name in ("images", "data")):
+        if isinstance(stored, np.ndarray | torch.Tensor) and len(stored) == len(source):
+            return [array_digest(np.asarray(picture)) for picture in stored]
+    return None
+
+
 def transforms_pictures(source: Any) -> bool:
     """Whether a torchvision ``transform`` stands between the stored pictures and the yielded ones."""
     if isinstance(source, Subset):

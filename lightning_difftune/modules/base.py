@@ -553,18 +553,9 @@ class DiffTuningModule(L.LightningModule, ABC):
         loss = eps_mse_loss if self.objective.loss is hybrid_loss else self.objective.loss
         return loss(denoise(x_t, t, condition), x0, x_t, noise, t, process)
 
-    def on_predict_start(self) -> None:
-        """Keep one pre-trained copy while ``predict`` fills the memory bank."""
-        pictures = getattr(getattr(self.trainer, "datamodule", None), "bank_source", None)
-        self._bank_generator = self.bank_generator(pictures)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Samples for the memory bank at ``batch["indices"]``."""
-        return self._bank_generator.generate_bank(batch["indices"])
-
-    def on_predict_end(self) -> None:
-        """Let the pre-trained copy go."""
-        del self._bank_generator
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Pictures (B, C, H, W) uint8 for sample indices (B,); of a data module, ``predict`` builds the memory bank."""
+        return self.generate(batch)
 
     # -- checkpoints: what is trained, and the identity of the rest -----------------------------------------------
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,11 @@ class Encoder(nn.Module):
         torch.manual_seed(0)
         self.conv = nn.Conv2d(3, 8, 3, stride=4, padding=1)
         self.calls = 0
+        self.pictures = 0
 
     def forward(self, batch: TargetBatch) -> TargetBatch:
         self.calls += 1
+        self.pictures += len(batch["pixel_values"])
         mean, log_variance = self.conv(batch["pixel_values"]).chunk(2, dim=1)
         return latents_of(batch, mean, (log_variance / 2).exp())
 
@@ -152,13 +155,81 @@ def test_other_autoencoder_pictures_or_dtype_are_refused(tmp_path, targets, enco
         make(tmp_path / "cache", targets, encoder, dtype="float32")
     with pytest.raises(StoreError, match=r"targets\.image_size: 16, now 8"):
         make(tmp_path / "cache", ImageTargets(targets.source, 8), encoder)
-    altered = PICTURES.copy()
-    altered[3, 0, 0, 0] ^= 255
+    other = ImageTargets(ArrayImages(255 - PICTURES, LABELS), 16)
     with pytest.raises(StoreError, match=r"targets\.identity"):
-        make(tmp_path / "cache", ImageTargets(ArrayImages(altered, LABELS), 16), encoder)
-    with pytest.raises(StoreError, match=r"num_samples: 46, now 44"):
-        make(tmp_path / "cache", ImageTargets(ArrayImages(PICTURES[:22], LABELS[:22]), 16), encoder)
+        make(tmp_path / "cache", other, encoder)
     assert {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()} == before
+
+
+def of_files(folder: Path) -> ImageTargets:
+    (folder / "rose").mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(PICTURES):
+        Image.fromarray(picture).save(folder / "rose" / f"{number:02d}.png")
+    return ImageTargets(ImageFolder(folder), 16)
+
+
+def changed(folder: Path, change: str) -> tuple[ImageTargets, list[int]]:
+    """The pictures of :func:`of_files` or of the arrays after a change, and which of them are new."""
+    pictures, labels, rose = PICTURES.copy(), LABELS.copy(), folder / "rose"
+    if change == "a file less":
+        (rose / "09.png").unlink()
+        return ImageTargets(ImageFolder(folder), 16), []
+    if change == "a file more":
+        Image.fromarray(PICTURES[0]).save(rose / "005.png")
+        return ImageTargets(ImageFolder(folder), 16), [1]
+    if change == "another file":
+        Image.fromarray(255 - PICTURES[9]).save(rose / "09.png")
+        os.utime(rose / "09.png", (0, 0))
+        return ImageTargets(ImageFolder(folder), 16), [9]
+    if change == "an array":
+        pictures[3, 0, 0, 0] ^= 255
+        return ImageTargets(ArrayImages(pictures, labels), 16), [3]
+    if change == "a label":
+        labels[4] = 0
+        return ImageTargets(ArrayImages(pictures, labels), 16), [4]
+    return ImageTargets(ArrayImages(np.delete(pictures, 9, 0), np.delete(labels, 9)), 16), []
+
+
+@pytest.mark.parametrize(
+    "change", ["an array", "an array less", "a label", "a file less", "a file more", "another file"]
+)
+@pytest.mark.parametrize("stops", [False, True])
+def test_of_other_pictures_only_the_new_ones_are_encoded(tmp_path, targets, encoder, change, stops):
+    def stopping(batch: TargetBatch) -> TargetBatch:
+        if encoder.calls == 8:
+            raise KeyboardInterrupt
+        return encoder(batch)
+
+    before = of_files(tmp_path / "pictures") if "file" in change else targets
+    if stops:
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "cache", before, stopping)
+    else:
+        make(tmp_path / "cache", before, encoder)
+    after, new = changed(tmp_path / "pictures", change)
+    if stops:
+        encoder.calls = 7  # it encodes a few more and stops again
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "cache", after, stopping)
+    encoder.pictures = 0
+    cache = make(tmp_path / "cache", after, encoder)
+    assert encoder.pictures == 2 * len(new) if not stops else encoder.pictures < 2 * 23
+    assert not list((tmp_path / "cache").glob("previous-*"))
+    cache.verify()
+    whole, everything = make(tmp_path / "whole", after, Encoder()), range(len(after))
+    for flips in ([False] * len(after), [True] * len(after)):
+        one, other = cache.read(everything, flips), whole.read(everything, flips)
+        assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
+
+
+def test_an_unfinished_cache_without_a_shard_is_replaced(tmp_path, targets, encoder):
+    def fails(batch: TargetBatch) -> TargetBatch:
+        raise KeyboardInterrupt
+
+    for others in (ImageTargets(ArrayImages(255 - PICTURES, LABELS), 16), ImageTargets(targets.source, 8)):
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "cache", others, fails)
+    assert len(make(tmp_path / "cache", targets, encoder)) == 23
 
 
 def test_damaged_or_foreign_folders_are_refused(tmp_path, targets, encoder):

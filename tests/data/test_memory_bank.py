@@ -3,8 +3,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.data.memory_bank import MemoryBank, MemoryBankWriter, bank_work
+from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.protocols import BankGenerator
@@ -38,9 +36,6 @@ class TinyModule(L.LightningModule):
         pattern = (indices.view(-1, 1, 1, 1) * 7919 + torch.arange(18).view(SHAPE) * 104729 + self.seed) % 1000
         made = {"latents": (pattern * self.scale).detach()}
         return made | ({"class_labels": indices % 5} if self.labels else {})
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        return self.generate_bank(batch["indices"])
 
 
 def make(path: Path, module: TinyModule | None = None, num_samples: int = 23, **settings: Any) -> MemoryBank:
@@ -181,7 +176,6 @@ def test_bytes_do_not_depend_on_world_size(finished: Path, tmp_path: Path, world
     [
         (TinyModule(seed=1), {}, "seed: 0, now 1"),
         (TinyModule(), {"dtype": "float16"}, 'dtype: "float32", now "float16"'),
-        (TinyModule(), {"num_samples": 24}, "num_samples: 23, now 24"),
     ],
 )
 def test_bank_of_another_generator_is_refused(
@@ -222,87 +216,72 @@ def test_unknown_dtype(tmp_path: Path) -> None:
         make(tmp_path, dtype="bfloat16")
 
 
-# -- trainer.predict -------------------------------------------------------------------------------------------------
+# -- more samples, and fewer -----------------------------------------------------------------------------------------
 
 
-def open_writer(path: Path) -> ShardWriter:
-    return MemoryBank.writer(path, TinyModule().bank_spec(), 23, shard_size=7)
-
-
-def predict(path: Path, module: TinyModule | None = None, **settings: Any) -> None:
-    writer = open_writer(path)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Couldn't infer the batch indices")
-        trainer(MemoryBankWriter(writer), **settings).predict(
-            module or TinyModule(), bank_work(writer, 3), return_predictions=False
-        )
-
-
-def test_predict_writes_the_same_bank_as_build(finished: Path, tmp_path: Path) -> None:
-    predict(tmp_path)
+@pytest.mark.parametrize("first", [3, 7, 10, 14])  # a part of a shard, whole ones, both
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_bank_grows_by_what_it_lacks(finished: Path, tmp_path: Path, first: int, world_size: int) -> None:
+    make(tmp_path, num_samples=first)
+    seen: list[int] = []
+    for rank in reversed(range(world_size)):
+        if world_size == 2 and rank == 1:  # as rank 0 would before the barrier
+            writer = ShardWriter(tmp_path, kind="memory-bank", spec={**TinyModule().bank_spec(), "dtype": "float32"},
+                                 num_samples=23, shard_size=7)  # fmt: skip
+            writer.lock()
+            writer.unlock()
+        module = TinyModule()
+        bank = None
+        if rank == 0:
+            bank = make(tmp_path, module, rank=rank, world_size=world_size)
+        else:
+            with pytest.raises(StoreError, match="unfinished"):  # opened before rank 0 has finished
+                make(tmp_path, module, rank=rank, world_size=world_size)
+        seen += module.seen
+    assert sorted(seen) == list(range(first, 23))
+    assert bank is not None
+    assert torch.equal(bank.read(torch.arange(23))["latents"], MemoryBank(finished).read(torch.arange(23))["latents"])
     assert contents(tmp_path) == contents(finished)
 
 
-def test_predict_goes_on_where_it_was_stopped(finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="lacks 2 of 4 shards"):
-        predict(tmp_path, limit_predict_batches=7)  # two shards of three batches, and one batch
-    module = TinyModule()
-    predict(tmp_path, module)
-    assert module.seen == list(range(14, 23))
-    assert contents(tmp_path) == contents(finished)
+def test_a_larger_bank_serves_a_run_that_asks_for_less(finished: Path) -> None:
+    before, module = contents(finished), TinyModule()
+    bank = make(finished, module, num_samples=10)
+    assert (len(bank), module.seen, contents(finished)) == (10, [], before)
+    every = MemoryBank(finished)
+    assert torch.equal(bank.read(torch.arange(10))["latents"], every.read(torch.arange(10))["latents"])
+    with pytest.raises(IndexError, match="sample 10 of 10"):
+        bank.read(torch.tensor([10]))
+    assert len(every) == 23
+    with pytest.raises(StoreError, match="23 samples, fewer than the 24 that are asked for"):
+        MemoryBank(finished, 24)
 
 
-def test_predict_after_an_error_keeps_the_finished_shards(finished: Path, tmp_path: Path) -> None:
-    class Broken(TinyModule):
-        def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-            made = super().predict_step(batch, batch_idx)
-            return made | {"latents": made["latents"] * torch.nan} if batch["shard"] == 1 else made
+def test_growth_that_was_killed_serves_the_first_run_again(tmp_path: Path) -> None:
+    class Dying(TinyModule):
+        def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
+            if int(indices[-1]) > 18:
+                raise KeyboardInterrupt
+            return super().generate_bank(indices)
 
-    with pytest.raises(StoreError, match="latents is not finite in 7 of 7 samples, the first one sample 7"):
-        predict(tmp_path, Broken())
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["building.json", "shard-00000.safetensors"]
-    predict(tmp_path)
-    assert contents(tmp_path) == contents(finished)
-
-
-def test_predict_finishes_a_bank_that_lacks_only_its_manifest(finished: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(finished, tmp_path / "bank"))
-    (path / "manifest.json").unlink()
-    module = TinyModule()
-    predict(path, module)
-    assert module.seen == []
-    assert contents(path) == contents(finished)
+    make(tmp_path, num_samples=10)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path, Dying())
+    with pytest.raises(StoreError, match="unfinished"):
+        MemoryBank(tmp_path)
+    small, module = make(tmp_path, num_samples=10), TinyModule()
+    assert len(small) == 10
+    assert len(make(tmp_path, module)) == 23
+    assert set(module.seen) <= set(range(14, 23))
 
 
-def test_writer_is_silent_in_other_stages(tmp_path: Path) -> None:
-    writer = open_writer(tmp_path)
-    MemoryBankWriter(writer).teardown(trainer(), TinyModule(), "fit")
-    assert not writer.complete
+def test_samples_are_made_in_the_given_context(tmp_path: Path) -> None:
+    seen: list[torch.dtype] = []
 
+    class Asking(TinyModule):
+        def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
+            seen.append((torch.zeros(1, 1) @ torch.zeros(1, 1)).dtype)
+            return super().generate_bank(indices)
 
-class SlowSecondRank(TinyModule):
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        time.sleep(0.1 * self.global_rank)
-        return super().predict_step(batch, batch_idx)
-
-
-class RankWork(L.LightningDataModule):
-    """Each process deals out its own share; a rank may have nothing left to do."""
-
-    def __init__(self, writer: ShardWriter) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.writer = writer
-
-    def predict_dataloader(self) -> Any:
-        return bank_work(self.writer, 3, self.trainer.global_rank, self.trainer.world_size)
-
-
-@pytest.mark.parametrize("done", [[], [1, 3], [0, 1, 2, 3]])  # the shards that an earlier run finished
-def test_predict_on_two_processes(finished: Path, tmp_path: Path, done: list[int]) -> None:
-    writer = open_writer(tmp_path)
-    for shard in done:
-        shutil.copy(finished / f"shard-{shard:05d}.safetensors", tmp_path)
-    two = trainer(MemoryBankWriter(writer), devices=2, strategy="ddp_fork")
-    two.predict(SlowSecondRank(), datamodule=RankWork(writer), return_predictions=False)
-    assert contents(tmp_path) == contents(finished)
+    make(tmp_path, Asking(), context=lambda: torch.autocast("cpu", torch.bfloat16))
+    assert set(seen) == {torch.bfloat16}

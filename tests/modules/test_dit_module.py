@@ -87,12 +87,26 @@ def test_a_bank_is_built_in_the_largest_batch_that_fits(tmp_path, weights):
     assert len(MemoryBank(tmp_path / "other")) == 10
 
 
-def test_predict_builds_the_same_bank_as_fit(tmp_path, weights):
-    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path))
-    trainer = trainer_of(tmp_path, 1)
-    trainer.predict(module_of(weights), data_of(tmp_path, bank=tmp_path / "other"), return_predictions=False)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_predict_builds_the_same_bank_as_fit_at_one_precision(tmp_path, weights, precision):
+    trainer_of(tmp_path, 1, precision=precision).fit(module_of(weights), data_of(tmp_path))
+    trainer = trainer_of(tmp_path, 1, precision=precision)
+    trainer.predict(module_of(weights), data_of(tmp_path, bank=tmp_path / "other"))
     for name in ("manifest.json", "shard-00000.safetensors"):
         assert (tmp_path / "bank" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    trainer_of(tmp_path, 1).predict(module_of(weights), data_of(tmp_path, bank=tmp_path / "exact"))
+    exact, made = (MemoryBank(tmp_path / name).read(torch.arange(10))["latents"] for name in ("exact", "bank"))
+    same = torch.equal(exact, made)
+    assert same == (precision == "32-true")
+
+
+def test_a_bank_grows_and_a_larger_one_serves(tmp_path, weights):
+    trainer_of(tmp_path, 1).fit(module_of(weights), data_of(tmp_path))
+    trainer_of(tmp_path, 1).predict(module_of(weights), data_of(tmp_path, bank_size=25))
+    assert len(MemoryBank(tmp_path / "bank")) == 25
+    module, data = module_of(weights), data_of(tmp_path)
+    trainer_of(tmp_path, 1).fit(module, data)
+    assert len(data.open_bank()) == 10
 
 
 def test_the_bank_is_of_the_pretrained_model_even_after_tuning(tmp_path, weights):

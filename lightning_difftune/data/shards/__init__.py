@@ -8,7 +8,6 @@ of them are generated together, depends on ``shard_size`` and the batch size alo
 from __future__ import annotations
 
 from lightning_difftune.data.shards.reader import ShardReader
-from lightning_difftune.data.shards.work import ShardBatch, ShardWork
 from lightning_difftune.data.shards.writer import ShardWriter, build
 
-__all__ = ["ShardBatch", "ShardReader", "ShardWork", "ShardWriter", "build"]
+__all__ = ["ShardReader", "ShardWriter", "build"]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from lightning_difftune.errors import StoreError
 from lightning_difftune.files import json_digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 BUILDING = "building.json"
 TAG = "build"  # the one metadata key of a shard; safetensors writes several in a random order
@@ -60,7 +60,8 @@ class BuildPlan:
         spec: What decides the contents, as plain JSON values; brought to the form in which JSON gives them back.
         num_samples: Samples in the whole folder.
         shard_size: Consecutive samples in one shard; the last one may be shorter.
-        digest: The sha256 of all of this; each shard carries it.
+        digest: The sha256 of all of this but ``num_samples``; each shard carries it. Plans of one digest have the same
+            samples, one more of them than the other.
     """
 
     kind: str
@@ -78,7 +79,7 @@ class BuildPlan:
         _check_int(self.num_samples, "num_samples", 1, _MAX_SAMPLES)
         _check_int(self.shard_size, "shard_size", 1, _MAX_SAMPLES)
         object.__setattr__(self, "spec", json.loads(json.dumps(self.spec, allow_nan=False)))
-        digest = json_digest(self.to_json())
+        digest = json_digest({**self.to_json(), "num_samples": None})
         object.__setattr__(self, "digest", digest)
 
     @property
@@ -254,8 +255,10 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
             raise ValueError(f"an object is wanted, found {type(value).__name__}")
         return parse(value)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        cure = "Delete it and build again: it is made anew and finished shards are kept."
-        raise StoreError(f"{path} is not a valid file of this format: {error}. {cure}") from error
+        fix = "Delete it and build again: it is made anew and finished shards are kept."
+        if re.match(r"format version \d", str(error)):
+            fix = f"Delete {path.parent} to build it anew."
+        raise StoreError(f"{path} is not a valid file of this format: {error}. {fix}") from error
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ class ShardReader:
         if found != expected:
             raise StoreError(f"{path} has {found} bytes, but the manifest says {expected}. {rebuild_shard(path)}")
         header = ShardHeader.load(path)
-        if header.tag != shard_tag(self.plan.digest, shard) or header.num_samples != len(self.plan.shard_range(shard)):
+        if header.tag != shard_tag(self.plan.digest, shard) or header.num_samples < len(self.plan.shard_range(shard)):
             raise StoreError(
                 f"{path} does not belong to {self.path / MANIFEST}: one of them is another build's or was altered. "
                 "Restore it, or move both away and build again."
@@ -103,11 +104,12 @@ class ShardReader:
     def __len__(self) -> int:
         return self.num_samples
 
-    def read(self, indices: Tensor) -> dict[str, Tensor]:
+    def read(self, indices: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Copy samples out of the shards.
 
         Args:
             indices: (B,) integers in [0, num_samples), in any order and with repeats.
+            names: Which tensors; ``None`` is all of them.
 
         Returns:
             Each tensor as (B, ...), in the order of ``indices``.
@@ -124,7 +126,8 @@ class ShardReader:
         shards, rows = np.divmod(where, self.plan.shard_size)
         order = np.argsort(shards, kind="stable")
         cuts = np.flatnonzero(np.diff(shards[order])) + 1
-        result = {name: torch.empty((len(where), *self.shapes[name]), dtype=d) for name, d in self.dtypes.items()}
+        kept = self.dtypes if names is None else {name: self.dtypes[name] for name in names}
+        result = {name: torch.empty((len(where), *self.shapes[name]), dtype=d) for name, d in kept.items()}
         views = {name: tensor.numpy() for name, tensor in result.items()}
         for start, stop in pairwise([0, *cuts.tolist(), len(where)] if where.size else ()):
             # A single row is copied several times faster by a plain index than by an array of one.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor
 
@@ -30,17 +32,25 @@ from lightning_difftune.data.shards.format import (
     shard_name,
     shard_tag,
 )
-from lightning_difftune.data.shards.work import ShardBatch, ShardWork
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries, file_digest
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PREVIOUS = "previous-"
+
+
+class ShardBatch(NamedTuple):
+    """Samples to generate together, all of one shard."""
+
+    shard: int
+    indices: Tensor  # (B,) int64, consecutive
 
 
 class ShardWriter:
-    """Builds a folder of shards, or goes on where an earlier run was stopped.
+    """Builds a folder of shards, or resumes where an earlier run was stopped.
 
     Every rank of a job opens its own writer on the same folder. The folder stays unchanged if it holds another build.
+    A finished folder of the same samples that has fewer grows; of one that has more, the first ones are used.
 
     Args:
         path: The folder; made if it is missing.
@@ -49,18 +59,30 @@ class ShardWriter:
         num_samples: Samples in the whole folder.
         shard_size: Samples in a shard. A killed run loses at most two shards on each rank: the one that is
             written and the one that is made.
+        replaces: Whether the contents of another plan may be replaced; ``None`` is never. They are moved to
+            :attr:`previous` until the folder is finished. One that has no shard yet always is.
 
     Raises:
         StoreError: The folder belongs to another build, is unreadable, or cannot be written to.
         ConfigError: A size below 1, or a spec that JSON cannot hold.
     """
 
-    def __init__(self, path: str | Path, *, kind: str, spec: dict[str, Any], num_samples: int, shard_size: int) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        kind: str,
+        spec: dict[str, Any],
+        num_samples: int,
+        shard_size: int,
+        replaces: Callable[[BuildPlan], bool] | None = None,
+    ) -> None:
         self.path = Path(path)
         try:
             self.plan = BuildPlan(kind, spec, num_samples, shard_size)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"Cannot plan a {kind} in {self.path}: {error}.") from error
+        self._replaces = replaces
         self._lock = FolderLock(self.path)
         self._thread = ThreadPoolExecutor(max_workers=1)  # writes a shard while the samples of the next are made
         self._writing: Future[None] | None = None
@@ -71,22 +93,50 @@ class ShardWriter:
         self._open()
 
     def _open(self) -> None:
-        building = self.path / BUILDING
-        if self.complete:
-            found, source = Manifest.load(self.path / MANIFEST).plan, self.path / MANIFEST
-        elif building.exists():
-            found, source = BuildPlan.load(building), building
-        else:
-            self._save(building, dump_json(self.plan.to_json()))
-            return
-        if found.digest != self.plan.digest:
-            changed = differences(found.to_json(), self.plan.to_json())
-            raise StoreError(another_build(source, found.kind, changed))
+        found = self._found()
+        if found is None:
+            self._save(self.path / BUILDING, dump_json(self.plan.to_json()))
+        elif found[0].digest != self.plan.digest and not self._may_replace(*found):
+            changed = differences(found[0].to_json(), {**self.plan.to_json(), "num_samples": found[0].num_samples})
+            raise StoreError(another_build(found[1], found[0].kind, changed))
+
+    def _found(self) -> tuple[BuildPlan, Path] | None:
+        """The plan that the folder has now, and the file that says so."""
+        manifest, building = self.path / MANIFEST, self.path / BUILDING
+        for path in (
+            manifest,
+            building,
+            manifest,
+        ):  # another process may exchange the two between one look and the next
+            try:
+                if path.exists():
+                    return (Manifest.load(path).plan if path == manifest else BuildPlan.load(path)), path
+            except StoreError:
+                if path.exists():
+                    raise
+        return None
+
+    def _may_replace(self, plan: BuildPlan, source: Path) -> bool:
+        """Whether what another plan has made so far may go: nothing yet, or what the writer's maker said."""
+        if source.name == BUILDING and not self._shards():
+            return True
+        return self._replaces is not None and plan.kind == self.plan.kind and self._replaces(plan)
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.path.glob("shard-*.safetensors"))
 
     @property
     def complete(self) -> bool:
         """Whether the build is finished."""
-        return (self.path / MANIFEST).exists()
+        found = self._found()
+        if found is None or found[1].name != MANIFEST:
+            return False
+        return found[0].digest == self.plan.digest and found[0].num_samples >= self.plan.num_samples
+
+    @property
+    def previous(self) -> list[Path]:
+        """Folders with shards of the builds that this one replaces; deleted when it is finished."""
+        return sorted(self.path.glob(f"{_PREVIOUS}*"))
 
     def lock(self, waits: bool = True) -> None:
         """Keep other jobs from building here until :meth:`unlock`; for one process of this one.
@@ -96,10 +146,31 @@ class ShardWriter:
                 is better to refuse: they give up after half an hour.
 
         Raises:
-            StoreError: Another job builds here, and nobody waits.
+            StoreError: Another job builds here, and nobody waits; or it has made something else of the folder.
         """
-        if not self.complete:
-            self._lock.acquire(waits)
+        if self.complete:
+            return
+        self._lock.acquire(waits)
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self) -> None:
+        """Take the folder over from a shorter build of the same plan, or from one that is replaced."""
+        self._open()  # again: another job may have finished it meanwhile
+        found = self._found()
+        if self.complete or found is None or found[0] == self.plan:
+            return
+        if found[0].digest != self.plan.digest:
+            shards = self._shards()
+            aside = self.path / f"{_PREVIOUS}{found[0].digest[:12]}"
+            aside.mkdir(exist_ok=True)
+            for shard in shards:
+                os.replace(shard, aside / shard.name)
+        self._save(self.path / BUILDING, dump_json(self.plan.to_json()))
+        (self.path / MANIFEST).unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let other jobs build here, if this one is at it."""
@@ -118,14 +189,18 @@ class ShardWriter:
         # Listing the folder, unlike asking for each file, sees on a network file system what other nodes just wrote.
         present = set(os.listdir(self.path)) if self.path.is_dir() else set()
         shards = range(rank, self.plan.num_shards, world_size)
-        return [shard for shard in shards if shard_name(shard) not in present or self._header(shard) is None]
+        return [
+            shard
+            for shard in shards
+            if shard_name(shard) not in present or self._samples_in(shard) < len(self.plan.shard_range(shard))
+        ]
 
     def indices(self, shard: int) -> Tensor:
         """The sample indices of a shard, int64."""
         samples = self.plan.shard_range(shard)
         return torch.arange(samples.start, samples.stop)
 
-    def work(self, batch_size: int, rank: int = 0, world_size: int = 1) -> ShardWork:
+    def work(self, batch_size: int, rank: int = 0, world_size: int = 1) -> list[ShardBatch]:
         """Deal out what is left for one rank to do, in batches that never cross a shard's boundary.
 
         Args:
@@ -136,14 +211,11 @@ class ShardWriter:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1 to fill {self.path}, got {batch_size}.")
         self._pending_shard = None  # what an interrupted run left of a shard is generated again
-        missing = self.missing_shards(rank, world_size)
-        batches = [
-            ShardBatch(shard=shard, indices=indices)
-            for shard in missing
-            for indices in self.indices(shard).split(batch_size)
+        return [
+            ShardBatch(shard, indices)
+            for shard in self.missing_shards(rank, world_size)
+            for indices in self.indices(shard)[self._samples_in(shard) :].split(batch_size)
         ]
-        finished = set(range(rank, self.plan.num_shards, world_size)) - set(missing)
-        return ShardWork(batches, sum(len(self.plan.shard_range(shard)) for shard in finished))
 
     def add(self, batch: ShardBatch, tensors: dict[str, Tensor]) -> None:
         """Take the samples of a batch of :meth:`work`; when they are a shard's last, write it behind the next ones.
@@ -156,15 +228,16 @@ class ShardWriter:
             StoreError: The batches do not follow each other, the tensors do not fit the other shards or are not
                 finite, or the shard before cannot be written.
         """
-        shard, indices = batch["shard"], batch["indices"].cpu()
+        shard, indices = batch.shard, batch.indices.cpu()
         if shard != self._pending_shard:
-            self._pending, self._pending_shard, self._pending_samples = [], shard, 0
+            self._pending, self._pending_shard, self._pending_samples = [], shard, self._samples_in(shard)
+            if self._pending_samples:  # of a shorter build
+                self._pending.append(load_file(self.path / shard_name(shard)))
         expected = self.indices(shard)[self._pending_samples :]
         if not torch.equal(indices, expected[: len(indices)]):
             raise StoreError(
                 f"{self.path / shard_name(shard)}: sample {int(expected[0])} comes next, but a batch of {len(indices)} "
-                f"came that begins with {int(indices[0])}. Feed the batches of `work` in order and unsampled; a "
-                "Trainer with a DataLoader over them needs use_distributed_sampler=False."
+                f"came that begins with {int(indices[0])}. Feed the batches of `work` in order."
             )
         if wrong := [name for name, tensor in tensors.items() if tensor.shape[:1] != indices.shape]:
             raise StoreError(
@@ -217,6 +290,8 @@ class ShardWriter:
         if (building := self.path / BUILDING).exists():
             building.unlink()
         discard_temporaries(self.path)
+        for folder in self.previous:
+            shutil.rmtree(folder)
         self._lock.discard()
 
     def _accept(self, shard: int, tensors: dict[str, Tensor]) -> None:
@@ -246,19 +321,19 @@ class ShardWriter:
             records.append(ShardRecord(path.stat().st_size, file_digest(path)))
         return Manifest(self.plan, tensors, tuple(records))
 
-    def _header(self, shard: int) -> ShardHeader | None:
-        """A finished shard's header; ``None`` for a damaged file, which the build makes anew."""
+    def _samples_in(self, shard: int) -> int:
+        """Samples in a shard's file; 0 if it is missing or damaged and the build makes it anew."""
         path = self.path / shard_name(shard)
         try:
             header = ShardHeader.load(path)
         except StoreError:
-            return None
+            return 0
         if header.tag != shard_tag(self.plan.digest, shard):
             raise StoreError(
                 f"{path} was not made by this build of {self.plan.kind}. Move it away and build again, or name another "
                 "folder."
             )
-        return header if header.num_samples == len(self.plan.shard_range(shard)) else None
+        return header.num_samples
 
     def _check(self, shard: int, tensors: dict[str, Tensor]) -> dict[str, TensorLayout]:
         path, samples = self.path / shard_name(shard), self.plan.shard_range(shard)
@@ -339,11 +414,12 @@ def build(
     try:
         barrier()
         work = writer.work(batch_size, rank, world_size)
-        done = work.num_done
-        total = done + sum(len(batch["indices"]) for batch in work)
+        plan = writer.plan
+        total = sum(len(plan.shard_range(shard)) for shard in range(rank, plan.num_shards, world_size))
+        done = total - sum(len(batch.indices) for batch in work)
         for batch in work:
-            writer.add(batch, generate(batch["indices"]))
-            done += len(batch["indices"])
+            writer.add(batch, generate(batch.indices))
+            done += len(batch.indices)
             if progress is not None:
                 progress(done, total)
         writer.flush()
