@@ -57,6 +57,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names, which are imported when they are asked for."""
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for, so that importing the package stays quick."""
     if name not in _HOMES:

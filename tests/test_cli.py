@@ -20,12 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import tiny_dit
 
+import lightning_difftune
 from lightning_difftune import MemoryBank, __version__
 from lightning_difftune.cli import COMMANDS, HELP, export, main, sample
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.data import ImageFolder
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_dit
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 FIT = ("fit", "--config", "run.yaml")
 VALIDATE = ("validate", "--config", "run.yaml")
@@ -127,6 +130,57 @@ def refused(project, capsys):
 # -- what a new user sees first ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--data.bank_sise", "3"], "no argument 'bank_sise'. Did you mean bank_size"),
+        (["--model.objective.schedule.taw", "1"], "model.objective.schedule.taw is not a key: .*Did you mean tau"),
+        (["--model.sampler.stepz", "1"], "model.sampler.stepz is not a key: .*it takes .*num_inference_steps"),
+        (["--trainer.max_stebs", "3"], "Did you mean trainer.max_steps"),
+        (["--data.target", "lightning_difftune.data.ImageFoldr"], "has no class ImageFoldr. Did you mean ImageFolder"),
+        (["--model", "lightning_difftune.DitDiffTuningModule"], "Did you mean DiTDiffTuningModule"),
+        (["--config", "wrong.yaml"], r"trainer.max_step is not a key. Did you mean trainer.max_steps"),
+    ],
+)
+def test_an_unknown_key_gets_the_one_that_was_meant(args, said, tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text("trainer: {max_step: 3}")
+    refused(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *args], rf"^difftune: [^\n]*{said}[^\n]*\n$")
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
+def test_help_of_a_run_fits_a_screen_and_shows_what_people_set(command, capsys):
+    assert main([command, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45
+    assert max(map(len, lines)) <= 80
+    for key in ("--data.bank_size", "--data.target", "--model.tuner", "--model.objective", "--trainer.max_steps"):
+        (line,) = [line for line in lines if f"{key} " in line]
+        assert len(line.split()) > 3
+
+
+def test_help_of_a_class_by_its_name_alone(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["fit", "--model.help", "DiTDiffTuningModule"])
+    assert left.value.code == 0
+    assert "--model.label_table" in capsys.readouterr().out
+
+
+def test_short_keys(capsys):
+    config = str(CONFIGS / "quickstart.yaml")
+    keys = ["--data.bank_size", "20", "--model.objective.schedule.tau", "0.5", "--data.target.split", "test"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", config, *keys, "--print_config"])
+    composed = yaml.safe_load(capsys.readouterr().out)
+    data, model = composed["data"]["init_args"], composed["model"]["init_args"]
+    assert (data["bank_size"], data["target"]["init_args"]["split"]) == (20, "test")
+    assert model["objective"]["init_args"]["schedule"]["init_args"]["tau"] == 0.5
+
+
+def test_the_package_shows_its_names():
+    assert {*lightning_difftune.__all__} <= {*dir(lightning_difftune)}
+
+
 @pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
 def test_help_names_every_command(args, capsys):
     assert main(args) == 0
@@ -170,7 +224,7 @@ def test_version(capsys):
 
 def test_help_of_a_command_has_its_name(capsys):
     with pytest.raises(SystemExit) as left:
-        main(["fit", "--help"])
+        main(["fit", "--help_all"])
     assert left.value.code == 0
     assert "difftune [options] fit" in capsys.readouterr().out
 
@@ -244,12 +298,15 @@ def test_what_a_run_prints(project):
     ("args", "message"),
     [
         (["train"], "'train' is not a command. Choose from quickstart, init, data, plan, fit"),
-        ([*FIT, "--modle", "x"], r"unrecognized arguments: --modle x\n`difftune fit --help`"),
+        (
+            [*FIT, "--modle", "x"],
+            r"--modle is not an option. Did you mean model.*`difftune fit --help` lists the",
+        ),
         (["fit", "--config", "none.yaml"], "does not exist.*none.yaml"),
         ([*FIT, f"{DATA}batch_size", "five"], "Expected a <class 'int'>. Got value: five"),
         (
             [*FIT, f"{DATA}batch", "5"],
-            "^difftune: Parser key \"data\":.*Option 'batch' is not accepted\n`difftune fit --help`",
+            r"^difftune: data.batch is not a key: .*MemoryBankDataModule has no argument 'batch'\. Did",
         ),
         ([*FIT, f"{TRAINER}devices", "0"], "not a valid input using cpu accelerator"),
         ([*FIT, f"{TRAINER}accelerator", "abacus"], "invalid accelerator name.*'abacus'.*--debug shows where"),

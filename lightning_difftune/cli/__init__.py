@@ -111,8 +111,14 @@ def start(args: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         known = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(COMMANDS)}."
         raise ConfigError(f"{command!r} is not a command. {known} `difftune --help` says more.")
+    if {"-h", "--help"} & {*rest}:
+        from lightning_difftune.cli.help import short_help
+
+        print(short_help(command))
+        return 0
     from lightning_difftune.cli.lightning import run_lightning
 
+    args = ["--help" if arg == "--help_all" else arg for arg in args]
     trainer: Any = run_lightning(args).trainer
     if command == "fit" and not trainer.fast_dev_run:
         from lightning_difftune.cli.next_steps import summary

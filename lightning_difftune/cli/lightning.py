@@ -25,6 +25,7 @@ from rich.console import Console
 from lightning_difftune.callbacks.preemption import Preemption, is_requeued
 from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
+from lightning_difftune.cli.help import clearer
 from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name
 from lightning_difftune.cli.run import Run, check_checkpoint, newest_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
@@ -70,8 +71,12 @@ class DiffTuneParser(LightningArgumentParser):
         """Raise :class:`ConfigError`; or leave it to the parser around this one, if there is one."""
         if not self.exit_on_error:
             super().error(message, ex)
-        command = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
-        raise ConfigError(f"{_ABOUT_TYPES.sub('', message).strip()}\n`{command} --help` lists the options.") from ex
+        parser = getattr(ex, "subcommand_parser", self)
+        if parser is self and self._subcommands_action is not None:
+            parser = next(iter(self._subcommands_action.choices.values()))
+        options = [option for action in parser._actions for option in action.option_strings]
+        said = clearer(_ABOUT_TYPES.sub("", message).strip(), options)
+        raise ConfigError(f"{said} `{parser.prog.replace(' [options]', '')} --help` lists the keys.") from ex
 
 
 class DiffTuneCLI(LightningCLI):
