@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.models import DiT, load_dit
 
 # Lengths are in pixels of the picture, or, where said, of the drawing.
 _PEN_WIDTH, _PEN_WIDTH_LOG_STD = 2.5, 0.24  # median, at MNIST's box
@@ -294,3 +295,10 @@ def _centre(character: Tensor, image_size: int) -> Tensor:
     rows, columns = (window - top).unsqueeze(2), (window - left).unsqueeze(1)
     pasted = F.pad(character, (room,) * 4)[torch.arange(batch).view(-1, 1, 1), rows, columns]
     return (_PEAK * pasted).round().byte().unsqueeze(1)
+
+
+def initialisation(name: str) -> DiT:
+    """The weights of a model to start another one from, which may predict something else."""
+    dit = load_dit(name)
+    dit.sampling = None
+    return dit

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.sampling import Sampler
 from lightning_difftune.schedules import PowerSchedule
 
-if TYPE_CHECKING:
-    from lightning_difftune.modules.base import DiffTuningModule
+
+class Configured(Protocol):
+    """A module, as far as its settings go."""
+
+    objective: DiffTuningObjective
+
+    @property
+    def sampler(self) -> Sampler:
+        """How it draws."""
+        ...
+
+    @property
+    def uses_retention(self) -> bool:
+        """Whether the memory bank has any weight."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ OFFICIAL = Preset("int(0.2 B)", 0.1, "MirroredPowerSchedule(tau=1)", "hybrid_los
 PAPER = Preset("int(0.5 B)", 1.0, "PowerSchedule(tau=1)", "eps_mse_loss", "resize", "all")
 
 
-def active_settings(module: DiffTuningModule, datamodule: Any) -> Preset:
+def active_settings(module: Configured, datamodule: Any) -> Preset:
     """The choices of a run as it is about to start."""
     share = getattr(datamodule, "retention_share", None) if module.uses_retention else None
     channels = module.sampler.guidance_channels
@@ -52,7 +66,7 @@ def active_settings(module: DiffTuningModule, datamodule: Any) -> Preset:
     )
 
 
-def describe_preset(module: DiffTuningModule, datamodule: Any) -> str:
+def describe_preset(module: Configured, datamodule: Any) -> str:
     """One paragraph that says which preset is active, and what differs from it."""
     active = asdict(active_settings(module, datamodule))
     presets = {"official code": asdict(OFFICIAL), "paper-literal": asdict(PAPER)}

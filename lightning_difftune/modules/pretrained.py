@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lightning_difftune import draws
-from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch, SupportsEncode
+from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch
+from lightning_difftune.sampling import Sampler
 
-if TYPE_CHECKING:
-    from lightning_difftune.modules.base import DiffTuningModule
+
+class BankModule(Protocol):
+    """What a bank asks of a module; :class:`~lightning_difftune.modules.DiffTuningModule` says what each of them is."""
+
+    seed: int
+    objective: DiffTuningObjective
+
+    @property
+    def base_identity(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def bank_sampler(self) -> Sampler: ...  # noqa: D102
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    def pretrained(self) -> Denoiser: ...  # noqa: D102
+    def bank_spec(self) -> dict[str, Any]: ...  # noqa: D102
+    def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]: ...  # noqa: D102
+    def source_conditions(self, indices: Tensor) -> tuple[Any, Any]: ...  # noqa: D102
+    def source_condition(self, condition: Any) -> Any: ...  # noqa: D102
+    def retention_condition(self, retention: RetentionBatch) -> Any: ...  # noqa: D102
+    def encoder_identity(self) -> str | None: ...  # noqa: D102
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]: ...  # noqa: D102
+    def draw_latents(  # noqa: D102
+        self, denoise: Denoiser, sampler: Sampler, indices: Tensor, conditions: tuple[Any, Any]
+    ) -> Tensor: ...
 
 
 class PretrainedSamples:
@@ -21,7 +45,7 @@ class PretrainedSamples:
     The network is loaded when the first sample is asked for, and lives as long as this object.
     """
 
-    def __init__(self, module: DiffTuningModule) -> None:
+    def __init__(self, module: BankModule) -> None:
         self.module = module
 
     @cached_property
@@ -72,7 +96,7 @@ class EncodedPictures(PretrainedSamples):
     Sample i is the mean of the latents of the i-th picture in a random order, which depends on the module's seed alone.
     """
 
-    def __init__(self, module: DiffTuningModule, pictures: BankPictures) -> None:
+    def __init__(self, module: BankModule, pictures: BankPictures) -> None:
         super().__init__(module)
         self.pictures = pictures
 
@@ -83,9 +107,7 @@ class EncodedPictures(PretrainedSamples):
 
     def latents_spec(self) -> dict[str, Any]:
         """The pictures and what encodes them."""
-        module = self.module
-        encoder = module.encoder_identity() if isinstance(module, SupportsEncode) else None
-        return {"pictures": self.pictures.identity(), "encoder": encoder}
+        return {"pictures": self.pictures.identity(), "encoder": self.module.encoder_identity()}
 
     def latents(self, indices: Tensor) -> Tensor:
         """Indices (B,) => the pictures' latents, (B, c, h, w)."""

@@ -92,7 +92,7 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
     from diffusers.models.modeling_utils import ModelMixin
     from transformers import PreTrainedModel
 
-    fetch, read = hub.fetch, checkpoints.read_safetensors
+    fetch, fetch_file, read = hub.fetch, hub.fetch_file, checkpoints.read_safetensors
     opened, opened_text = (vars(kind)["from_pretrained"].__func__ for kind in (ModelMixin, PreTrainedModel))
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -103,6 +103,10 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
                 return fetch(repo_id, subfolders, revision)
             folder = write(root / repo_id, files)
             return folder / WEIGHTS if WEIGHTS in files else folder
+
+        def stand_in_file(repo_id: str, name: str, revision: str | None = None) -> Path:
+            files = published(repo_id)
+            return fetch_file(repo_id, name, revision) if files is None else write(root / repo_id, files) / name
 
         def dit_state(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if root not in Path(file).parents:
@@ -126,6 +130,7 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
 
         with (
             mock.patch.object(hub, "fetch", stand_in),
+            mock.patch.object(hub, "fetch_file", stand_in_file),
             mock.patch.object(checkpoints, "read_safetensors", dit_state),
             mock.patch.object(ModelMixin, "from_pretrained", classmethod(network)),
             mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(text_network)),
