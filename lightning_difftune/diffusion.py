@@ -223,5 +223,9 @@ def same_process(first: ForwardProcess, second: ForwardProcess) -> bool:
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Entries of a table (T,) at t (B,), shaped (B, 1, ...) to multiply ``like`` (B, ...)."""
+    """Entries of a table (T,) at t (B,), shaped (B, 1, ...) to multiply ``like`` (B, ...); between them, on a line."""
+    if t.is_floating_point():
+        low = t.floor().long().clamp(0, len(table) - 1)
+        entries = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], (t - low).to(table.dtype))
+        return entries.view(-1, *(1,) * (like.ndim - 1))
     return table[t].view(-1, *(1,) * (like.ndim - 1))

@@ -42,10 +42,13 @@ class DiffTuningBatch(TypedDict):
 
 
 class Denoiser(Protocol):
-    """A network under any condition: noisy input, integer timesteps, condition => raw network output."""
+    """A network under any condition: noisy input, timesteps, condition => raw network output."""
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """x_t (B, c, h, w), t (B,) int64 in [0, T), condition of B entries => (B, c or 2c, h, w)."""
+        """x_t (B, c, h, w), t (B,) in [0, T), condition of B entries => (B, c or 2c, h, w).
+
+        Training has whole timesteps, int64; many schedulers sample at fractions, float32.
+        """
         ...
 
 

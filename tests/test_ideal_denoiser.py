@@ -7,6 +7,7 @@ import torch
 from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow
 from lightning_difftune.errors import DataError
 from lightning_difftune.ideal_denoiser import distance_to_ideal, ideal_denoiser, ideal_noise
+from lightning_difftune.sampling import sample, scheduler_named
 
 PROCESSES = [GaussianDiffusion(), RectifiedFlow()]
 
@@ -117,3 +118,17 @@ def test_the_distance_to_the_ideal_is_zero_for_the_ideal_and_grows_with_the_mist
             a, b = process.coefficients(torch.tensor([t]), x0)
             expected = 0.5 * (b if isinstance(process, RectifiedFlow) else b / a)
             assert distance == pytest.approx(expected.item(), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete", "KDPM2Discrete"])
+def test_it_is_sampled_at_fractions_of_a_timestep(name):
+    """For one picture the ideal denoiser knows the answer; it is asked between two timesteps."""
+    picture = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
+    process = GaussianDiffusion()
+    scheduler = scheduler_named(name, {"beta_start": 1e-4, "beta_end": 0.02})
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def exact(x_t, t, condition):
+        return process.implied_noise(x_t, picture.expand_as(x_t), t)
+
+    torch.testing.assert_close(sample(exact, noise, scheduler, 20), picture.expand_as(noise), rtol=0, atol=0.02)

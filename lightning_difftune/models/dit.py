@@ -42,7 +42,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        """Timesteps t (B,) int64 => (B, hidden_size)."""
+        """Timesteps t (B,), fractions included => (B, hidden_size)."""
         return self.mlp(self.sinusoid(t).to(next(self.mlp.parameters()).dtype))
 
 
@@ -251,7 +251,7 @@ class DiT(nn.Module):
 
         Args:
             x: Noisy input (B, C, H, W).
-            t: Timesteps (B,) int64 in [0, T).
+            t: Timesteps (B,) in [0, T), fractions included.
             y: Class ids (B,) int64 in [0, num_classes]; ``null_class`` for no class.
 
         Returns:

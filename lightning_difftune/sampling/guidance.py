@@ -23,7 +23,7 @@ class Guided:
     pre-trained one there, which knows the unconditional distribution better than its fine-tuned copy.
 
     Args:
-        denoise: The network, ``denoise(x_t, t, condition)``. A learned variance in its output is left out.
+        denoise: The network, ``denoise(x_t, t, condition)``.
         condition: Condition of the B samples: a tensor whose first dimension is B, or nested dicts of such tensors.
         null_condition: The unconditional counterpart, in the terms of the network that sees it.
         scale: Strength of the guidance; 1 is none.
@@ -51,16 +51,34 @@ class Guided:
         self.is_guided = scale != 1.0 and (null_denoise is not None or not equal(condition, null_condition))
         self._both = concatenate(condition, null_condition) if self.is_guided and null_denoise is None else None
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Network input x (B, C, H, W) at timesteps t (B,) int64 => prediction (B, C, H, W) float32."""
-        channels = x.shape[1]
+    def __call__(self, x: Tensor, t: Tensor, with_variance: bool = False) -> Tensor:
+        """Network input x (B, C, H, W) at timesteps t (B,), fractions included => prediction (B, C, H, W) float32.
+
+        Args:
+            x: What the scheduler makes of the sample.
+            t: Its timesteps.
+            with_variance: Append the learned variance, as the condition has it: (B, 2C, H, W).
+
+        Raises:
+            ConfigError: If a variance is asked for and the network predicts none.
+        """
+        channels = x.shape[1] * (2 if with_variance else 1)
         if not self.is_guided:
-            return self.denoise(x, t, self.condition)[:, :channels].float()
+            return self._checked(self.denoise(x, t, self.condition), channels)
         if self.null_denoise is None:
-            output = self.denoise(torch.cat([x, x]), torch.cat([t, t]), self._both)[:, :channels]
-            eps, eps_null = output.float().chunk(2)
+            output = self._checked(self.denoise(torch.cat([x, x]), torch.cat([t, t]), self._both), channels)
+            eps, eps_null = output.chunk(2)
         else:
-            eps = self.denoise(x, t, self.condition)[:, :channels].float()
-            eps_null = self.null_denoise(x, t, self.null_condition)[:, :channels].float()
-        k = channels if self.channels is None else self.channels
+            eps = self._checked(self.denoise(x, t, self.condition), channels)
+            eps_null = self.null_denoise(x, t, self.null_condition).float()
+        k = x.shape[1] if self.channels is None else self.channels
         return torch.cat([eps_null[:, :k] + self.scale * (eps[:, :k] - eps_null[:, :k]), eps[:, k:]], dim=1)
+
+    @staticmethod
+    def _checked(output: Tensor, channels: int) -> Tensor:
+        if output.shape[1] < channels:
+            raise ConfigError(
+                f"The sampler's scheduler takes a learned variance, {channels} channels, but the network predicts "
+                f"{output.shape[1]}. Set the scheduler's variance_type to fixed_small."
+            )
+        return output[:, :channels].float()

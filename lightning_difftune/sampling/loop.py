@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,13 @@ from torch import Tensor
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.sampling.guidance import Guided
-from lightning_difftune.sampling.schedulers import NoiseScheduler, network_timesteps
+from lightning_difftune.sampling.schedulers import (
+    NoiseScheduler,
+    check_reverses,
+    learns_variance,
+    network_timesteps,
+    set_grid,
+)
 
 
 class Reverse:
@@ -20,13 +26,22 @@ class Reverse:
 
     Args:
         noise: Start noise x_T (B, C, H, W).
-        scheduler: Any diffusers scheduler; it is copied, not changed.
+        scheduler: Any diffusers scheduler; it is copied, not changed. One with ``variance_type="learned_range"`` is
+            given the network's variance, too.
         num_inference_steps: Number of reverse steps.
+
+    Raises:
+        ConfigError: If the scheduler does not reverse a process of T timesteps.
     """
 
     def __init__(self, noise: Tensor, scheduler: NoiseScheduler, num_inference_steps: int) -> None:
-        self.scheduler: Any = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_inference_steps, device=noise.device)
+        check_reverses(scheduler)
+        self.scheduler = solver = cast("Any", copy.deepcopy(scheduler))
+        set_grid(self.scheduler, num_inference_steps, noise.shape[1:], noise.device)
+        self.with_variance = learns_variance(self.scheduler)
+        if not self.with_variance and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
+            # A solver that cuts a variance off, behind three channels: it gets the mean alone, which has any number.
+            solver.register_to_config(variance_type=None)
         self.x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.done = 0
         self._network_timesteps = network_timesteps(self.scheduler)
@@ -41,7 +56,8 @@ class Reverse:
         t = self._network_timesteps[self.done].expand(len(self.x))
         is_scaled = hasattr(self.scheduler, "scale_model_input")
         model_input = self.scheduler.scale_model_input(self.x, timestep) if is_scaled else self.x
-        self.x = self.scheduler.step(model(model_input, t), timestep, self.x).prev_sample
+        prediction = model(model_input, t, self.with_variance)
+        self.x = self.scheduler.step(prediction, timestep, self.x).prev_sample
         self.done += 1
 
     def branch(self) -> Reverse:

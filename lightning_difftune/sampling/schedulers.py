@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +26,9 @@ _PROCESS = (
     "prediction_type",
     "rescale_betas_zero_snr",
 )
+
+
+_LEARNED = ("learned", "learned_range")
 
 
 class NoiseScheduler(Protocol):
@@ -81,17 +85,72 @@ def is_flow(scheduler: NoiseScheduler) -> bool:
     return prediction_type_of(scheduler) == "flow_prediction"
 
 
-def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
-    """What the network is told at each step of the grid: (N,) int64 in [0, T).
+def set_grid(
+    scheduler: NoiseScheduler, num_inference_steps: int, latent_shape: Sequence[int], device: torch.device | str
+) -> None:
+    """Choose the grid of timesteps as the scheduler's own pipelines do.
 
-    A flow scheduler's own timesteps are T sigma in (0, T], fractions included. Here index t has the noise level
-    s = (t + 1) / T, so the nearest trained index is T sigma - 1, rounded: at most half a step of 1/T off.
+    Flow schedulers with ``use_dynamic_shifting`` shift their grid by the size of the sample: sigma falls from 1 to 1/N
+    in equal steps, and mu is on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift) at
+    h w / 4 tokens.
+
+    Args:
+        scheduler: Any diffusers scheduler; it is changed.
+        num_inference_steps: Number N of reverse steps.
+        latent_shape: (c, h, w) of a sample.
+        device: Where the grid lies.
+    """
+    settings: dict[str, Any] = {}
+    config = scheduler.config
+    if config.get("use_dynamic_shifting", False):
+        accepted = inspect.signature(scheduler.set_timesteps).parameters
+        ends = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        slope = (shifts[1] - shifts[0]) / (ends[1] - ends[0])
+        settings["mu"] = shifts[0] + slope * (latent_shape[-2] * latent_shape[-1] // 4 - ends[0])
+        if "sigmas" in accepted:
+            settings["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+    scheduler.set_timesteps(num_inference_steps, device=device, **settings)
+
+
+def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
+    """What the network is told at each step of the grid: (N,), fractions included.
+
+    Schedulers of noise predictions say it themselves. A flow scheduler's own timesteps are T sigma in (0, T]; here
+    index t has the noise level s = (t + 1) / T, so the network is told T sigma - 1.
     """
     if not is_flow(scheduler):
-        return scheduler.timesteps.to(torch.int64)
+        return scheduler.timesteps
     steps = scheduler.config.num_train_timesteps
     sigmas: Tensor = scheduler.sigmas[: len(scheduler.timesteps)]  # type: ignore[attr-defined]
-    return (sigmas * steps).round().long().sub(1).clamp(0, steps - 1).to(scheduler.timesteps.device)
+    exact = (sigmas.double() * steps - 1).to(scheduler.timesteps.device)
+    near = exact.round()  # where float32 has an index by a hair
+    return torch.where((exact - near).abs() < 1e-4, near, exact).float()
+
+
+def learns_variance(scheduler: NoiseScheduler) -> bool:
+    """Whether its steps take the variance that a network predicts beside the mean, as the authors' 250 steps do."""
+    return hasattr(scheduler, "_get_variance") and scheduler.config.get("variance_type") in _LEARNED
+
+
+def check_reverses(scheduler: NoiseScheduler) -> None:
+    """Refuse what does not lead from noise to data by a network's predictions at T timesteps.
+
+    Raises:
+        ConfigError: If it does not; the message says why.
+    """
+    name = type(scheduler).__name__
+    parameters = list(inspect.signature(scheduler.step).parameters.values())[3:]
+    asked = [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    if asked:
+        problem = f"its steps need {', '.join(asked)}, which only its own pipeline has"
+    elif "Inverse" in name:
+        problem = "it leads from data to noise"
+    elif not is_flow(scheduler) and not hasattr(scheduler, "alphas_cumprod"):
+        problem = "it has no noise levels at T timesteps (alphas_cumprod)"
+    else:
+        return
+    raise ConfigError(f"{name} does not fit here: {problem}. Take DDIMScheduler or UniPCMultistepScheduler, say.")
 
 
 def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
@@ -139,8 +198,8 @@ def adds_noise(scheduler: NoiseScheduler) -> bool:
 
     def last_of(seed: int) -> Tensor:
         reverse: Any = copy.deepcopy(scheduler)
-        reverse.set_timesteps(12)
         x = torch.ones(1, 1, 2, 2)
+        set_grid(reverse, 12, x.shape[1:], x.device)
         torch.manual_seed(seed)
         for timestep in reverse.timesteps:
             model_input = reverse.scale_model_input(x, timestep) if hasattr(reverse, "scale_model_input") else x
