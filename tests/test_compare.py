@@ -134,7 +134,7 @@ def undisturbed(ingredients, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(compare, "start_process", start_here)
-        assert main(["compare", "study.yaml"]) == 0
+        assert main(["compare", "study.yaml", "--run"]) == 0
     return folder / "out"
 
 
@@ -195,7 +195,7 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
 
         patch.setattr(RunRecord, "on_train_batch_end", die)
         capsys.readouterr()
-        assert main(["compare", "study.yaml"]) == 2
+        assert main(["compare", "study.yaml", "--run"]) == 2
     told = capsys.readouterr()
     assert "2/4 tuned-seed0: failed with exit status -9" in told.out
     assert "4/4 tuned-seed1: 4 steps" in told.out, "one failure does not end the study"
@@ -204,14 +204,22 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
     finished = Path("out/results/plain-seed0.json").read_bytes()
 
     assert main(["compare", "study.yaml", "--dry_run"]) == 0
-    assert re.search(r"plain-seed0: finished\ntuned-seed0: goes on from .*last\.ckpt\n", capsys.readouterr().out)
-    assert main(["compare", "study.yaml"]) == 0
+    assert re.search(r"plain-seed0: finished\ntuned-seed0: resumes from .*last\.ckpt\n", capsys.readouterr().out)
+    assert main(["compare", "study.yaml", "--run"]) == 0
     assert "1/4 plain-seed0: finished before" in capsys.readouterr().out
     assert Path("out/results/plain-seed0.json").read_bytes() == finished
     assert table() == table(undisturbed / "table.csv")
     whole = json.loads((undisturbed / "results/tuned-seed0.json").read_text())
     assert result("tuned-seed0")["history"] == whole["history"]
     assert not Path("elsewhere").exists(), "loggers write into the folders of the runs"
+
+
+def test_nothing_is_started_without_being_asked(project, capsys):
+    assert main(["compare", "study.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert "plain-seed0: to do" in said
+    assert "Nothing was started. Add --run to start 4 runs, one after the other, in out." in said
+    assert not Path("out").exists()
 
 
 def test_a_study_like_another_has_its_runs(project, capsys):
@@ -231,21 +239,21 @@ def test_two_processes_divide_the_runs(project, undisturbed, capsys):
     at_work.acquire(waits=False)
     left = Path("out/runs/tuned-seed0/.metrics.csv.7-ab.tmp")  # that it is writing
     left.touch()
-    assert main(["compare", "study.yaml"]) == 0
+    assert main(["compare", "study.yaml", "--run"]) == 0
     told = capsys.readouterr().out
-    assert "2/4 tuned-seed0: another process is at it" in told
+    assert "2/4 tuned-seed0: another process is doing it" in told
     assert "3 of 4 results in" in told
     assert left.exists()
-    assert main(["compare", "study.yaml", "--only", "tuned", "--seeds", "0"]) == 0
-    assert capsys.readouterr().out == "1/1 tuned-seed0: another process is at it\n", "and there is nothing to report"
+    assert main(["compare", "study.yaml", "--only", "tuned", "--seeds", "0", "--run"]) == 0
+    assert capsys.readouterr().out == "1/1 tuned-seed0: another process is doing it\n", "and there is nothing to report"
     at_work.release()
-    assert main(["compare", "study.yaml"]) == 0
+    assert main(["compare", "study.yaml", "--run"]) == 0
     assert table() == table(undisturbed / "table.csv")
     assert not left.exists()
 
 
 def test_what_a_result_holds(project):
-    assert main(["compare", "study.yaml", "--seeds", "1", "--only", "tuned"]) == 0
+    assert main(["compare", "study.yaml", "--seeds", "1", "--only", "tuned", "--run"]) == 0
     found = result("tuned-seed1")
     steps = [[step for step, _ in points] for points in found["history"].values()]
     assert steps == [[2, 4]] * len(steps)
@@ -270,11 +278,11 @@ def test_what_a_result_holds(project):
 
 
 def test_a_part_of_a_study_is_run_and_all_of_it_is_reported(project, capsys):
-    assert main(["compare", "study.yaml", "--only", "plain", "--seeds", "0", "7"]) == 0
+    assert main(["compare", "study.yaml", "--only", "plain", "--seeds", "0", "7", "--run"]) == 0
     assert "2 of 6 results in out/results" in capsys.readouterr().out, "of two runs, seeds 0, 1 and 7"
     assert [(row["run"], row["seeds"]) for row in table()] == [("plain", "0 7")]
     assert [path.name for path in sorted(Path("out/figures").iterdir())] == ["curves.png", "curves.svg"]
-    assert main(["compare", "study.yaml", "--only", "tuned", "--seeds", "0"]) == 0
+    assert main(["compare", "study.yaml", "--only", "tuned", "--seeds", "0", "--run"]) == 0
     rows = table()
     assert [(row["run"], row["seeds"]) for row in rows] == [("plain", "0 7"), ("tuned", "0")]
     plain, tuned = (result(f"{run}-seed0")["values"]["fd_digit_classifier"] for run in ("plain", "tuned"))
@@ -306,7 +314,7 @@ def test_results_may_be_kept_apart_from_the_runs(finished, monkeypatch, capsys):
     shutil.copytree("out/results", "kept/results")
     shutil.rmtree("out")
     monkeypatch.delattr(compare, "start_process")
-    assert main(["compare", "study.yaml"]) == 0, "all runs are finished"
+    assert main(["compare", "study.yaml", "--run"]) == 0, "all runs are finished"
     assert "4 of 4 results in kept/results" in capsys.readouterr().out
     assert sorted(path.name for path in Path("kept").iterdir()) == ["results", "table.csv", "table.md"]  # no sheet
     assert [path.name for path in Path("out").glob("[!.]*")] == ["figures"]
@@ -390,7 +398,7 @@ def test_labels_and_output_are_no_part_of_what_is_run(finished, capsys):
     write_study(finished, title="Another title", runs=runs, output="moved")
     Path("out").rename("moved")
     capsys.readouterr()
-    assert main(["compare", "study.yaml", "--seeds", "0"]) == 0
+    assert main(["compare", "study.yaml", "--seeds", "0", "--run"]) == 0
     assert "finished before" in capsys.readouterr().out
     assert table("moved/table.csv")[0]["method"] == "Everything"
 
@@ -400,7 +408,7 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
     monkeypatch.chdir(project)
     runs = {"broken": {"set": {"data.init_args.target.init_args.root": "nowhere"}}, "whole": {}}
     write_study(project, runs=runs, seeds=[0])
-    assert main(["compare", "study.yaml"]) == 2
+    assert main(["compare", "study.yaml", "--run"]) == 2
     told = capsys.readouterr()
     assert "1/2 broken-seed0: failed with exit status 2; difftune: the image folder nowhere does not exist" in told.out
     assert "2/2 whole-seed0: 4 steps" in told.out
@@ -432,7 +440,7 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
 )
 def test_mistakes_in_a_study_file(project, capsys, changes, message):
     write_study(project, **changes)
-    assert main(["compare", "study.yaml"]) == 2
+    assert main(["compare", "study.yaml", "--run"]) == 2
     said = capsys.readouterr().err
     assert re.search(message, said, re.DOTALL), said
     assert not Path("out").exists()

@@ -20,14 +20,17 @@ from lightning_difftune.cli.compare.table import comparison, write_tables
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries
 
-DESCRIPTION = """Run the configs of a study file over its seeds, and compare them in tables and figures.
+DESCRIPTION = """Compare the configs of a study file over its seeds, in tables and figures of all runs that are finished.
+
+  difftune compare STUDY.yaml          tables and figures of what there is, and what is missing
+  difftune compare STUDY.yaml --run    start what is missing, too
 
 A study that was interrupted resumes where it stopped. Several processes of the same command, also on machines that
-share a file system, divide the runs among themselves. Tables and figures are of all runs that are finished."""
+share a file system, divide the runs among themselves."""
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Run what is missing of a study, then write its tables and figures.
+    """Write the tables and figures of a study; with ``--run``, do what is missing of it first.
 
     Args:
         argv: The command line after ``compare``.
@@ -38,10 +41,11 @@ def compare(argv: Sequence[str]) -> None:
     parser = CommandParser("compare", DESCRIPTION)
     parser.usage = "difftune compare STUDY.yaml [options]"
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
+    parser.add_argument("--run", action="store_true", help="start the runs that are missing, one after the other")
     parser.add_argument("--output", type=Path, help="folder of runs and results (default: the study's)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, of those in the study (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds to do (default: the study's)")
-    parser.add_argument("--dry_run", action="store_true", help="check the configs and list the runs; run nothing")
+    parser.add_argument("--dry_run", action="store_true", help="check the configs and list the runs; write nothing")
     parser.add_argument("--report", action="store_true", help="write tables and figures of all results; run nothing")
     parser.add_argument("--rerun_changed", action="store_true", help="repeat runs whose config is no longer the same")
     options = parser.parse_args(argv)
@@ -61,15 +65,21 @@ def compare(argv: Sequence[str]) -> None:
         list_jobs(jobs, console)
         return
     refuse_changed(study, jobs, options.rerun_changed)
-    failed = run_jobs(jobs, console)
-    lock = FolderLock(output)
-    lock.acquire(waits=True)
-    try:
-        discard_temporaries(kept)
-        if any(job.result() is not None for job in jobs):
+    starts = options.run or options.rerun_changed
+    failed = run_jobs(jobs, console) if starts else []
+    missing = [job for job in jobs if job.result() is None]
+    if len(missing) < len(jobs):
+        lock = FolderLock(output)
+        lock.acquire(waits=True)
+        try:
+            discard_temporaries(kept)
             report(study, jobs, output, kept, console)
-    finally:
-        lock.release()
+        finally:
+            lock.release()
+    if missing and not starts:
+        list_jobs(missing, console)
+        count = f"{len(missing)} run{'s' if len(missing) > 1 else ''}"
+        console.print(f"Nothing was started. Add --run to start {count}, one after the other, in {output}.")
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.name for job in failed)}. Why is at the end of "
@@ -99,12 +109,12 @@ def list_jobs(jobs: Sequence[Job], console: Console) -> None:
             state = "finished"
         else:
             checkpoint = job.checkpoint()
-            state = "to do" if checkpoint is None else f"goes on from {checkpoint}"
+            state = "to do" if checkpoint is None else f"resumes from {checkpoint}"
         console.print(f"{job.name}: {state}")
 
 
 def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
-    """Forget results and unfinished runs of another config if asked to, else refuse to go on beside them.
+    """Forget results and unfinished runs of another config if asked to, else refuse to add to them.
 
     Raises:
         ConfigError: If there are some, and nobody asked.
@@ -127,7 +137,7 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
-    """Do the runs that have no result and that nobody is at, one after the other; returns those that failed."""
+    """Do the runs that have no result and that no process is doing, one after the other; returns those that failed."""
     failed = []
     for number, job in enumerate(jobs, start=1):
         count = f"{number}/{len(jobs)} {job.name}"
@@ -136,7 +146,7 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
             continue
         lock = FolderLock(job.folder)
         if not lock.try_acquire():
-            console.print(f"{count}: another process is at it")
+            console.print(f"{count}: another process is doing it")
             continue
         try:
             if job.result() is None:  # nor has it been finished since
@@ -150,7 +160,7 @@ def run_job(job: Job, count: str, console: Console) -> bool:
     """Do one run in a process of its own; whether it has a result now."""
     job.discard_leftovers()
     checkpoint = job.checkpoint()
-    begins = "" if checkpoint is None else f", goes on from {checkpoint.name}"
+    begins = "" if checkpoint is None else f", resumes from {checkpoint.name}"
     console.print(f"{count}: log in {job.folder / 'log.txt'}{begins}")
     prepare(job, checkpoint)
     status = start_process(job.folder)
