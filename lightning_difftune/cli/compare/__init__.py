@@ -20,7 +20,7 @@ from lightning_difftune.cli.compare.table import comparison, write_tables
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries
 
-DESCRIPTION = """Compare the configs of a study file over its seeds, in tables and figures of all runs that are finished.
+DESCRIPTION = """Compare the configs of a study file over its seeds, in tables and figures of the finished runs.
 
   difftune compare STUDY.yaml          tables and figures of what there is, and what is missing
   difftune compare STUDY.yaml --run    start what is missing, too
