@@ -8,7 +8,13 @@ from pathlib import Path
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.weight_files import DIFFUSERS, TRANSFORMERS, find_weights
 
-COMPANIONS = {"text_encoder": "tokenizer/", "unet": "scheduler/"}  # small folders of pipelines that a part goes with
+COMPANIONS = {  # small folders of pipelines that a part goes with
+    "text_encoder": "tokenizer/",
+    "text_encoder_2": "tokenizer_2/",
+    "text_encoder_3": "tokenizer_3/",
+    "unet": "scheduler/",
+    "transformer": "scheduler/",
+}
 
 
 def is_repo_id(name: str) -> bool:

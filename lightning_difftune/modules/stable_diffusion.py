@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -23,7 +23,7 @@ from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.modules.families import Family, family_of
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import RetentionBatch, TargetBatch, Tuner
+from lightning_difftune.protocols import BankGenerator, BankPictures, RetentionBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts
 
@@ -43,6 +43,11 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         prompts: What generated pictures show; picture i has prompt i mod n.
         bank_prompts: The prompts that the memory bank is drawn with.
         prompt_dropout: Probability that a target sample is shown without its caption.
+        distilled_guidance: What a guidance-distilled network, such as FLUX.1-dev, is told in sampling and for the bank;
+            the bank keeps it as a column. 3.5 for those, ``None`` for the others, which are not told any.
+        target_guidance: What such a network is told for target samples; 1 for those.
+        frozen_dtype: Precision of the frozen networks: text encoders, and the pre-trained network where it stays as it
+            is: under adapters (LoRA), and as the source of the bank. What is trained is float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         channels_last: Keep the trained network's weights in the memory format that convolutions prefer on GPUs.
         objective: The loss of Eq. 5; MirroredPowerSchedule(tau=1) by default, with the simple loss of what the pipeline
@@ -70,6 +75,9 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         prompts: Sequence[str] = ("",),
         bank_prompts: Sequence[str] = ("",),
         prompt_dropout: float = 0.1,
+        distilled_guidance: float | None = None,
+        target_guidance: float | None = None,
+        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
         objective: DiffTuningObjective | None = None,
@@ -96,6 +104,8 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         self.model, self.revision, self.image_size = str(model), revision, image_size
         self.prompts, self.bank_prompts = tuple(prompts), tuple(bank_prompts)
         self.prompt_dropout = prompt_dropout
+        self.distilled_guidance, self.target_guidance = distilled_guidance, target_guidance
+        self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype)
         self.gradient_checkpointing = gradient_checkpointing
         self.channels_last = channels_last
         self._given_samplers = sampler, bank_sampler
@@ -112,18 +122,47 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         """
         self.family = family_of(self.model, self.revision)
         self._use_samplers(self.family.sampler())
-        network = self.open_network()
+        network = self.open_network(self.frozen_dtype if hasattr(self.tuner, "disabled") else torch.float32)
         self.autoencoder = FrozenAutoencoder(folder_of(self.model, "vae", self.revision), None, "vae")
-        self.text_encoder = self.family.open_text(self.model, self.revision)
-        channels = self.autoencoder.latent_shape(self.autoencoder.downsample)[0]
-        self.family.check(self.model, network, self.text_encoder, channels)
-        size = self.image_size or network.config.sample_size * self.autoencoder.downsample
+        size = self.image_size or self.family.sample_size(network) * self.autoencoder.downsample
         self._sample_shape = self.autoencoder.latent_shape(size)
+        self.text_encoder = self.family.open_text(self.model, self.revision, size, self.frozen_dtype)
+        self.family.check(self.model, network, self.text_encoder, self._sample_shape[0])
+        self._set_guidance(self.family.takes_guidance(network))
         return network
 
-    def open_network(self) -> Any:
+    def _set_guidance(self, is_told: bool) -> None:
+        """The numbers that a guidance-distilled network is told; refused for others."""
+        given = self.distilled_guidance, self.target_guidance
+        if not is_told and given != (None, None):
+            raise ConfigError(
+                f"{self.model} is not told its guidance as a number, but distilled_guidance and target_guidance are "
+                f"{given}. Leave them out; guidance between two branches is the sampler's guidance_scale."
+            )
+        self._guidance = None
+        if is_told:
+            drawn, trained = (default if value is None else value for value, default in zip(given, (3.5, 1.0)))  # noqa: B905
+            self._guidance = float(drawn), float(trained)
+
+    def told(self, condition: dict[str, Tensor], guidance: Tensor | float | None) -> dict[str, Tensor]:
+        """A condition of B rows with the guidance that a network is told, a number or (B,), if it is told any."""
+        if self._guidance is None or guidance is None:
+            return condition
+        like = next(iter(condition.values()))
+        return {**condition, "guidance": torch.as_tensor(guidance, device=like.device).float().expand(len(like))}
+
+    def open_network(self, dtype: torch.dtype = torch.float32) -> Any:
         """The pipeline's pre-trained network, on the CPU."""
-        return open_network(self.family.network_class(), self.model, self.family.network_folder, self.revision)
+        family = self.family
+        return open_network(family.network_class(), self.model, family.network_folder, self.revision, dtype)
+
+    def run(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """A network's output (B, c, h, w) in its own precision, as float32 where that is not."""
+        dtype = next(network.parameters()).dtype  # of the first layer, which no adapter is put before
+        if dtype == torch.float32:
+            return self.family.call(network, x_t, t, condition)
+        cast = {name: value.to(dtype) for name, value in condition.items()}
+        return self.family.call(network, x_t.to(dtype), t, cast).float()
 
     def facts(self, network: Any, **identity: Any) -> SourceFacts:
         """What the pipeline says of itself: its ``scheduler_config.json`` and its autoencoder's scale."""
@@ -161,6 +200,29 @@ class StableDiffusionModule(DiffTuningModule, ABC):
             bank_sampler = replace(self.sampler, guidance_scale=scale)
         self.bank_sampler = replace(bank_sampler, domain_guidance=False, pretrained_tail=0.0)
 
+    def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
+        """What fills a memory bank, where the family can be retained by one.
+
+        Raises:
+            ConfigError: If the network was distilled to a few steps and the bank's samples would be replayed as data,
+                or has no unconditional branch and the bank is to be drawn under the empty prompt.
+        """
+        scheduler = dict(self.source_facts.scheduler or {})
+        network: Any = self.trainable_modules()[0]
+        is_replay = self.uses_retention and self.objective.retention_target is None
+        if is_replay and self.family.is_step_distilled(network, scheduler):
+            raise ConfigError(
+                f"{self.model} was distilled to a few steps. Training on its samples as data (replay) undoes that. "
+                "Retain by the network's own predictions: set the objective's retention_target to OnlineTeacher, or "
+                "tune the model that it was distilled from."
+            )
+        if is_replay and self.family.takes_guidance(network) and not all(self.bank_prompts):
+            raise ConfigError(
+                f"{self.model} is told its guidance and has no unconditional branch that sampling would use, so there "
+                "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it shall keep."
+            )
+        return super().bank_generator(pictures)
+
     def on_fit_start(self) -> None:
         """Say aloud that guided samples of the bank are replayed as if they were plain ones."""
         super().on_fit_start()
@@ -192,6 +254,7 @@ class StableDiffusionModule(DiffTuningModule, ABC):
     def prompted(self, prompts: Sequence[str], indices: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Condition of prompt i mod n for indices (B,), and as many rows of the null condition."""
         condition = conditions.take(self.embed(tuple(prompts)), (indices % len(prompts)).to(self.device))
+        condition = self.told(condition, self._guidance and self._guidance[0])
         return condition, self.null_condition(condition)
 
     # -- what the base asks for -----------------------------------------------------------------------------------
@@ -237,7 +300,8 @@ class StableDiffusionModule(DiffTuningModule, ABC):
     def target_condition(self, target: TargetBatch) -> Any:
         """The captions' conditions."""
         columns = cast("dict[str, Tensor]", target)
-        return {name: columns[name] for name in self.null_text()}
+        condition = {name: columns[name] for name in self.null_text()}
+        return self.told(condition, self._guidance and self._guidance[1])
 
     def null_condition(self, condition: Any) -> Any:
         """The same with the null condition in place of the prompt's."""
@@ -254,15 +318,18 @@ class StableDiffusionModule(DiffTuningModule, ABC):
 
     def retention_condition(self, retention: RetentionBatch) -> Any:
         """The prompts that the bank's samples were drawn with."""
-        return conditions.take(self.embed(self.bank_prompts), retention["class_labels"])
+        condition = conditions.take(self.embed(self.bank_prompts), retention["class_labels"])
+        return self.told(condition, cast("dict[str, Tensor]", retention).get("guidance"))
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
-        """The prompts' numbers."""
-        return {"class_labels": indices % len(self.bank_prompts)}
+        """The prompts' numbers and, where the network is told its guidance, that."""
+        guidance = {} if self._guidance is None else {"guidance": torch.full((len(indices),), self._guidance[0])}
+        return {"class_labels": indices % len(self.bank_prompts), **guidance}
 
     def bank_spec(self) -> dict[str, Any]:
         """The prompts and what encodes them."""
-        return {"prompts": list(self.bank_prompts), "text_encoder": self.text_encoder.fingerprint()}
+        guidance = {} if self._guidance is None else {"guidance": self._guidance[0]}
+        return {"prompts": list(self.bank_prompts), "text_encoder": self.text_encoder.fingerprint(), **guidance}
 
     # -- what people ask it for -------------------------------------------------------------------------------------
 

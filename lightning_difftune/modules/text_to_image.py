@@ -46,9 +46,16 @@ class TextToImageDiffTuningModule(StableDiffusionModule):
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Network output (B, c, h, w) under the family's conditions, such as ``prompt_embeds`` (B, L, D)."""
-        return self.family.call(self.network, x_t, t, condition)
+        return self.run(self.network, x_t, t, condition)
 
     def pretrained(self) -> Denoiser:
-        """The network as the pipeline has it."""
-        network = self.open_network().requires_grad_(False).eval().to(self.device)
-        return partial(self.family.call, network)
+        """The network as the pipeline has it: the same one without its adapters, or else a frozen copy."""
+        if hasattr(self.tuner, "disabled"):
+            return self._without_adapters
+        network = self.open_network(self.frozen_dtype).requires_grad_(False).eval().to(self.device)
+        return partial(self.run, network)
+
+    def _without_adapters(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        tuner: Any = self.tuner
+        with tuner.disabled(self.network):
+            return self.run(self.network, x_t, t, condition)

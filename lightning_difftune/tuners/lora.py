@@ -110,7 +110,7 @@ class LoRA(ParameterEfficientTuner):
         """A frozen copy whose linear layers have taken up the updates, with query, key and value fused again."""
         from peft.tuners.lora import LoraLayer
 
-        merged = self._untuned_copy(model)
+        merged = self._untuned_copy(model).float()  # which holds what bfloat16 would round away
         for name, layer in list(merged.named_modules()):
             if isinstance(layer, LoraLayer):
                 layer.merge(safe_merge=True)

@@ -7,8 +7,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
 
+from lightning_difftune.densities import TimestepDensity
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoint_files import read_json
@@ -16,7 +18,11 @@ from lightning_difftune.models.checkpoints import BUNDLED
 from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts
 
-FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
+FAMILIES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
+    "FluxPipeline": "flux",
+}
 """The file of each class that ``model_index.json`` may state; a file's ``FAMILY`` is its :class:`Family`."""
 
 
@@ -45,8 +51,12 @@ class Family(Protocol):
         """Class of diffusers that the network has; imported here, since diffusers is slow to import."""
         ...
 
-    def open_text(self, model: str | Path, revision: str | None) -> Any:
-        """The :class:`TextConditions` of a pipeline."""
+    def sample_size(self, network: Any) -> int:
+        """Latents per side of the pictures that the network was made for."""
+        ...
+
+    def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> Any:
+        """The :class:`TextConditions` of a pipeline; :class:`~.text.PipelineText` makes them of a pipeline's class."""
         ...
 
     def check(self, model: str, network: Any, text: Any, latent_channels: int) -> None:
@@ -70,6 +80,18 @@ class Family(Protocol):
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
         """The default scheduler over a model's process and for what it predicts."""
+        ...
+
+    def density(self, num_tokens: int) -> TimestepDensity | None:
+        """At which noise levels the family is trained, for pictures of 2 x 2 latents' tokens; ``None`` is uniform."""
+        ...
+
+    def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
+        """Whether the network was distilled to a few steps, which training on samples as data would undo."""
+        ...
+
+    def takes_guidance(self, network: Any) -> bool:
+        """Whether the network is told its guidance as a number, ``guidance`` (B,), in place of a second branch."""
         ...
 
 

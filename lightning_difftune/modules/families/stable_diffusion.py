@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
@@ -32,9 +34,18 @@ class StableDiffusion:
 
         return UNet2DConditionModel
 
-    def open_text(self, model: str | Path, revision: str | None) -> FrozenTextEncoder:
+    def sample_size(self, network: Any) -> int:
+        """64 latents per side for 512 px."""
+        size: int = network.config.sample_size
+        return size
+
+    def open_text(
+        self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype
+    ) -> FrozenTextEncoder:
         """CLIP's embeddings; the null condition is the empty prompt's."""
-        return FrozenTextEncoder(model, revision)
+        encoder = FrozenTextEncoder(model, revision)
+        encoder.network.to(dtype)
+        return encoder
 
     def check(self, model: str, network: Any, text: FrozenTextEncoder, latent_channels: int) -> None:
         """Refuse a UNet with inputs beyond noisy latents and text, such as those of inpainting.
@@ -76,6 +87,24 @@ class StableDiffusion:
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
         return DPMSolverMultistepScheduler(**betas_of(source))
+
+    def density(self, num_tokens: int) -> None:
+        """Stable Diffusion is trained at uniform timesteps."""
+
+    def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
+        """Turbo, LCM and the like, by the few-step scheduler that they are published with."""
+        return has_few_steps(scheduler)
+
+    def takes_guidance(self, network: Any) -> bool:
+        """No: guidance is between two branches."""
+        return False
+
+
+def has_few_steps(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a published scheduler is one for a few steps of a network that predicts noise."""
+    kind, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
+    few = kind in ("LCMScheduler", "TCDScheduler") or (spacing == "trailing" and str(kind).startswith("Euler"))
+    return few and scheduler.get("prediction_type", "epsilon") == "epsilon"
 
 
 FAMILY = StableDiffusion()

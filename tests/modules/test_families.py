@@ -1,0 +1,246 @@
+"""Families of text-to-image pipelines: each draws what its pipeline draws, and trains what its scripts train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pipelines
+import pytest
+import torch
+from tiny import quiet_trainer
+
+from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
+from lightning_difftune.draws import Draws, noise_of
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.retention_targets import OnlineTeacher
+from lightning_difftune.sampling import Sampler
+from lightning_difftune.tuners import LoRA
+
+FAMILIES = ("sdxl", "flux")
+PROMPTS = ["a cat", "grey dog", "red"]
+ATTENTION = ("to_q", "to_v")
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The folder of a family's tiny pipeline, saved once."""
+    made: dict[Any, str] = {}
+
+    def folder(family: str, **settings: Any) -> str:
+        key = family, *sorted(settings.items())
+        if key not in made:
+            made[key] = str(getattr(pipelines, family)(tmp_path_factory.mktemp(family) / "pipeline", **settings))
+        return made[key]
+
+    return folder
+
+
+def module_of(folder: str, **settings: Any) -> TextToImageDiffTuningModule:
+    defaults = {"image_size": 32, "prompts": PROMPTS, "bank_prompts": PROMPTS[:2]}
+    return TextToImageDiffTuningModule(folder, **{**defaults, **settings})
+
+
+def built(folder: str, **settings: Any) -> TextToImageDiffTuningModule:
+    module = module_of(folder, **settings)
+    module.configure_model()
+    return module.eval()
+
+
+def pipeline_of(folder: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def data_of(tmp_path: Path, **settings: Any) -> MemoryBankDataModule:
+    rng = np.random.default_rng(0)
+    source: Any = [(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), PROMPTS[i % 3]) for i in range(6)]
+    defaults = {"bank": tmp_path / "bank", "bank_size": 4, "batch_size": 5, "image_size": 32}
+    return MemoryBankDataModule(source, **{**defaults, **settings})
+
+
+def latents_of(pipeline: Any, family: str, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
+    """What the pipeline itself draws of the first two prompts."""
+    given: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "latent"}
+    if family != "flux":
+        return pipeline(PROMPTS[:2], latents=noise, **given).images
+    packed = pipeline._pack_latents(noise, *noise.shape)
+    result = pipeline(PROMPTS[:2], latents=packed, height=32, width=32, **given).images
+    return pipeline._unpack_latents(result, 32, 32, pipeline.vae_scale_factor)
+
+
+@pytest.mark.parametrize(("family", "settings"), [*((f, {}) for f in FAMILIES), ("flux", {"is_schnell": True})])
+def test_our_latents_are_the_pipelines_own(
+    folder_of: Callable[..., str], family: str, settings: dict[str, Any]
+) -> None:
+    folder = folder_of(family, **settings)
+    scale = 4.0 if family != "flux" else 1.0
+    module = built(folder, sampler=Sampler(None, 3, scale, None))
+    indices = torch.tensor([0, 1])
+    ours = module.draw_latents(module.denoise, module.sampler, indices, module.conditions(indices))
+    noise = noise_of(0, indices, module.sample_shape)
+    theirs = latents_of(pipeline_of(folder), family, noise, 3, scale if family != "flux" else 3.5)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("forces_zeros", [True, False])
+def test_the_empty_prompt_of_sdxl_is_the_pipelines_negative(folder_of: Callable[..., str], forces_zeros: bool) -> None:
+    module = built(folder_of("sdxl", forces_zeros=forces_zeros))
+    null, empty = module.null_text(), module.embed(("",))
+    assert bool((null["prompt_embeds"] == 0).all()) is forces_zeros
+    assert all(torch.equal(null[name], empty[name]) for name in null)
+    assert module.null_text()["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+    indices = torch.tensor([0])
+    assert not module.sampler.guided(module.denoise, *module.prompted(("",), indices)).is_guided
+    assert module.sampler.guided(module.denoise, *module.prompted(("a cat",), indices)).is_guided
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tuner", [None, LoRA(rank=2, alpha=4, target_modules=ATTENTION)], ids=["full", "lora"])
+def test_it_trains_with_a_bank_of_its_own_and_resumes_to_the_bit(
+    tmp_path: Path, folder_of: Callable[..., str], family: str, tuner: Any
+) -> None:
+    folder = folder_of(family)
+    settings = {"sampler": Sampler(None, 2, 1.0, None), "tuner": tuner, "gradient_checkpointing": True}
+
+    def fit(steps: int, checkpoint: str | None = None) -> TextToImageDiffTuningModule:
+        torch.manual_seed(0)  # of a LoRA's first factors
+        module = module_of(folder, **settings)
+        trainer = quiet_trainer(tmp_path, steps)
+        trainer.fit(module, data_of(tmp_path, latent_cache=tmp_path / "cache"), ckpt_path=checkpoint)
+        assert all(value.isfinite() for value in trainer.callback_metrics.values())
+        trainer.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    fit(2)
+    resumed, straight = fit(4, str(tmp_path / "2.ckpt")), fit(4)
+    pairs = zip(resumed.trainable_parameters(), straight.trainable_parameters(), strict=True)
+    assert all(torch.equal(first, second) for first, second in pairs)
+    bank = MemoryBank(tmp_path / "bank")
+    columns: Any = bank.read(torch.arange(4))
+    assert columns["class_labels"].tolist() == [0, 1, 0, 1]
+    if family == "flux":
+        assert columns["guidance"].tolist() == [3.5] * 4
+    saved = torch.load(tmp_path / "4.ckpt", weights_only=True)["state_dict"]
+    assert all(name.startswith(("unet.", "transformer.")) for name in saved)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_under_lora_the_pretrained_network_is_the_same_one(folder_of: Callable[..., str], family: str) -> None:
+    folder = folder_of(family)
+    module = built(folder, tuner=LoRA(rank=2, target_modules=ATTENTION))
+    plain = built(folder)
+    plain.network.requires_grad_(False)  # on a CPU, convolutions round otherwise where weights have gradients
+    for parameter in module.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, t = torch.randn(2, *module.sample_shape), torch.tensor([3, 900])
+    condition, _ = module.conditions(torch.arange(2))
+    with torch.no_grad():
+        expected = plain.denoise(x, t, condition)
+        assert torch.equal(module.pretrained()(x, t, condition), expected)
+        assert not torch.allclose(module.denoise(x, t, condition), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_networks_in_bfloat16_and_updates_in_float32(
+    tmp_path: Path, folder_of: Callable[..., str], family: str
+) -> None:
+    module = module_of(
+        folder_of(family),
+        tuner=LoRA(rank=2, target_modules=ATTENTION),
+        frozen_dtype="bfloat16",
+        sampler=Sampler(None, 2, 1.0, None),
+    )
+    quiet_trainer(tmp_path, 2).fit(module, data_of(tmp_path))
+    assert {p.dtype for p in module.trainable_parameters()} == {torch.float32}
+    frozen = [p for p in module.network.parameters() if not p.requires_grad]
+    assert {p.dtype for p in [*frozen, *module.text_encoder.network.parameters()]} == {torch.bfloat16}
+    with torch.no_grad():
+        output = module.denoise(
+            torch.randn(2, *module.sample_shape), torch.tensor([3, 9]), module.conditions(torch.arange(2))[0]
+        )
+    assert output.dtype == torch.float32
+
+
+def test_the_loss_is_that_of_diffusers_script_for_sdxl(folder_of: Callable[..., str]) -> None:
+    """train_text_to_image_sdxl.py: mean squared error of the noise under text and sizes."""
+    from diffusers import DDPMScheduler
+
+    folder = folder_of("sdxl")
+    module, pipeline = built(folder), pipeline_of(folder)
+    x0, noise = torch.randn(2, 2, 4, 16, 16).unbind(0)
+    t = torch.tensor([10, 700])
+    condition = module.prompted(PROMPTS, torch.arange(2))[0]
+    embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS[:2], do_classifier_free_guidance=False)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)}
+    noisy = DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(x0, noise, t)
+    with torch.no_grad():
+        predicted = pipeline.unet(noisy, t, embeds, added_cond_kwargs=added).sample
+        ours = module.denoising_losses(module.denoise, x0, condition, t, noise)
+    torch.testing.assert_close(ours, (predicted - noise).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+def test_the_loss_is_that_of_diffusers_script_for_flux(folder_of: Callable[..., str], guidance: float) -> None:
+    """train_dreambooth_lora_flux.py: mean squared error of noise - x0 at sigma, packed, with the guidance number."""
+    folder = folder_of("flux")
+    module, pipeline = built(folder, target_guidance=guidance), pipeline_of(folder)
+    x0, noise = torch.randn(2, 2, 4, 16, 16).unbind(0)
+    t = torch.tensor([99, 699])
+    text = module.text_encoder.encode(PROMPTS[:2])
+    condition = module.target_condition(text)
+    sigma = (t + 1.0) / 1000
+    noisy = (1 - sigma.view(-1, 1, 1, 1)) * x0 + sigma.view(-1, 1, 1, 1) * noise
+    embeds, pooled, text_ids = pipeline.encode_prompt(PROMPTS[:2], max_sequence_length=512)
+    ids = pipeline._prepare_latent_image_ids(2, 8, 8, "cpu", torch.float32)
+    with torch.no_grad():
+        output = pipeline.transformer(
+            hidden_states=pipeline._pack_latents(noisy, 2, 4, 16, 16),
+            timestep=sigma,
+            guidance=torch.full((2,), guidance),
+            pooled_projections=pooled,
+            encoder_hidden_states=embeds,
+            txt_ids=text_ids,
+            img_ids=ids,
+        ).sample
+        predicted = pipeline._unpack_latents(output, 32, 32, pipeline.vae_scale_factor)
+        ours = module.denoising_losses(module.denoise, x0, condition, t, noise)
+    expected = (predicted - (noise - x0)).square().mean((1, 2, 3))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_flux_is_retained_under_captions_at_the_banks_guidance(tmp_path: Path, folder_of: Callable[..., str]) -> None:
+    module = built(folder_of("flux"), distilled_guidance=2.5, target_guidance=1.5)
+    retained: Any = {"class_labels": torch.tensor([1]), "guidance": torch.tensor([4.0])}
+    assert module.retention_condition(retained)["guidance"].tolist() == [4.0]
+    assert module.conditions(torch.arange(2))[0]["guidance"].tolist() == [2.5, 2.5]
+    encoded: Any = {"latent_mean": torch.zeros(2, 4, 16, 16), **module.text_encoder.encode(["a", "b"])}
+    batch: Any = {"target": encoded, "retention": retained | {"latents": torch.zeros(1, 4, 16, 16)}}
+    condition = module.prepare(batch, Draws(0, 0, torch.device("cpu")))[1]
+    assert condition["guidance"].tolist() == [1.5, 1.5, 4.0]
+    empty = module_of(folder_of("flux"), bank_prompts=("",), sampler=Sampler(None, 2, 1.0, None))
+    with pytest.raises(ConfigError, match=r"no unconditional branch.*bank_prompts"):
+        quiet_trainer(tmp_path, 1).fit(empty, data_of(tmp_path))
+
+
+def test_replay_on_a_step_distilled_base_is_refused(tmp_path: Path, folder_of: Callable[..., str]) -> None:
+    settings: dict[str, Any] = {"sampler": Sampler(None, 2, 1.0, None), "tuner": LoRA(2, 2, ATTENTION)}
+    schnell = folder_of("flux", is_schnell=True)
+    with pytest.raises(ConfigError, match=r"distilled to a few steps.*OnlineTeacher"):
+        quiet_trainer(tmp_path, 1).fit(module_of(schnell, **settings), data_of(tmp_path))
+    objective = DiffTuningObjective(retention_target=OnlineTeacher())
+    module = module_of(schnell, objective=objective, **settings)
+    quiet_trainer(tmp_path, 1).fit(module, data_of(tmp_path))
+    with pytest.raises(ConfigError, match="is not told its guidance as a number"):
+        built(schnell, distilled_guidance=3.5)
+
+
+def test_pipelines_of_other_classes_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    with pytest.raises(CheckpointError, match=r"is a SanaPipeline, which is not supported.*StableDiffusionXLPipeline"):
+        built(str(tmp_path))

@@ -1,0 +1,148 @@
+"""Tiny text-to-image pipelines with random weights, one per family, saved as folders."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    letters = [letter + end for end in ("", "</w>") for letter in string.ascii_lowercase]
+    words = [*letters, "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=12)
+
+
+def clip_encoder(projects: bool) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = clip_tokenizer()
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = CLIPTextConfig(
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=3,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=12,
+        projection_dim=32,
+        hidden_act="gelu",
+        **ids,
+    )
+    encoder = (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight.data)
+    return encoder
+
+
+def t5() -> tuple[Any, Any]:
+    import transformers
+    from transformers import T5Config, T5EncoderModel
+
+    kind: Any = transformers
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    vocabulary += [(letter, -3.0) for letter in string.ascii_lowercase]
+    tokenizer = kind.T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        feed_forward_proj="gated-gelu",
+    )
+    encoder = T5EncoderModel(config)
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
+    return encoder, tokenizer
+
+
+def autoencoder(**settings: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(4, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        sample_size=32,
+        **settings,
+    )
+
+
+def sdxl(folder: Path, forces_zeros: bool = True) -> Path:
+    """Pictures of 32 px, latents (4, 16, 16)."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=80,
+        cross_attention_dim=64,
+        norm_num_groups=1,
+    )
+    pipeline: Any = StableDiffusionXLPipeline(
+        vae=autoencoder(scaling_factor=0.13025, force_upcast=True),
+        text_encoder=clip_encoder(projects=False),
+        text_encoder_2=clip_encoder(projects=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        force_zeros_for_empty_prompt=forces_zeros,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def flux(folder: Path, is_schnell: bool = False) -> Path:
+    """Pictures of 32 px, latents (4, 16, 16)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=not is_schnell,
+    )
+    encoder, tokenizer = t5()
+    shift: dict[str, Any] = {"shift": 1.0} if is_schnell else {"shift": 3.0, "use_dynamic_shifting": True}
+    pipeline: Any = FluxPipeline(
+        vae=autoencoder(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_encoder(projects=False),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
