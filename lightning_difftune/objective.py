@@ -123,6 +123,11 @@ class DiffTuningObjective(nn.Module):
         if process is None:
             is_flow = prediction == "flow_prediction"
             process = source.process or (RectifiedFlow() if is_flow else GaussianDiffusion())
+        if prediction == "epsilon" and isinstance(process, GaussianDiffusion) and process.has_zero_terminal_snr:
+            raise ConfigError(
+                f"{source.name}: the last step of this process is pure noise (rescale_betas_zero_snr), where a noise "
+                "prediction says nothing about the picture. It needs a network that predicts v or the clean sample."
+            )
         if said not in (None, prediction):
             fit = loss_for(prediction, source.learned_variance).__name__
             raise ConfigError(
@@ -139,11 +144,6 @@ class DiffTuningObjective(nn.Module):
             raise ConfigError(
                 f"The objective's loss is for {prediction!r}, and its diffusion is a {type(process).__name__}. "
                 "velocity_mse_loss goes with RectifiedFlow, and the other losses with GaussianDiffusion."
-            )
-        if prediction == "epsilon" and isinstance(process, GaussianDiffusion) and process.has_zero_terminal_snr:
-            raise ConfigError(
-                f"{source.name}: the last step of this process is pure noise (rescale_betas_zero_snr), where a noise "
-                "prediction says nothing about the picture. It needs a network that predicts v or the clean sample."
             )
         if said == "epsilon" and not source.learned_variance and _name(loss) == hybrid_loss.__name__:
             raise ConfigError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import FrozenTextEncoder
-from lightning_difftune.sampling import NoiseScheduler, Sampler
+from lightning_difftune.sampling import NoiseScheduler, Sampler, ddim_for
 from lightning_difftune.source import SourceFacts, betas_of
 
 FURTHER_INPUTS = (  # of other pipelines' UNets: upscalers, unCLIP, SDXL, consistency models, IP adapters
@@ -83,7 +83,9 @@ class StableDiffusion:
         return Sampler(num_inference_steps=20, guidance_scale=7.5, guidance_channels=None)
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
-        """DPM-Solver++."""
+        """DPM-Solver++; Euler steps for a UNet that was trained by flow matching."""
+        if source.prediction_type == "flow_prediction":
+            return ddim_for(source)
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
         return DPMSolverMultistepScheduler(**betas_of(source))

@@ -1,0 +1,381 @@
+"""The facts of a pre-trained model against what a run says: all is right, or refused with the fix named."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from tiny import tiny_dit
+
+from lightning_difftune import (
+    ControlNetDiffTuningModule,
+    DiffTuningObjective,
+    DiTDiffTuningModule,
+    TextToImageDiffTuningModule,
+)
+from lightning_difftune.data.annotators import Canny
+from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow, same_process
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.losses import eps_mse_loss, hybrid_loss, v_mse_loss, velocity_mse_loss, x0_mse_loss
+from lightning_difftune.modules import stable_diffusion
+from lightning_difftune.sampling import Sampler
+from lightning_difftune.source import SourceFacts, check_scheduler, process_of
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DIT = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+FAMILIES = ("DiT of pixels", "DiT of latents", "text-to-image", "ControlNet")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+LOSSES = {
+    None: None,
+    "eps": eps_mse_loss,
+    "hybrid": hybrid_loss,
+    "v": v_mse_loss,
+    "x0": x0_mse_loss,
+    "velocity": velocity_mse_loss,
+}
+RIGHT_LOSS = {
+    "epsilon": {None, "eps", "hybrid"},
+    "v_prediction": {None, "v"},
+    "sample": {None, "x0"},
+    "flow_prediction": {None, "velocity"},
+}
+SAMPLERS = ("none", "right", "fractional", "other betas", "other prediction", "clipping", "thresholding", "zero-SNR")
+
+
+def published(family, prediction, zero=False):
+    """The scheduler that a model comes with."""
+    if prediction == "flow_prediction":
+        return diffusers.FlowMatchEulerDiscreteScheduler()
+    betas = DIT if "DiT" in family else SD
+    return diffusers.DDIMScheduler(
+        **betas,
+        prediction_type=prediction,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        rescale_betas_zero_snr=zero,
+        timestep_spacing="trailing",
+    )
+
+
+def scheduler_of(kind, family, prediction, zero=False):
+    """The scheduler that a run asks for."""
+    if kind == "none":
+        return None
+    if prediction == "flow_prediction":
+        return {
+            "right": diffusers.FlowMatchEulerDiscreteScheduler(),
+            "fractional": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+            "other betas": diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),
+            "other prediction": diffusers.DDIMScheduler(clip_sample=False),
+            "clipping": diffusers.DPMSolverMultistepScheduler(
+                prediction_type=prediction, use_flow_sigmas=True, thresholding=True
+            ),
+            "thresholding": diffusers.DPMSolverMultistepScheduler(
+                prediction_type=prediction, use_flow_sigmas=True, thresholding=True
+            ),
+            "zero-SNR": diffusers.DPMSolverMultistepScheduler(prediction_type=prediction, use_flow_sigmas=False),
+        }[kind]
+    betas, other = (DIT, SD) if "DiT" in family else (SD, DIT)
+    settings = {**betas, "prediction_type": prediction, "rescale_betas_zero_snr": zero}
+    changes = {
+        "right": {"clip_sample": False},
+        "other betas": {"clip_sample": False, **other},
+        "other prediction": {
+            "clip_sample": False,
+            "prediction_type": "epsilon" if prediction != "epsilon" else "v_prediction",
+        },
+        "clipping": {"clip_sample": True},
+        "thresholding": {"clip_sample": False, "thresholding": True},
+        "zero-SNR": {"clip_sample": False, "rescale_betas_zero_snr": not zero},
+    }
+    if kind == "fractional":
+        return diffusers.EulerDiscreteScheduler(**settings, use_karras_sigmas=True)
+    return diffusers.DDIMScheduler(**{**settings, "timestep_spacing": "trailing"} | changes[kind])
+
+
+def refusal(family, prediction, loss, sampler, zero=False):
+    """What the message must name; None for what is right."""
+    if zero and prediction == "epsilon":
+        return "pure noise"
+    if loss not in RIGHT_LOSS[prediction]:
+        return f"predicts '{prediction}', but the objective's loss is"
+    if loss == "hybrid" and "DiT" not in family:
+        return "predicts none"
+    if sampler in ("none", "right", "fractional"):
+        return None
+    if sampler in ("clipping", "thresholding"):
+        name = "thresholding" if prediction == "flow_prediction" else {"clipping": "clip_sample"}.get(sampler, sampler)
+        return None if family == "DiT of pixels" else f"has {name} on"
+    if sampler == "other prediction":
+        return f"predicts '{prediction}', but the sampler integrates with"
+    flows = {"zero-SNR": "use_flow_sigmas", "other betas": "another noise schedule"}
+    return flows[sampler] if prediction == "flow_prediction" else "another noise schedule"
+
+
+@pytest.fixture(scope="module")
+def pipelines(pipeline_folder, tmp_path_factory):
+    """Folders of one pipeline by what its scheduler says; networks and text encoder are shared links."""
+
+    def folder_for(scheduler) -> str:
+        folder = tmp_path_factory.mktemp("pipeline")
+        for entry in Path(pipeline_folder).iterdir():
+            if entry.name != "scheduler":
+                (folder / entry.name).symlink_to(entry)
+        scheduler.save_pretrained(folder / "scheduler")
+        return str(folder)
+
+    return folder_for
+
+
+@pytest.fixture(autouse=True)
+def opened_once(monkeypatch):
+    """Opens each part of the pipeline once per test: only the facts differ."""
+    kept = {}
+
+    def once(make):
+        def opened(*args, **settings):
+            key = make, *(arg if isinstance(arg, type) else Path(str(arg)).name[:0] for arg in args)
+            if key not in kept:
+                kept[key] = make(*args, **settings)
+            return kept[key]
+
+        return opened
+
+    for name in ("open_network", "FrozenAutoencoder", "fingerprint"):
+        monkeypatch.setattr(stable_diffusion, name, once(getattr(stable_diffusion, name)))
+
+
+def module_of(family, scheduler, folder, **settings):
+    """A module of a model that was published with a scheduler."""
+    if "DiT" in family:
+        dit = tiny_dit(in_channels=1 if family == "DiT of pixels" else 4)
+        dit.sampling = Sampler(scheduler).settings()
+        return DiTDiffTuningModule(dit, **settings)
+    if family == "ControlNet":
+        return ControlNetDiffTuningModule(Canny(), folder, **settings)
+    return TextToImageDiffTuningModule(folder, **settings)
+
+
+def oracle(x0, process, prediction):
+    """The network that is right about a world of one sample, in any parametrisation; t may have a fraction."""
+
+    def denoise(x_t, t, condition):
+        if prediction == "flow_prediction":
+            return (x_t - x0) / ((t.float() + 1) / 1000).clamp(min=1e-3).view(-1, 1, 1, 1)
+        low = t.float().floor().long().clamp(0, 999)
+        high = (low + 1).clamp(max=999)
+        share = (t.float() - low).view(-1, 1, 1, 1)
+        (a, b), (c, d) = (process.coefficients(i, x_t) for i in (low, high))
+        # diffusers interpolates log sigma between whole timesteps
+        if share.any():
+            low_sigma, high_sigma = ((b / a).clamp(max=4096).log(), (d / c).clamp(max=4096).log())
+            sigma = (low_sigma * (1 - share) + high_sigma * share).exp()
+            a, b = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        eps = (x_t - a * x0) / b
+        return {"epsilon": eps, "v_prediction": a * eps - b * x0, "sample": x0.expand_as(x_t)}[prediction]
+
+    return denoise
+
+
+def check_right(module, prediction):
+    """The loss of a network that is right is 0, and it draws the only sample there is."""
+    x0 = torch.tensor(0.7 if module.source_facts.latents is None else 3.0).expand(1, 1, 2, 2)
+    process = module.objective.diffusion
+    network = oracle(x0, process, prediction)
+    t, noise = torch.tensor([10, 500, 998]), torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    losses = module.denoising_losses(network, x0.expand(3, -1, -1, -1), None, t, noise)
+    assert losses.max() < 1e-6
+    drawn = Sampler(module.sampler.scheduler, 12, 1.0)(network, noise, None, None)
+    torch.testing.assert_close(drawn, x0.expand_as(drawn), rtol=0.01, atol=0.02)
+
+
+@pytest.mark.parametrize("zero", [False, True], ids=["", "zero-SNR"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_combination_is_right_or_refused(family, prediction, zero, pipelines):
+    if zero and prediction == "flow_prediction":
+        pytest.skip("every flow ends in pure noise")
+    scheduler = published(family, prediction, zero)
+    folder = None if "DiT" in family else pipelines(scheduler)
+    wrong = []
+    for loss, kind in product(LOSSES, SAMPLERS):
+        if loss not in (None, "eps") and kind not in ("none", "right"):
+            continue  # loss and sampler are compared each with the model
+        expected = refusal(family, prediction, loss, kind, zero)
+        sampler = Sampler(scheduler_of(kind, family, prediction, zero), 4, 1.0, None)
+        try:
+            module = module_of(
+                family, scheduler, folder, objective=DiffTuningObjective(loss=LOSSES[loss]), sampler=sampler
+            )
+            module.configure_model()
+        except ConfigError as error:
+            if expected is None or expected not in str(error):
+                wrong.append(f"{loss} loss, {kind} sampler: {error}; expected {expected}")
+            continue
+        if expected is not None:
+            wrong.append(f"{loss} loss, {kind} sampler: accepted; expected {expected}")
+            continue
+        if kind != "thresholding":  # it divides by the largest value, which is more than 1 on the way
+            check_right(module, prediction)
+    assert not wrong, "\n".join(wrong)
+
+
+# -- what a source says -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_step_of_training_has_the_loss_of_the_pipeline(prediction, pipelines):
+    """By the module's own step: the true prediction has no error, under the network's real call."""
+    scheduler = published("text-to-image", prediction)
+    module = module_of("text-to-image", scheduler, pipelines(scheduler))
+    module.configure_model()
+    x0, noise = torch.randn(2, 2, 4, 8, 8)
+    t = torch.tensor([3, 800])
+    condition, _ = module.prompted(("grey",), torch.arange(2))
+    x_t = module.objective.diffusion.add_noise(x0, noise, t)
+    a, b = module.objective.diffusion.coefficients(t, x0)
+    target = a * noise - b * x0 if prediction == "v_prediction" else x0
+    expected = (module.denoise(x_t, t, condition) - target).square().flatten(1).mean(1)
+    out = module.objective.at(module.denoise, x0, condition, torch.tensor([False, True]), t, noise)
+    torch.testing.assert_close(out.per_sample, expected)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2"),
+        diffusers.DDPMScheduler(trained_betas=torch.linspace(1e-3, 0.03, 100).tolist()),
+        diffusers.DDIMScheduler(rescale_betas_zero_snr=True, **SD),
+        diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True, **SD),
+        diffusers.PNDMScheduler(**SD),
+    ],
+    ids=["cosine", "trained", "zero", "zero-euler", "pndm"],
+)
+def test_a_process_is_that_of_the_scheduler(scheduler):
+    process = process_of(scheduler)
+    torch.testing.assert_close(process.levels()[0].square(), scheduler.alphas_cumprod.float(), rtol=1e-4, atol=1e-6)
+    again = diffusers.DDIMScheduler(num_train_timesteps=process.num_timesteps, **process.scheduler_settings)
+    assert same_process(process_of(again), process), "its settings make the same one"
+
+
+def test_processes_are_compared_by_their_levels():
+    zero = GaussianDiffusion(rescale_betas_zero_snr=True)
+    assert zero.has_zero_terminal_snr
+    assert not same_process(zero, GaussianDiffusion())
+    assert not same_process(RectifiedFlow(), GaussianDiffusion())
+    assert not same_process(GaussianDiffusion(100), GaussianDiffusion())
+    assert same_process(GaussianDiffusion.from_alphas_cumprod(zero.levels()[0].square()), zero)
+    with pytest.raises(ConfigError, match="numbers that fall"):
+        GaussianDiffusion.from_alphas_cumprod(torch.tensor([0.1, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (diffusers.IPNDMScheduler(), "IPNDMScheduler, which does not say what it takes"),
+        (diffusers.EDMEulerScheduler(), "has no alphas_cumprod"),
+        (diffusers.DDPMScheduler(**DIT, clip_sample=False, variance_type="learned_range"), "predicts no variance"),
+        (diffusers.DDIMScheduler(**DIT, clip_sample=True, clip_sample_range=0.5), "clip_sample_range to 1.0"),
+    ],
+)
+def test_schedulers_that_would_draw_something_else_are_refused(scheduler, message):
+    source = SourceFacts("A model", "", GaussianDiffusion(), "epsilon")
+    with pytest.raises(ConfigError, match=message):
+        check_scheduler(scheduler, source)
+
+
+def test_the_word_of_a_bundled_model_is_in_its_file():
+    flow = DiTDiffTuningModule("dit-nano-omniglot-flow")
+    flow.configure_model()
+    assert flow.objective.loss is velocity_mse_loss
+    assert isinstance(flow.objective.diffusion, RectifiedFlow)
+    assert type(flow.sampler.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    wrong = DiTDiffTuningModule("dit-nano-omniglot", objective=DiffTuningObjective(diffusion=RectifiedFlow()))
+    with pytest.raises(ConfigError, match="dit-nano-omniglot was trained with another noise schedule"):
+        wrong.configure_model()
+
+
+def test_what_nothing_states_is_taken_from_the_objective():
+    module = DiTDiffTuningModule(tiny_dit(), objective=DiffTuningObjective(diffusion=RectifiedFlow()))
+    module.configure_model()
+    assert module.objective.loss is velocity_mse_loss
+    assert module.source_facts.prediction_type == "flow_prediction"
+    assert type(module.sampler.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
+def test_a_sampler_that_comes_later_is_compared_too():
+    module = DiTDiffTuningModule(tiny_dit())
+    module.configure_model()
+    with pytest.raises(ConfigError, match="the sampler integrates with FlowMatchEuler"):
+        module.sampler = Sampler(diffusers.FlowMatchEulerDiscreteScheduler())
+    module.bank_sampler = Sampler(num_inference_steps=3)
+    assert module.bank_sampler.scheduler is not None
+
+
+@pytest.mark.parametrize("prompts", [("",), ("grey",), ("", "grey")])
+@pytest.mark.parametrize("family", ["text-to-image", "ControlNet"])
+def test_a_bank_that_is_replayed_under_prompts_is_not_guided(family, prompts, pipelines):
+    scheduler = published(family, "epsilon")
+    module = module_of(family, scheduler, pipelines(scheduler), bank_prompts=prompts)
+    module.configure_model()
+    assert module.sampler.guidance_scale == 7.5
+    assert module.bank_sampler.guidance_scale == (7.5 if prompts == ("",) else 1.0)
+    given = module_of(family, scheduler, pipelines(scheduler), bank_prompts=prompts, bank_sampler=Sampler(None, 2, 3.0))
+    assert given.bank_sampler.guidance_scale == 3.0
+
+
+# -- pipelines that are something else --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["StableDiffusionInpaintPipeline", "StableDiffusion3Pipeline", "StableUnCLIPPipeline", "PixArtSigmaPipeline"],
+)
+@pytest.mark.parametrize("family", ["text-to-image", "ControlNet"])
+def test_pipelines_of_other_classes_are_refused_by_name(name, family, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(CheckpointError, match=f"is a {name}, which is not supported. Supported are .*StableDiffusionP"):
+        module_of(family, None, str(tmp_path)).configure_model()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"in_channels": 9}, "takes 9 channels and returns 4.*inpainting"),
+        ({"in_channels": 8}, "takes 8 channels and returns 4.*InstructPix2Pix"),
+        ({"num_class_embeds": 10}, r"beyond noisy latents and text \(num_class_embeds\)"),
+        ({"time_cond_proj_dim": 8}, r"time_cond_proj_dim"),
+        ({"cross_attention_dim": 24}, "embeddings of width 24.*not of one pipeline"),
+    ],
+)
+def test_networks_that_take_more_than_they_get_are_refused(changes, message, pipelines, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    folder = Path(pipelines(published("text-to-image", "epsilon")))
+    config = UNet2DConditionModel.load_config(folder / "unet")
+    (folder / "unet").unlink()
+    UNet2DConditionModel.from_config({**config, **changes}).save_pretrained(folder / "unet")
+    with pytest.raises(CheckpointError, match=message):
+        module_of("text-to-image", None, str(folder)).configure_model()
+
+
+def test_a_checkpoint_of_another_parametrisation_is_refused(tmp_path):
+    def saved(objective):
+        module = DiTDiffTuningModule(tiny_dit(), objective=objective)
+        module.configure_model()
+        return module
+
+    checkpoint = {"state_dict": (run := saved(None)).state_dict()}
+    run.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    saved(DiffTuningObjective(loss=eps_mse_loss)).on_load_checkpoint(dict(checkpoint))
+    with pytest.raises(CheckpointError, match="trained with prediction type epsilon instead of v_prediction"):
+        saved(DiffTuningObjective(loss=v_mse_loss)).on_load_checkpoint(dict(checkpoint))
+    other = GaussianDiffusion(1000, 0.00085, 0.012, "scaled_linear")
+    with pytest.raises(CheckpointError, match="other noise levels"):
+        saved(DiffTuningObjective(diffusion=other)).on_load_checkpoint(dict(checkpoint))
