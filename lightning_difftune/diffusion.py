@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,20 @@ from lightning_difftune.errors import ConfigError
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]  # diffusers' names
 
 
-class ForwardProcess(nn.Module, ABC):
+class Tables(nn.Module):
+    """A module whose buffers follow it to a device and keep their type: float32, whatever the network computes in.
+
+    Example:
+        >>> from lightning_difftune.diffusion import GaussianDiffusion
+        >>> GaussianDiffusion().bfloat16().log_betas.dtype
+        torch.float32
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
+
+
+class ForwardProcess(Tables, ABC):
     """x_t = a_t x_0 + b_t eps at T discrete noise levels, t = 0 next to data and t = T - 1 next to noise.
 
     Attributes:

@@ -6,16 +6,25 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
 from lightning_difftune.conditions import take
-from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, PredictionType, RectifiedFlow, same_process
+from lightning_difftune.densities import TimestepDensity, describe_missing_half, masses
+from lightning_difftune.diffusion import (
+    ForwardProcess,
+    GaussianDiffusion,
+    PredictionType,
+    RectifiedFlow,
+    Tables,
+    same_process,
+)
 from lightning_difftune.draws import Draws, seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import Loss, hybrid_loss, loss_for, prediction_type_of
 from lightning_difftune.protocols import Denoiser, RetentionBatch
 from lightning_difftune.retention_targets import RetentionTarget
-from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule
+from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, describe_backwards
 from lightning_difftune.source import SourceFacts
 from lightning_difftune.weightings import LossWeighting
 
@@ -30,7 +39,7 @@ class ObjectiveOutput(NamedTuple):
     timesteps: Tensor  # (B,) int64
 
 
-class DiffTuningObjective(nn.Module):
+class DiffTuningObjective(Tables):
     """Draw t from psi for target samples and from xi for retained ones, then apply the plain loss (App. B.2).
 
     loss = ``reconsolidation_weight`` * mean over target of L(t ~ psi / sum psi)
@@ -58,6 +67,8 @@ class DiffTuningObjective(nn.Module):
             :mod:`~lightning_difftune.weightings`. All count alike by default.
         retention_target: What retained samples are compared with: see :mod:`~lightning_difftune.retention_targets`.
             Their noise by default, which is replay (Eq. 3).
+        density: The model family's own training density p0, see :mod:`~lightning_difftune.densities`: t is drawn from
+            p0 psi and p0 xi. Uniform by default.
 
     Raises:
         ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, both terms have no
@@ -78,6 +89,7 @@ class DiffTuningObjective(nn.Module):
     xi: Tensor
     reconsolidation_cdf: Tensor
     retention_cdf: Tensor
+    density_cdf: Tensor
 
     def __init__(
         self,
@@ -88,6 +100,7 @@ class DiffTuningObjective(nn.Module):
         reconsolidation_weight: float = 1.0,
         weighting: LossWeighting | None = None,
         retention_target: RetentionTarget | None = None,
+        density: TimestepDensity | None = None,
     ) -> None:
         super().__init__()
         if not (retention_weight >= 0 and reconsolidation_weight >= 0):
@@ -100,6 +113,8 @@ class DiffTuningObjective(nn.Module):
         self.reconsolidation_weight = reconsolidation_weight
         self.weighting = weighting
         self.retention_target = retention_target
+        self.density = density
+        self._said: set[str] = set()
         self._given = loss, diffusion
         self.bind(SourceFacts("The model", "", learned_variance=True))
 
@@ -171,6 +186,12 @@ class DiffTuningObjective(nn.Module):
                 )
         if not psi.any():
             raise ConfigError(f"{self.schedule!r} gives the target no weight at any timestep: psi is 0 everywhere.")
+        p0 = torch.ones_like(s) if self.density is None else masses(self.density, steps)
+        missing = None if self.density is None else describe_missing_half(self.density, psi, xi)
+        for text in (describe_backwards(self.schedule, psi, xi), missing):
+            if text is not None and text not in self._said:
+                self._said.add(text)
+                rank_zero_warn(text)
         self.uses_retention = bool(xi.any()) and self.retention_weight > 0
         if self.reconsolidation_weight == 0 and not self.uses_retention:
             raise ConfigError(
@@ -180,8 +201,9 @@ class DiffTuningObjective(nn.Module):
         for name, table in {
             "psi": psi,
             "xi": xi,
-            "reconsolidation_cdf": (psi / psi.sum()).cumsum(0),
-            "retention_cdf": (xi / xi.sum() if xi.any() else torch.full_like(xi, 1 / steps)).cumsum(0),
+            "density_cdf": cdf(p0),
+            "reconsolidation_cdf": cdf(p0 * psi),
+            "retention_cdf": cdf(p0 * xi if xi.any() else p0),
         }.items():
             self.register_buffer(name, table.float().to(device), persistent=False)
 
@@ -273,8 +295,11 @@ class WeightedDiffTuningObjective(DiffTuningObjective):
     """
 
     def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
-        """Timesteps (B,) int64, uniform over the T steps."""
-        return (uniform * self.diffusion.num_timesteps).long().clamp_(max=self.diffusion.num_timesteps - 1)
+        """Timesteps (B,) int64 from the density, uniform over the T steps by default."""
+        if self.density is None:
+            return (uniform * self.diffusion.num_timesteps).long().clamp_(max=self.diffusion.num_timesteps - 1)
+        t = torch.searchsorted(self.density_cdf, uniform, right=True)
+        return t.clamp_(max=self.diffusion.num_timesteps - 1)
 
     def weights(self, t: Tensor, is_retention: Tensor) -> Tensor:
         """Psi(s_t) for target samples and xi(s_t) for retained ones, (B,)."""
@@ -301,6 +326,11 @@ def _prediction_of(process: ForwardProcess | None) -> PredictionType:
 
 def _name(loss: Any) -> str:
     return str(getattr(loss, "__name__", repr(loss)))
+
+
+def cdf(weights: Tensor) -> Tensor:
+    """The distribution function (T,) of weights (T,), at least 0 and not all 0."""
+    return (weights / weights.sum()).cumsum(0)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from lightning_difftune import (
     SNRSchedule,
     WeightedDiffTuningObjective,
 )
+from lightning_difftune.densities import LogitNormal, Uniform
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import eps_mse_loss
+from lightning_difftune.source import SourceFacts
 
 TARGET, RETAINED = torch.zeros(200_000, dtype=torch.bool), torch.ones(200_000, dtype=torch.bool)
 
@@ -156,3 +158,59 @@ def test_bad_schedules_and_weights_are_refused():
     Nothing.retention = lambda self, s: s
     with pytest.raises(ConfigError, match="psi is 0 everywhere"):
         DiffTuningObjective(Nothing())
+
+
+def shares(objective, retained):
+    """Frequencies of ten ranges of timesteps."""
+    count = 200_000
+    is_retention = torch.full((count,), retained)
+    t = objective.timesteps(Draws(0, 0).uniform(count), is_retention)
+    return torch.bincount(t * 10 // objective.diffusion.num_timesteps, minlength=10) / count
+
+
+@pytest.mark.parametrize("density", [Uniform(3.0), LogitNormal(0.5, 0.8), LogitNormal(0, 1, 3)], ids=repr)
+def test_timesteps_are_drawn_from_the_product_of_density_and_schedule(density, recwarn):
+    s = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    objective = DiffTuningObjective(PowerSchedule(), eps_mse_loss, density=density)
+    for retained, weights in ((False, s), (True, 1 - s)):
+        expected = (density.density(s) * weights).reshape(10, 100).sum(1)
+        torch.testing.assert_close(shares(objective, retained), (expected / expected.sum()).float(), atol=5e-3, rtol=0)
+    weighted = WeightedDiffTuningObjective(PowerSchedule(), eps_mse_loss, density=density)
+    expected = density.density(s).reshape(10, 100).sum(1)
+    for retained in (False, True):
+        torch.testing.assert_close(shares(weighted, retained), (expected / expected.sum()).float(), atol=5e-3, rtol=0)
+
+
+def test_without_a_density_and_with_a_uniform_one_the_draws_are_the_same():
+    uniform, retained = Draws(0, 0).uniform(1000), torch.arange(1000) % 2 == 0
+    plain, explicit = (DiffTuningObjective(density=density) for density in (None, Uniform()))
+    assert torch.equal(plain.timesteps(uniform, retained), explicit.timesteps(uniform, retained))
+
+
+def test_a_density_that_leaves_a_stream_without_its_end_warns_once(recwarn):
+    DiffTuningObjective(density=LogitNormal(shift=3)).bind(SourceFacts("model", ""))
+    said = [str(w.message) for w in recwarn if "shows the bank its cleanest 30 %" in str(w.message)]
+    assert len(said) == 1
+
+
+def test_a_schedule_that_runs_backwards_is_said_aloud(recwarn):
+    class Backwards(PowerSchedule):
+        def reconsolidation(self, s):
+            return 1 - s
+
+        def retention(self, s):
+            return s
+
+    DiffTuningObjective(Backwards())
+    assert len([w for w in recwarn if "psi falls and xi rises towards noise" in str(w.message)]) == 1
+    DiffTuningObjective(PowerSchedule(1.5))
+    assert len(recwarn) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tables_stay_float32_at_any_precision(dtype):
+    objective = DiffTuningObjective().to(dtype)
+    tables = dict(objective.named_buffers())
+    assert len(tables) > 8
+    assert {table.dtype for table in tables.values()} == {torch.float32}
+    assert all(torch.equal(table, dict(DiffTuningObjective().named_buffers())[name]) for name, table in tables.items())
