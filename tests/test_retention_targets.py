@@ -73,6 +73,46 @@ def test_a_network_that_is_its_own_teacher_has_nothing_to_retain(target, loss):
     torch.testing.assert_close(out.per_sample[4:], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("order", [[6, 0, 5, 1, 2, 4, 3], [4, 5, 6, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
+@pytest.mark.parametrize("target", TARGETS, ids=repr)
+@torch.no_grad()
+def test_retained_is_what_the_mask_says_wherever_it_stands(target, order):
+    teacher, student = tiny_dit(), tiny_dit(seed=1)
+    objective = DiffTuningObjective(loss=eps_mse_loss, retention_target=target)
+    x0, labels, is_retention = batch()
+    retained = stored_for(objective, teacher, x0[4:], labels[4:])
+    t, noise = torch.tensor([5, 900, 30, 400, 600, 700, 800]), torch.randn(7, 1, 8, 8)
+    if isinstance(target, StoredPredictions):
+        t[4:], noise[4:] = retained["timesteps"], retained["noise"]
+    asked = []
+
+    def ask(x_t, t, condition):
+        asked.append((t.tolist(), condition["labels"].tolist()))
+        return teacher(x_t, t, condition["labels"])
+
+    def denoise(x_t, t, condition):
+        return student(x_t, t, condition["labels"])
+
+    straight = objective.at(denoise, x0, {"labels": labels}, is_retention, t, noise, retained, ask)
+    rows = torch.tensor(order)
+    mixed = {name: column[torch.tensor([i - 4 for i in order if i >= 4])] for name, column in retained.items()}
+    moved = objective.at(
+        denoise, x0[rows], {"labels": labels[rows]}, is_retention[rows], t[rows], noise[rows], mixed, ask
+    )
+    torch.testing.assert_close(moved.per_sample, straight.per_sample[rows], rtol=1e-5, atol=1e-6)
+    assert all(set(times) <= set(t[4:].tolist()) and set(asked_for) == {6} for times, asked_for in asked)
+    drawn = objective(denoise, x0[rows], {"labels": labels[rows]}, is_retention[rows], Draws(0, 0), mixed, ask)
+    if isinstance(target, StoredPredictions):
+        assert drawn.timesteps[is_retention[rows]].tolist() == mixed["timesteps"].tolist()
+
+
+def test_a_mask_of_another_number_than_the_banks_batch_is_refused():
+    objective = DiffTuningObjective(loss=eps_mse_loss, retention_target=OnlineTeacher())
+    x0, labels, is_retention = batch()
+    with pytest.raises(ConfigError, match="The mask has 3 retained samples and the bank's batch 2"):
+        objective(tiny_dit(), x0, labels, is_retention, Draws(0, 0), {"latents": x0[5:]}, tiny_dit())
+
+
 @pytest.mark.parametrize("kind", [DiffTuningObjective, WeightedDiffTuningObjective])
 @torch.no_grad()
 def test_stored_and_online_are_the_same_at_the_same_noise(kind):

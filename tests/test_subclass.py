@@ -19,11 +19,13 @@ from lightning_difftune import DiffTuningModule, DiffTuningObjective, MemoryBank
 from lightning_difftune.callbacks import EMA, FID, SampleGrid
 from lightning_difftune.cli import main
 from lightning_difftune.data import ArrayImages
-from lightning_difftune.draws import noise_of
+from lightning_difftune.diffusion import GaussianDiffusion
+from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.losses import eps_mse_loss
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.sampling import Sampler
+from lightning_difftune.source import SourceFacts
 
 # -- the README's example ---------------------------------------------------------------------------------------------
 
@@ -34,20 +36,14 @@ class UNetDiffTuningModule(DiffTuningModule):
 
     def __init__(self, unet: str, objective: DiffTuningObjective, sampler: Sampler, seed: int = 0) -> None:
         super().__init__(objective=objective, sampler=sampler, seed=seed)
-        self.source = unet
+        self.folder = unet
 
     def build(self):
-        self.unet = UNet2DModel.from_pretrained(self.source)
-        return {"name": self.source, "fingerprint": fingerprint(self.unet)}
+        self.unet = UNet2DModel.from_pretrained(self.folder)
+        return SourceFacts(self.folder, fingerprint(self.unet), GaussianDiffusion(), "epsilon")
 
     def trainable_modules(self):
         return [self.unet]
-
-    def prepare(self, batch, draws):
-        target = batch["target"]["pixel_values"]
-        retained = batch["retention"]["latents"] if "retention" in batch else target[:0]
-        x0 = torch.cat([target, retained])
-        return x0, None, torch.arange(len(x0), device=x0.device) >= len(target)
 
     def denoise(self, x_t, t, condition):
         return self.unet(x_t, t).sample
@@ -61,7 +57,7 @@ class UNetDiffTuningModule(DiffTuningModule):
         return config.in_channels, config.sample_size, config.sample_size
 
     def pretrained(self):
-        unet = UNet2DModel.from_pretrained(self.source).to(self.device)
+        unet = UNet2DModel.from_pretrained(self.folder).to(self.device)
         return lambda x_t, t, condition: unet(x_t, t).sample
 
 
@@ -88,9 +84,7 @@ def weights(tmp_path):
 
 
 def module_of(weights):
-    return UNetDiffTuningModule(
-        weights, DiffTuningObjective(loss=eps_mse_loss), Sampler(num_inference_steps=2, guidance_scale=1.0)
-    )
+    return UNetDiffTuningModule(weights, DiffTuningObjective(), Sampler(num_inference_steps=2, guidance_scale=1.0))
 
 
 def data_of(bank):
@@ -177,7 +171,7 @@ def test_the_command_line_runs_it(tmp_path, weights):
             "class_path": f"{__name__}.UNetDiffTuningModule",
             "init_args": {
                 "unet": weights,
-                "objective": {"loss": "lightning_difftune.losses.eps_mse_loss"},
+                "objective": {},
                 "sampler": {"num_inference_steps": 2, "guidance_scale": 1.0},
             },
         },
@@ -201,3 +195,61 @@ def test_the_command_line_runs_it(tmp_path, weights):
     Path(tmp_path / "unet.yaml").write_text(yaml.safe_dump(config))
     assert main(["fit", "--config", str(tmp_path / "unet.yaml")]) == 0
     assert len(MemoryBank(tmp_path / "bank")) == 6
+
+
+# -- a conditional one, of latents -------------------------------------------------------------------------------------
+
+
+class Doubled(UNetDiffTuningModule):
+    """A conditional family of latents: a nested condition whose words are dropped, and sizes that stay."""
+
+    condition_dropout = 0.5
+
+    def encode_pixels(self, pixel_values):
+        return 2 * pixel_values, torch.full_like(pixel_values, 0.25)
+
+    def target_condition(self, target):
+        return {
+            "text": {"words": target["class_labels"].float()},
+            "size": torch.full((len(target["class_labels"]),), 8),
+        }
+
+    def null_condition(self, condition):
+        return {**condition, "text": {"words": torch.full_like(condition["text"]["words"], -1)}}
+
+    def retention_condition(self, retention):
+        return {
+            "text": {"words": retention["class_labels"].float()},
+            "size": torch.full((len(retention["latents"]),), 4),
+        }
+
+
+def test_prepare_encodes_draws_drops_and_joins_once_for_all_families(weights):
+    module = Doubled(weights, DiffTuningObjective(), Sampler())
+    module.configure_model()
+    pixels = torch.rand(400, 1, 8, 8) * 2 - 1
+    target = {"pixel_values": pixels, "class_labels": torch.arange(400)}
+    retention = {"latents": torch.full((3, 1, 8, 8), 9.0), "class_labels": torch.tensor([7, 8, 9])}
+    x0, condition, is_retention = module.train().prepare({"target": target, "retention": retention}, Draws(0, 0))
+    draws = Draws(0, 0)
+    expected = 2 * pixels + 0.25 * draws.normal(400, 1, 8, 8)
+    dropped = draws.uniform(400) < 0.5
+    assert torch.equal(x0, torch.cat([expected, retention["latents"]]))
+    words = torch.where(dropped, -1, torch.arange(400)).float()
+    assert torch.equal(condition["text"]["words"], torch.cat([words, torch.tensor([7.0, 8, 9])]))
+    assert condition["size"].tolist() == [8] * 400 + [4] * 3
+    assert is_retention.tolist() == [False] * 400 + [True] * 3
+    _, condition, _ = module.eval().prepare({"target": target}, Draws(0, 0))
+    assert torch.equal(condition["text"]["words"], torch.arange(400).float()), "validation drops nothing"
+
+
+def test_a_dict_is_enough_of_an_identity(weights):
+    class Plain(UNetDiffTuningModule):
+        def build(self):
+            facts = super().build()
+            return {"name": facts.name, "fingerprint": facts.fingerprint, "classes": 3}
+
+    module = Plain(weights, DiffTuningObjective(loss=eps_mse_loss), Sampler())
+    module.configure_model()
+    assert module.base_identity["classes"] == 3
+    assert module.source_facts.prediction_type == "epsilon"

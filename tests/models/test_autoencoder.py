@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,62 @@ def test_a_configuration_file_can_name_it(folder: Path) -> None:
     frozen = parser.instantiate_classes(config).autoencoder
     assert frozen.scaling_factor == 0.5
     assert frozen.autoencoder.dtype == torch.bfloat16
+
+
+# -- shifts and statistics --------------------------------------------------------------------------------------------
+
+NORMALISATIONS = [
+    {"scaling_factor": 0.3611, "shift_factor": 0.1159},
+    {"scaling_factor": 0.5, "latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.0, 2.0, 0.5, 3.0]},
+]
+
+
+@pytest.mark.parametrize("stated", NORMALISATIONS, ids=["shift", "statistics"])
+@pytest.mark.parametrize("by", ["folder", "object"])
+def test_the_normalisation_that_the_configuration_states_is_used(stated, by, tmp_path):
+    torch.manual_seed(0)
+    vae = tiny()
+    vae.register_to_config(**stated)
+    vae.save_pretrained(tmp_path / "vae")
+    frozen = FrozenAutoencoder(vae if by == "object" else tmp_path / "vae")
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        posterior = vae.encode(pictures).latent_dist
+    mean, std = frozen.encode(pictures)
+    shift, scale = stated.get("shift_factor", 0.0), stated["scaling_factor"]
+    if "latents_mean" in stated:
+        shift = torch.tensor(stated["latents_mean"]).view(1, 4, 1, 1)
+        scale = scale / torch.tensor(stated["latents_std"]).view(1, 4, 1, 1)
+    torch.testing.assert_close(mean, (posterior.mean - shift) * scale)
+    torch.testing.assert_close(std, posterior.std * scale)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen.decode(mean), vae.decode(posterior.mean).sample.clamp(-1, 1))
+
+
+def test_another_shift_is_another_identity():
+    vae = tiny()
+    plain = FrozenAutoencoder(vae)
+    assert plain.identity() == f"{plain.fingerprint()} x 0.18215"
+    identities = {plain.identity()}
+    for stated in NORMALISATIONS:
+        other = copy.deepcopy(vae)
+        other.register_to_config(**stated)
+        identities.add(FrozenAutoencoder(other, 0.18215).identity())
+    assert len(identities) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_norm_eps": 1e-4}, "states batch_norm_eps for its latents, a normalisation that is not known"),
+        ({"latents_mean": [0.0] * 4}, "latents_mean and latents_std go together"),
+        ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "3 latents_mean for 4 channels"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "shift_factor": 0.1}, "both shift_factor = 0.1"),
+        ({"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]}, "latents_std must be positive"),
+    ],
+)
+def test_normalisations_that_are_not_known_are_refused(folder, changes, message):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(CheckpointError, match=message):
+        FrozenAutoencoder(folder)
