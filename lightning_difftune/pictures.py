@@ -107,6 +107,14 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
     return np.array(np.asarray(cropped).reshape(image_size, image_size, channels).transpose(2, 0, 1), order="C")
 
 
+def largest_value(image: object) -> int | None:
+    """The largest value of a picture of 16 bits, from 0 to 65,535; None for one of 8 bits."""
+    if isinstance(image, Tensor):
+        image = image.numpy()
+    is_deep = image.dtype == np.uint16 if isinstance(image, np.ndarray) else getattr(image, "mode", "").startswith("I")
+    return int(np.asarray(image).max()) if is_deep else None
+
+
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
     """The centre crop of Dhariwal & Nichol (2021), which DiT was trained with.
 

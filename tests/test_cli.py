@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from jsonargparse import dict_to_namespace
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from tiny import tiny_dit
 import lightning_difftune
 from lightning_difftune import MemoryBank, __version__
 from lightning_difftune.cli import COMMANDS, HELP, export, main, sample
-from lightning_difftune.cli.lightning import ConfigReader
+from lightning_difftune.cli.lightning import ConfigReader, expand_home
 from lightning_difftune.data import ImageFolder
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_dit
@@ -452,3 +453,13 @@ def test_no_internet_where_a_hub_name_is_given(project, refused, monkeypatch):
     refused([*FIT, f"{MODEL}model", "facebook/DiT-XL-2-256"], rf"'facebook/DiT-XL-2-256' is no local folder .*{cure}")
     autoencoder = [f"{MODEL}autoencoder", "FrozenAutoencoder", f"{MODEL}autoencoder.init_args.source", "owner/vae"]
     refused([*FIT, *autoencoder], rf"'owner/vae' is no local folder .*{cure}")
+
+
+def test_home_is_understood_in_every_path_of_a_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    init = {"bank": "~/bank", "shards": ["~/a.tar", "b~/c"], "prompt": "a ~/ in the middle", "seed": 3, "none": None}
+    expanded = expand_home(dict_to_namespace({"data": {"init_args": init}, "dirpath": "~/out"}))
+    assert expanded.dirpath == f"{tmp_path}/out"
+    found = expanded.data.init_args
+    assert (found.bank, found.shards) == (f"{tmp_path}/bank", [f"{tmp_path}/a.tar", "b~/c"])
+    assert (found.prompt, found.seed, found.none) == ("a ~/ in the middle", 3, None)

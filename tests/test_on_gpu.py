@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA, FID, RegionalCompile
-from lightning_difftune.data.largest_batch import largest_batch
+from lightning_difftune.data.building import largest_batch
 from lightning_difftune.draws import Draws
 from lightning_difftune.sampling import Sampler, sample, scheduler_named
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -14,10 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.data.class_counts import FEW_PICTURES
-from lightning_difftune.data.inspection import SourceFacts, inspect
+from lightning_difftune.data.classes import FEW_PICTURES
+from lightning_difftune.data.folders import describe_counts, shorten
+from lightning_difftune.data.images import MOST_WRONG_BITS
+from lightning_difftune.data.inspection import SourceFacts, inspect, open_images
 from lightning_difftune.data.partition import Partition
-from lightning_difftune.data.sources import open_images
+from lightning_difftune.data.source_facts import captions_of, class_names_of
 from lightning_difftune.errors import ConfigError
 
 DESCRIPTION = """Look at every picture of a data set before training on it.
@@ -29,12 +32,15 @@ DESCRIPTION = """Look at every picture of a data set before training on it.
   difftune data check owner/flowers --json        a data set on the Hugging Face hub, for a program to read
 
 Shown are pictures by class (those with fewer than ten are marked), sizes, grey and transparent pictures, those turned
-by their EXIF orientation, unreadable ones by name, exact duplicates, and the split: without --val, a tenth is held out
-at random, as configs/dit/folder.yaml does.
+by their EXIF orientation, unreadable ones by name, exact duplicates, what is left out (thumbnails, system files, types
+that are not read), empty, short and long captions, and the split: without --val, a tenth is held out at random, as
+configs/dit/folder.yaml does.
 
-Exit status: 0 if all pictures can be used; 1 if some cannot be read; 2 if PATH is no data
-set, or one with mistakes that no run would get past, such as a class without pictures."""
+Exit status: 0 if all pictures can be used; 1 if some cannot, or the held-out ones have other classes; 2 if PATH is not
+a data set, or one with mistakes that no run would get past, such as a class without pictures."""
 
+EXAMPLES = 10  # of captions at either end
+CUT = 40  # characters of each
 SHOWN = 20  # rows of a table; --json has all
 HELD_OUT = {"train": 0.9, "val": 0.1}  # as configs/dit/folder.yaml
 
@@ -66,7 +72,8 @@ def data(argv: Sequence[str]) -> int:
         print(json.dumps(report, indent=2))
     else:
         show(report, Console())
-    return 1 if report["unreadable"] or report["split"].get("unreadable") else 0
+    wrong = report["unreadable"], report["split"].get("unreadable"), report["split"].get("unknown_classes")
+    return 1 if any(wrong) or 0 < report["deep"].get("bits", 0) <= MOST_WRONG_BITS else 0
 
 
 def parser() -> CommandParser:
@@ -83,11 +90,15 @@ def parser() -> CommandParser:
 
 def facts_at(path: str, split: str | None, num_workers: int) -> SourceFacts:
     """Open a data set and look at its pictures, with a bar where somebody watches."""
-    source = open_images(path, split)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = open_images(path, split)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"Reading {path}", total=len(source))
-        return inspect(source, num_workers, lambda done: bar.update(task, completed=done))
+        facts = inspect(source, num_workers, lambda done: bar.update(task, completed=done))
+    facts.notes = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    return facts
 
 
 def report_of(path: str, facts: SourceFacts, held_out: SourceFacts | None, image_size: int) -> dict[str, Any]:
@@ -110,13 +121,32 @@ def report_of(path: str, facts: SourceFacts, held_out: SourceFacts | None, image
         "grey": sum(picture.is_grey for picture in pictures),
         "alpha": sum(picture.has_alpha for picture in pictures),
         "exif_rotated": sum(picture.is_rotated for picture in pictures),
+        "deep": deep_of([picture.largest for picture in pictures if picture.largest is not None]),
+        "captions": captions_of_report(facts),
+        "left_out": {what: count for what, count in getattr(facts.source, "left_out", {}).items() if count},
         "unreadable": facts.unreadable(),
         "duplicates": [[facts.name(index) for index in group] for group in facts.duplicates()],
         "duplicates_of_two_classes": sum(
             len({facts.pictures[index].label for index in group}) > 1 for group in facts.duplicates()
         ),
         "split": split_of(facts, held_out),
+        "notes": [*facts.notes, *(held_out.notes if held_out is not None else [])],
     }
+
+
+def deep_of(largest: Sequence[int]) -> dict[str, int]:
+    """How many pictures have 16 bits, and how many bits their largest value needs."""
+    return {"pictures": len(largest), "largest": max(largest), "bits": max(largest).bit_length()} if largest else {}
+
+
+def captions_of_report(facts: SourceFacts) -> dict[str, Any]:
+    """How many captions are empty, and the shortest and longest of the others."""
+    captions = captions_of(facts.source)
+    if captions is None:
+        return {}
+    said = sorted({caption for caption in captions if caption.strip()}, key=len)
+    empty = [facts.name(index) for index, caption in enumerate(captions) if not caption.strip()]
+    return {"empty": empty, "shortest": said[:EXAMPLES], "longest": said[-EXAMPLES:][::-1]}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -128,6 +158,8 @@ def split_of(facts: SourceFacts, held_out: SourceFacts | None) -> dict[str, Any]
     """Which pictures a run would train on and hold out, and how many are the same on both sides."""
     if held_out is not None:
         digests = {picture.digest for picture in facts.readable}
+        classes, others = facts.counts(), held_out.counts()
+        named = class_names_of(facts.source) is not None and class_names_of(held_out.source) is not None
         both = sum(picture.digest in digests for picture in held_out.readable)
         return {
             "by": "given",
@@ -135,6 +167,10 @@ def split_of(facts: SourceFacts, held_out: SourceFacts | None) -> dict[str, Any]
             "val": len(held_out.pictures),
             "in_both": both,
             "unreadable": held_out.unreadable(),
+            "missing_classes": [name for name in classes if not others.get(name)] if named else [],
+            "unknown_classes": [name for name, count in others.items() if count and name not in classes]
+            if named
+            else [],
         }
     try:
         held = set(Partition(facts.source, HELD_OUT, "val").indices)
@@ -161,10 +197,13 @@ def show(report: dict[str, Any], console: Console) -> None:
         ("grey / alpha", f"{report['grey']:,} / {report['alpha']:,}"),
         ("EXIF-rotated", f"{report['exif_rotated']:,}"),
         ("unreadable", f"{len(report['unreadable']):,}"),
+        ("16 bits", bits_of(report["deep"])),
+        ("captions", f"{len(report['captions'].get('empty', [])):,} are empty" if report["captions"] else ""),
+        ("left out", escape(describe_counts(report["left_out"]))),
         ("duplicates", f"{len(report['duplicates']):,} groups, {report['duplicates_of_two_classes']} across classes"),
         ("split", "{train:,} to train on, {val:,} held out ({by}), {in_both:,} in both".format(**report["split"])),
     ):
-        if name != "classes" or report["classes"]:
+        if value and (name != "classes" or report["classes"]):
             overview.add_row(name.replace("_", " "), value)
     console.print(overview)
     if report["classes"]:
@@ -174,6 +213,15 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(table)
         if len(report["classes"]) > SHOWN:
             console.print(f"... and {len(report['classes']) - SHOWN} larger ones")
+    for length in ("shortest", "longest"):
+        if captions := report["captions"].get(length):
+            said = ", ".join(f"{caption[:CUT]!r} ({len(caption):,})" for caption in captions)
+            console.print(f"{length} captions (characters): {escape(said)}", highlight=False, soft_wrap=True)
+    for note in report["notes"]:
+        console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
+    for said, which in (("empty caption", report["captions"].get("empty", [])), *between_splits(report["split"])):
+        if which:
+            console.print(f"[yellow]{said}:[/] {escape(shorten(which))}", highlight=False, soft_wrap=True)
     unreadable = {**report["unreadable"], **report["split"].get("unreadable", {})}
     for name, reason in list(unreadable.items())[:SHOWN]:
         console.print(f"[red]cannot be read:[/] {escape(f'{name} ({reason})')}", highlight=False, soft_wrap=True)
@@ -182,6 +230,25 @@ def show(report: dict[str, Any], console: Console) -> None:
     for what in (unreadable, report["duplicates"]):
         if len(what) > SHOWN:
             console.print(f"... and {len(what) - SHOWN} more; --json has all")
+
+
+def between_splits(split: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Classes that one side has and the other does not, each with what that means."""
+    return [
+        ("no held-out pictures of", split.get("missing_classes", [])),
+        (
+            "held-out classes that the training pictures do not have, which a run refuses",
+            split.get("unknown_classes", []),
+        ),
+    ]
+
+
+def bits_of(deep: dict[str, int]) -> str:
+    """What to say of pictures of 16 bits."""
+    if not deep:
+        return ""
+    said = f"{deep['pictures']:,} pictures, largest value {deep['largest']:,} of 65,535 ({deep['bits']} bits)"
+    return said + (": nearly black, a run refuses them" if deep["bits"] <= MOST_WRONG_BITS else "")
 
 
 def between(values: dict[str, float]) -> str:

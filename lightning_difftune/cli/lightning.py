@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,7 @@ class DiffTuneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and look at a checkpoint before Lightning opens it."""
         super().parse_arguments(parser, args)
+        expand_home(self.config)
         command = self.config.get("subcommand")
         settings = self.config[command] if command else Namespace()
         path = settings.get("ckpt_path")
@@ -138,6 +140,15 @@ class DiffTuneCLI(LightningCLI):
         if not isinstance(trainer.strategy, FSDPStrategy) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+
+def expand_home(settings: Any) -> Any:
+    """Put the home folder for a leading ``~/`` in all texts of a config, as a shell does on the command line."""
+    if isinstance(settings, str):
+        return os.path.expanduser(settings) if settings.startswith("~/") else settings
+    for key, value in list(settings.items() if isinstance(settings, dict | Namespace) else ()):
+        settings[key] = expand_home(value)
+    return [expand_home(value) for value in settings] if isinstance(settings, list) else settings
 
 
 def loggers_of(given: Any, folder: str | None) -> Any:

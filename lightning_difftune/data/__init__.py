@@ -2,8 +2,7 @@
 
 from lightning_difftune.data.annotators import Canny, HEDSketch, MidasDepth, MidasNormal, UperNetSegmentation
 from lightning_difftune.data.captioned_files import ADE20k, CaptionedFolder, CocoCaptions
-from lightning_difftune.data.captions import ClassCaptions
-from lightning_difftune.data.control_examples import ControlExamples
+from lightning_difftune.data.captions import ClassCaptions, ControlExamples
 from lightning_difftune.data.datamodule import MemoryBankDataModule
 from lightning_difftune.data.digits import HandwrittenDigits
 from lightning_difftune.data.hub_images import HubImages
@@ -13,6 +12,7 @@ from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.partition import Partition
+from lightning_difftune.data.source_facts import ImageSource
 from lightning_difftune.data.web_dataset import WebDatasetShards
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "HandwrittenDigits",
     "HubImages",
     "ImageFolder",
+    "ImageSource",
     "ImageTargets",
     "LatentCache",
     "ListedImages",

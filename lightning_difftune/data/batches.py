@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from lightning_difftune.data.images import check_labels
+from lightning_difftune.data.classes import check_labels
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import DataError
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch

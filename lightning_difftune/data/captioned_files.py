@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lightning_difftune.data.image_files import describe_files, find_pictures, paths_below, shorten
+from lightning_difftune.data.folders import (
+    Folder,
+    captions_beside,
+    describe_files,
+    paths_below,
+    read_csv,
+    read_text,
+    shorten,
+)
 from lightning_difftune.draws import choice_of
-from lightning_difftune.errors import DataError
+from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest, stat_digest
 from lightning_difftune.prompts import DEFAULT_PROMPT
 
@@ -22,13 +31,17 @@ _FOLDER_LAYOUT = (
 )
 
 
-class _Row(NamedTuple):
-    """A line of metadata.jsonl."""
-
-    line: int
-    file_name: str
-    text: str
-    conditioning_image: str | None
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_TEXT_KEYS = ("text", "caption", "prompt")
+_CONTROL_KEYS = (
+    "conditioning_image",
+    "conditioning_image_file_name",
+    "conditioning_file_name",
+    "conditioning_image_path",
+    "control_image",
+    "control_file_name",
+    "control",
+)
 
 
 class _CaptionedFiles(Dataset[tuple[Any, ...]]):
@@ -73,7 +86,7 @@ class CocoCaptions(_CaptionedFiles):
     """
 
     def __init__(self, root: str | Path, split: str = "train2017", seed: int = 0) -> None:
-        file = Path(root, "annotations", f"captions_{split}.json")
+        file = Path(root, "annotations", f"captions_{split}.json").expanduser()
         if not file.is_file():
             raise DataError(
                 f"{file} does not exist; expected annotations/captions_{split}.json and the folder {split} below root, "
@@ -87,8 +100,8 @@ class CocoCaptions(_CaptionedFiles):
                 choices[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{file} is no file of COCO captions ({type(error).__name__}: {error}); expected `images` with id and "
-                "file_name, and `annotations` with the image_id of one of them and a caption."
+                f"{file} is not a file of COCO captions ({type(error).__name__}: {error}); expected `images` with id "
+                "and file_name, and `annotations` with the image_id of one of them and a caption."
             ) from error
         bare = [names[key] for key, captions in choices.items() if not captions]
         if bare or not names:
@@ -114,8 +127,8 @@ class ADE20k(_CaptionedFiles):
     """
 
     def __init__(self, root: str | Path, split: str = "training", prompt: str = DEFAULT_PROMPT) -> None:
-        folder = Path(root, "images", split)
-        paths, other = find_pictures(folder, recursive=False)
+        folder = Path(root, "images", split).expanduser()
+        paths, other = Folder(folder).files(recursive=False) if folder.is_dir() else ([], [])
         if not paths:
             raise DataError(
                 f"no pictures in {folder}; found {describe_files(other)}. Set root to the folder ADEChallengeData2016 "
@@ -127,74 +140,128 @@ class ADE20k(_CaptionedFiles):
 class CaptionedFolder(_CaptionedFiles):
     """A folder of captioned pictures, in either of two layouts.
 
-    - ``metadata.jsonl``, the layout of Hugging Face data sets: a JSON object a line with ``file_name``, ``text`` and,
-      in all lines or none, ``conditioning_image``, a control map. Paths start at the folder.
-    - Without it, a text file beside each picture in the folder or below: ``1.txt`` beside ``1.png``.
+    - ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet``, the layout of Hugging Face data sets: a row per
+      picture with ``file_name``, ``text`` (or ``caption``, or ``prompt``) and, in all rows or none, a control map as
+      ``conditioning_image`` (or ``conditioning_image_file_name``, or ``control_image``). Paths start at the folder.
+    - Without it, a text file of each picture in the folder or below: ``1.txt``, ``1.caption`` or ``1.png.txt`` and
+      ``1.png``.
+
+    Texts are UTF-8, or what their byte-order mark says. ``left_out`` counts what lies in the folder and is not read.
 
     Args:
         root: The folder.
 
     Raises:
-        DataError: If there are no pictures, a line cannot be used (the message names it), a picture has no caption,
-            or the pictures are not there.
+        DataError: If there are no pictures, a row cannot be used (the message names it), a picture has no caption, or
+            the pictures are not there.
+        ConfigError: If the package that reads ``metadata.parquet`` is missing.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         if not self.root.is_dir():
             found = "is a file" if self.root.exists() else "does not exist"
             raise DataError(f"the image folder {self.root} {found}; {_FOLDER_LAYOUT}")
-        listed = self.root / "metadata.jsonl"
-        if not listed.exists():
-            super().__init__(*self._beside())
-            return
-        rows = _read_rows(listed)
-        controls = [row.conditioning_image for row in rows if row.conditioning_image is not None]
+        place = Folder(self.root)
+        pictures, other = place.files(recursive=True)
+        lists = [file for file in other if Path(file).name.lower() in _METADATA and Path(file).parent == self.root]
+        if len(lists) > 1:
+            names = " and ".join(Path(file).name for file in lists)
+            raise DataError(f"{self.root} has {names}, which may say different things. Keep one of them.")
+        used: list[str] = [*lists]
+        if lists:
+            super().__init__(*self._listed(Path(lists[0])))
+            unlisted = set(pictures).difference(self.paths, self.control_paths or ())
+            place.left_out[f"pictures that {Path(lists[0]).name} does not list"] = len(unlisted)
+        else:
+            super().__init__(*_with_texts(self.root, pictures, other, used))
+        place.leave_out(set(other).difference(used))
+        self.left_out = place.left_out
+
+    def _listed(self, file: Path) -> tuple[list[str], list[str], list[str] | None]:
+        rows = _read_rows(file)
+        text_key, control_key = _first_key(rows, _TEXT_KEYS), _first_key(rows, _CONTROL_KEYS)
+        for line, row in rows.items():
+            for key in ("file_name", text_key or "text"):
+                value = row.get(key)
+                if not isinstance(value, str) or (key == "file_name" and not value):
+                    raise DataError(f"{file}, line {line}: {key} is {value!r}, expected a string; keys: {sorted(row)}.")
+            control = row.get(control_key) if control_key is not None else None
+            if control is not None and not isinstance(control, str):
+                raise DataError(f"{file}, line {line}: {control_key} is {control!r}, expected a path.")
+        controls = (
+            [row[control_key] for row in rows.values() if row.get(control_key)] if control_key is not None else []
+        )
         if controls and len(controls) < len(rows):
-            first = next(row for row in rows if row.conditioning_image is None)
+            first = next(line for line, row in rows.items() if not row.get(control_key or ""))
             raise DataError(
-                f"{listed}, line {first.line}: no conditioning_image, as in {len(rows) - len(controls)} of {len(rows)} "
+                f"{file}, line {first}: no {control_key}, as in {len(rows) - len(controls)} of {len(rows)} "
                 "lines; give all pictures one, or none."
             )
-        super().__init__(
-            paths_below(self.root, [row.file_name for row in rows], f"{listed}, file_name"),
-            [row.text for row in rows],
-            paths_below(self.root, controls, f"{listed}, conditioning_image") if controls else None,
+        self._warn_of_unused(file, next(iter(rows.values())), {"file_name", text_key, control_key})
+        return (
+            paths_below(self.root, [row["file_name"] for row in rows.values()], f"{file}, file_name"),
+            [row[text_key or "text"] for row in rows.values()],
+            paths_below(self.root, controls, f"{file}, {control_key}") if controls else None,
         )
 
-    def _beside(self) -> tuple[list[str], list[str]]:
-        paths, other = find_pictures(self.root, recursive=True)
-        if not paths:
-            raise DataError(f"no pictures under {self.root}; found {describe_files(other)}; {_FOLDER_LAYOUT}")
-        files = [Path(path).with_suffix(".txt") for path in paths]
-        bare = [str(path) for path, file in zip(paths, files, strict=True) if not file.is_file()]
-        if bare:
-            raise DataError(
-                f"{len(bare)} of {len(paths)} pictures under {self.root} have no caption: {shorten(bare)}; "
-                f"{_FOLDER_LAYOUT}"
-            )
-        return paths, [" ".join(file.read_text(encoding="utf-8-sig", errors="replace").split()) for file in files]
+    def _warn_of_unused(self, file: Path, row: dict[str, Any], used: set[str | None]) -> None:
+        for key in row.keys() - used:
+            value = row[key]
+            if isinstance(value, str) and value and len(value) < 1000 and (self.root / value).is_file():
+                rank_zero_warn(
+                    f"{file} names a file under {key!r} ({value}), which is not used: a control map is called "
+                    "conditioning_image."
+                )
 
 
-def _read_rows(file: Path) -> list[_Row]:
-    rows: list[_Row] = []
-    # Captions may hold other line separators of Unicode, where splitlines() would cut.
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{file}, line {number}: no JSON ({error}); found {line[:80]!r}.") from error
-        if not isinstance(entry, dict):
-            raise DataError(f"{file}, line {number}: expected an object, found {line[:80]!r}.")
-        name, text, control = (entry.get(key) for key in ("file_name", "text", "conditioning_image"))
-        for key, value in (("file_name", name), ("text", text)):
-            if not isinstance(value, str) or (key == "file_name" and not value):
-                raise DataError(f"{file}, line {number}: {key} is {value!r}, expected a string; keys: {sorted(entry)}.")
-        if control is not None and not isinstance(control, str):
-            raise DataError(f"{file}, line {number}: conditioning_image is {control!r}, expected a path.")
-        rows.append(_Row(number, str(name), str(text), control))
+def _first_key(rows: dict[int, dict[str, Any]], names: Sequence[str]) -> str | None:
+    return next((name for name in names if any(row.get(name) is not None for row in rows.values())), None)
+
+
+def _with_texts(root: Path, pictures: list[str], other: list[str], used: list[str]) -> tuple[list[str], list[str]]:
+    """Pictures and the captions in their text files, which are added to ``used``."""
+    if not pictures:
+        raise DataError(f"no pictures under {root}; found {describe_files(other)}; {_FOLDER_LAYOUT}")
+    texts = captions_beside(pictures, other)
+    if bare := [picture for picture in pictures if picture not in texts]:
+        raise DataError(
+            f"{len(bare)} of {len(pictures)} pictures under {root} have no caption: {shorten(bare)}; {_FOLDER_LAYOUT}"
+        )
+    used.extend(texts.values())
+    return pictures, [" ".join(read_text(Path(texts[picture])).split()) for picture in pictures]
+
+
+def _read_rows(file: Path) -> dict[int, dict[str, Any]]:
+    """The rows of a metadata file by line or row number."""
+    if file.suffix.lower() == ".csv":
+        rows: dict[int, dict[str, Any]] = dict(read_csv(file, ["file_name"]))
+    elif file.suffix.lower() == ".parquet":
+        rows = dict(enumerate(_read_parquet(file), start=1))
+    else:
+        rows = {}
+        # Captions may hold other line separators of Unicode, where splitlines() would cut.
+        for number, line in enumerate(read_text(file).split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{file}, line {number}: not JSON ({error}); found {line[:80]!r}.") from error
+            if not isinstance(entry, dict):
+                raise DataError(f"{file}, line {number}: expected an object, found {line[:80]!r}.")
+            rows[number] = entry
     if not rows:
         raise DataError(f"{file} lists no pictures; {_FOLDER_LAYOUT}")
     return rows
+
+
+def _read_parquet(file: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ConfigError(f"{file} is read with pyarrow. Install it: pip install pyarrow.") from error
+    try:
+        return list(parquet.read_table(file).to_pylist())
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise DataError(f"{file} is not a whole parquet file ({error}).") from error

@@ -21,12 +21,11 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
 )
-from lightning_difftune.data.class_counts import describe_small_classes
-from lightning_difftune.data.images import ImageTargets, check_labels
-from lightning_difftune.data.largest_batch import BATCH_SIZE, build_batch
+from lightning_difftune.data.building import BATCH_SIZE, build_batch, shard_progress
+from lightning_difftune.data.classes import check_labels, describe_small_classes, joined_by_name
+from lightning_difftune.data.images import ImageTargets, require_source
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
-from lightning_difftune.data.progress import shard_progress
 from lightning_difftune.data.real_pictures import RealPictures
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
@@ -59,7 +58,8 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             Fig. 6d), or others that the model shall keep. ``bank_size`` of them are taken at random, without labels.
         retention_share: Share of a batch that comes from the bank.
         batch_size: Samples of one process and step, both streams together.
-        val_target: Held-out pictures, for the validation loss and as the reference of FID.
+        val_target: Held-out pictures, for the validation loss and as the reference of FID. Their classes are joined
+            with the target's by name, where both have names.
         reference: What FID compares with: the held-out pictures or the training pictures.
         latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
         horizontal_flip: Whether half of the target pictures are mirrored.
@@ -111,16 +111,21 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shard left to build
         self.num_classes, self.channels = num_classes, channels
         self.target = ImageTargets(target, image_size, channels, on_corrupt)
-        self.val_target = ImageTargets(val_target, image_size, channels, on_corrupt) if val_target is not None else None
+        names = self.target.class_names
+        self.val_target: ImageTargets | None = None
+        if val_target is not None:
+            require_source(val_target)
+            held_out = val_target if num_classes is None else joined_by_name(val_target, names)
+            self.val_target = ImageTargets(held_out, image_size, channels, on_corrupt)
         self.reference = reference
-        self.bank_path = Path(bank) if bank is not None else None
+        self.bank_path = Path(bank).expanduser() if bank is not None else None
         self.bank_size = bank_size
         self.bank_source = (
             ImageTargets(bank_source, image_size, channels, on_corrupt) if bank_source is not None else None
         )
         self.retention_share = retention_share
         self.batch_size = batch_size
-        self.latent_cache_path = Path(latent_cache) if latent_cache is not None else None
+        self.latent_cache_path = Path(latent_cache).expanduser() if latent_cache is not None else None
         self.horizontal_flip = horizontal_flip
         self.class_balanced = class_balanced
         self.build_batch_size: int | None = None if build_batch_size == "auto" else build_batch_size
@@ -135,7 +140,9 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
                 "make captions of them with lightning_difftune.data.ClassCaptions."
             )
         if labels is not None and num_classes is not None:
-            check_labels(labels, num_classes, self.target.describe)
+            for targets in (self.target, self.val_target):
+                if targets is not None and (known := targets.labels()) is not None:
+                    check_labels(known, num_classes, targets.describe)
 
     def _check_shares(self) -> None:
         if not 0 <= self.retention_share < 1:
@@ -165,7 +172,9 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0
 
     def setup(self, stage: str) -> None:
-        """Warn of classes that are too small to be learned, before a run starts."""
+        """Warn of classes that are too small to be learned, and refuse pictures that would come out black."""
+        if stage == "fit":
+            self.target.check_depth()
         labels = self.target.labels()
         if stage == "fit" and self.num_classes is not None and labels is not None:
             said = describe_small_classes(labels, self.num_classes, self.class_names)

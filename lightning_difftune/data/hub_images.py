@@ -66,7 +66,7 @@ class HubImages(Dataset[tuple[Any, ...]]):
             raise ConfigError("HubImages has labels or captions: set label_column or caption_column, not both.")
         self.path = str(path) if isinstance(path, str | Path) else "the data set"
         if keep is not None and limit is not None:
-            dataset = kept_stream(str(path), split, name, revision, Path(keep), limit)
+            dataset = kept_stream(str(path), split, name, revision, Path(keep).expanduser(), limit)
         else:
             dataset = open_dataset(path, split, name, revision) if isinstance(path, str | Path) else path
         self._image, target = find_columns(dataset, image_column, label_column, caption_column, self.path)

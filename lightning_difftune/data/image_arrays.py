@@ -89,7 +89,7 @@ class NpzImages(Dataset[tuple[Any, int]]):
     """
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         arrays = _load_npz(self.path)
         self._images: npt.NDArray[np.uint8] | None = None
         self._bytes: npt.NDArray[np.uint8] | None = None

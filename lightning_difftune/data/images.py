@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_difftune.data.source_facts import (
     captions_of,
@@ -28,13 +28,16 @@ from lightning_difftune.data.source_facts import (
 )
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest, text_digest
-from lightning_difftune.pictures import to_pixel_values, to_pixels
+from lightning_difftune.pictures import largest_value, to_pixel_values, to_pixels
 from lightning_difftune.protocols import TargetBatch
 
 # In a row; a disk that is not mounted is a quicker and clearer failure than a hundred thousand warnings.
 _MAX_UNREADABLE_RUN = 100
 # Pictures to look at where a source tells nothing about its content without being read.
 _IDENTITY_SAMPLES = 64
+# Pictures of 16 bits to look at, and the most bits that are taken for a mistake: those of cameras and microscopes.
+_DEPTH_SAMPLES = 16
+MOST_WRONG_BITS = 14
 # What an OSError says about one file; any other errno (too many open files, an unplugged disk) is about the machine.
 _ERRNOS_OF_A_FILE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
 
@@ -66,7 +69,7 @@ class ImageTargets:
 
     Raises:
         ConfigError: A setting out of range.
-        DataError: The source is empty.
+        DataError: The source is empty, or its pictures have no numbers.
 
     Example:
         >>> targets = ImageTargets([(np.full((8, 12), 255, np.uint8), 3)], image_size=4)
@@ -88,6 +91,7 @@ class ImageTargets:
             raise ConfigError(f"channels is {channels}; expected 1 (grey) or 3 (RGB).")
         if on_corrupt not in ("error", "skip"):
             raise ConfigError(f"on_corrupt is {on_corrupt!r}; expected 'error' or 'skip'.")
+        require_source(source)
         self.source: Any = source
         self.image_size = image_size
         self.channels = channels
@@ -177,6 +181,29 @@ class ImageTargets:
         """
         return self._identity
 
+    def check_depth(self) -> None:
+        """Look at a few pictures of 16 bits: where no value is large, they hold fewer bits and would be nearly black.
+
+        Raises:
+            DataError: If all of them have values of 14 bits or fewer.
+        """
+        largest, count = 0, 0
+        for index in np.unique(np.linspace(0, len(self) - 1, _DEPTH_SAMPLES).astype(int)).tolist():
+            try:
+                found = largest_value(self.source[index][0])
+            except Exception:  # whoever reads it says so, by the policy on damaged pictures
+                continue
+            if found is None:
+                return
+            largest, count = max(largest, found), count + 1
+        bits = largest.bit_length()
+        if count and bits <= MOST_WRONG_BITS:
+            raise DataError(
+                f"{self.describe(0)} and others are 16-bit pictures with values up to {largest:,} of 65,535: they hold "
+                f"{max(bits, 8)} bits and would be trained on as nearly black. Multiply their values by "
+                f"{2 ** (16 - max(bits, 8))}, or save them with 8 bits."
+            )
+
     def picture_digests(self) -> Tensor | None:
         """A number for every picture that changes with it and its label or caption, (N,) int64, 0 for none; or None.
 
@@ -248,7 +275,7 @@ class ImageTargets:
         reason = f"{type(error).__name__}: {error}"
         if self.on_corrupt == "error":
             raise DataError(
-                f"{what} cannot be read ({reason}). Mend or remove it, or set on_corrupt='skip' to put the next "
+                f"{what} cannot be read ({reason}). Repair or remove it, or set on_corrupt='skip' to put the next "
                 "readable picture in its place."
             ) from error
         self.skipped[index] = f"{what}: {reason}"
@@ -259,38 +286,21 @@ class ImageTargets:
         )
 
 
-def check_labels(
-    labels: Tensor | Sequence[int] | npt.NDArray[np.integer[Any]], num_classes: int, where: Callable[[int], str]
-) -> None:
-    """Refuse labels without a row in the label table.
-
-    Args:
-        labels: (N,) class indices.
-        num_classes: Classes of the label table, its null row not counted.
-        where: Name of picture i for the message, such as :meth:`ImageTargets.describe`.
-
-    Raises:
-        DataError: A label below 0 or above ``num_classes - 1``; it names the first one.
-
-    Example:
-        >>> check_labels([0, 1, 2], 3, "image {}".format)
-        >>> check_labels([0, 3], 3, "image {}".format)
-        Traceback (most recent call last):
-        lightning_difftune.errors.DataError: label 3 of image 1 is outside the label table, whose 3 classes are 0..2 ...
-    """
-    values = np.asarray(labels, dtype=np.int64)
-    outside = np.flatnonzero((values < 0) | (values >= num_classes))
-    if not len(outside):
+def require_source(source: Any) -> None:
+    """Raise :class:`DataError` unless pictures can be reached by number."""
+    if isinstance(source, DataLoader):
+        wrong = "a DataLoader, whose batches are made already; pass its data set"
+    elif isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        wrong = (
+            f"{type(source).__name__}, which can be walked through but has no picture number i; a run that can be "
+            "repeated and resumed needs it. Write the first examples to a folder (HubImages with keep and limit does), "
+            "or give it __len__ and __getitem__"
+        )
+    else:
         return
-    first = int(outside[0])
-    cure = (
-        f"set the number of classes to at least {int(values.max()) + 1}"
-        if values.min() >= 0
-        else "give every picture a label from 0"
-    )
     raise DataError(
-        f"label {int(values[first])} of {where(first)} is outside the label table, whose {num_classes} classes are "
-        f"0..{num_classes - 1} ({len(outside)} of {len(values)} labels are outside); {cure}, or mend the labels."
+        f"the image source is {wrong}. Wanted is a map-style data set of (image, label) or (image, caption), such as "
+        "lightning_difftune.data.ImageFolder or any of torchvision's."
     )
 
 

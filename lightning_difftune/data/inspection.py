@@ -1,10 +1,11 @@
-"""What the pictures of a source are like, one by one and together, before anything is trained on them."""
+"""What a path is opened as, and what its pictures are like, before anything is trained on them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,11 +13,57 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_difftune.data.captioned_files import CaptionedFolder
+from lightning_difftune.data.folders import Folder, captions_beside
+from lightning_difftune.data.hub_images import HubImages
+from lightning_difftune.data.image_arrays import NpzImages
+from lightning_difftune.data.image_files import ImageFolder
 from lightning_difftune.data.source_facts import captions_of, class_names_of, labels_of, location_of
+from lightning_difftune.data.web_dataset import WebDatasetShards
 from lightning_difftune.errors import DataError
-from lightning_difftune.pictures import to_pixels
+from lightning_difftune.pictures import largest_value, to_pixels
 
+_HUB_FILES = ("dataset_dict.json", "state.json", "dataset_infos.json")
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F"})
+
+
+def open_images(path: str, split: str | None = None) -> Any:
+    """Open pictures by looking at what is there.
+
+    An ``.npz`` file is read by :class:`NpzImages`; ``.tar`` files by :class:`WebDatasetShards`; a folder with captions
+    (a metadata file, or text files of its pictures) by :class:`CaptionedFolder`; one that ``save_to_disk`` wrote by
+    :class:`HubImages`, as is what is not a path at all; any other folder by :class:`ImageFolder`.
+
+    Args:
+        path: File, folder, pattern of shards, or name of a data set on the Hugging Face hub.
+        split: For data sets that have several.
+
+    Raises:
+        DataError: If there is nothing, or it cannot be used.
+        ConfigError: If a package is missing.
+    """
+    place = Path(path).expanduser()
+    if place.suffix == ".npz":
+        return NpzImages(place, split)
+    if place.suffix == ".tar" or any(place.glob("*.tar")):
+        return WebDatasetShards(str(place))
+    if not place.exists():
+        # What has the form of a name on the hub is one; all else is a folder that is not there.
+        is_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+        return HubImages(path, split or "train") if is_name else ImageFolder(place)
+    if any((place / name).exists() for name in _HUB_FILES):
+        return HubImages(place, split or "train")
+    return CaptionedFolder(place) if place.is_dir() and has_captions(place) else ImageFolder(place)
+
+
+def has_captions(root: Path) -> bool:
+    """Whether a folder has a metadata file, text files of its own pictures, or those of most pictures below it."""
+    folder = Folder(root)
+    loose, other = folder.files(recursive=False)
+    if any(Path(file).stem.lower() == "metadata" for file in other) or captions_beside(loose, other):
+        return True
+    pictures, other = folder.files(recursive=True)
+    return len(captions_beside(pictures, other)) > len(pictures) / 2
 
 
 class PictureFacts(NamedTuple):
@@ -28,6 +75,7 @@ class PictureFacts(NamedTuple):
     is_grey: bool = False
     has_alpha: bool = False
     is_rotated: bool = False  # by its EXIF orientation
+    largest: int | None = None  # value of a picture of 16 bits
     digest: str = ""  # of the pixels, upright and with their transparency
     error: str | None = None  # why it cannot be read
 
@@ -42,6 +90,7 @@ class SourceFacts:
 
     def __init__(self, source: Any, pictures: Sequence[PictureFacts]) -> None:
         self.source, self.pictures = source, list(pictures)
+        self.notes: list[str] = []  # what was warned of when it was opened
         self.readable = [picture for picture in self.pictures if picture.error is None]
 
     def name(self, index: int) -> str:
@@ -117,6 +166,7 @@ class _Facts(Dataset[PictureFacts | DataError]):
 def facts_of(image: Any, label: int | None) -> PictureFacts:
     """What one picture is like; raises what Pillow does on damaged bytes."""
     to_pixels(image, 1, 3)  # as training would, for its errors
+    largest = largest_value(image)
     if isinstance(image, Tensor):
         image = image.permute(1, 2, 0).squeeze(2).numpy() if image.ndim == 3 else image.numpy()
     if isinstance(image, np.ndarray):
@@ -128,4 +178,4 @@ def facts_of(image: Any, label: int | None) -> PictureFacts:
     digest = hashlib.sha256(f"{pixels.mode} {pixels.size}".encode() + pixels.tobytes()).hexdigest()
     width, height = upright.size
     is_grey = upright.mode in _GREY_MODES
-    return PictureFacts(label, width, height, is_grey, has_alpha, orientation != 1, digest)
+    return PictureFacts(label, width, height, is_grey, has_alpha, orientation != 1, largest, digest)

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.data.images import ImageTargets, TargetItem
-from lightning_difftune.data.largest_batch import BATCH_SIZE
 from lightning_difftune.errors import ConfigError, DataError
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
+from lightning_difftune.errors import DataError
 from lightning_difftune.files import array_digest, stat_digest
 
 # torchvision: CIFAR, MNIST, ImageFolder; SVHN, STL10; Food101, Flowers102, SUN397, DTD, Aircraft, Pets; Caltech101.
@@ -21,6 +22,35 @@ _PATH_ATTRIBUTES = ("paths", "_image_files", "_images")
 # Lists of (path, label): ImageFolder, ImageNet; StanfordCars, GTSRB.
 _SAMPLE_ATTRIBUTES = ("samples", "_samples")
 _CLASS_NAME_ATTRIBUTES = ("class_names", "classes", "categories")
+
+
+class ImageSource(Protocol):
+    """What a data set of one's own is: pictures by number, each with a class index or a caption.
+
+    Any map-style data set is one, torchvision's among them. What it may offer in addition, as attributes or methods, is
+    asked for by name and may be missing; a page of the documentation has an example.
+
+    - ``labels``: all class indices (N,), integers. Needed for ``class_balanced`` and few-shot partitions, and checked
+      before a run starts.
+    - ``class_names``: names in the order of the indices. Held-out pictures are joined with the target's by them.
+    - ``captions``: all N captions, in place of labels.
+    - ``paths``: the N files. ``describe(index)``: what to call picture ``index`` in a message, where it has no file.
+    - ``content_digest()``: a text that changes whenever a picture does; a latent cache is compared with it. Without it,
+      sources of files are judged by names, sizes and times, and others by 64 of their pictures.
+    - ``control_paths``: the N files of control maps.
+    - ``left_out``: how many files of which kind are not used, for ``difftune data check``.
+    """
+
+    def __len__(self) -> int:
+        """How many pictures there are, N."""
+        ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, ...]:
+        """Picture ``index``: ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``.
+
+        The image is a ``PIL.Image`` or uint8 pixels: an array (H, W) or (H, W, C), or a tensor (C, H, W), of any size.
+        """
+        ...
 
 
 def labels_of(source: Any) -> torch.Tensor | None:
@@ -79,9 +109,22 @@ def location_of(source: Any, index: int) -> str | None:
 
 
 def class_names_of(source: Any) -> list[str] | None:
-    """Names of the classes in the order of their indices, or None."""
+    """Names of the classes in the order of their indices, or None.
+
+    Raises:
+        DataError: The parts of a ``ConcatDataset`` number their classes differently.
+    """
     if isinstance(source, Subset):
         return class_names_of(source.dataset)
+    if isinstance(source, ConcatDataset):
+        known = [names for names in map(class_names_of, source.datasets) if names is not None]
+        if any(names != known[0] for names in known):
+            unlike = next(names for names in known if names != known[0])
+            raise DataError(
+                f"the parts of a ConcatDataset number their classes differently: {known[0][:5]} and {unlike[:5]}. Put "
+                "their pictures into folders of the same classes, or list them in one CSV file."
+            )
+        return known[0] if known else None
     for name in _CLASS_NAME_ATTRIBUTES:
         names = getattr(source, name, None)
         if isinstance(names, Sequence) and not isinstance(names, str) and len(names):

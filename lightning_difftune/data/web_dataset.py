@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +15,14 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lightning_difftune.data.image_files import IMAGE_EXTENSIONS, shorten
+from lightning_difftune.data.folders import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    UNREAD_PICTURES,
+    decode,
+    is_system,
+    shorten,
+)
 from lightning_difftune.errors import DataError
 from lightning_difftune.files import array_digest, stat_digest
 
@@ -46,7 +55,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
 
     Raises:
         DataError: There are no shards, or no pictures in them; one is damaged or compressed; a picture has no label and
-            others do, or one that is no number.
+            others do, or one that is not a number.
     """
 
     def __init__(
@@ -60,15 +69,22 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         self.class_names = None if class_names is None else list(class_names)
         self.names: list[str] = []
         self._pictures: list[_Member] = []
+        self.left_out: Counter[str] = Counter()
         texts: dict[str, list[_Member | None]] = {label_extension: [], caption_extension: []}
         for number, shard in enumerate(self.shards):
             for key, files in read_contents(shard, number).items():
-                extension = next((one for one in files if f".{one.lower()}" in IMAGE_EXTENSIONS), None)
+                if any(is_system(part) for part in key.split("/")):
+                    self.left_out["hidden or system files"] += len(files)
+                    continue
+                extension = next((name for name in files if f".{name.lower()}" in IMAGE_EXTENSIONS), None)
+                self.left_out.update(f".{name}" for name in files if f".{name.lower()}" in UNREAD_PICTURES)
                 if extension is not None:
                     self.names.append(f"{key}.{extension}")
                     self._pictures.append(files[extension])
                     for name, members in texts.items():
-                        members.append(files.get(name))
+                        others = CAPTION_EXTENSIONS if name == caption_extension else ()
+                        spelled = {f".{other.lower()}": member for other, member in files.items()}
+                        members.append(next((spelled[e] for e in (f".{name}", *others) if e in spelled), None))
         if not self._pictures:
             raise DataError(f"no pictures in {len(self.shards)} shards, the first is {self.shards[0]}.")
         kept = {name: [m for m in members if m is not None] for name, members in texts.items()}
@@ -79,7 +95,10 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         if len(kept[extension]) < len(self):
             bare = [name for name, member in zip(self.names, texts[extension], strict=True) if member is None]
             raise DataError(f"{len(bare)} of {len(self)} pictures have no .{extension}: {shorten(bare)}.")
-        words = [self._read(member).decode("utf-8", "replace").strip() for member in kept[extension]]
+        words = [
+            decode(self._read(member), f"{name.rpartition('.')[0]}.{extension} in {self.shards[member.shard]}").strip()
+            for name, member in zip(self.names, kept[extension], strict=True)
+        ]
         if extension == caption_extension:
             del self.labels
             self.captions = [" ".join(text.split()) for text in words]
@@ -121,6 +140,8 @@ def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
         Traceback (most recent call last):
         lightning_difftune.errors.DataError: the shards data/0.tar, data/1.tar do not exist.
     """
+    if isinstance(shards, str | Path) and str(shards).startswith("~"):
+        shards = os.path.expanduser(shards)
     if not isinstance(shards, str | Path):
         files = [str(shard) for shard in shards]
     elif "://" in str(shards) or str(shards).startswith("pipe:"):
@@ -175,7 +196,7 @@ def read_contents(shard: str, number: int) -> dict[str, dict[str, _Member]]:
                 contents.setdefault(key, {})[extension] = _Member(number, entry.offset_data, entry.size)
     except (tarfile.TarError, OSError) as error:
         raise DataError(
-            f"{shard} is no whole, uncompressed tar file ({error}); download it again, or unpack a compressed one with "
-            "gunzip."
+            f"{shard} is not a whole, uncompressed tar file ({error}); download it again, or unpack a compressed one "
+            "with gunzip."
         ) from error
     return contents

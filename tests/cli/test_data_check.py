@@ -98,7 +98,8 @@ def test_clean_data_is_fine_and_a_given_split_is_compared(tmp_path, capsys):
     shutil.copy(tmp_path / "train/rose/3.png", tmp_path / "val/rose/3.png")
     status, said = checked(capsys, tmp_path / "train", "--val", tmp_path / "val", "--json")
     assert status == 0
-    assert json.loads(said)["split"] == {"by": "given", "train": 15, "val": 6, "in_both": 1, "unreadable": {}}
+    classes = {"missing_classes": [], "unknown_classes": []}
+    assert json.loads(said)["split"] == {"by": "given", "train": 15, "val": 6, "in_both": 1, "unreadable": {}} | classes
     (tmp_path / "val/rose/16.png").write_bytes(b"")
     assert checked(capsys, tmp_path / "train", "--val", tmp_path / "val", "--json")[0] == 1
     status, said = checked(capsys, tmp_path)
@@ -127,10 +128,107 @@ def test_arrays_and_captions(tmp_path, capsys):
     [
         (["data"], "`difftune data check PATH`"),
         (["data", "chekc"], "`difftune data check PATH`"),
-        (["data", "check"], "The following arguments are required: path"),
+        (["data", "check"], "following arguments are required: path"),
         (["data", "check", "nowhere"], "the image folder nowhere does not exist"),
     ],
 )
 def test_mistakes(args, message, capsys):
     assert main(args) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_thirty_oddities_fits_one_screen(tmp_path, capsys, monkeypatch):
+    """As a phone, a file server, a Mac and a Windows share leave them."""
+    root = tmp_path / "photos"
+
+    def put(place, content=b"?"):
+        path = root / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            content.save(path)
+
+    for number in range(12):
+        put(f"rose/IMG_{number:04d}.JPG", picture(40, 30, seed=number))
+        put(f"tulip/{number}.png", picture(300, 300, seed=50 + number))
+    put("rose/@eaDir/IMG_0000.JPG/SYNOPHOTO_THUMB_XL.jpg", picture(16, 12))  # Synology
+    put("@eaDir/thumb.jpg", picture(16, 12))
+    put("#recycle/old.jpg", picture(16, 12))
+    put("$RECYCLE.BIN/S-1-5/$R1.jpg", picture(16, 12))  # Windows
+    put("System Volume Information/IndexerVolumeGuid")
+    put("lost+found/0001")  # Linux
+    put("tulip/.thumbnails/1.jpg", picture(16, 12))  # Android
+    put("tulip/Thumbnails/2.jpg", picture(16, 12))
+    put("__MACOSX/rose/._IMG_0000.JPG")
+    put("rose/._IMG_0001.JPG", b"\0\5\x16\7")  # AppleDouble
+    for place in (".DS_Store", "rose/.DS_Store", "rose/Thumbs.db", "tulip/desktop.ini", ".Trashes/a.png"):
+        put(place)
+    put("rose/IMG_0100.HEIC"), put("rose/IMG_0101.heic"), put("tulip/raw.DNG"), put("tulip/clip.MOV")  # iPhone
+    put("rose/IMG_0102.avif", picture(64, 64, seed=90))
+    put("rose/readme.txt", "Gérard".encode("latin-1"))
+    put("tulip/noextension", b"?")
+    put("tulip/empty.jpg", b"")
+    put("tulip/copy.png", picture(300, 300, seed=51))
+    twelve = Image.fromarray(np.random.default_rng(3).integers(0, 4096, (40, 40)).astype(np.uint16))
+    put("tulip/microscope.png", twelve)
+    turned = picture(60, 30, seed=91)
+    exif = turned.getexif()
+    exif[274] = 6
+    (root / "rose").mkdir(exist_ok=True)
+    turned.save(root / "rose" / "turned.jpg", exif=exif)
+    put("tulip/clear.png", picture(30, 30, "RGBA", seed=92)), put("tulip/grey.png", picture(30, 30, "L", seed=93))
+    (root / "rose" / "all").symlink_to(root)  # to a parent
+    (root / "tulip" / "a").mkdir(), (root / "tulip" / "b").mkdir()
+    (root / "tulip" / "a" / "b").symlink_to(root / "tulip" / "b")  # two that never end
+    (root / "tulip" / "b" / "a").symlink_to(root / "tulip" / "a")
+    for number in range(3):
+        (tmp_path / "held" / "lily").mkdir(parents=True, exist_ok=True)
+        picture(40, 30, seed=200 + number).save(tmp_path / "held" / "lily" / f"{number}.png")
+        (tmp_path / "held" / "rose").mkdir(exist_ok=True)
+        picture(40, 30, seed=300 + number).save(tmp_path / "held" / "rose" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    status, said = checked(capsys, "photos", "--val", "held")
+    assert status == 1
+    assert len(said.splitlines()) < 50
+    for word in (
+        "pictures in @eaDir folders",
+        "pictures in #recycle folders",
+        "pictures in $RECYCLE.BIN folders",
+        "pictures in Thumbnails folders",
+        "pictures in __MACOSX folders",
+        "pictures in hidden folders",
+        "hidden or system files",
+        "3 links to folders that are here anyway",
+        "2 .heic",
+        "1 .dng",
+        "1 .mov",
+        "1 without an extension",
+        "tulip/empty.jpg",
+        "1 pictures, largest value 4,09",
+        "(12 bits)",
+        "tulip/1.png = photos/tulip/copy.png",
+        "no held-out pictures of: tulip",
+        "held-out classes that the training pictures do not have, which a run refuses: lily",
+        "31 with classes",
+        "Convert them to JPEG or PNG",
+    ):
+        assert word in " ".join(said.replace("│", " ").split()), word
+
+
+def test_captions_are_looked_at(tmp_path, capsys):
+    for number, caption in enumerate(["", "a", "bb", "c" * 500, "a red house", "  "]):
+        picture(32, 32, seed=number).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}{['.txt', '.TXT', '.caption'][number % 3]}").write_text(caption)
+    status, said = checked(capsys, tmp_path, "--json")
+    captions = json.loads(said)["captions"]
+    assert status == 0
+    assert [name[-5:] for name in captions["empty"]] == ["0.png", "5.png"]
+    assert captions["shortest"] == ["a", "bb", "a red house", "c" * 500]
+    assert captions["longest"][0] == "c" * 500
+    (tmp_path / "3.png").rename(tmp_path / "33.png")
+    status, said = checked(capsys, tmp_path)
+    assert status == 2
+    assert "1 of 6 pictures" in said
+    assert "have no caption" in said

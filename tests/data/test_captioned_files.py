@@ -73,11 +73,11 @@ def test_coco_says_what_is_wrong(coco: Path) -> None:
     with pytest.raises(DataError, match=r"1 pictures without a caption: 000000000002\.png"):
         CocoCaptions(coco, "val2017")
     write_coco(coco, {"images": images, "annotations": [{"image_id": 3, "caption": "a"}]})
-    with pytest.raises(DataError, match="no file of COCO captions"):
+    with pytest.raises(DataError, match="not a file of COCO captions"):
         CocoCaptions(coco, "val2017")
     for content in ([], {"images": images}, {"images": [{"id": 1}], "annotations": []}):
         write_coco(coco, content)
-        with pytest.raises(DataError, match="no file of COCO captions"):
+        with pytest.raises(DataError, match="not a file of COCO captions"):
             CocoCaptions(coco, "val2017")
     write_coco(coco, {"images": [], "annotations": []})
     with pytest.raises(DataError, match="lists no pictures"):
@@ -142,7 +142,7 @@ def test_folder_with_controls(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3: no JSON"),
+        ("{", "line 3: not JSON"),
         ("[1]", "line 3: expected an object"),
         ('{"text": "x"}', r"line 3: file_name is None, expected a string; keys: \['text'\]"),
         ('{"file_name": "", "text": "x"}', "line 3: file_name is ''"),

@@ -67,7 +67,7 @@ def test_empty_class_folders_are_named(tmp_path):
 def test_pictures_beside_class_folders_are_refused(tmp_path):
     save(tmp_path / "rose" / "a.png")
     save(tmp_path / "stray.png")
-    with pytest.raises(DataError, match=r"1 pictures \(such as stray\.png\) beside its 1 class folders"):
+    with pytest.raises(DataError, match=r"1 pictures \(such as stray\.png\) next to its 1 class folders"):
         ImageFolder(tmp_path)
 
 

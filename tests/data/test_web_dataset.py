@@ -91,13 +91,13 @@ def test_what_cannot_be_used_is_named(tmp_path):
     first = tmp_path / "train-000.tar"
     with gzip.open(tmp_path / "zipped.tar", "wb") as file:
         file.write(first.read_bytes())
-    with pytest.raises(DataError, match="no whole, uncompressed tar file"):
+    with pytest.raises(DataError, match="not a whole, uncompressed tar file"):
         WebDatasetShards(tmp_path / "zipped.tar")
     cut = tmp_path / "cut.tar"
     with tarfile.open(first) as archive:
         last = [entry for entry in archive if entry.name.endswith(".png")][-1]
     cut.write_bytes(first.read_bytes()[: last.offset_data + 10])
-    with pytest.raises(DataError, match=r"cut\.tar is no whole"):
+    with pytest.raises(DataError, match=r"cut\.tar is not a whole"):
         WebDatasetShards(cut)
     (tmp_path / "words").mkdir()
     with webdataset.TarWriter(str(tmp_path / "words" / "0.tar")) as sink:

@@ -12,7 +12,7 @@ from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.data_check import HELD_OUT, facts_at
 from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, Base, Plan, Seen
 from lightning_difftune.cli.init.config import config_text, described, indented, quoted
-from lightning_difftune.data.class_counts import FEW_PICTURES
+from lightning_difftune.data.classes import FEW_PICTURES
 from lightning_difftune.data.partition import Partition
 from lightning_difftune.errors import ConfigError, DataError
 

@@ -20,7 +20,7 @@ from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured, Speed
 from lightning_difftune.costs import Setup
-from lightning_difftune.data.largest_batch import BATCH_SIZE
+from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.modules import DiffTuningModule

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_difftune.data import MemoryBank
-from lightning_difftune.data.largest_batch import build_batch, largest_batch
+from lightning_difftune.data.building import build_batch, largest_batch
 
 
 class Device:

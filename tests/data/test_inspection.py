@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_difftune.data.sources import open_images
+from lightning_difftune.data.inspection import open_images
 from lightning_difftune.errors import DataError
 
 

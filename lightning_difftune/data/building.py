@@ -1,8 +1,9 @@
-"""How many samples a device computes at once."""
+"""What building a store takes: how many samples a device computes at once, and a progress bar."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,3 +64,18 @@ def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> 
             if size == limit:
                 return fits
             size = min(2 * size, limit)
+
+
+@contextmanager
+def shard_progress(what: str, rank: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield ``progress(done, total)``; the bar appears at the first call that reports unfinished work."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=rank != 0) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield progress
