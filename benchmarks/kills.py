@@ -32,7 +32,6 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_difftune import MemoryBank
-from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
 from lightning_difftune.cli.compare.jobs import Job
 from lightning_difftune.cli.compare.study import StudyRun
 from lightning_difftune.cli.compare.table import Line, write_tables
@@ -43,6 +42,7 @@ from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.errors import DiffTuneError
 from lightning_difftune.files import atomic_write, discard_temporaries
 from lightning_difftune.models import DiT, export_dit, load_dit
+from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
 
 CHECKPOINTS = 4  # that a run writes one over the other
 

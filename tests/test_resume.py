@@ -322,7 +322,7 @@ def test_without_scontrol_the_checkpoint_is_saved_all_the_same(monkeypatch):
     with pytest.warns(UserWarning, match="SLURM job 4711 could not be requeued .*the checkpoint is saved"):
         preemption.requeue()
     monkeypatch.setenv("SLURM_JOB_ID", "4711; rm -rf /")
-    with pytest.warns(UserWarning, match="is no SLURM job id"):
+    with pytest.warns(UserWarning, match="is not a SLURM job id"):
         preemption.requeue()
 
 

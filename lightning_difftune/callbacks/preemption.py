@@ -22,8 +22,8 @@ from torch import distributed
 class Preemption(Callback):
     """Save ``last.ckpt`` and stop when SIGTERM, or SLURM's warning of the time limit, arrives.
 
-    The signal is heeded at the end of a training step, by all processes after the same one even if only one of them
-    got it, so the checkpoint resumes to the bit; a validation that is running or due is finished first. Ask the
+    A run stops where the optimizer has just stepped, all processes after the same step even if only one of them got the
+    signal, so the checkpoint resumes to the bit; a validation that is running or due is finished first. Ask the
     scheduler for enough notice: ``#SBATCH --signal=SIGUSR1@120``. Fit then ends with ``SIGTERMException``, for which
     the command line has exit status 143.
 
@@ -41,10 +41,12 @@ class Preemption(Callback):
         self._asked = False
         self._requeue = False
         self._saved_step = -1
+        self._latest_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals from Lightning, which puts back those of the time before at the end."""
+        """Take over the signals from Lightning, which puts the earlier ones back at the end."""
         self._training, self._asked, self._requeue = True, False, False
+        self._latest_step = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGTERM, self._notice)
@@ -55,8 +57,10 @@ class Preemption(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop after this step if any process was asked to."""
-        self._stop_if_asked(trainer)
+        """Stop after this step if any process was asked to; inside a window of accumulated batches, at its end."""
+        if trainer.global_step != self._latest_step:
+            self._latest_step = trainer.global_step
+            self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation that is due after the step run to its end, where the loop would leave its first batch."""
@@ -68,13 +72,13 @@ class Preemption(Callback):
 
         What is saved now, and not when the loop is left, Lightning resumes without validating a second time.
         """
-        if self._training:
+        if self._training and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._stop_if_asked(trainer)
             if trainer.received_sigterm:
                 self._save(trainer)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        if trainer.world_size > 1:  # Lightning asks the first process alone, and each one raises when it likes
+        if trainer.world_size > 1:  # Lightning asks the first process alone, and each one raises by itself
             votes = torch.tensor([self._asked, self._requeue], dtype=torch.int32, device=trainer.strategy.root_device)
             distributed.all_reduce(votes, distributed.ReduceOp.MAX)
             self._asked, self._requeue = (bool(vote) for vote in votes.tolist())
@@ -122,7 +126,7 @@ def requeue() -> None:
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     if not re.fullmatch("[0-9_]+", job):
-        rank_zero_warn(f"The job is not requeued: {job!r} is no SLURM job id.")
+        rank_zero_warn(f"The job is not requeued: {job!r} is not a SLURM job id.")
         return
     try:
         subprocess.run(["scontrol", "requeue", job], check=True)

@@ -25,12 +25,12 @@ from rich.console import Console
 
 from lightning_difftune.callbacks.preemption import Preemption, is_requeued
 from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
-from lightning_difftune.cli.checkpoint_io import AtomicCheckpointIO
 from lightning_difftune.cli.help import clearer
 from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name
 from lightning_difftune.cli.run import Run, check_checkpoint, newest_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
+from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
 
 # What Lightning says in every run, and nobody who runs a config can or should act on.
 for message in (
@@ -40,6 +40,7 @@ for message in (
     "The number of training batches .* is smaller than the logging interval",  # which counts on over the epochs
     "The dirpath has changed from",  # every run has a folder of its own
     "Total length of .* across ranks is zero",  # no held-out pictures, or the bank is complete
+    "ReduceLROnPlateau conditioned on metric .* which is not available but strict",  # the module steps it
     r"Found \d module\(s\) in eval mode",  # the frozen networks
     "You're resuming from a checkpoint that ended before the epoch ended",  # MemoryBankDataModule goes on exactly there
 ):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
@@ -177,17 +178,22 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
     """Step numbers that count on from epoch to epoch, and start where a resumed run stands, also inside an epoch.
 
     Every process takes every step, each with its share of the batch. It is a ``DistributedSampler`` so that Lightning
-    leaves it in place; the epoch's number, which Lightning sets differently after a resume, plays no part.
+    leaves it in place; the epoch's number, which Lightning sets differently after a resume, plays no part. The stream
+    has no end, and an epoch is one pass over the target, to the next whole window of accumulated batches: Lightning
+    would cut the last window short.
 
     Args:
         batches: The batches of one rank.
         progress: Tells how many batches the run has taken in all, and in this epoch. Without it, as outside a
             trainer, ``set_epoch`` says where an iteration starts.
+        window: Batches whose gradients are accumulated.
     """
 
-    def __init__(self, batches: TrainingBatches, progress: Callable[[], tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self, batches: TrainingBatches, progress: Callable[[], tuple[int, int]] | None = None, window: int = 1
+    ) -> None:
         super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
-        self.num_steps, self.progress = len(batches), progress
+        self.num_steps, self.progress = math.ceil(len(batches) / window) * window, progress
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # a step number, not a sample
         first, in_epoch = self.progress() if self.progress is not None else (self.epoch * self.num_steps, 0)
@@ -196,6 +202,12 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
 
     def __len__(self) -> int:
         return self.num_steps
+
+
+def accumulated_batches(trainer: Any) -> int:
+    """Batches in a window of accumulated gradients; all of a schedule's windows fit into a number of several."""
+    schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
+    return math.lcm(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()))
 
 
 class EvaluationSteps(DistributedSampler[DiffTuningBatch]):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -20,6 +22,7 @@ from lightning_difftune.data.batches import (
     ShuffledStream,
     TrainingBatches,
     TrainingSteps,
+    accumulated_batches,
 )
 from lightning_difftune.data.building import BATCH_SIZE, build_batch, shard_progress
 from lightning_difftune.data.classes import check_labels, describe_small_classes, joined_by_name
@@ -205,10 +208,53 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
 
         return report
 
-    def _batches_taken(self) -> tuple[int, int]:
-        assert self.trainer is not None
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        return progress.total.ready, progress.current.ready
+    def _steps(self, batches: TrainingBatches) -> TrainingSteps:
+        """Where the run stands in the stream; its epochs are whole windows of accumulated batches.
+
+        Raises:
+            ConfigError: If ``limit_train_batches`` would cut a window short.
+        """
+        trainer = self.trainer
+        if trainer is None:
+            return TrainingSteps(batches)
+        window, limit = accumulated_batches(trainer), vars(trainer)["limit_train_batches"]
+        if isinstance(limit, int) and limit % window:
+            raise ConfigError(
+                f"trainer.limit_train_batches is {limit}, which cuts a window of {window} accumulated batches short. "
+                f"Set it to a multiple of {window}."
+            )
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        steps = TrainingSteps(batches, lambda: (progress.total.ready, progress.current.ready), window)
+        if progress.current.ready > len(steps):
+            # The epochs were longer before this resume: a new one begins here, at the same place of the stream.
+            current: Any = progress.current
+            current.completed -= current.ready
+            current.ready = current.started = current.processed = 0
+        return steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides which pictures are in the batch of a step, for a run that is resumed."""
+        return {
+            "seed": self.seed,
+            "pictures": len(self.target),
+            "batch_size": self.batch_size,
+            "retention_batch_size": self.retention_batch_size,
+            "processes": self._world_size,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say what a change of it means for a run that is resumed."""
+        now = self.state_dict()
+        changed = [f"{key} {value} -> {now[key]}" for key, value in state_dict.items() if now.get(key, value) != value]
+        batch = ("batch_size", "processes")
+        if math.prod(state_dict.get(key, 1) for key in batch) == math.prod(now[key] for key in batch):
+            changed = [one for one in changed if not one.startswith(batch)]
+        if changed and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_info(
+                f"Changed since the checkpoint: {', '.join(changed)}. Batch k of a run holds samples k * B to "
+                "(k + 1) * B of its shuffled passes, where B is their number in a batch of all processes. The stream "
+                "is at the same k, with the new settings: some pictures come sooner than they would have, some later."
+            )
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
@@ -299,7 +345,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             ShuffledStream(len(bank), retained, seed_of("bank", self.seed), *share) if bank is not None else None,
             self.horizontal_flip,
         )
-        return self._loader(batches, TrainingSteps(batches, self._batches_taken if self.trainer is not None else None))
+        return self._loader(batches, self._steps(batches))
 
     def _target_stream(self, batch_size: int, rank: int, world_size: int) -> ShuffledStream:
         seed = seed_of("target", self.seed)

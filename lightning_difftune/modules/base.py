@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_difftune.conditions import concatenate, where
@@ -26,8 +27,10 @@ from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.usage import usage_of_network
 from lightning_difftune.modules.finite_loss import FiniteLoss
 from lightning_difftune.modules.lean_checkpoints import complete, make_lean
+from lightning_difftune.modules.optimization import default_rate, make_scheduler, step_plateaus
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.pretrained import EncodedPictures, PretrainedSamples
+from lightning_difftune.modules.run_keeper import RunKeeper, refuse_weights_alone
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_uint8
@@ -43,10 +46,12 @@ from lightning_difftune.protocols import (
 from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for
 from lightning_difftune.source import SourceFacts, check_scheduler
 
+ADAMW_RATE = 1e-4
+
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The authors' optimizer: AdamW without weight decay at a constant learning rate of 1e-4."""
-    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=ADAMW_RATE, weight_decay=0.0)
 
 
 class DiffTuningModule(L.LightningModule, ABC):
@@ -65,7 +70,9 @@ class DiffTuningModule(L.LightningModule, ABC):
         objective: The loss of Eq. 5; the authors' preset by default. Without a loss and a forward process of its own it
             has those of the model.
         optimizer: Given the trainable parameters, returns an optimizer; AdamW, lr 1e-4, no weight decay by default.
-        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
+        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default. One
+            that has an end gets the run's length if that is left out, or is -1; ``ReduceLROnPlateau`` steps after each
+            validation, by ``val/loss`` or its ``monitor``.
         tuner: A parameter-efficient method; ``None`` trains all of :meth:`trainable_modules`.
         sampler: How pictures are generated for FID and grids; without a scheduler it gets one for the model.
         bank_sampler: How the memory bank is generated; like ``sampler`` by default.
@@ -94,6 +101,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         self.objective = objective if objective is not None else DiffTuningObjective()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.learning_rate: float | None = None  # in place of the optimizer's, as Lightning's `lr_find` sets it
         self.tuner = tuner
         self.sampler = sampler if sampler is not None else Sampler()
         # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
@@ -381,12 +389,30 @@ class DiffTuningModule(L.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trainable parameters and, if asked for, a scheduler stepped every training step."""
         optimizer = self.optimizer(self.trainable_parameters())
+        if self.learning_rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        default = ADAMW_RATE if self.optimizer is adamw else default_rate(optimizer)
+        scheduler = make_scheduler(self.lr_scheduler, optimizer, self.trainer, default)
+        config: Any = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):  # `on_validation_epoch_end` steps it, before a checkpoint is saved
+            config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step a scheduler after an optimizer step; one that goes by a metric is stepped after a validation."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            super().lr_scheduler_step(scheduler, metric)
+
+    def on_validation_epoch_end(self) -> None:
+        """Step a scheduler that goes by a metric."""
+        step_plateaus(self.trainer)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """What keeps a run what its settings say; extend the list, do not replace it."""
+        return [RunKeeper()]
 
     def configure_gradient_clipping(
         self,
@@ -574,5 +600,6 @@ class DiffTuningModule(L.LightningModule, ABC):
         Raises:
             CheckpointError: If the checkpoint was trained from other pre-trained weights, or lacks tensors.
         """
+        refuse_weights_alone(self._trainer, checkpoint)
         path = self._trainer.ckpt_path if self._trainer is not None else None
         complete(self, checkpoint, self.strict_loading, "The checkpoint" if path is None else str(path))

@@ -1,0 +1,71 @@
+"""How configs are read: a key that is there twice is said, and what a scheduler takes from the run may be left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from jsonargparse import set_loader
+from jsonargparse._loaders_dumpers import yaml_load
+
+# Arguments that the classes themselves want to be given; -1 is what they are if they are left out.
+_LEFT_OUT = {
+    "OneCycleLR": {"max_lr": -1.0, "total_steps": -1},
+    "CosineAnnealingLR": {"T_max": -1},
+    "PolynomialLR": {"total_iters": -1},
+}
+
+
+def load(text: str) -> Any:
+    """Read YAML.
+
+    Raises:
+        yaml.YAMLError: If it is not, or has a key twice.
+    """
+    if ":" in text:
+        for key, first, second in _repeated(yaml.compose(text, Loader=yaml.SafeLoader), set()):
+            raise yaml.YAMLError(f"the key {key!r} is there twice, in lines {first} and {second}; delete one")
+    content = yaml_load(text)
+    _fill(content, set())
+    return content
+
+
+def _repeated(node: Any, seen: set[int]) -> Iterator[tuple[str, int, int]]:
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                line = key.start_mark.line + 1
+                if key.value in lines and key.value != "<<":
+                    yield key.value, lines[key.value], line
+                lines[key.value] = line
+            yield from _repeated(value, seen)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated(value, seen)
+
+
+def _fill(content: Any, seen: set[int]) -> None:
+    """Set what is left out of the ``lr_scheduler`` anywhere in a config."""
+    if id(content) in seen:
+        return
+    seen.add(id(content))
+    if isinstance(content, dict):
+        scheduler = content.get("lr_scheduler")
+        if isinstance(scheduler, dict) and isinstance(scheduler.get("class_path"), str):
+            left_out = _LEFT_OUT.get(scheduler["class_path"].rpartition(".")[2])
+            given = scheduler.get("init_args")
+            if left_out is not None and (given is None or isinstance(given, dict)):
+                scheduler["init_args"] = left_out | (given or {})
+        for value in content.values():
+            _fill(value, seen)
+    elif isinstance(content, list):
+        for value in content:
+            _fill(value, seen)
+
+
+set_loader("yaml", load, exceptions=(yaml.YAMLError,))

@@ -1,0 +1,171 @@
+"""What makes a run the run that its settings describe, also when it is stopped and resumed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
+from lightning_difftune.modules.optimization import RECORD, carry_settings, describe, say_changes
+
+WINDOW = "open_window"  # the key of a checkpoint under which the gradients of a window that was not yet full are
+
+
+class RunKeeper(Callback):
+    """Keeps a run what its settings say; every Diff-Tuning module brings one along.
+
+    - Checkpoints are written whole, and one that was altered is refused (:class:`AtomicCheckpointIO`).
+    - Settings of the optimizer and its scheduler that were changed since the checkpoint take effect, as does the
+      patience of ``EarlyStopping``; what cannot is refused. What was not changed is restored to the bit.
+    - The last step is validated, however often validation is due, unless it is off.
+    - A checkpoint in the middle of a window of accumulated gradients holds them, and a resumed run does not save a
+      second time what it was resumed from.
+    """
+
+    def __init__(self) -> None:
+        self._resumed: dict[str, Any] | None = None
+        self._configured: dict[str, Any] | None = None
+        self._gradients: dict[str, torch.Tensor] | None = None
+        self._check_val_every_n_epoch: Any = None
+        self._forced = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take over the files, before a checkpoint is read."""
+        self._resumed = self._configured = self._gradients = None
+        plain = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+        if plain and not isinstance(trainer.strategy, FSDPStrategy):
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    # -- resuming -------------------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look at a checkpoint before anything of it is restored."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        step = checkpoint.get("global_step", 0)
+        if 0 <= trainer.max_steps < step:
+            raise ConfigError(
+                f"The checkpoint stands at step {step:,}, and trainer.max_steps is {trainer.max_steps:,}: nothing is "
+                "left to train. Raise max_steps."
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint.get("callbacks", {}).get(callback.state_key)
+            if isinstance(callback, EarlyStopping) and state:
+                state["patience"] = callback.patience
+        self._resumed = checkpoint
+        self._gradients = self._window_of(trainer, checkpoint)
+        if trainer.optimizers:  # sharded strategies restore after they have set up
+            self._carry(trainer)
+
+    def _window_of(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+        window = checkpoint.get(WINDOW)
+        if window is None:
+            current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+            if current["ready"] % trainer.accumulate_grad_batches:  # other windows than before begin here
+                current["completed"] -= current["ready"]
+                current["ready"] = current["started"] = current["processed"] = 0
+            return None
+        if window["batches"] != trainer.accumulate_grad_batches:
+            raise ConfigError(
+                f"The checkpoint is in the middle of a window of {window['batches']} accumulated batches, and "
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. Set it to {window['batches']}, "
+                "or resume from a checkpoint that was saved at a step."
+            )
+        gradients: dict[str, torch.Tensor] = window["gradients"]
+        return gradients
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note how the optimizers are configured, and what of it was changed since the checkpoint."""
+        self._check_clipping(trainer)
+        self._carry(trainer)
+
+    def _carry(self, trainer: L.Trainer) -> None:
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._configured = describe(trainer.optimizers, schedulers)
+        checkpoint, self._resumed = self._resumed, None
+        if checkpoint is not None:
+            changes = carry_settings(checkpoint, trainer.optimizers, schedulers)
+            say_changes(changes, checkpoint.get("global_step", 0))
+
+    def _check_clipping(self, trainer: L.Trainer) -> None:
+        plugin = trainer.precision_plugin
+        scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+        fused = any(getattr(one, "_step_supports_amp_scaling", False) for one in trainer.optimizers)
+        if scaled and fused and trainer.gradient_clip_val:
+            raise ConfigError(
+                f"trainer.gradient_clip_val is {trainer.gradient_clip_val}, but under {trainer.precision} a fused "
+                "optimizer divides by the loss scale inside its step, where nothing can be clipped. Set fused: false "
+                "of the optimizer, or trainer.precision: bf16-mixed, which has no loss scale."
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the gradients of an open window back, and take what was resumed from as saved."""
+        self._forced = False
+        if self._gradients is not None:
+            parameters = dict(pl_module.named_parameters())
+            for name, gradient in self._gradients.items():
+                parameters[name].grad = gradient.to(parameters[name])
+            self._gradients = None
+        if trainer.ckpt_path:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    callback._last_global_step_saved = trainer.global_step
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add how the optimizers were configured and the gradients of an open window."""
+        if self._configured is not None:
+            checkpoint[RECORD] = self._configured
+        if in_open_window(trainer):
+            gradients = {
+                name: trainer.strategy.reduce(parameter.grad.clone(), reduce_op="mean")
+                for name, parameter in pl_module.named_parameters()
+                if parameter.grad is not None
+            }
+            checkpoint[WINDOW] = {"batches": trainer.accumulate_grad_batches, "gradients": gradients}
+
+    # -- the last step --------------------------------------------------------------------------------------------
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Have the last step validated: a trainer that is asked to stop validates first."""
+        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch):
+            self._check_val_every_n_epoch, self._forced = trainer.check_val_every_n_epoch, True
+            trainer.check_val_every_n_epoch = None
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the trainer as it was."""
+        if self._forced:
+            trainer.check_val_every_n_epoch, trainer.should_stop = self._check_val_every_n_epoch, False
+            self._forced = False
+
+
+def in_open_window(trainer: L.Trainer) -> bool:
+    """Whether gradients have been accumulated that the optimizer has not yet used."""
+    if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        return False
+    loop = trainer.fit_loop.epoch_loop
+    return loop.batch_progress.current.ready > 0 and loop._should_accumulate()
+
+
+def refuse_weights_alone(trainer: L.Trainer | None, checkpoint: dict[str, Any]) -> None:
+    """Say that a run cannot be resumed from a checkpoint without the state of the optimizer.
+
+    Raises:
+        CheckpointError: If the trainer is about to.
+    """
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            f"{trainer.ckpt_path} holds weights alone, without the state of the optimizer: it was saved with "
+            "save_weights_only. Take another checkpoint, or open it with load_from_checkpoint and start a new run."
+        )

@@ -1,0 +1,387 @@
+"""A resumed run does what its settings now say; what they say as before is restored to the bit."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import partial
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    OneCycleLR,
+    PolynomialLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
+
+from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.sampling import Sampler
+from tests.tiny import quiet_trainer, tiny_pictures, tiny_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny_weights(tmp_path_factory.mktemp("weights"))
+
+
+class Rates(L.Callback):
+    """The optimizer's settings in each step."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen[trainer.global_step] = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+
+    def rates(self):
+        return [group["lr"] for group in self.seen.values()]
+
+
+def run(weights, folder, steps, optimizer=None, scheduler=None, ckpt_path=None, save_at=None, batch_size=4, **settings):
+    """Fit, and save after ``save_at`` steps; the trainer, the settings of each step and the module."""
+    optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-3)
+    module = DiTDiffTuningModule(
+        str(weights), num_classes=3, optimizer=optimizer, lr_scheduler=scheduler, sampler=Sampler(num_inference_steps=2)
+    )
+    data = MemoryBankDataModule(
+        tiny_pictures(), num_classes=3, image_size=8, channels=1, batch_size=batch_size, val_target=tiny_pictures()
+    )
+    seen = Rates()
+    callbacks = [seen, *settings.pop("callbacks", [])]
+    if save_at:
+        callbacks.append(
+            ModelCheckpoint(
+                folder, f"at{save_at}", every_n_train_steps=save_at, save_top_k=-1, save_on_train_epoch_end=False
+            )
+        )
+    settings = {"val_check_interval": 1000, "check_val_every_n_epoch": None} | settings
+    trainer = quiet_trainer(folder, steps, *callbacks, **settings)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer, seen, module
+
+
+def state_of(trainer, module):
+    return {
+        "state_dict": {name: value.clone() for name, value in module.state_dict().items()},
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+    }
+
+
+def assert_equal(one, two):
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_equal(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        for pair in zip(one, two, strict=True):
+            assert_equal(*pair)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    else:
+        assert one == two
+
+
+ONE_CYCLE = partial(OneCycleLR, pct_start=0.4)
+SCHEDULERS = {
+    "constant": None,
+    "one cycle": ONE_CYCLE,
+    "cosine": CosineAnnealingLR,
+    "steps": partial(StepLR, step_size=3),
+    "plateau": partial(ReduceLROnPlateau, patience=0, threshold=10.0),
+    "warm-up": lambda optimizer: SequentialLR(
+        optimizer, [LinearLR(optimizer, 0.1, total_iters=2), CosineAnnealingLR(optimizer, 6)], [2]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_unchanged_settings_resume_to_the_bit(weights, tmp_path, name):
+    options = {"scheduler": SCHEDULERS[name], "val_check_interval": 2}
+    trainer, seen, module = run(weights, tmp_path, 8, save_at=5, **options)
+    again, resumed, same = run(weights, tmp_path, 8, ckpt_path=tmp_path / "at5.ckpt", **options)
+    assert list(resumed.seen) == [5, 6, 7]
+    assert {step: seen.seen[step] for step in (5, 6, 7)} == resumed.seen
+    assert_equal(state_of(trainer, module), state_of(again, same))
+
+
+@pytest.mark.parametrize("scheduler", [None, ReduceLROnPlateau])
+def test_a_changed_rate_and_decay_take_effect(weights, tmp_path, scheduler, caplog):
+    run(weights, tmp_path, 3, save_at=2, scheduler=scheduler)
+    optimizer = partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.3, betas=(0.5, 0.6))
+    with caplog.at_level(logging.INFO):
+        _, seen, _ = run(weights, tmp_path, 4, optimizer, scheduler, tmp_path / "at2.ckpt")
+    assert [(g["lr"], g["weight_decay"], g["betas"]) for g in seen.seen.values()] == [(1e-6, 0.3, (0.5, 0.6))] * 2
+    said = "Changed since the checkpoint, from step 2 on: lr 0.001 -> 1e-06, betas [0.9, 0.999] -> [0.5, 0.6], "
+    assert said in caplog.text
+    assert "weight_decay 0.01 -> 0.3" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["one cycle", "cosine", "steps"])
+@pytest.mark.parametrize(("rate", "steps"), [(1e-4, 8), (1e-3, 12), (1e-4, 12)])
+def test_under_a_scheduler_the_rate_is_that_of_the_new_settings_at_the_step(weights, tmp_path, name, rate, steps):
+    optimizer = partial(torch.optim.AdamW, lr=rate)
+    scheduler = SCHEDULERS[name]
+    _, expected, _ = run(weights, tmp_path, steps, optimizer, scheduler)
+    run(weights, tmp_path, 8, save_at=5, scheduler=scheduler)
+    _, seen, _ = run(weights, tmp_path, steps, optimizer, scheduler, tmp_path / "at5.ckpt")
+    assert seen.rates() == pytest.approx(expected.rates()[5:], rel=1e-9)
+    assert [group["betas"] for group in seen.seen.values()] == [g["betas"] for g in list(expected.seen.values())[5:]]
+
+
+def test_a_change_is_kept_by_the_runs_that_follow(weights, tmp_path):
+    run(weights, tmp_path / "a", 3, save_at=2)
+    optimizer = partial(torch.optim.AdamW, lr=1e-5)
+    run(weights, tmp_path / "b", 5, optimizer, ckpt_path=tmp_path / "a/at2.ckpt", save_at=4)
+    _, seen, _ = run(weights, tmp_path / "c", 6, optimizer, ckpt_path=tmp_path / "b/at4.ckpt")
+    assert seen.rates() == [1e-5] * 2
+
+
+def test_decay_alone_leaves_the_schedule_as_it_was(weights, tmp_path):
+    _, before, _ = run(weights, tmp_path, 8, save_at=5, scheduler=ONE_CYCLE)
+    optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.5)
+    _, seen, _ = run(weights, tmp_path, 8, optimizer, ONE_CYCLE, tmp_path / "at5.ckpt")
+    assert seen.rates() == before.rates()[5:]
+    assert {group["weight_decay"] for group in seen.seen.values()} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, CosineAnnealingLR), (ONE_CYCLE, None), (ONE_CYCLE, CosineAnnealingLR)]
+)
+def test_another_scheduler_takes_effect(weights, tmp_path, before, after):
+    run(weights, tmp_path, 8, save_at=5, scheduler=before)
+    _, expected, _ = run(weights, tmp_path, 8, scheduler=after)
+    trainer, seen, _ = run(weights, tmp_path, 8, scheduler=after, ckpt_path=tmp_path / "at5.ckpt")
+    assert seen.rates() == pytest.approx(expected.rates()[5:])
+    assert seen.seen[7]["betas"] == expected.seen[7]["betas"]
+    assert [type(config.scheduler) for config in trainer.lr_scheduler_configs] == ([after] if after else [])
+
+
+def test_patience_takes_effect(weights, tmp_path):
+    run(weights, tmp_path, 3, save_at=2, callbacks=[EarlyStopping("val/loss", patience=3)], val_check_interval=1)
+    stopping = EarlyStopping("val/loss", patience=7)
+    run(weights, tmp_path, 4, callbacks=[stopping], ckpt_path=tmp_path / "at2.ckpt", val_check_interval=1)
+    assert stopping.patience == 7
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [(torch.optim.SGD, "torch.optim.sgd.SGD"), (torch.optim.Adam, "torch.optim.adam.Adam")]
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_another_optimizer_is_refused_before_anything_is_written(weights, tmp_path, kind, expected, accumulate):
+    run(weights, tmp_path, 3, save_at=2)
+    with pytest.raises(CheckpointError, match=rf"is torch.optim.adamw.AdamW, and the model's is {expected}"):
+        run(
+            weights,
+            tmp_path / "new",
+            6,
+            partial(kind, lr=1e-3),
+            ckpt_path=tmp_path / "at2.ckpt",
+            save_at=1,
+            accumulate_grad_batches=accumulate,
+        )
+    assert not list(tmp_path.glob("new/*"))
+
+
+def test_without_a_record_another_optimizer_is_still_noticed(weights, tmp_path):
+    run(weights, tmp_path, 3, save_at=2)
+    content = torch.load(tmp_path / "at2.ckpt", weights_only=True)
+    del content["optimization"]
+    torch.save(content, tmp_path / "old.ckpt")
+    run(weights, tmp_path, 4, ckpt_path=tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match=r"another, without dampening, .*momentum"):
+        run(weights, tmp_path, 4, partial(torch.optim.SGD, lr=1e-3), ckpt_path=tmp_path / "old.ckpt")
+
+
+def test_a_run_that_is_past_its_end_is_refused(weights, tmp_path):
+    run(weights, tmp_path, 4, save_at=4)
+    with pytest.raises(ConfigError, match=r"stands at step 4, and trainer.max_steps is 3"):
+        run(weights, tmp_path, 3, ckpt_path=tmp_path / "at4.ckpt")
+
+
+def test_weights_alone_are_refused(weights, tmp_path):
+    trainer, _, _ = run(weights, tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(CheckpointError, match=r"weights\.ckpt holds weights alone"):
+        run(weights, tmp_path, 2, ckpt_path=tmp_path / "weights.ckpt")
+
+
+def test_a_changed_batch_size_says_what_it_means_for_the_stream(weights, tmp_path, caplog):
+    run(weights, tmp_path, 3, save_at=2)
+    with caplog.at_level(logging.INFO):
+        run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt", batch_size=6)
+    assert "Changed since the checkpoint: batch_size 4 -> 6. Batch k of a run holds samples" in caplog.text
+
+
+def test_the_same_batch_size_says_nothing(weights, tmp_path, caplog):
+    run(weights, tmp_path, 3, save_at=2)
+    with caplog.at_level(logging.INFO):
+        run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt")
+    assert "Changed since" not in caplog.text
+
+
+# -- how long ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_cycle_takes_length_and_peak_from_the_run(weights, tmp_path):
+    _, seen, _ = run(weights, tmp_path, 10, scheduler=ONE_CYCLE)
+    assert max(seen.rates()) == pytest.approx(1e-3)
+    assert seen.seen[9]["lr"] == pytest.approx(1e-3 / 25 / 1e4)
+
+
+def test_cosine_ends_at_0_with_the_run(weights, tmp_path):
+    _, seen, _ = run(weights, tmp_path, 10, scheduler=CosineAnnealingLR)
+    assert seen.rates() == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)])
+
+
+def test_epochs_say_how_long_too(weights, tmp_path):
+    trainer, seen, _ = run(weights, tmp_path, -1, scheduler=ONE_CYCLE, max_epochs=3)
+    assert trainer.global_step == 9
+    assert seen.seen[8]["lr"] == pytest.approx(1e-3 / 25 / 1e4)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (partial(OneCycleLR, max_lr=2e-3, total_steps=7), r"LR ends at step 7 \(total_steps\).*has 12 steps .*error"),
+        (partial(OneCycleLR, max_lr=2e-3, total_steps=20), r"ends at step 20 .*not come down to its end"),
+        (partial(CosineAnnealingLR, T_max=5), r"CosineAnnealingLR ends at step 5 \(T_max\).*rise again"),
+        (partial(PolynomialLR, total_iters=5), r"PolynomialLR ends at step 5 .*be 0 from there"),
+        (lambda o: CosineAnnealingLR(o, 5), "CosineAnnealingLR ends at step 5"),
+        (lambda o: SequentialLR(o, [ConstantLR(o), CosineAnnealingLR(o, 8)], [2]), r"ends at step 10"),
+        (lambda o: ChainedScheduler([StepLR(o, 2), OneCycleLR(o, 1e-3, 7)]), r"ends at step 7"),
+        (partial(OneCycleLR, max_lr=5e-3), r"lr is 0.002, but OneCycleLR takes the rate up to max_lr = 0.005"),
+    ],
+)
+def test_a_contradiction_is_refused_at_the_start(weights, tmp_path, scheduler, message):
+    with pytest.raises(ConfigError, match=message):
+        run(weights, tmp_path, 12, partial(torch.optim.AdamW, lr=2e-3), scheduler=scheduler)
+
+
+def test_minus_one_is_left_out(weights, tmp_path):
+    _, seen, _ = run(weights, tmp_path, 4, scheduler=partial(OneCycleLR, max_lr=-1.0, total_steps=-1))
+    assert seen.seen[3]["lr"] == pytest.approx(1e-3 / 25 / 1e4)
+
+
+# -- the last step ----------------------------------------------------------------------------------------------------
+
+
+class Validations(L.Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_validation_end(self, trainer, pl_module):
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"val_check_interval": 100}, [5]),
+        ({"val_check_interval": 2}, [2, 4, 5]),
+        ({"val_check_interval": 5}, [5]),
+        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 1}, [3, 5]),
+        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 7}, [5]),
+        ({"val_check_interval": 100, "limit_val_batches": 0}, []),
+        ({"val_check_interval": 100, "accumulate_grad_batches": 2}, [5]),
+        ({"val_check_interval": 1.0, "check_val_every_n_epoch": 2, "max_epochs": 1}, [3]),
+    ],
+)
+def test_the_last_step_is_validated_once(weights, tmp_path, settings, expected):
+    validations = Validations()
+    trainer, _, _ = run(weights, tmp_path, 5, callbacks=[validations], **settings)
+    assert validations.steps == expected
+    assert trainer.check_val_every_n_epoch == settings.get("check_val_every_n_epoch")
+    assert not trainer.should_stop
+
+
+def test_a_run_that_is_made_longer_goes_on_after_its_last_validation(weights, tmp_path):
+    saving = ModelCheckpoint(tmp_path, "last", every_n_train_steps=1, save_on_train_epoch_end=False)
+    run(weights, tmp_path, 5, callbacks=[saving])
+    saved = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    validations = Validations()
+    _, seen, _ = run(weights, tmp_path, 8, callbacks=[validations], ckpt_path=saved)
+    assert list(seen.seen) == [5, 6, 7]
+    assert validations.steps == [8]
+
+
+# -- windows of accumulated batches -----------------------------------------------------------------------------------
+
+
+class Windows(L.Callback):
+    def __init__(self):
+        self.sizes, self.count = [], 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.count += 1
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.sizes.append(self.count)
+        self.count = 0
+
+
+@pytest.mark.parametrize("batch_size", [2, 5, 12, 40])  # epochs of 6, 2, 1 and 1 batches
+def test_windows_are_whole(weights, tmp_path, batch_size):
+    windows = Windows()
+    run(weights, tmp_path, 5, callbacks=[windows], batch_size=batch_size, accumulate_grad_batches=4)
+    assert windows.sizes == [4] * 5
+
+
+def test_a_limit_that_cuts_a_window_is_refused(weights, tmp_path):
+    with pytest.raises(ConfigError, match=r"limit_train_batches is 6, which cuts a window of 4 .*multiple of 4"):
+        run(weights, tmp_path, 5, batch_size=2, accumulate_grad_batches=4, limit_train_batches=6)
+
+
+@pytest.mark.parametrize("batches", range(1, 9))
+def test_a_checkpoint_in_an_open_window_resumes_to_the_bit(weights, tmp_path, batches):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.fit_loop.total_batch_idx + 1 == batches:
+                trainer.save_checkpoint(tmp_path / "open.ckpt")
+
+    options = {"batch_size": 5, "accumulate_grad_batches": 3, "scheduler": ONE_CYCLE}
+    trainer, _, module = run(weights, tmp_path, 4, callbacks=[Save()], **options)
+    again, _, same = run(weights, tmp_path, 4, ckpt_path=tmp_path / "open.ckpt", **options)
+    assert_equal(state_of(trainer, module), state_of(again, same))
+    if batches % 3:
+        with pytest.raises(ConfigError, match="in the middle of a window of 3 accumulated batches"):
+            run(weights, tmp_path, 4, ckpt_path=tmp_path / "open.ckpt", batch_size=5, accumulate_grad_batches=2)
+
+
+def test_other_windows_after_a_resume_are_whole(weights, tmp_path):
+    run(weights, tmp_path, 4, save_at=3, batch_size=2, accumulate_grad_batches=1)
+    windows = Windows()
+    run(
+        weights,
+        tmp_path,
+        8,
+        callbacks=[windows],
+        ckpt_path=tmp_path / "at3.ckpt",
+        batch_size=4,
+        accumulate_grad_batches=2,
+    )
+    assert windows.sizes == [2] * 5
+
+
+def test_a_resumed_run_does_not_save_again_in_the_middle_of_a_window(weights, tmp_path):
+    run(weights, tmp_path, 2, save_at=2, accumulate_grad_batches=3)
+
+    class Saves(L.Callback):
+        seen = []
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            self.seen.append(trainer.fit_loop.total_batch_idx + 1)
+
+    saving = ModelCheckpoint(tmp_path / "more", every_n_train_steps=2, save_top_k=-1)
+    run(weights, tmp_path, 6, callbacks=[Saves(), saving], ckpt_path=tmp_path / "at2.ckpt", accumulate_grad_batches=3)
+    assert Saves.seen == [12, 18]
