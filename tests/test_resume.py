@@ -56,7 +56,7 @@ def ingredients(tmp_path_factory):
                 "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
                 "lr_scheduler": {
                     "class_path": "torch.optim.lr_scheduler.OneCycleLR",
-                    "init_args": {"max_lr": 0.001, "total_steps": STEPS},
+                    "init_args": {"max_lr": -1.0, "total_steps": -1},
                 },
             },
         },

@@ -260,12 +260,24 @@ def test_epochs_say_how_long_too(weights, tmp_path):
         (lambda o: CosineAnnealingLR(o, 5), "CosineAnnealingLR ends at step 5"),
         (lambda o: SequentialLR(o, [ConstantLR(o), CosineAnnealingLR(o, 8)], [2]), r"ends at step 10"),
         (lambda o: ChainedScheduler([StepLR(o, 2), OneCycleLR(o, 1e-3, 7)]), r"ends at step 7"),
-        (partial(OneCycleLR, max_lr=5e-3), r"lr is 0.002, but OneCycleLR takes the rate up to max_lr = 0.005"),
     ],
 )
 def test_a_contradiction_is_refused_at_the_start(weights, tmp_path, scheduler, message):
     with pytest.raises(ConfigError, match=message):
         run(weights, tmp_path, 12, partial(torch.optim.AdamW, lr=2e-3), scheduler=scheduler)
+
+
+def test_a_rate_that_the_scheduler_does_not_use_is_said(weights, tmp_path):
+    with pytest.warns(UserWarning, match=r"up to max_lr = 0.005; the optimizer's lr of 0.002 is not used"):
+        run(weights, tmp_path, 4, partial(torch.optim.AdamW, lr=2e-3), scheduler=partial(OneCycleLR, max_lr=5e-3))
+
+
+def test_a_changed_rate_that_would_have_no_effect_is_refused(weights, tmp_path):
+    scheduler = partial(OneCycleLR, max_lr=1e-3)
+    run(weights, tmp_path, 8, save_at=5, scheduler=scheduler)
+    message = r"lr was 0.001 and is 1e-06, which has no effect: OneCycleLR has a rate of its own, max_lr = 0.001"
+    with pytest.raises(ConfigError, match=message):
+        run(weights, tmp_path, 8, partial(torch.optim.AdamW, lr=1e-6), scheduler, tmp_path / "at5.ckpt")
 
 
 def test_minus_one_is_left_out(weights, tmp_path):

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import Namespace, set_loader
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -28,6 +29,7 @@ from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 from lightning_difftune.cli.help import clearer
 from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name
 from lightning_difftune.cli.run import Run, check_checkpoint, newest_checkpoint
+from lightning_difftune.cli.yaml_files import load
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
@@ -47,6 +49,8 @@ for message in (
     warnings.filterwarnings("ignore", message=message)
 for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
     logging.getLogger(name).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+
+set_loader("yaml", load, exceptions=(yaml.YAMLError,))
 
 # Lines of jsonargparse's messages that are about its search among types, not about the value.
 _ABOUT_TYPES = re.compile(

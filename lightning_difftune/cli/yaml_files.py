@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from jsonargparse import set_loader
 from jsonargparse._loaders_dumpers import yaml_load
 
 # Arguments that the classes themselves want to be given; -1 is what they are if they are left out.
-_LEFT_OUT = {
+_LEFT_OUT: dict[str, dict[str, Any]] = {
     "OneCycleLR": {"max_lr": -1.0, "total_steps": -1},
     "CosineAnnealingLR": {"T_max": -1},
     "PolynomialLR": {"total_iters": -1},
@@ -68,4 +67,16 @@ def _fill(content: Any, seen: set[int]) -> None:
             _fill(value, seen)
 
 
-set_loader("yaml", load, exceptions=(yaml.YAMLError,))
+def resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """A composed config in which what a scheduler takes from the run is there in numbers."""
+    model = settings.get("model", {}).get("init_args", {})
+    scheduler, optimizer = model.get("lr_scheduler"), model.get("optimizer")
+    if not isinstance(scheduler, dict):
+        return settings
+    taken = {"max_lr": optimizer.get("init_args", {}).get("lr") if isinstance(optimizer, dict) else None}
+    steps = settings.get("trainer", {}).get("max_steps")
+    given = scheduler.get("init_args", {})
+    for key in _LEFT_OUT.get(scheduler["class_path"].rpartition(".")[2], {}):
+        if given.get(key) in (None, -1):
+            given[key] = taken.get(key, steps)
+    return settings

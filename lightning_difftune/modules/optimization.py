@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
@@ -61,7 +61,7 @@ def make_scheduler(
         default_lr: A rate of the optimizer that nobody asked for.
 
     Raises:
-        ConfigError: If the scheduler and the run, or the scheduler and the optimizer, say different things.
+        ConfigError: If the scheduler ends elsewhere than the run.
     """
     kind, given = _class_of(build)
     length = next((name for known, name in LENGTHS.items() if kind is not None and issubclass(kind, known)), None)
@@ -79,9 +79,9 @@ def make_scheduler(
         if peak in LEFT_OUT:
             missing["max_lr"] = rates
         elif isinstance(peak, int | float) and any(rate not in (peak, default_lr) for rate in rates):
-            raise ConfigError(
-                f"The optimizer's lr is {rates[0]:g}, but OneCycleLR takes the rate up to max_lr = {peak:g}, whatever "
-                "lr is. Leave max_lr out (or set it to -1): it is then the optimizer's lr."
+            rank_zero_warn(
+                f"OneCycleLR takes the rate up to max_lr = {peak:g}; the optimizer's lr of {rates[0]:g} is not used. "
+                "Leave max_lr out (or set it to -1), and it is the optimizer's lr."
             )
     scheduler = build(optimizer, **missing)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -168,7 +168,9 @@ def step_plateaus(trainer: L.Trainer) -> None:
 def describe(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> dict[str, Any]:
     """How optimizers and schedulers that have not stepped are configured, in plain values."""
     return {
-        "optimizers": [{"class": _name(one), "groups": _groups(one)} for one in optimizers],
+        "optimizers": [
+            {"class": _name(one), "groups": _groups(one), "defaults": _plain(one.defaults)} for one in optimizers
+        ],
         "schedulers": [{"class": _name(one), "state": _plain(one.state_dict())} for one in schedulers],
     }
 
@@ -202,6 +204,8 @@ def carry_settings(checkpoint: dict[str, Any], optimizers: Sequence[Any], schedu
         return []
     changes: list[str] = []
     new_schedule = _schedule_changes(record, now, changes)
+    if schedulers and not new_schedule:
+        _refuse_unused_rate(record, now, schedulers)
     managed = {key for one in optimizers for group in one.param_groups for key in group if key not in one.defaults}
     if new_schedule:
         before = [[dict(group) for group in one.param_groups] for one in optimizers]
@@ -272,6 +276,18 @@ def _schedule_changes(record: dict[str, Any], now: dict[str, Any], changes: list
     managed = ("lr", "initial_lr", "max_lr", "min_lr")
     groups = [[g for one in side["optimizers"] for g in one["groups"]] for side in (record, now)]
     return any(a.get(key) != b.get(key) for a, b in zip(*groups, strict=True) for key in managed)
+
+
+def _refuse_unused_rate(record: dict[str, Any], now: dict[str, Any], schedulers: Sequence[Any]) -> None:
+    """Say that a new rate is of no effect where the scheduler has one of its own."""
+    for old, new, one in zip(record["optimizers"], now["optimizers"], schedulers, strict=False):
+        rates = [side.get("defaults", {}).get("lr") for side in (old, new)]
+        if rates[0] != rates[1] and old["groups"][0].get("lr") == new["groups"][0].get("lr"):
+            raise ConfigError(
+                f"The optimizer's lr was {_shown(rates[0])} and is {_shown(rates[1])}, which has no effect: "
+                f"{type(one).__name__} has a rate of its own, max_lr = {_shown(new['groups'][0].get('max_lr'))}. "
+                "Change that one, or set it to -1 to have it follow lr."
+            )
 
 
 def _advance(schedulers: Sequence[Any], checkpoint: dict[str, Any]) -> None:

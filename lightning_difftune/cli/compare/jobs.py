@@ -13,6 +13,7 @@ import yaml
 
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
+from lightning_difftune.cli.yaml_files import resolved
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import discard_temporaries, json_digest
 
@@ -126,7 +127,7 @@ def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, 
     reader = ConfigReader()
     for run, seed in runs:
         try:
-            settings = yaml.safe_load(reader.compose(study.arguments(run, seed)))
+            settings = resolved(yaml.safe_load(reader.compose(study.arguments(run, seed))))
         except ConfigError as error:
             raise ConfigError(f"{study.path}: runs.{run.name} cannot be run. {error}") from error
         yield Job(run, seed, inside_run_folder(settings), study.evaluators, output, kept)

@@ -58,7 +58,6 @@ def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
     if options.steps is not None:
         settings += ["--trainer.max_steps", str(options.steps)]
         settings += ["--trainer.val_check_interval", str(max(1, options.steps // 4))]
-        settings += ["--model.init_args.lr_scheduler.init_args.total_steps", str(options.steps)]
     tuned, bank = {}, None
     for name in METHODS:
         print(f"\n{name}", flush=True)

@@ -236,7 +236,7 @@ RULES: tuple[Callable[[Run], Advice | None], ...] = (
 def _steps(run: Run, steps: int) -> str:
     """Options for another number of steps; a learning rate that was planned for the old number must know, too."""
     schedule = ("model", "init_args", "lr_scheduler", "init_args", "total_steps")
-    also = f" \\\n--{'.'.join(schedule)} {steps}" if run.setting(*schedule) == run.max_steps else ""
+    also = f" \\\n--{'.'.join(schedule)} {steps}" if run.max_steps == run.setting(*schedule) else ""
     return f"--trainer.max_steps {steps}{also}"
 
 
