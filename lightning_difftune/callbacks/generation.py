@@ -81,7 +81,8 @@ class GenerationCallback(Callback, ABC):
         fitting = trainer.state.fn == TrainerFn.FITTING
         step = trainer.global_step if fitting or self._checkpoint_step is None else self._checkpoint_step
         last = self._latest_step
-        if fitting and self.every_n_steps is not None and last is not None and step < last + self.every_n_steps:
+        waits = self.every_n_steps is not None and last is not None and step < last + self.every_n_steps
+        if fitting and waits and step != trainer.max_steps:
             return
         with isolate_rng():
             self.evaluate(trainer, pl_module, step)

@@ -202,7 +202,7 @@ def test_every_n_steps_limits_fit_but_not_validate(tmp_path: Path) -> None:
 def test_history_survives_resuming_and_the_extractor_is_not_in_the_checkpoint(tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     fid = make_fid(every_n_steps=4)
-    make_trainer(tmp_path, fid, saver, max_steps=4).fit(GeneratingModel(), ReferenceData())
+    make_trainer(tmp_path, fid, saver, max_steps=5).fit(GeneratingModel(), ReferenceData())
     path = tmp_path / "step=4.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint["state_dict"]) == {"layer.weight", "layer.bias"}

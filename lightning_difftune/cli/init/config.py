@@ -42,7 +42,7 @@ _REST = """    objective:
       init_args: {{lr: {lr}, weight_decay: 0.0}}
     lr_scheduler:
       class_path: torch.optim.lr_scheduler.OneCycleLR  # a short warm-up, then down to nothing
-      init_args: {{max_lr: {lr}, total_steps: &steps {steps}, pct_start: 0.05}}
+      init_args: {{pct_start: 0.05}}  # from here to max_steps, at most lr
 {samplers}data:
   class_path: lightning_difftune.MemoryBankDataModule
   init_args:
@@ -62,7 +62,7 @@ _REST = """    objective:
     latent_cache: {cache}  # your pictures, encoded once
     num_workers: {workers}
 trainer:
-  max_steps: *steps
+  max_steps: {steps}
   accelerator: auto
   devices: 1
   precision: {precision}

@@ -52,7 +52,7 @@ def test_whole_run(run):
     (config,) = texts(tree, "pre")
     assert config == (run / "config.yaml").read_text()
     captions = texts(tree, "figcaption")
-    assert captions == ["step 1", "step 4", "step 7"]
+    assert captions == ["step 1", "step 4", "step 7", "step 8"]
     for title in ("Training losses of both streams", "Loss on held-out pictures", "Learning rate"):
         assert title in page
     environment = json.loads((run / "environment.json").read_text())
