@@ -116,12 +116,11 @@ def sdxl(folder: Path, forces_zeros: bool = True) -> Path:
     return folder
 
 
-def flux(folder: Path, is_schnell: bool = False) -> Path:
-    """Pictures of 32 px, latents (4, 16, 16)."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def flux_transformer(guidance_embeds: bool) -> Any:
+    from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
+    return FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
         num_layers=1,
@@ -131,8 +130,16 @@ def flux(folder: Path, is_schnell: bool = False) -> Path:
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
-        guidance_embeds=not is_schnell,
+        guidance_embeds=guidance_embeds,
     )
+
+
+def flux(folder: Path, is_schnell: bool = False) -> Path:
+    """Pictures of 32 px, latents (4, 16, 16)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    torch.manual_seed(0)
+    transformer = flux_transformer(guidance_embeds=not is_schnell)
     encoder, tokenizer = t5()
     shift: dict[str, Any] = {"shift": 1.0} if is_schnell else {"shift": 3.0, "use_dynamic_shifting": True}
     pipeline: Any = FluxPipeline(

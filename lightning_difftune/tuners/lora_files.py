@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,11 +93,20 @@ def write_diffusers(model: nn.Module, state: dict[str, Tensor], config: LoraConf
         str(folder), **{f"{prefix}_lora_layers": state, f"{prefix}_lora_adapter_metadata": metadata}
     )
     order_metadata(folder / WEIGHTS)
-    again, _, stated = loader.lora_state_dict(str(folder), weight_name=WEIGHTS, return_lora_metadata=True)
+    again, _, stated = open_file(loader, folder / WEIGHTS)
     same = {f"{prefix}.{name}" for name in state} == again.keys()
     same = same and all(tensor.equal(again[f"{prefix}.{name}"]) for name, tensor in state.items())
     if not same or stated.get(f"{prefix}.lora_alpha") != config.lora_alpha:
         raise CheckpointError("Not written: the LoRA does not read back as it was.")
+
+
+def open_file(loader: Any, file: Path, **config: Any) -> tuple[dict[str, Tensor], Any, Any]:
+    """Tensors, alphas by layer and metadata of a LoRA's file, by diffusers' own reader; the last may be ``None``."""
+    config |= {"weight_name": file.name, "local_files_only": True, "return_lora_metadata": True}
+    if "return_alphas" in inspect.signature(loader.lora_state_dict).parameters:
+        config["return_alphas"] = True
+    found = loader.lora_state_dict(str(file.parent), **config)
+    return found if len(found) == 3 else (found[0], None, found[1])
 
 
 def prefix_of(loader: Any) -> str:
@@ -130,10 +140,7 @@ def read_diffusers(
     prefix = prefix_of(loader)
     config = {"unet_config": model.config} if prefix == "unet" else {}
     try:
-        found = loader.lora_state_dict(
-            str(file.parent), weight_name=file.name, local_files_only=True, return_lora_metadata=True, **config
-        )
-        state, alphas, metadata = found if len(found) == 3 else (found[0], None, found[1])
+        state, alphas, metadata = open_file(loader, file, **config)
     except (ValueError, KeyError, OSError, RuntimeError, NotImplementedError) as error:
         raise CheckpointError(f"{file} is not a LoRA that diffusers can read: {error}") from error
     encoders = sorted(name for name in state if not name.startswith(f"{prefix}."))

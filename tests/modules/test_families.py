@@ -10,9 +10,12 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+import yaml
+from PIL import Image
 from tiny import quiet_trainer
 
 from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
+from lightning_difftune.cli import main
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.retention_targets import OnlineTeacher
@@ -147,6 +150,22 @@ def test_under_lora_the_pretrained_network_is_the_same_one(folder_of: Callable[.
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_steps_are_swapped_for_the_pretrained_network(folder_of: Callable[..., str], family: str) -> None:
+    module = built(folder_of(family), tuner=LoRA(2, 2, ATTENTION), sampler=Sampler(None, 2, 1.0, None))
+    for parameter in module.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    indices = torch.arange(2)
+    with torch.no_grad():
+        tuned, half, pretrained = module.generate_swapped(indices, [0.0, 0.5, 1.0])
+        assert torch.equal(tuned, module.generate(indices))
+    plain = built(folder_of(family), sampler=Sampler(None, 2, 1.0, None))
+    plain.network.requires_grad_(False)
+    assert torch.equal(pretrained, plain.generate(indices))
+    assert not torch.equal(half, tuned)
+    assert not torch.equal(half, pretrained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_networks_in_bfloat16_and_updates_in_float32(
     tmp_path: Path, folder_of: Callable[..., str], family: str
 ) -> None:
@@ -244,3 +263,76 @@ def test_pipelines_of_other_classes_are_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     with pytest.raises(CheckpointError, match=r"is a SanaPipeline, which is not supported.*StableDiffusionXLPipeline"):
         built(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_from_a_folder_of_pictures_to_pictures_by_the_command_line(
+    tmp_path: Path,
+    folder_of: Callable[..., str],
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fit a LoRA with a meter of forgetting, sample, export it as a LoRA and merged; the pipeline opens both."""
+    monkeypatch.chdir(tmp_path)
+    Path("pipeline").symlink_to(folder_of(family))
+    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)):
+        Path("captioned").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(f"captioned/{number}.png")
+        Path(f"captioned/{number}.txt").write_text(PROMPTS[number % 3])
+    source = {"class_path": "lightning_difftune.data.CaptionedFolder", "init_args": {"root": "captioned"}}
+    lora = {"rank": 2, "alpha": 6, "target_modules": list(ATTENTION)}
+    meter = {"every_n_steps": 1, "num_bins": 2, "num_samples": 2}
+    config: dict[str, Any] = {
+        "model": {
+            "class_path": "lightning_difftune.TextToImageDiffTuningModule",
+            "init_args": {
+                "model": "pipeline",
+                "image_size": 32,
+                "prompts": PROMPTS,
+                "bank_prompts": PROMPTS,
+                "tuner": {"class_path": "lightning_difftune.tuners.LoRA", "init_args": lora},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.1}},
+                "sampler": {"num_inference_steps": 2, "guidance_scale": 1.0, "guidance_channels": None},
+            },
+        },
+        "data": {
+            "class_path": "lightning_difftune.MemoryBankDataModule",
+            "init_args": {
+                "target": source,
+                "val_target": source,
+                "image_size": 32,
+                "bank": "bank",
+                "bank_size": 4,
+                "batch_size": 5,
+                "latent_cache": "cache",
+            },
+        },
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "devices": 1,
+            "default_root_dir": "run",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [{"class_path": "lightning_difftune.callbacks.ForgettingMeter", "init_args": meter}],
+        },
+    }
+    Path("run.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "run.yaml"])
+    assert list(Path("run").rglob("*forget*"))
+    main(["sample", "run", "--prompts", "a cat", "--num_samples", "1", "--output", "cats"])
+    assert list(Path("cats").glob("*.png"))
+    main(["export", "run", "--output", "lora", "--format", "diffusers"])
+    main(["export", "run", "--output", "merged"])
+    assert "outputs differ from the tuned network's by" in capsys.readouterr().out
+    lora_pipeline, merged = pipeline_of("pipeline"), pipeline_of("pipeline")
+    lora_pipeline.load_lora_weights("lora")
+    name = "unet" if family == "sdxl" else "transformer"
+    setattr(merged, name, type(getattr(merged, name)).from_pretrained("merged"))
+    noise = torch.randn(2, 4, 16, 16)
+    first, second, plain = (
+        latents_of(pipeline, family, noise, 2, 1.0) for pipeline in (lora_pipeline, merged, pipeline_of("pipeline"))
+    )
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(first, plain, atol=1e-2)

@@ -200,6 +200,39 @@ def test_loras_of_other_trainers_are_read(tmp_path: Path, format: str, alpha: fl
     torch.testing.assert_close(output_of(ours), output_of(unet), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 6.0])
+def test_kohyas_loras_of_flux_are_read(tmp_path: Path, alpha: float) -> None:
+    import pipelines
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tuner = LoRA(rank=2, alpha=2, target_modules=("to_out.0",))
+    network = pipelines.flux_transformer(guidance_embeds=True)
+    tuner.apply(network)
+    for parameter in trained(network).values():
+        nn.init.normal_(parameter, std=0.3)
+    theirs = {}
+    for name, tensor in get_peft_model_state_dict(network).items():
+        number, factor = name.split(".")[1], "down" if "lora_A" in name else "up"
+        start = f"lora_unet_double_blocks_{number}_img_attn_proj"
+        theirs[f"{start}.lora_{factor}.weight"] = tensor.detach().contiguous()
+        theirs[f"{start}.alpha"] = torch.tensor(alpha)
+    save_file(theirs, tmp_path / "kohya.safetensors")
+    other = pipelines.flux_transformer(guidance_embeds=True)
+    tuner.apply(other)
+    tuner.load_lora_weights(other, tmp_path / "kohya.safetensors")
+    update = [
+        {
+            n: (m.lora_B["default"].weight @ m.lora_A["default"].weight)
+            for n, m in x.named_modules()
+            if hasattr(m, "lora_A")
+        }
+        for x in (network, other)
+    ]
+    for name, expected in update[0].items():  # alpha / rank is 1 in ours
+        torch.testing.assert_close(update[1][name], expected * alpha / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_a_lora_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
