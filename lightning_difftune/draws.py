@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,20 @@ def seed_of(stream: str, *key: int) -> int:
         4
     """
     return int.from_bytes(hashlib.sha256(repr((stream, *key)).encode()).digest()[:8], "big") >> 1
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """A ``with`` block, or a decorator, inside which tensors of no stated type are float32.
+
+    Lightning's bf16-true and 64-true set another default around each step.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 class Draws:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
-import torch
 import yaml
 from jsonargparse import Namespace, set_loader
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -263,7 +262,6 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     Raises:
         DiffTuneError: If the command line, a config, or what they name cannot be used.
     """
-    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU, as in the authors' code
     try:
         return DiffTuneCLI(
             **_WIRING,

@@ -139,8 +139,8 @@ class MemoryBank:
         Raises:
             IndexError: An index lies outside the bank.
         """
-        if indices.numel() and int(indices.max()) >= len(self):
-            raise IndexError(f"sample {int(indices.max())} of {len(self)} of {self.path}")
+        if (largest := max(indices.tolist(), default=-1)) >= len(self):
+            raise IndexError(f"sample {largest} of {len(self)} of {self.path}")
         tensors = self._reader.read(indices)
         return cast("RetentionBatch", {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})
 

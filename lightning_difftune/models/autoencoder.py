@@ -40,6 +40,8 @@ class FrozenAutoencoder(Frozen):
         ConfigError: If the scaling factor is not positive.
     """
 
+    keeps_type = True  # the one that is asked for
+
     def __init__(
         self,
         source: str | AutoencoderKL | Path = "stabilityai/sd-vae-ft-ema",

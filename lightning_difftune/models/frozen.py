@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from lightning_difftune.models.precision import takes_its_own_type
+
 
 class Frozen(nn.Module):
     """Holds a network that is never trained, and whose weights are in nobody's checkpoint.
@@ -25,9 +27,12 @@ class Frozen(nn.Module):
     """
 
     network: Any
+    keeps_type = False
+    """Whether the weights keep their type where the parent module is cast."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
+        takes_its_own_type(network)
         self.__dict__["network"] = network.requires_grad_(False).eval()  # past nn.Module's registration
         self.training = False
 
@@ -37,7 +42,8 @@ class Frozen(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the network along with the parent module."""
-        self.network._apply(fn, recurse)
+        move = (lambda tensor: tensor.to(fn(tensor).device)) if self.keeps_type else fn
+        self.network._apply(move, recurse)
         return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

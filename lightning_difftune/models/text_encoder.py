@@ -33,6 +33,8 @@ class FrozenTextEncoder(Frozen):
         CheckpointError: If the source is not found or cannot be opened.
     """
 
+    keeps_type = True
+
     def __init__(self, source: str | Path, revision: str | None = None) -> None:
         tokenizer, network = open_text_encoder(source, revision)
         super().__init__(network)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import lightning as L
 import torch
@@ -19,11 +19,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_difftune.conditions import concatenate, where
-from lightning_difftune.draws import Draws, noise_of
+from lightning_difftune.draws import Draws, float32_by_default, noise_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.models import export_network
 from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.precision import takes_its_own_type
 from lightning_difftune.models.usage import usage_of_network
 from lightning_difftune.modules.finite_loss import FiniteLoss
 from lightning_difftune.modules.lean_checkpoints import complete, make_lean
@@ -47,6 +48,7 @@ from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_fo
 from lightning_difftune.source import SourceFacts, check_scheduler
 
 ADAMW_RATE = 1e-4
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -117,6 +119,8 @@ class DiffTuningModule(L.LightningModule, ABC):
 
     # -- what a model family supplies ----------------------------------------------------------------------------
 
+    float32_matmul_precision = "high"
+    """How GPUs multiply float32 matrices, for torch.set_float32_matmul_precision: TF32, as in the authors' code."""
     resize_hint = "Set image_size and channels of the data to fit it."
     """What to do where pictures do not fit the model."""
 
@@ -304,9 +308,9 @@ class DiffTuningModule(L.LightningModule, ABC):
         ``condition_dropout``. A retained one is as the bank has it, under :meth:`retention_condition`.
         """
         target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
-        x0, std = target["latent_mean"], target.get("latent_std")
+        x0, std = target["latent_mean"].float(), target.get("latent_std")
         if std is not None:
-            x0 = x0 + std * draws.normal(*x0.shape)
+            x0 = x0 + std.float() * draws.normal(*x0.shape)
         condition = self.target_condition(target)
         if self.training and condition is not None:
             dropped = draws.uniform(len(x0)) < self.condition_dropout
@@ -325,10 +329,13 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Whether the objective gives the memory bank any weight; false for tau = 0, which is plain fine-tuning."""
         return self.objective.uses_retention
 
+    @float32_by_default()
     def configure_model(self) -> None:
         """Build the networks and apply the tuner, once."""
         if self._is_built:
             return
+        if torch.cuda.is_available():
+            torch.set_float32_matmul_precision(self.float32_matmul_precision)
         facts = self.build()
         if isinstance(facts, dict):
             others = {key: value for key, value in facts.items() if key not in ("name", "fingerprint")}
@@ -337,6 +344,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         self.sampler, self.bank_sampler = self.sampler, self.bank_sampler  # compared with the facts from here on
         for network in self.trainable_modules():
             network.train(self.training)  # diffusers opens its models in eval mode
+            takes_its_own_type(network)
             if self.tuner is not None:
                 self.tuner.apply(network)
         self._is_built = True
@@ -444,6 +452,12 @@ class DiffTuningModule(L.LightningModule, ABC):
                 "slower than 32-true. Set the trainer's precision to 32-true."
             )
 
+    def frozen(self, network: Model) -> Model:
+        """A network that stays as it is, on this module's device and at its precision, for :meth:`pretrained`."""
+        network = takes_its_own_type(network).requires_grad_(False).eval().to(self.device)
+        return network if self.dtype == torch.float32 else network.to(self.dtype)
+
+    @float32_by_default()
     def frozen_denoiser(self) -> Denoiser:
         """The :meth:`pretrained` network, loaded once and kept until this module moves to another device."""
         if self._frozen is None or self._frozen[0] != self.device:

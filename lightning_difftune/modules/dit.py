@@ -116,7 +116,7 @@ class DiTDiffTuningModule(DiffTuningModule):
     def pretrained(self) -> DiT:
         """A fresh copy of the transformer as it was before tuning, frozen and in eval mode, on this module's device."""
         model = copy.deepcopy(self._given[1]) if self._given is not None else load_dit(self._source)
-        return model.requires_grad_(False).eval().to(self.device)
+        return self.frozen(model)
 
     def build(self) -> SourceFacts:
         """Load the model and fit its label table to the target."""

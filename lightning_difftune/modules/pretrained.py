@@ -51,7 +51,8 @@ class PretrainedSamples:
     @cached_property
     def denoise(self) -> Denoiser:
         """The pre-trained copy."""
-        return self.module.pretrained()
+        with draws.float32_by_default():
+            return self.module.pretrained()
 
     def bank_spec(self) -> dict[str, Any]:
         """Everything that decides the samples."""

@@ -157,12 +157,8 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         return open_network(family.network_class(), self.model, family.network_folder, self.revision, dtype)
 
     def run(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """A network's output (B, c, h, w) in its own precision, as float32 where that is not."""
-        dtype = next(network.parameters()).dtype  # of the first layer, which no adapter is put before
-        if dtype == torch.float32:
-            return self.family.call(network, x_t, t, condition)
-        cast = {name: value.to(dtype) for name, value in condition.items()}
-        return self.family.call(network, x_t.to(dtype), t, cast).float()
+        """A network's output (B, c, h, w) as float32."""
+        return self.family.call(network, x_t, t, condition).float()
 
     def facts(self, network: Any, **identity: Any) -> SourceFacts:
         """What the pipeline says of itself: its ``scheduler_config.json`` and its autoencoder's scale."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_difftune.draws import float32_by_default
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.sampling.guidance import Guided
@@ -65,6 +66,7 @@ class Reverse:
         return copy.deepcopy(self)
 
 
+@float32_by_default()
 @torch.inference_mode()
 def sample(
     denoise: Denoiser,
@@ -108,6 +110,7 @@ def sample(
     return process.x
 
 
+@float32_by_default()
 @torch.inference_mode()
 def swap(
     model: Guided,

@@ -65,7 +65,7 @@ class Denoising(L.LightningModule):
     def training_step(self, batch, batch_idx: int) -> Tensor:
         assert self.training
         assert self.dropout.training
-        return (self.weight[1] - 1.15).square() + 0 * self.weight.sum()
+        return (self.weight[1] - 1.1).square() + 0 * self.weight.sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.05)

@@ -37,6 +37,8 @@ class PipelineText(Frozen):
         CheckpointError: If the text encoders are not found or cannot be opened.
     """
 
+    keeps_type = True
+
     def __init__(
         self,
         pipeline_class: Any,

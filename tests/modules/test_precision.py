@@ -1,0 +1,148 @@
+"""bf16-true and 64-true work for every family: bank, training, pictures and FID, on draws that are the same numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from tiny import noise_pixels, quiet_trainer, tiny_dit, tiny_pictures
+from torch import nn
+
+from lightning_difftune import (
+    ControlNetDiffTuningModule,
+    DiTDiffTuningModule,
+    MemoryBank,
+    MemoryBankDataModule,
+    TextToImageDiffTuningModule,
+)
+from lightning_difftune.callbacks import EMA, FID, SampleGrid
+from lightning_difftune.data import ArrayImages
+from lightning_difftune.data.annotators import Canny
+from lightning_difftune.models import FrozenAutoencoder
+from lightning_difftune.sampling import Sampler
+
+FAMILIES = ["pixels", "latents", "cached latents", "text-to-image", "ControlNet"]
+
+
+class Watch(Callback):
+    """The types of what is drawn and computed."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_start(self, trainer, module):
+        objective, seen = module.objective, self.seen
+        at = objective.at
+
+        def watched(denoise, x0, condition, is_retention, t, noise, *others):
+            output = at(denoise, x0, condition, is_retention, t, noise, *others)
+            seen.update(x0=x0.dtype, noise=noise.dtype, t=t.dtype, loss=output.loss.dtype)
+            seen["finite"] = bool(output.loss.isfinite())
+            return output
+
+        objective.at = watched
+
+
+class Features(nn.Module):
+    """Features for a distance without downloads."""
+
+    name, num_features = "means", 3
+
+    def forward(self, pictures):
+        return pictures.float().mean((2, 3)).expand(-1, 3) + pictures.float().flatten(1)[:, :3]
+
+
+def tiny_autoencoder():
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        layers_per_block=1,
+        latent_channels=4,
+    )
+
+
+def of_family(family, folder, pipeline_folder):
+    """Module and data."""
+    settings = {"bank": folder / "bank", "bank_size": 6, "batch_size": 5, "num_workers": 0}
+    if family == "pixels":
+        module = DiTDiffTuningModule(tiny_dit(num_classes=3), sampler=Sampler(num_inference_steps=2))
+        return module, MemoryBankDataModule(tiny_pictures(8), 3, 8, 1, val_target=tiny_pictures(8), **settings)
+    pictures = noise_pixels(8, 16, 16, 3)
+    if "latents" in family:
+        dit = tiny_dit(num_classes=3, in_channels=4)
+        module = DiTDiffTuningModule(
+            dit, autoencoder=FrozenAutoencoder(tiny_autoencoder()), sampler=Sampler(num_inference_steps=2)
+        )
+        source = ArrayImages(pictures, np.arange(8) % 3)
+        cache = {"latent_cache": folder / "latents"} if family == "cached latents" else {}
+        return module, MemoryBankDataModule(source, 3, 16, val_target=source, **cache, **settings)
+    if family == "text-to-image":
+        module = TextToImageDiffTuningModule(pipeline_folder, sampler=Sampler(None, 2, 3.0, None))
+        source = [(picture, "a photo of a cat") for picture in pictures]
+    else:
+        canny = Canny()
+        module = ControlNetDiffTuningModule(canny, pipeline_folder, sampler=Sampler(None, 2, 3.0, None))
+        maps = canny(torch.from_numpy(pictures).permute(0, 3, 1, 2))
+        source = [(p, "a photo of a cat", m[0].numpy()) for p, m in zip(pictures, maps, strict=True)]
+    return module, MemoryBankDataModule(source, image_size=16, val_target=source, **settings)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_and_draws(family, precision, tmp_path, pipeline_folder):
+    module, data = of_family(family, tmp_path, pipeline_folder)
+    module.optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    fid = FID(num_samples=5, feature_extractor=Features(), batch_size=5)
+    watch = Watch()
+    trainer = quiet_trainer(
+        tmp_path, 2, watch, EMA(), fid, SampleGrid(num_samples=2), logger=CSVLogger(tmp_path), precision=precision
+    )
+    trainer.fit(module, data)
+    expected = torch.bfloat16 if precision == "bf16-true" else torch.float64
+    assert {p.dtype for p in module.trainable_parameters()} == {expected}
+    assert watch.seen == {
+        "x0": torch.float32,
+        "noise": torch.float32,
+        "t": torch.int64,
+        "loss": torch.float32,
+        "finite": True,
+    }
+    assert np.isfinite(fid.last_value)
+    assert MemoryBank(tmp_path / "bank").read(torch.arange(6))["latents"].isfinite().all()
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("family", ["pixels", "text-to-image"])
+def test_a_model_is_the_same_one_at_any_precision(family, tmp_path, pipeline_folder):
+    """Its fingerprint is that of the weights as published, so that checkpoints and banks know their model."""
+    found = []
+    for precision in ("32-true", "bf16-true", "64-true"):
+        module, data = of_family(family, tmp_path / precision, pipeline_folder)
+        quiet_trainer(tmp_path, 1, precision=precision).fit(module, data)
+        found.append(module.base_identity["fingerprint"])
+        assert {table.dtype for table in module.objective.buffers()} == {torch.float32}
+    assert len(set(found)) == 1
+
+
+def test_banks_of_fit_and_predict_are_the_same_to_the_bit_at_the_trainers_precision(tmp_path):
+    banks = []
+    for road in ("fit", "predict", "float32"):
+        module, data = of_family("pixels", tmp_path / road, None)
+        precision = "32-true" if road == "float32" else "bf16-mixed"
+        trainer = quiet_trainer(tmp_path, 1, precision=precision)
+        if road == "predict":
+            trainer.predict(module, data, return_predictions=False)
+        else:
+            trainer.fit(module, data)
+        banks.append(MemoryBank(tmp_path / road / "bank").read(torch.arange(6))["latents"])
+    assert torch.equal(banks[0], banks[1])
+    assert not torch.equal(banks[0], banks[2])
+    torch.testing.assert_close(banks[0], banks[2], atol=0.3, rtol=0)
