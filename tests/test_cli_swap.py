@@ -133,9 +133,9 @@ def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("a.ckpt").touch()
     for args, message in (
-        ([], "name a run first: its folder or one of its checkpoints"),
+        ([], "Name a run first: its folder or one of its checkpoints"),
         (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
-        (["--ckpt_path", "a", "--ckpt_path", "b", "c"], "takes two runs, got c, a, b"),
+        (["--ckpt_path", "a", "--ckpt_path", "b", "c"], "3 runs are more than 2: c, a, b"),
         (["a.ckpt", "--name", "a", "--name", "b"], "Give each of the 1 runs its own --name"),
     ):
         assert main(["swap", *args]) == 2

@@ -53,7 +53,7 @@ class CommandParser(argparse.ArgumentParser):
             if not runs:
                 self.error("name a run first: its folder or one of its checkpoints")
             if len(runs) > self._most_runs:
-                self.error(f"takes {'one run' if self._most_runs == 1 else 'two runs'}, got {', '.join(runs)}")
+                self.error(f"{len(runs)} runs are more than {self._most_runs}: {', '.join(runs)}")
             options.run = runs if self._most_runs > 1 else runs[0]
         return options, [*unknown, *rest]
 
@@ -77,4 +77,4 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise it."""
-        raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` lists the options.")
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the options.")

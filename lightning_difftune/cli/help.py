@@ -76,6 +76,10 @@ def clearer(message: str, options: Iterable[str]) -> str:
         message: Of jsonargparse.
         options: All options of the command.
     """
+    if re.match(r"the following arguments are required: (\w+\.)?data", message):
+        return "There is no model and no data. Pass --config FILE, or name a run first, to resume it."
+    if match := re.search(r"""Parser key "config":.*File does not exist: '(.+)'""", message, re.DOTALL):
+        return f"The config {match[1]} does not exist."
     keys = {option.removeprefix("--") for option in options}
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     paths = re.findall(r"Problem with given class_path '([^']+)'", message)

@@ -66,6 +66,8 @@ class DiffTuneParser(LightningArgumentParser):
         Raises:
             ConfigError: If something in them cannot be used; jsonargparse lets some errors of its readers through.
         """
+        given = args[0] if args else options.get("args")
+        self._command = str(given[0]) if given else ""
         try:
             return super().parse_args(*args, **options)
         except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
@@ -78,7 +80,7 @@ class DiffTuneParser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", self)
         if parser is self and self._subcommands_action is not None:
-            parser = next(iter(self._subcommands_action.choices.values()))
+            parser = self._subcommands_action.choices.get(getattr(self, "_command", ""), self)
         options = [option for action in parser._actions for option in action.option_strings]
         said = clearer(_ABOUT_TYPES.sub("", message).strip(), options)
         raise ConfigError(f"{said} `{parser.prog.replace(' [options]', '')} --help` lists the keys.") from ex

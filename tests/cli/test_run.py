@@ -124,7 +124,7 @@ def test_the_run_is_told_from_the_values_of_other_options(args):
 def test_one_run_is_one(args):
     parser = CommandParser("export", "")
     parser.add_run()
-    with pytest.raises(ConfigError, match=r"difftune export: (takes one run|name a run first)"):
+    with pytest.raises(ConfigError, match=r"(2 runs are more than 1: a, b|Name a run first)"):
         parser.parse_args(args)
 
 

@@ -200,7 +200,7 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "name a run first"),
+        ([], "Name a run first"),
         (["RUN", "--classes", "rosse"], "no class 'rosse' among the 3. Did you mean rose"),
         (["RUN", "--classes", "3"], "no class '3' among the 3. Its classes are oxeye_daisy, rose, sunflower."),
         (["RUN", "--prompts", "a rose"], "does not take --prompts: it knows classes and no words; use --classes."),

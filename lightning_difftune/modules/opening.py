@@ -1,0 +1,105 @@
+"""Published models, exports and pipelines, each opened as the module of its family, to draw with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_difftune.diffusion import RectifiedFlow
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
+from lightning_difftune.models.checkpoint_files import read_json
+from lightning_difftune.models.checkpoints import BUNDLED
+from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.modules.base import DiffTuningModule
+from lightning_difftune.modules.dit import DiTDiffTuningModule
+from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
+from lightning_difftune.objective import DiffTuningObjective
+from lightning_difftune.sampling import Sampler
+
+
+def open_model(
+    name: str, *, base: str | None = None, vae: str | None = None, text: bool = False, solver: str | None = None
+) -> DiffTuningModule:
+    """Open a model that is not a run, by its path or name.
+
+    Args:
+        name: A DiT or an export of one, a text-to-image pipeline, a UNet's folder, or the name of a bundled model.
+        base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
+        vae: The autoencoder of a latent DiT that comes without one.
+        text: Whether a hub repository is a text-to-image pipeline.
+        solver: The scheduler that is asked for; of flow matching, it says what a DiT predicts whose file does not.
+
+    Raises:
+        ConfigError: If something is missing to draw with it.
+        CheckpointError: If it cannot be opened.
+    """
+    path = Path(name).expanduser()
+    folder = BUNDLED / name if (BUNDLED / name).is_dir() else path
+    kind = kind_of(folder) if folder.is_dir() else ""
+    is_pipeline = (folder / "model_index.json").exists() and kind != "DiTPipeline"
+    if is_pipeline or (text and not folder.exists()):
+        module = TextToImageDiffTuningModule(name)
+        module.configure_model()
+        return module
+    if kind == "UNet2DConditionModel":
+        return open_unet(name, base)
+    if kind == "ControlNetModel":
+        raise ConfigError(f"{name} is a ControlNet, which draws after control maps; open it with diffusers' pipelines.")
+    return open_dit(name, folder, base, vae, solver)
+
+
+def kind_of(folder: Path) -> str:
+    """The class that a diffusers folder states; empty if it states none."""
+    files = (folder / "model_index.json", folder / "config.json")
+    stated = next((read_json(file) for file in files if file.exists()), {})
+    return str(stated.get("_class_name", ""))
+
+
+def open_unet(name: str, base: str | None) -> DiffTuningModule:
+    """A pipeline with the UNet of a folder in place of its own."""
+    from diffusers.models import UNet2DConditionModel
+
+    if base is None:
+        raise ConfigError(f"{name} is a UNet alone. Name the pipeline that it belongs to: --base FOLDER or owner/name.")
+    module = TextToImageDiffTuningModule(base)
+    module.configure_model()
+    module.unet = open_network(UNet2DConditionModel, name)
+    return module
+
+
+def open_dit(name: str, folder: Path, base: str | None, vae: str | None, solver: str | None) -> DiffTuningModule:
+    """A DiT with the sampler that it was exported with, and its autoencoder if it denoises latents."""
+    dit = load_dit(name)
+    is_flow = dit.sampling is None and solver is not None and "flow" in solver.lower()
+    module = DiTDiffTuningModule(
+        model=base if base is not None else dit,
+        autoencoder=autoencoder_of(folder, vae, dit, name),
+        objective=DiffTuningObjective(diffusion=RectifiedFlow()) if is_flow else None,
+        sampler=Sampler.from_settings(dit.sampling) if dit.sampling is not None else None,
+    )
+    module.configure_model()
+    module.dit = dit
+    return module
+
+
+def autoencoder_of(folder: Path, vae: str | None, dit: DiT, name: str) -> FrozenAutoencoder | None:
+    """The autoencoder that is asked for, lies in the folder or is named by the export; ``None`` for a model of pixels.
+
+    Raises:
+        ConfigError: If a model of latents comes without.
+    """
+    if vae is not None:
+        is_pipeline = any((place / "vae" / "config.json").exists() for place in (BUNDLED / vae, Path(vae).expanduser()))
+        return FrozenAutoencoder.of_pipeline(vae) if is_pipeline else FrozenAutoencoder(vae)
+    if (folder / "vae" / "config.json").exists():
+        return FrozenAutoencoder.of_pipeline(folder)
+    named = (dit.sampling or {}).get("autoencoder")
+    if named is not None:
+        return FrozenAutoencoder(**named)
+    channels = dit.sample_shape[0]
+    if channels in (1, 3):
+        return None
+    raise ConfigError(
+        f"{name} denoises latents of {channels} channels and comes without the autoencoder that decodes them. Name it: "
+        "--vae stabilityai/sd-vae-ft-ema, or a folder."
+    )
