@@ -303,7 +303,7 @@ def test_what_a_run_prints(project):
             [*FIT, "--modle", "x"],
             r"--modle is not an option. Did you mean model.*`difftune fit --help` lists the",
         ),
-        (["fit", "--config", "none.yaml"], "does not exist.*none.yaml"),
+        (["fit", "--config", "none.yaml"], "The config .*none.yaml does not exist"),
         ([*FIT, f"{DATA}batch_size", "five"], "Expected a <class 'int'>. Got value: five"),
         (
             [*FIT, f"{DATA}batch", "5"],

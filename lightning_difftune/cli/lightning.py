@@ -83,7 +83,8 @@ class DiffTuneParser(LightningArgumentParser):
             parser = self._subcommands_action.choices.get(getattr(self, "_command", ""), self)
         options = [option for action in parser._actions for option in action.option_strings]
         said = clearer(_ABOUT_TYPES.sub("", message).strip(), options)
-        raise ConfigError(f"{said} `{parser.prog.replace(' [options]', '')} --help` lists the keys.") from ex
+        command = "difftune fit" if parser.prog == "difftune" else parser.prog.replace(" [options]", "")
+        raise ConfigError(f"{said} `{command} --help` lists the keys.") from ex
 
 
 class DiffTuneCLI(LightningCLI):

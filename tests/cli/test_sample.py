@@ -218,7 +218,7 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
             r"invalid int value: 'few'\. `difftune sample --help` lists the options\.",
         ),
         (["RUN", "--device", "abacus"], "--device abacus cannot be used"),
-        (["RUN", "--modle", "x"], "unrecognized arguments: --modle x"),
+        (["RUN", "--modle", "x"], "--modle is not an option. Did you mean model"),
         (["tiny.safetensors", "--modle", "x"], "Unknown options: --modle x. Only a checkpoint takes keys"),
         (["none.ckpt"], "none.ckpt does not exist"),
         (["none"], "'none' is no file or folder and no bundled model"),
