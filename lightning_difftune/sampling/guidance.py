@@ -70,7 +70,7 @@ class Guided:
             eps, eps_null = output.chunk(2)
         else:
             eps = self._checked(self.denoise(x, t, self.condition), channels)
-            eps_null = self.null_denoise(x, t, self.null_condition).float()
+            eps_null = self.null_denoise(x, t, self.null_condition)[:, :channels].float()  # it may predict a variance
         k = x.shape[1] if self.channels is None else self.channels
         return torch.cat([eps_null[:, :k] + self.scale * (eps[:, :k] - eps_null[:, :k]), eps[:, k:]], dim=1)
 
