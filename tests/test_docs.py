@@ -16,11 +16,17 @@ import lightning as L
 import pytest
 
 import lightning_difftune
-from lightning_difftune import ControlNetDiffTuningModule, DiTDiffTuningModule, MemoryBankDataModule, cli
+from lightning_difftune import (
+    ControlNetDiffTuningModule,
+    DiTDiffTuningModule,
+    MemoryBankDataModule,
+    TextToImageDiffTuningModule,
+    cli,
+)
 from lightning_difftune.cli.lightning import ConfigReader
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md"])
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "README.md"])
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LIGHTNING = ("fit", "validate", "test", "predict")
 
@@ -42,9 +48,12 @@ class Parsed(Exception):
 def anywhere(tmp_path, monkeypatch):
     """A folder in which the paths of the documentation's commands mean the repository's configs, or nothing."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    run = tmp_path / "runs" / "quickstart" / "diff-tuning" / "lightning_logs" / "version_0"
-    run.mkdir(parents=True)
-    shutil.copy(ROOT / "configs" / "quickstart.yaml", run / "config.yaml")
+    for name in ("quickstart/diff-tuning", "photos", "captioned", "captions", "edges"):
+        run = tmp_path / "runs" / name / "lightning_logs" / "version_0"
+        run.mkdir(parents=True)
+        shutil.copy(ROOT / "configs" / "quickstart.yaml", run / "config.yaml")
+    for name in ("my", "captions", "edges", "xl", "sd"):
+        shutil.copy(ROOT / "configs" / "quickstart.yaml", tmp_path / f"{name}.yaml")
     monkeypatch.chdir(tmp_path)
 
 
@@ -71,7 +80,7 @@ def check_difftune(args, monkeypatch):
     for name, method in (("parse_args", parse), ("parse_known_args", parse_known), ("error", refuse)):
         monkeypatch.setattr(argparse.ArgumentParser, name, method)
     with pytest.raises(Parsed):
-        cli.run(args)
+        cli.start(args)
     monkeypatch.undo()
     if rest:
         compose(rest)
@@ -82,6 +91,8 @@ def check_difftune(args, monkeypatch):
 def compose(args):
     """Compose configs and overrides; of a checkpoint, only its path is left out."""
     args = [arg for arg in args if arg != "--print_config"]
+    if not args[0].startswith("--"):  # a run, which has its settings
+        args = ["--config", "configs/quickstart.yaml", *args[1:]]
     if "--ckpt_path" in args and "--config" not in args:  # a checkpoint has its run's settings
         args = ["--config", "configs/quickstart.yaml", *args]
     while "--ckpt_path" in args:
@@ -137,18 +148,20 @@ def test_every_public_package_has_its_page():
 
 
 def test_keys_exist():
-    """Every key that starts at the model, the data or the trainer is an argument there."""
-    models = (
-        inspect.signature(DiTDiffTuningModule).parameters | inspect.signature(ControlNetDiffTuningModule).parameters
-    )
+    """Every key that starts at the model, the data or the trainer is an argument there, and is written short."""
+    models = set[str]()
+    for module in (DiTDiffTuningModule, ControlNetDiffTuningModule, TextToImageDiffTuningModule):
+        models |= set(inspect.signature(module).parameters)
     known = {
-        "model.init_args": set(models),
-        "data.init_args": set(inspect.signature(MemoryBankDataModule).parameters),
+        "model": models,
+        "data": set(inspect.signature(MemoryBankDataModule).parameters),
         "trainer": set(inspect.signature(L.Trainer).parameters),
     }
     found = []
     for page in PAGES:
-        for scope, key in re.findall(r"`(?:--)?(model\.init_args|data\.init_args|trainer)\.(\w+)", page.read_text()):
+        text = page.read_text()
+        assert not re.search(r"(model|data)\.init_args\.", text), f"{page.name}: the short key is the one to show"
+        for scope, key in re.findall(r"`(?:--)?(model|data|trainer)\.(\w+)", text):
             found.append(key)
             assert key in known[scope], f"{page.name}: {scope}.{key}"
     assert len(found) > 50
