@@ -48,7 +48,7 @@ class Parsed(Exception):
 def anywhere(tmp_path, monkeypatch):
     """A folder in which the paths of the documentation's commands mean the repository's configs, or nothing."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for name in ("quickstart/diff-tuning", "photos", "captioned", "captions", "edges"):
+    for name in ("quickstart/diff-tuning", "photos", "photos-canny", "captioned", "captions", "edges"):
         run = tmp_path / "runs" / name / "lightning_logs" / "version_0"
         run.mkdir(parents=True)
         shutil.copy(ROOT / "configs" / "quickstart.yaml", run / "config.yaml")

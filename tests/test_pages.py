@@ -41,7 +41,7 @@ SHORT = {  # values in the configs that init writes
     r"log_every_n_steps: \d+": "log_every_n_steps: 1",
     r"bank_size: \d+": "bank_size: 20",
     r"num_inference_steps: \d+": "num_inference_steps: 2",
-    r"num_samples: \d+": "num_samples: 8",
+    r"num_samples: \d\d+": "num_samples: 8",
     r"batch_size: (20|32) ": "batch_size: 10 ",
 }
 
@@ -95,6 +95,7 @@ def walk(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.stdin", None)  # nothing asks
+    monkeypatch.setattr("lightning_difftune.cli.plan.speed.timed", lambda run, device, least: 0.01)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
     def through(page: str) -> dict[str, str]:

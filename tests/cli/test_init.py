@@ -83,8 +83,9 @@ def test_a_controlnet_needs_pictures_alone(data, request) -> None:
     path = str(request.getfixturevalue(data))
     config = written(path, "--control", "canny")
     assert config["model"]["init_args"]["annotator"]["class_path"] == "lightning_difftune.data.annotators.Canny"
-    names = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
-    assert {"ControlSimilarity", "SuddenConvergence"} <= set(names)
+    watched = {entry["class_path"].rpartition(".")[2]: entry.get("init_args") for entry in config["trainer"]["callbacks"]}
+    assert watched["ControlSimilarity"]["num_samples"] == {"folder": 4, "captioned": 2}[data], "all that are held out"
+    assert watched["SuddenConvergence"]["threshold"] == 0.4
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,7 @@ def test_too_few_to_hold_some_out(tmp_path, monkeypatch) -> None:
     for index in range(3):
         picture(Path("few", f"{index}.png"), index)
     assert written("few")["data"]["init_args"].get("val_target") is None
+    assert main(["init", "few", "--control", "canny", "--overwrite"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -155,3 +157,13 @@ def test_sizes_lie_within_what_the_base_allows() -> None:
         assert base.bank[0] < base.bank[1]
         assert 0 < int(base.share * base.batch_size) < base.batch_size
     assert [rounded(count) for count in (1, 404, 4040, 40_400)] == [10, 400, 4000, 40_500]
+
+
+def test_two_configs_for_one_folder_do_not_share_what_a_run_keeps(folder) -> None:
+    places = []
+    for args in (["--captions"], ["--control", "canny"], [], ["--output", "other.yaml"]):
+        written("photos", *args, "--overwrite")
+        config = yaml.safe_load(Path("other.yaml" if "other.yaml" in args else "my.yaml").read_text())
+        places.append(config["trainer"]["default_root_dir"])
+        assert config["data"]["init_args"]["latent_cache"] == f"{places[-1]}/latents"
+    assert places == ["runs/photos-captions", "runs/photos-canny", "runs/photos", "runs/other"]

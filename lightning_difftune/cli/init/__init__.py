@@ -43,14 +43,19 @@ def init(argv: Sequence[str]) -> None:
     parser.add_argument("--model", help="the pre-trained model (default: one that fits the machine)")
     parser.add_argument("--captions", action="store_true", help="text to image, by captions or the classes' names")
     parser.add_argument("--control", choices=list(CONTROLS), help="a ControlNet that follows such maps")
-    parser.add_argument("--output", type=Path, default=Path("my.yaml"), help="the config (default: my.yaml)")
+    parser.add_argument(
+        "--output", type=Path, help="the config, whose name the run gets (default: my.yaml, by the folder's)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a config that is there")
     parser.add_argument("--no_plan", action="store_true", help="leave out what it will cost")
     options = parser.parse_args(list(argv))
+    named, options.output = options.output, options.output or Path("my.yaml")
     if options.output.exists() and not options.overwrite:
         raise ConfigError(f"{options.output} exists. Name another --output, or pass --overwrite.")
     seen = look(options.path, options.captions or options.control is not None)
     made = planned(seen, options.model, options.control or ("captions" if seen.captions else "classes"))
+    if named is not None:
+        made.name = named.stem  # two configs for one folder do not share what they cache of it
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(config_text(made, options.output), encoding="utf-8")
     said = [
@@ -106,6 +111,11 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
         ConfigError: If a model is asked for that is not known, or does not take what the pictures have.
     """
     known = CLASSES if task == "classes" else CAPTIONS
+    if task in CONTROLS and not seen.held_out:
+        raise ConfigError(
+            f"A ControlNet is judged by pictures that follow held-out maps, and {len(seen.facts.pictures)} are too few "
+            "to hold any out. Add some: ten are enough for one."
+        )
     has_gpu = torch.cuda.is_available()
     if model is None:
         base = next(base for base in reversed(known.values()) if base.is_large == has_gpu and base.channels == 3)
@@ -117,7 +127,8 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     else:  # another one of the same family and size
         large = next(base for base in known.values() if base.is_large)
         base = Base(**{**vars(large), "name": model})
-    plan = Plan(base, task, Path(seen.path).expanduser().resolve().name or "run", seen)
+    asked = "" if task == "classes" else f"-{task}" if task in CONTROLS or seen.facts.counts() else ""
+    plan = Plan(base, task, f"{Path(seen.path).expanduser().resolve().name or 'run'}{asked}", seen)
     of_target = base.batch_size - int(base.share * base.batch_size)
     plan.steps = rounded(min(max(base.passes * seen.trained // of_target, base.steps[0]), base.steps[1]))
     if task in CONTROLS and base.is_large:

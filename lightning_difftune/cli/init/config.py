@@ -190,7 +190,8 @@ def callbacks(plan: Plan) -> str:
         sigma = "" if base.is_large or metric != "BlurredSSIM" else "\n    init_args: {sigma: 1.0}"
         entries += [
             "class_path: lightning_difftune.callbacks.ControlSimilarity  # do pictures follow their maps?\ninit_args:\n"
-            f"  metric:\n    class_path: lightning_difftune.metrics.{metric}{sigma}\n  num_samples: 8\n  batch_size: 8",
+            f"  metric:\n    class_path: lightning_difftune.metrics.{metric}{sigma}\n"
+            f"  num_samples: {min(8, plan.seen.held_out)}\n  batch_size: 8",
             "class_path: lightning_difftune.callbacks.SuddenConvergence\n"
             f"init_args: {{monitor: {monitor}, threshold: {threshold}, mode: {mode}}}",
         ]
