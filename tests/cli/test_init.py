@@ -83,7 +83,9 @@ def test_a_controlnet_needs_pictures_alone(data, request) -> None:
     path = str(request.getfixturevalue(data))
     config = written(path, "--control", "canny")
     assert config["model"]["init_args"]["annotator"]["class_path"] == "lightning_difftune.data.annotators.Canny"
-    watched = {entry["class_path"].rpartition(".")[2]: entry.get("init_args") for entry in config["trainer"]["callbacks"]}
+    watched = {
+        entry["class_path"].rpartition(".")[2]: entry.get("init_args") for entry in config["trainer"]["callbacks"]
+    }
     assert watched["ControlSimilarity"]["num_samples"] == {"folder": 4, "captioned": 2}[data], "all that are held out"
     assert watched["SuddenConvergence"]["threshold"] == 0.4
 
