@@ -69,7 +69,12 @@ class SaveRun(SaveConfigCallback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder on all processes, since ``trainer.log_dir`` is a broadcast, then save on the first."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what is about to be trained; what a checkpoint cannot be resumed with is refused before."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write when and where the run starts. What cannot be written is a warning; the run is worth more."""

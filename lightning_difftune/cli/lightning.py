@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ import lightning as L
 import yaml
 from jsonargparse import Namespace, set_loader
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy
@@ -102,6 +103,7 @@ class DiffTuneCLI(LightningCLI):
         super().parse_arguments(parser, args)
         expand_home(self.config)
         command = self.config.get("subcommand")
+        set_seed(self.config[command] if command else self.config)
         settings = self.config[command] if command else Namespace()
         path = settings.get("ckpt_path")
         if path == "last" or (path is None and command == "fit" and is_requeued()):
@@ -139,6 +141,9 @@ class DiffTuneCLI(LightningCLI):
         """Create the trainer: a folder for the run, progress that counts its steps, checkpoints written whole."""
         settings = self._get(self.config_init, "trainer", default={})
         kwargs["logger"] = loggers_of(settings.get("logger"), settings.get("default_root_dir"))
+        if settings.get("barebones"):
+            kwargs |= {**dict.fromkeys(NOT_BARE), "detect_anomaly": False, "fast_dev_run": False}
+            settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Checkpoint)]
         trainer: Any = super().instantiate_trainer(**kwargs)
         progress = StepProgressBar if Console().is_terminal or Console().is_jupyter else StepLines
         trainer.callbacks = [progress() if type(c) is RichProgressBar else c for c in trainer.callbacks]
@@ -147,6 +152,35 @@ class DiffTuneCLI(LightningCLI):
         if not isinstance(trainer.strategy, FSDPStrategy) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+
+# What Lightning refuses together with `barebones`, which leaves it out.
+NOT_BARE = (
+    "logger",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+    "num_sanity_val_steps",
+    "profiler",
+)
+LARGEST_SEED = 2**32 - 1
+
+
+def set_seed(settings: Namespace) -> None:
+    """Look at the seed, and where it is ``true`` draw one, for Lightning, the model and the data alike.
+
+    Raises:
+        ConfigError: If it is not a seed.
+    """
+    seed = settings.get("seed_everything")
+    if seed is True:
+        seed = settings["seed_everything"] = secrets.randbelow(LARGEST_SEED)
+        for key in ("model.init_args.seed", "data.init_args.seed"):
+            if key in settings:
+                settings[key] = seed
+    elif isinstance(seed, int) and not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"seed_everything must be from 0 to {LARGEST_SEED}, got {seed}; true draws one at random.")
 
 
 def expand_home(settings: Any) -> Any:

@@ -378,6 +378,10 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             )
         return self._loader(batches, EvaluationSteps(batches, self._world_size, self._rank))
 
+    def test_dataloader(self) -> DataLoader | list[Any]:
+        """The held-out pictures, as for validation."""
+        return self.val_dataloader()
+
     def predict_dataloader(self) -> list[Any]:
         """Nothing to predict: ``trainer.predict`` builds the memory bank, as ``fit`` would, and that is done here.
 

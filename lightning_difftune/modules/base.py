@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import lightning as L
 import torch
@@ -26,7 +26,9 @@ from lightning_difftune.models import export_network
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.precision import takes_its_own_type
 from lightning_difftune.models.usage import usage_of_network
+from lightning_difftune.modules.checkpoint_io import read_run
 from lightning_difftune.modules.finite_loss import FiniteLoss
+from lightning_difftune.modules.from_checkpoint import ARGUMENTS, arguments_of, rebuild
 from lightning_difftune.modules.lean_checkpoints import complete, make_lean
 from lightning_difftune.modules.optimization import default_rate, make_scheduler, step_plateaus
 from lightning_difftune.modules.presets import describe_preset
@@ -112,10 +114,51 @@ class DiffTuningModule(L.LightningModule, ABC):
         self.seed = seed
         # Lightning's own mean truncates the number of samples when several processes have an odd one.
         self.val_loss = MeanMetric(nan_strategy="disable")
+        self.other_losses = nn.ModuleDict()
         self._is_built = False
         self._finite = FiniteLoss()
         # In a tuple, where nn.Module does not register it: it is no part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Note what the module is made with, for :meth:`load_from_checkpoint`."""
+        module = super().__new__(cls)
+        object.__setattr__(module, "_arguments", arguments_of(cls, args, options))
+        return module
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        trust: Sequence[str] = (),
+        **options: Any,
+    ) -> Self:
+        """Make the module of a checkpoint again, with its weights.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Device of the module; the CPU by default.
+            hparams_file: Of no use here; a checkpoint holds what it was made with.
+            strict: Whether the weights must be those of the module; the module's ``strict_loading`` by default.
+            weights_only: ``False`` also opens objects other than tensors and plain values, which may run code.
+            trust: Packages that the config in the checkpoint may name, as ``difftune --trust``.
+            options: Arguments of the module that count more than what the checkpoint knows. A run of the command line
+                has all in its checkpoint; one from Python has plain values, and needs the objects.
+
+        Raises:
+            CheckpointError: If the file is missing, damaged, or of another model.
+            ConfigError: If an argument is missing, which is named.
+        """
+        content = read_run(Path(checkpoint_path), weights_only=weights_only is not False)
+        module = rebuild(cls, content, str(checkpoint_path), trust, options)
+        module.configure_model()
+        module.on_load_checkpoint(content)
+        module.load_state_dict(content["state_dict"], module.strict_loading if strict is None else strict)
+        return module if map_location is None else module.to(map_location)
 
     # -- what a model family supplies ----------------------------------------------------------------------------
 
@@ -387,6 +430,11 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Name, fingerprint and what else identifies the pre-trained model, as flat plain values."""
         return self.source_facts.base_identity if hasattr(self, "source_facts") else {}
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """All parameters; the module is built if it is not yet, since an optimizer may be made before a fit."""
+        self.configure_model()
+        return super().parameters(recurse)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every parameter that the optimizer sees."""
         parameters = [p for network in self.trainable_modules() for p in network.parameters() if p.requires_grad]
@@ -534,7 +582,15 @@ class DiffTuningModule(L.LightningModule, ABC):
 
     def draws(self, step: int) -> Draws:
         """Random numbers of one step for this process's share of the global batch."""
-        return Draws(self.seed, step, self.device, self.global_rank, self.trainer.world_size)
+        return Draws(self.seed, step, self.device, *self._place)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        fabric = self._fabric
+        return (
+            (self.global_rank, self.trainer.world_size) if fabric is None else (fabric.global_rank, fabric.world_size)
+        )
 
     def training_step(self, batch: DiffTuningBatch, batch_idx: int) -> Tensor:
         """One forward pass over both streams; logs the loss and its two terms.
@@ -549,11 +605,12 @@ class DiffTuningModule(L.LightningModule, ABC):
                 "Nothing is learned: reconsolidation_weight is 0 and the data has no memory bank. Set bank: of the "
                 "data to a folder, or raise reconsolidation_weight."
             )
-        draws = self.draws(self.trainer.fit_loop.total_batch_idx)
+        trainer = self._trainer  # without one, as under Fabric, a run is one epoch
+        draws = self.draws(batch_idx if trainer is None else trainer.fit_loop.total_batch_idx)
         prepared = self.prepare(batch, draws)
         output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
-        self._finite.watch(self.trainer.global_step, output, prepared[2])
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._finite.watch(batch_idx if trainer is None else trainer.global_step, output, prepared[2])
+        every = 50 if trainer is None else trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and batch_idx % every == 0:
             self._finite.check(self)
         # All processes have the same shares of both streams, so the mean of their means is that of the global batch.
@@ -572,14 +629,30 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Look at the losses since the last look."""
         self._finite.check(self)
 
-    def validation_step(self, batch: DiffTuningBatch, batch_idx: int) -> None:
-        """The loss on held-out target data, at the same timesteps and noise every time."""
-        chunk = batch_idx * self.trainer.world_size + self.global_rank
-        draws = Draws(self.seed, chunk, self.device)
+    def validation_step(self, batch: DiffTuningBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The loss on held-out target data, at the same timesteps and noise every time.
+
+        It is logged as ``val/loss``; of further loaders, as ``val/loss/1`` and so on.
+        """
+        self._evaluate("val/loss", batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: DiffTuningBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As :meth:`validation_step`, logged as ``test/loss``."""
+        self._evaluate("test/loss", batch, batch_idx, dataloader_idx)
+
+    def _evaluate(self, name: str, batch: DiffTuningBatch, batch_idx: int, dataloader_idx: int) -> None:
+        rank, world_size = self._place
+        draws = Draws(self.seed, batch_idx * world_size + rank, self.device)
         x0, condition, is_retention = self.prepare(batch, draws)
         output = self.objective(self.denoise, x0, condition, is_retention, draws)
-        self.val_loss.update(output.reconsolidation, len(x0))
-        self.log("val/loss", self.val_loss, prog_bar=True)
+        name = f"{name}/{dataloader_idx}" if dataloader_idx else name
+        mean, attribute = self.val_loss, "val_loss"
+        if name != "val/loss":
+            if name not in self.other_losses:
+                self.other_losses[name] = MeanMetric(nan_strategy="disable").to(self.device)
+            mean, attribute = cast("MeanMetric", self.other_losses[name]), f"other_losses.{name}"
+        mean.update(output.reconsolidation, len(x0))
+        self.log(name, mean, prog_bar=True, add_dataloader_idx=False, metric_attribute=attribute)
 
     @property
     def num_timesteps(self) -> int:
@@ -607,6 +680,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         """
         self._finite.check(self)
         make_lean(self, checkpoint)
+        checkpoint[ARGUMENTS] = self._arguments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base and complete it by the frozen weights of this one.

@@ -44,6 +44,14 @@ class Sampler:
     pretrained_tail: float = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.scheduler, str):  # the short form of the command line
+            import diffusers
+
+            name = self.scheduler.removeprefix("diffusers.")
+            kind = getattr(diffusers, name, None)
+            if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+                raise ConfigError(f"The scheduler {self.scheduler!r} is not a scheduler of diffusers.")
+            self.scheduler = kind()
         if self.num_inference_steps < 1:
             raise ConfigError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
         if not 0 <= self.pretrained_tail < 1:

@@ -110,7 +110,7 @@ def evaluation(
     """The validations: held-out losses, and what the callbacks generate. Their extractors are not counted."""
     per_epoch = max(1, num_targets // batch) if num_targets is not None else None
     interval = validation_interval(config.trainer, per_epoch)
-    times = steps // interval if interval else 0
+    times = -(-steps // interval) if interval else 0  # the last step always has one
     pictures = 0.0
     for callback in callbacks_of(config.trainer):
         kind, arguments = callback

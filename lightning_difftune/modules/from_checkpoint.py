@@ -1,0 +1,116 @@
+"""A module that is made again from a checkpoint alone: by the config in it, or by the plain values it was made with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.trust import check_trust
+
+CONFIG = "config"  # the key of a checkpoint under which the command line puts its run's settings
+ARGUMENTS = "arguments"  # the key under which a module puts what it was made with
+LINKED = {"num_classes": "data", "image_size": "data"}  # the command line sets these once, for the data
+
+
+def arguments_of(kind: type, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a module is made with, by name: its plain values, and of the others that they were given."""
+    try:
+        given = dict(inspect.signature(kind).bind_partial(*args, **options).arguments)
+    except TypeError:  # which the constructor says
+        return {"values": {}, "objects": []}
+    given |= given.pop("kwargs", {})
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
+    return {
+        "values": {key: value for key, value in plain.items() if _is_plain(value)},
+        "objects": sorted(key for key, value in plain.items() if not _is_plain(value)),
+    }
+
+
+def rebuild(kind: type, content: Mapping[str, Any], path: str, trusted: Sequence[str], options: dict[str, Any]) -> Any:
+    """Make the module of a checkpoint, without its weights.
+
+    Args:
+        kind: The module's class, or a base of it.
+        content: What the checkpoint holds.
+        path: Names it in errors.
+        trusted: Packages and names that its config may name in addition.
+        options: Arguments that count more than what the checkpoint knows.
+
+    Raises:
+        ConfigError: If the checkpoint does not know enough, is of another class, or names what could run other code.
+    """
+    if isinstance(content.get(CONFIG), str):
+        return _from_config(kind, content[CONFIG], path, trusted, options)
+    known = content.get(ARGUMENTS, {"values": {}, "objects": []})
+    missing = [f"{name}=..." for name in known["objects"] if name not in options]
+    values = {**known["values"], **options}
+    try:
+        inspect.signature(kind).bind(**values)
+    except TypeError as error:
+        raise ConfigError(
+            f"{path} does not hold the config of its run, so {kind.__name__} has to be told: {error}."
+        ) from error
+    if inspect.isabstract(kind):
+        raise ConfigError(f"{path} does not hold the config of its run: load it by the class that was saved.")
+    if missing and not options:
+        raise ConfigError(
+            f"{path} does not hold the config of its run, and the objects that its {kind.__name__} was made with are "
+            f"not in it. Pass them as they were: load_from_checkpoint(path, {', '.join(missing)})."
+        )
+    if missing:
+        rank_zero_warn(
+            f"The {kind.__name__} of {path} was made with {', '.join(missing)} as objects, which are left at their "
+            "defaults."
+        )
+    return kind(**values)
+
+
+def _from_config(kind: type, text: str, path: str, trusted: Sequence[str], options: dict[str, Any]) -> Any:
+    settings = yaml.safe_load(text)
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if not isinstance(model, dict) or "class_path" not in model:
+        raise ConfigError(f"The config in {path} has no model with a class_path. Pass the module's arguments.")
+    given = {key: value for key, value in (model.get("init_args") or {}).items() if key not in options}
+    check_trust({"class_path": model["class_path"], "init_args": given}, path, trusted)
+    found = _import(model["class_path"])
+    if not inspect.isclass(found) or not issubclass(found, kind):
+        raise ConfigError(f"The config in {path} has a {model['class_path']}, which is not a {kind.__name__}.")
+    names = inspect.signature(found).parameters
+    for name, part in LINKED.items():
+        linked = ((settings.get(part) or {}).get("init_args") or {}).get(name)
+        if name in names and name not in options and linked is not None:
+            given.setdefault(name, linked)
+    if "seed" not in options:
+        given.setdefault("seed", int(settings.get("seed_everything") or 0))
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(found, "model", instantiate=False, skip=set(options))
+    try:
+        arguments = parser.instantiate_classes(parser.parse_object({"model": given})).model
+    except Exception as error:  # jsonargparse's, about each type that an argument could have had
+        raise ConfigError(f"The config in {path} cannot be used: {error}") from error
+    return found(**vars(arguments), **options)
+
+
+def _import(name: str) -> Any:
+    from importlib import import_module
+
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name} cannot be imported ({error}). Install or import what it is in.") from error
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(inner) for key, inner in value.items())
+    return value is None or type(value) in (bool, int, float, str)

@@ -1,0 +1,229 @@
+"""What people who know Lightning do with any module works with these."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.tuner import Tuner
+
+from lightning_difftune import DiffTuningModule, DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule
+from lightning_difftune.cli import main
+from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.sampling import Sampler
+from tests.tiny import quiet_trainer, tiny_pictures, tiny_weights, write_pictures
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny_weights(tmp_path_factory.mktemp("weights"))
+
+
+def data_module(**settings):
+    options = {"num_classes": 3, "image_size": 8, "channels": 1, "batch_size": 4, "val_target": tiny_pictures()}
+    return MemoryBankDataModule(tiny_pictures(), **{**options, **settings})
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with a config, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    tiny_weights(tmp_path)
+    write_pictures(tmp_path / "pictures")
+    pictures = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": "pictures"}}
+    checkpoints = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    config = {
+        "seed_everything": 7,
+        "model": {
+            "class_path": "lightning_difftune.DiTDiffTuningModule",
+            "init_args": {"model": "tiny.safetensors", "sampler": {"num_inference_steps": 2}, "label_dropout": 0.3},
+        },
+        "data": {
+            "class_path": "lightning_difftune.MemoryBankDataModule",
+            "init_args": {"target": pictures, "val_target": pictures, "num_classes": 3, "image_size": 8, "channels": 1}
+            | {"batch_size": 4},
+        },
+        "trainer": {"max_steps": 2, "accelerator": "cpu", "default_root_dir": "run", "enable_progress_bar": False}
+        | {"val_check_interval": 1, "check_val_every_n_epoch": None, "enable_model_summary": False}
+        | {"callbacks": [checkpoints | {"init_args": {"dirpath": "run", "filename": "done", "save_last": False}}]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+# -- load_from_checkpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [DiTDiffTuningModule, DiffTuningModule])
+def test_a_run_of_the_command_line_is_loaded_without_arguments(project, kind):
+    assert main(["fit", "--config", "run.yaml"]) == 0
+    module = kind.load_from_checkpoint("run/done.ckpt")
+    saved = torch.load("run/done.ckpt", weights_only=True)["state_dict"]
+    assert (type(module), module.num_classes, module.label_dropout, module.seed) == (DiTDiffTuningModule, 3, 0.3, 7)
+    assert module.sampler.num_inference_steps == 2
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in saved.items())
+    other = kind.load_from_checkpoint("run/done.ckpt", label_dropout=0.5, objective=DiffTuningObjective())
+    assert other.label_dropout == 0.5
+
+
+def test_a_run_from_python_is_loaded_by_its_plain_values(weights, tmp_path):
+    module = DiTDiffTuningModule(str(weights), num_classes=3, label_dropout=0.3)
+    trainer = quiet_trainer(tmp_path, 1)
+    trainer.fit(module, data_module())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = DiTDiffTuningModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert (again.label_dropout, again.num_classes) == (0.3, 3)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_objects_that_a_module_was_made_with_are_asked_for_by_name(weights, tmp_path):
+    options = {"sampler": Sampler(num_inference_steps=3), "optimizer": partial(torch.optim.SGD, lr=0.1)}
+    trainer = quiet_trainer(tmp_path, 1)
+    trainer.fit(DiTDiffTuningModule(weights, num_classes=3, **options), data_module())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    with pytest.raises(ConfigError, match=r"load_from_checkpoint\(path, optimizer=..., sampler=...\)"):
+        DiTDiffTuningModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    again = DiTDiffTuningModule.load_from_checkpoint(tmp_path / "run.ckpt", **options)
+    assert again.sampler.num_inference_steps == 3
+    with pytest.warns(UserWarning, match="was made with optimizer=... as objects, which are left at their defaults"):
+        DiTDiffTuningModule.load_from_checkpoint(tmp_path / "run.ckpt", sampler=Sampler())
+
+
+def test_a_checkpoint_from_elsewhere_runs_no_code(project):
+    assert main(["fit", "--config", "run.yaml"]) == 0
+    content = torch.load("run/done.ckpt", weights_only=True)
+    settings = yaml.safe_load(content["config"])
+    settings["model"]["init_args"]["optimizer"] = {"class_path": "os.system", "init_args": {"command": "touch ran"}}
+    torch.save({**content, "config": yaml.safe_dump(settings)}, "sent.ckpt")
+    with pytest.raises(ConfigError, match=r"sent.ckpt names os\.system"):
+        DiTDiffTuningModule.load_from_checkpoint("sent.ckpt")
+    assert not Path("ran").exists()
+    data = bytearray(Path("run/done.ckpt").read_bytes())
+    data[len(data) // 2] ^= 1
+    Path("damaged.ckpt").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged\.ckpt"):
+        DiTDiffTuningModule.load_from_checkpoint("damaged.ckpt")
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------
+
+
+def test_the_trainer_tests(weights, tmp_path):
+    module, data = DiTDiffTuningModule(str(weights), num_classes=3), data_module()
+    trainer = quiet_trainer(tmp_path, 1)
+    (tested,) = trainer.test(module, data, verbose=False)
+    (validated,) = trainer.validate(module, data, verbose=False)
+    assert tested["test/loss"] == pytest.approx(validated["val/loss"])
+
+
+def test_two_validation_loaders(weights, tmp_path):
+    module, data = DiTDiffTuningModule(str(weights), num_classes=3), data_module()
+    loaders = [data.val_dataloader(), data_module(val_target=tiny_pictures(5)).val_dataloader()]
+    trainer = quiet_trainer(tmp_path, 2, val_check_interval=1, check_val_every_n_epoch=None)
+    trainer.fit(module, data.train_dataloader(), loaders)
+    assert {"val/loss", "val/loss/1"} <= trainer.callback_metrics.keys()
+    both = trainer.validate(module, loaders, verbose=False)
+    (first,) = quiet_trainer(tmp_path, 1).validate(module, loaders[0], verbose=False)
+    (second,) = quiet_trainer(tmp_path, 1).validate(module, loaders[1], verbose=False)
+    assert {k: v for one in both for k, v in one.items()} == pytest.approx(
+        {"val/loss": first["val/loss"], "val/loss/1": second["val/loss"]}
+    )
+
+
+def test_lr_find_with_its_defaults(weights, tmp_path):
+    module, data = DiTDiffTuningModule(str(weights), num_classes=3), data_module()
+    trainer = quiet_trainer(tmp_path, 200)
+    found = Tuner(trainer).lr_find(module, data)
+    assert len(found.results["lr"]) == 100
+    assert module.learning_rate == pytest.approx(found.suggestion())
+    trainer = quiet_trainer(tmp_path, 1)
+    trainer.fit(module, data)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == module.learning_rate
+
+
+def test_training_step_under_fabric(weights):
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    module = DiTDiffTuningModule(str(weights), num_classes=3)
+    module.configure_model()
+    model, optimizer = fabric.setup(module, torch.optim.AdamW(module.trainable_parameters(), lr=1e-3))
+    model.mark_forward_method("training_step")
+    before = [p.detach().clone() for p in module.trainable_parameters()]
+    for number, batch in zip(range(3), data_module().train_dataloader(), strict=False):
+        loss = model.training_step(batch, number)
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.isfinite()
+    assert any(not torch.equal(a, b) for a, b in zip(before, module.trainable_parameters(), strict=True))
+
+
+def test_plain_lightning_cli_with_an_optimizer(project, monkeypatch):
+    config = yaml.safe_load((project / "run.yaml").read_text())
+    del config["seed_everything"]
+    config["model"]["init_args"]["num_classes"] = 3
+    (project / "plain.yaml").write_text(yaml.safe_dump(config))
+    args = ["fit", "--config", "plain.yaml", "--optimizer", "torch.optim.SGD", "--optimizer.lr", "0.01"]
+    monkeypatch.setattr(sys, "argv", ["plain.py", *args])
+    with pytest.warns(UserWarning, match="will be overridden"):
+        cli = LightningCLI(L.LightningModule, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True)
+    (optimizer,) = cli.trainer.optimizers
+    assert type(optimizer) is torch.optim.SGD
+    assert cli.trainer.global_step == 2
+
+
+def test_plateaus_in_yaml_step_by_the_metric(project):
+    (project / "plateau.yaml").write_text(
+        "model: {init_args: {lr_scheduler: {class_path: lightning.pytorch.cli.ReduceLROnPlateau, "
+        "init_args: {monitor: val/loss, patience: 0, threshold: 0.999, factor: 0.5}}}}\n"
+    )
+    cli = run_lightning(["fit", "--config", "run.yaml", "--config", "plateau.yaml", "--trainer.max_steps", "4"])
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4 / 2**3)  # the first one is the best
+    monitor = "--model.init_args.lr_scheduler.init_args.monitor"
+    with pytest.raises(ConfigError, match="goes by val/nothing, which the validation did not log; it logged train/"):
+        run_lightning(["fit", "--config", "run.yaml", "--config", "plateau.yaml", monitor, "val/nothing"])
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_barebones(project):
+    cli = run_lightning(["fit", "--config", "run.yaml", "--trainer.barebones", "true"])
+    assert cli.trainer.global_step == 2
+    assert not any(isinstance(callback, ModelCheckpoint) for callback in cli.trainer.callbacks)
+
+
+@pytest.mark.parametrize("name", ["diffusers.DDPMScheduler", "DDPMScheduler"])
+def test_a_scheduler_by_its_short_form(project, name):
+    cli = run_lightning(["--config", "run.yaml", "--model.init_args.sampler.scheduler", name], run=False)
+    assert type(cli.model.sampler.scheduler).__name__ == "DDPMScheduler"
+    with pytest.raises(ConfigError, match=r"'os\.system' is not a scheduler of diffusers"):
+        Sampler("os.system")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_seeds_out_of_range_are_refused(project, capsys, seed):
+    assert main(["fit", "--config", "run.yaml", "--seed_everything", seed]) == 2
+    assert f"seed_everything must be from 0 to 4294967295, got {seed}" in capsys.readouterr().err
+
+
+def test_a_seed_that_is_drawn_is_the_same_for_all(project):
+    seeds = set()
+    for _ in range(2):
+        cli = run_lightning(["--config", "run.yaml", "--seed_everything", "true"], run=False)
+        seeds.add(cli.config["seed_everything"])
+        assert cli.model.seed == cli.datamodule.seed == cli.config["seed_everything"]
+    assert len(seeds) == 2
+
+
+def test_a_key_that_is_there_twice_is_said(project, capsys):
+    (project / "twice.yaml").write_text("trainer:\n  max_steps: 3\n  devices: 1\n  max_steps: 4\n")
+    assert main(["fit", "--config", "run.yaml", "--config", "twice.yaml"]) == 2
+    assert "the key 'max_steps' is there twice, in lines 2 and 4" in capsys.readouterr().err
