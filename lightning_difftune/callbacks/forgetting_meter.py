@@ -29,12 +29,12 @@ PASSES = 3  # forward passes that a training step of the same batch costs about 
 class ForgettingMeter(Callback):
     """Measure the loss by noise level during training, and its gap to the frozen pre-trained model.
 
-    The same few samples, with the same noise and timesteps, are denoised every time: of held-out target data (the first
-    batch of the validation data) and of the memory bank (from the first training batches). The timesteps of a bin are
-    spread evenly over it. What the loggers get is ``forgetting/target/t000-099``, the loss by the weights of that step,
-    and ``forgetting_gap/target/t000-099``, the loss minus the pre-trained model's; likewise for ``bank``. A negative
-    gap on the target is learning, a positive one on the bank is forgetting. The pre-trained model is loaded for one
-    measurement at the start and dropped.
+    The same few samples, with the same noise and timesteps, are denoised every time: of held-out target data (evenly
+    spaced, since these are often sorted by class) and of the memory bank (from the first training batches). The
+    timesteps of a bin are spread evenly over it. What the loggers get is ``forgetting/target/t000-099``, the loss by
+    the weights of that step, and ``forgetting_gap/target/t000-099``, the loss minus the pre-trained model's; likewise
+    for ``bank``. A negative gap on the target is learning, a positive one on the bank is forgetting. The pre-trained
+    model is loaded for one measurement at the start and dropped.
 
     At the end of training, ``forgetting/losses.csv``, a heat map of the relative loss over steps and timesteps
     (``forgetting.svg`` and ``.png``), and ``schedule.json``, a proposal for
@@ -105,13 +105,12 @@ class ForgettingMeter(Callback):
             return
         source: Any = getattr(trainer, "datamodule", None) or pl_module
         loader = source.val_dataloader()
-        batch = next(iter(loader), None) if loader is not None else None
-        if batch is None:
+        self._target = spread_over(loader, self.num_samples) if loader is not None else None
+        if self._target is None:
             raise ConfigError(
                 "ForgettingMeter needs held-out target data, but the validation data are empty. Set val_target of the "
                 "data, or remove the callback."
             )
-        self._target = first_of(batch["target"], self.num_samples)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -250,6 +249,25 @@ def evaluating(trainer: L.Trainer, module: nn.Module) -> Iterator[None]:
 def first_of(samples: dict[str, Any], count: int) -> dict[str, Any]:
     """The first samples of a dict of columns."""
     return {name: column[:count] for name, column in samples.items()}
+
+
+def spread_over(loader: Any, count: int) -> dict[str, Any] | None:
+    """At most ``count`` target samples, evenly spaced over all batches of a loader; ``None`` of an empty loader."""
+    found: dict[str, Any] | None = None
+    for batch in loader:
+        some = evenly(batch["target"], -(-count // len(loader)))
+        found = some if found is None else joined(found, some)
+    return None if found is None else evenly(found, count)
+
+
+def evenly(samples: dict[str, Any], count: int) -> dict[str, Any]:
+    """At most ``count`` samples of a dict of columns, evenly spaced."""
+    there = count_of(samples)
+    places = [place * there // count for place in range(count)] if count < there else list(range(there))
+    return {
+        name: column[places] if isinstance(column, Tensor) else [column[place] for place in places]
+        for name, column in samples.items()
+    }
 
 
 def count_of(samples: dict[str, Any]) -> int:

@@ -89,7 +89,7 @@ class Data(L.LightningDataModule):
         return DataLoader(batches, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        held_out = [{"target": {"x": self.target[: self.held_out]}}] if self.held_out else []
+        held_out = [{"target": {"x": self.target[i : i + 2]}} for i in range(0, self.held_out, 2)]
         return DataLoader(held_out, batch_size=None)
 
 
@@ -97,7 +97,8 @@ def losses_by_hand(data: Data, weight: Tensor, bins: int, samples: int) -> dict[
     """Each sample at its own timestep of each bin, one at a time."""
     from lightning_difftune.draws import Draws
 
-    x0 = torch.cat([data.target[:samples], data.bank[:samples]])
+    evenly = data.target[: data.held_out : data.held_out // samples]  # whatever the order of the held-out data
+    x0 = torch.cat([evenly, data.bank[:samples]])
     result: dict[str, list[float]] = {"target": [], "bank": []}
     width = T // bins
     for k in range(bins):
@@ -130,10 +131,10 @@ def test_losses_by_bin_of_both_kinds_and_both_networks(tmp_path: Path) -> None:
 def test_scalars_table_heat_map_and_schedule(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import CSVLogger
 
-    meter = ForgettingMeter(3, num_bins=2, num_samples=4)
+    meter = ForgettingMeter(3, num_bins=2, num_samples=4, seed=2)
     logger = CSVLogger(tmp_path)
     make_trainer(tmp_path, meter, max_steps=6, limit_val_batches=0, val_check_interval=None, logger=logger).fit(
-        Denoising(), Data()
+        Denoising(), Data(held_out=4)
     )
     with (Path(logger.log_dir) / "metrics.csv").open() as file:
         (last,) = [row for row in csv.DictReader(file) if row["step"] == "6" and row["forgetting/target/t00-09"]]
