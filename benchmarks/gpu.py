@@ -14,10 +14,10 @@ those that no time is left for are left out, and the table says so.
 | xl | training steps of DiT-XL/2-256 in bf16-mixed: eager and RegionalCompile, each as a bare loop, too; profiles |
 | sampling | DiT-XL/2's memory bank and FID samples, without and with guidance, at the trainer's precision and in TF32 |
 | small | a pixel DiT of 22.7 M parameters at batch 512, its sampling, and DiT-B/4 |
+| whole | DiT-XL/2 and the pixel DiT compiled as a whole, and with CUDA graphs |
 | text | text-to-image and ControlNet on Stable Diffusion 1.5's shapes |
 | data | training steps fed by the data module: pixels in memory and cached latents |
 | authors | DiT-XL/2 in the authors' way: TF32, unfused AdamW, averages in a Python loop |
-| whole | DiT-XL/2 and the pixel DiT compiled as a whole, and with CUDA graphs |
 """
 
 from __future__ import annotations

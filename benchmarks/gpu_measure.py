@@ -213,9 +213,9 @@ def bare(model: DiT, batch: Any, size: Size, pictures: int, flops: float, **how:
     return timed(bare_step(model, batch, **how), size, pictures, flops)
 
 
-def regional(size: Size) -> RegionalCompile:
+def regional(size: Size, **how: Any) -> RegionalCompile:
     """RegionalCompile that compiles here."""
-    return RegionalCompile(devices=(device(),), backend=size.backend)
+    return RegionalCompile(devices=(device(),), backend=size.backend, **how)
 
 
 def drawn(module: Any, count: int, steps: int, flops: float, bank: bool = False, precision: str = BF16) -> Figures:

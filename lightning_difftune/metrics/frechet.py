@@ -84,7 +84,13 @@ class FrechetDistance(FrechetInceptionDistance):
 
         Raises:
             ConfigError: If the extractor returns features of another shape than (B, ``num_features``).
+            DataError: If the pictures are not uint8: floats in [0, 1] would be taken for black.
         """
+        if imgs.dtype != torch.uint8 or imgs.ndim != 4:
+            raise DataError(
+                f"A Fréchet distance takes pictures uint8 (B, 1 or 3, H, W), got {imgs.dtype} {tuple(imgs.shape)}. "
+                "Scale [-1, 1] by (x + 1) * 127.5, round, clamp to 0..255 and cast to uint8."
+            )
         self.inception.eval()
         with torch.autocast(imgs.device.type, enabled=False):
             features = self.inception(imgs)
@@ -107,8 +113,14 @@ class FrechetDistance(FrechetInceptionDistance):
         """The distance, a float64 scalar.
 
         Raises:
-            DataError: If there are fewer than two real or two generated pictures.
+            DataError: If there are fewer than two real or two generated pictures, or features that are not finite.
         """
+        for kind, total in (("real", self.real_features_cov_sum), ("generated", self.fake_features_cov_sum)):
+            if not total.isfinite().all():
+                raise DataError(
+                    f"{self.name} returned features of {kind} pictures that are not finite, so there is no distance. "
+                    "Run the extractor in float32, and check the pictures that it is given."
+                )
         if self.real_features_num_samples < 2 or self.fake_features_num_samples < 2:
             raise DataError(
                 "A Fréchet distance needs two real and two generated pictures at least, found "

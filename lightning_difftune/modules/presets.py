@@ -39,6 +39,7 @@ class Preset:
     reconsolidation_weight: float = 1.0
     loss_weighting: str = "none"
     retention_target: str = "replay"
+    timestep_density: str = "uniform"
 
 
 OFFICIAL = Preset("int(0.2 B)", 0.1, "MirroredPowerSchedule(tau=1)", "hybrid_loss", "keep", "first 3")
@@ -47,12 +48,16 @@ PAPER = Preset("int(0.5 B)", 1.0, "PowerSchedule(tau=1)", "eps_mse_loss", "resiz
 
 def active_settings(module: Configured, datamodule: Any) -> Preset:
     """The choices of a run as it is about to start."""
-    share = getattr(datamodule, "retention_share", None) if module.uses_retention else None
+    share = "no retention"
+    if module.uses_retention and not hasattr(datamodule, "retention_share"):
+        share = "that of the data"  # batches of a loader of one's own may have any
+    elif module.uses_retention and getattr(datamodule, "bank_path", True) is not None:
+        share = f"int({datamodule.retention_share:g} B)"
     channels = module.sampler.guidance_channels
     schedule = module.objective.schedule
     kind = type(module.objective)
     return Preset(
-        retention_share="no retention" if share is None else f"int({share:g} B)",
+        retention_share=share,
         retention_weight=module.objective.retention_weight,
         schedule=repr(schedule) if kind is DiffTuningObjective else f"{schedule!r} in {kind.__name__}",
         loss=getattr(module.objective.loss, "__name__", repr(module.objective.loss)),
@@ -63,6 +68,7 @@ def active_settings(module: Configured, datamodule: Any) -> Preset:
         retention_target="replay"
         if module.objective.retention_target is None
         else repr(module.objective.retention_target),
+        timestep_density="uniform" if module.objective.density is None else repr(module.objective.density),
     )
 
 

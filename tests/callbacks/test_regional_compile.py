@@ -108,3 +108,14 @@ def test_the_blocks_of_a_transformer_and_those_that_diffusers_names() -> None:
 def test_a_network_without_such_blocks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="finds no Elephant in Stacked"):
         fitted(tmp_path, RegionalCompile(["Elephant"], devices=["cpu"], backend="aot_eager"))
+
+
+def test_whole_networks_are_compiled_on_demand(tmp_path: Path) -> None:
+    plain = fitted(tmp_path)
+    compiled = fitted(tmp_path, RegionalCompile(devices=["cpu"], backend="aot_eager", whole=True))
+    assert is_compiled(compiled.layer)
+    assert not any(is_compiled(block.inner[0]) for block in compiled.blocks)
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], tensor)
+    with pytest.raises(ConfigError, match="either whole networks or blocks"):
+        RegionalCompile(["Block"], whole=True)

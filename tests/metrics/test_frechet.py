@@ -186,3 +186,29 @@ def test_only_inception_may_be_logged_as_fid(name: str | None, key: str) -> None
     if name is not None:
         extractor.name = name
     assert FrechetDistance(extractor).key == key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bfloat16])
+@pytest.mark.parametrize("real", [True, False])
+def test_pictures_that_are_not_bytes_are_refused(dtype, real):
+    """Through an extractor of one's own, floats in [0, 1] used to give a distance, and a wrong one."""
+    distance = FrechetDistance(RandomFeatures())
+    with pytest.raises(DataError, match="takes pictures uint8"):
+        distance.update(torch.zeros(4, 3, 4, 4, dtype=dtype), real=real)
+
+
+@pytest.mark.parametrize("kind", ["real", "generated"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_named(kind, value):
+    class Broken(nn.Module):
+        num_features = 2
+
+        def forward(self, images):
+            return images.float().flatten(1)[:, :2].where(images[:, 0, :1, 0] > 0, value)
+
+    distance = FrechetDistance(Broken())
+    good, bad = torch.ones(3, 3, 2, 2, dtype=torch.uint8), torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    distance.update(bad if kind == "real" else good, real=True)
+    distance.update(bad if kind == "generated" else good, real=False)
+    with pytest.raises(DataError, match=f"features of {kind} pictures that are not finite"):
+        distance.compute()

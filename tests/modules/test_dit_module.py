@@ -25,6 +25,7 @@ from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.losses import eps_mse_loss
 from lightning_difftune.models import export_dit
+from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.sampling import Sampler
 
 SAMPLER = Sampler(num_inference_steps=2)
@@ -386,3 +387,27 @@ def test_samples_may_be_retained_under_source_classes_whose_rows_are_free():
         module.retention_condition({"latents": torch.zeros(4, 1, 8, 8)})
     with pytest.raises(ConfigError, match="retention_labels: source needs the rows"):
         DiTDiffTuningModule(tiny_dit(), num_classes=3, retention_labels="source", label_table="resize")
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_module_trains_as_the_plain_one(tmp_path, backend):
+    found = []
+    for compiled in (False, True):
+        module = DiTDiffTuningModule(tiny_dit(num_classes=3), sampler=Sampler(num_inference_steps=2))
+        data = MemoryBankDataModule(tiny_pictures(), 3, 8, 1, bank=tmp_path / "bank", bank_size=6, batch_size=5)
+        trainer = quiet_trainer(tmp_path, 3)
+        trainer.fit(torch.compile(module, backend=backend) if compiled else module, data)
+        found.append(module.dit.final_layer.linear.weight.detach())
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_loader_of_ones_own_is_not_said_to_have_no_retention():
+    module = DiTDiffTuningModule(tiny_dit(num_classes=3))
+    module.configure_model()
+    assert "retention share that of the data" in describe_preset(module, None)
+    data = MemoryBankDataModule(tiny_pictures(), 3, 8, 1, batch_size=5)
+    assert "retention share no retention" in describe_preset(module, data)
+    data = MemoryBankDataModule(tiny_pictures(), 3, 8, 1, batch_size=5, bank="bank")
+    assert "retention share int(0.2 B)" in describe_preset(module, data)
+    module.objective = DiffTuningObjective(MirroredPowerSchedule(0.0))
+    assert "retention share no retention" in describe_preset(module, data)
