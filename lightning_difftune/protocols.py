@@ -219,6 +219,16 @@ class SupportsEncode(Protocol):
 
 
 @runtime_checkable
+class SupportsCaptions(Protocol):
+    """A module whose target batches have columns that depend on the caption alone."""
+
+    @property
+    def caption_columns(self) -> Sequence[str]:
+        """Their names, such as ``prompt_embeds``; a latent cache stores them once for each distinct caption."""
+        ...
+
+
+@runtime_checkable
 class Annotator(Protocol):
     """What turns a picture into the control map that a ControlNet follows: edges, depth, a segmentation."""
 

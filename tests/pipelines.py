@@ -38,7 +38,7 @@ def clip_encoder(projects: bool) -> Any:
     return encoder
 
 
-def t5() -> tuple[Any, Any]:
+def t5(width: int = 32) -> tuple[Any, Any]:
     import transformers
     from transformers import T5Config, T5EncoderModel
 
@@ -48,7 +48,7 @@ def t5() -> tuple[Any, Any]:
     tokenizer = kind.T5TokenizerFast(vocab=vocabulary, extra_ids=0)
     config = T5Config(
         vocab_size=len(tokenizer),
-        d_model=32,
+        d_model=width,
         d_kv=8,
         d_ff=37,
         num_layers=2,
@@ -57,7 +57,7 @@ def t5() -> tuple[Any, Any]:
         feed_forward_proj="gated-gelu",
     )
     encoder = T5EncoderModel(config)
-    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight.data)
     return encoder, tokenizer
 
 
@@ -150,6 +150,42 @@ def flux(folder: Path, is_schnell: bool = False) -> Path:
         tokenizer_2=tokenizer,
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**shift),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def sd3(folder: Path) -> Path:
+    """Pictures of 32 px, latents (4, 16, 16)."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_projection_dim=32,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
+    encoder, tokenizer = t5(64)
+    pipeline: Any = StableDiffusion3Pipeline(
+        vae=autoencoder(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_encoder(projects=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder(projects=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=encoder,
+        tokenizer_3=tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipeline.save_pretrained(folder)
     return folder

@@ -32,7 +32,7 @@ from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.real_pictures import RealPictures
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.protocols import SupportsBankGeneration, SupportsEncode
+from lightning_difftune.protocols import SupportsBankGeneration, SupportsCaptions, SupportsEncode
 
 # A process without a batch would leave validation while the others wait for it.
 _FEWEST_EVALUATION_BATCHES = 64
@@ -319,6 +319,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
                 encode,
                 {"autoencoder": module.encoder_identity()},
                 mirrored=self.horizontal_flip,
+                of_caption=module.caption_columns if isinstance(module, SupportsCaptions) else (),
                 batch_size=batch_size,
                 num_workers=self.num_workers,
                 rank=self._rank,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_difftune.data.caption_store import CaptionStore
 from lightning_difftune.data.images import ImageTargets, as_batch, mirror
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
 from lightning_difftune.data.shards.format import BuildPlan, shard_name
@@ -24,6 +25,7 @@ Encode = Callable[[TargetBatch], TargetBatch]
 _KIND = "latent-cache"
 _MIRRORED = "mirrored."  # before the name of a column
 _FACTS = ("source_index", "picture")
+_CAPTION, _CAPTIONS = "caption", "captions"  # a column of keys, and the folder of what they stand for
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -47,6 +49,7 @@ class LatentCache:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._reader = ShardReader(path, kind=_KIND)
+        self._captions = CaptionStore(self.path / _CAPTIONS)
         self._names = [n for n in self._reader.shapes if not n.startswith(_MIRRORED) and n not in _FACTS]
 
     @classmethod
@@ -58,6 +61,7 @@ class LatentCache:
         spec: dict[str, Any],
         *,
         mirrored: bool = True,
+        of_caption: Sequence[str] = (),
         batch_size: int = 64,
         dtype: Literal["float16", "float32"] = "float16",
         shard_size: int = 1024,
@@ -79,6 +83,8 @@ class LatentCache:
                 scaled latents, (B, c, h, w) each, and whatever else is trained on.
             spec: What decides the result, as plain JSON values: the autoencoder's fingerprint and scale.
             mirrored: Whether mirror images are stored, too.
+            of_caption: Columns of ``encode`` that depend on the caption alone. They are stored once for each distinct
+                caption, as bfloat16, and read back with each picture.
             batch_size: Pictures in one call of ``encode``.
             dtype: How floating-point tensors are stored. float16 halves the size and rounds by 2**-11 at
                 most, about 5e-4 for latents of unit variance; the first of 1000 diffusion steps adds noise of 1e-2.
@@ -98,6 +104,7 @@ class LatentCache:
         """
         full_spec = {
             "autoencoder": spec,
+            **({"of_caption": list(of_caption)} if of_caption else {}),
             "dtype": dtype,
             "mirrored": mirrored,
             "targets": {
@@ -117,6 +124,7 @@ class LatentCache:
             path, kind=_KIND, spec=full_spec, num_samples=len(targets), shard_size=shard_size, replaces=replaces
         )
         kept: dict[int, tuple[Path, int]] = {}
+        captions = CaptionStore(Path(path) / _CAPTIONS)
 
         def work() -> list[list[int]]:  # dealt out when the first batch is asked for, since other jobs may come before
             kept.update(_encoded(writer.previous, digests))
@@ -133,6 +141,12 @@ class LatentCache:
             if found is not None:
                 batch, source_index = found
                 encoded = _encode(encode, batch, mirrored)
+                if of_caption:
+                    keys = CaptionStore.keys(batch["captions"])
+                    captions.add(keys, {name: encoded[name] for name in of_caption})
+                    prefixes = ("", _MIRRORED) if mirrored else ("",)
+                    encoded = {n: x for n, x in encoded.items() if n.removeprefix(_MIRRORED) not in of_caption}
+                    encoded |= {prefix + _CAPTION: keys for prefix in prefixes}
                 stored = {name: x.to(_DTYPES[dtype]) if x.is_floating_point() else x for name, x in encoded.items()}
                 own = source_index == torch.tensor(new)
                 picture = torch.zeros_like(source_index) if digests is None else digests[new] * own
@@ -183,6 +197,8 @@ class LatentCache:
             samples[name][~mirrored] = tensor
             if flipped:
                 samples[name][mirrored] = flipped[_MIRRORED + name]
+        if _CAPTION in samples:
+            samples |= self._captions.read(samples.pop(_CAPTION))
         return cast("TargetBatch", {n: t.float() if t.is_floating_point() else t for n, t in samples.items()})
 
     def replaced(self) -> dict[int, int]:

@@ -89,7 +89,7 @@ def open_network(
             raise CheckpointError(
                 f"{folder}: the weights do not fit config.json; {problem.replace('_', ' ')}: {names}."
             )
-    return network
+    return network if dtype == torch.float32 else network.to(dtype)  # of which diffusers leaves parts in float32
 
 
 def no_weights(folder: Path) -> str:

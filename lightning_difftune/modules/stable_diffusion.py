@@ -27,6 +27,8 @@ from lightning_difftune.protocols import BankGenerator, BankPictures, RetentionB
 from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts
 
+RECENT_CAPTIONS = 64  # whose conditions are kept while a cache is made, or a validation repeats them
+
 
 class StableDiffusionModule(DiffTuningModule, ABC):
     """Base of the modules whose condition is text: the frozen autoencoder and text encoder of a pipeline, and prompts.
@@ -51,7 +53,7 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         channels_last: Keep the trained network's weights in the memory format that convolutions prefer on GPUs.
         objective: The loss of Eq. 5; MirroredPowerSchedule(tau=1) by default, with the simple loss of what the pipeline
-            predicts over the noise that it was trained with.
+            predicts over the noise that it was trained with, at the noise levels that its family is trained at.
         optimizer: Given the trainable parameters, returns an optimizer.
         lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
         tuner: A parameter-efficient method; ``None`` trains the whole network.
@@ -110,6 +112,7 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         self.channels_last = channels_last
         self._given_samplers = sampler, bank_sampler
         self._tables: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._recent: dict[str, dict[str, Tensor]] = {}
         self._use_samplers(Sampler(num_inference_steps=20, guidance_scale=7.5, guidance_channels=None))
 
     # -- networks -------------------------------------------------------------------------------------------------
@@ -129,6 +132,8 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         self.text_encoder = self.family.open_text(self.model, self.revision, size, self.frozen_dtype)
         self.family.check(self.model, network, self.text_encoder, self._sample_shape[0])
         self._set_guidance(self.family.takes_guidance(network))
+        if self.objective.density is None:
+            self.objective.density = self.family.density(self._sample_shape[1] * self._sample_shape[2] // 4)
         return network
 
     def _set_guidance(self, is_told: bool) -> None:
@@ -275,8 +280,43 @@ class StableDiffusionModule(DiffTuningModule, ABC):
                 f"{type(self).__name__} needs captions, and the target has none. A data set of (image, label) gets "
                 "some from lightning_difftune.data.ClassCaptions."
             )
-        text = self.text_encoder.encode(batch["captions"])
+        text = self.encode_captions(batch["captions"])
         return cast("TargetBatch", {**super().encode({"pixel_values": batch["pixel_values"]}), **text})
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Conditions of B captions on the device.
+
+        Where they are cached, captions are encoded one by one, so that a batch does not change how one is rounded, and
+        those seen last are kept, since pictures of a class, mirror images and validations repeat them.
+        """
+        if not self._caches_captions:
+            return conditions.to(self.text_encoder.encode(captions), self.device)
+        for caption in dict.fromkeys(captions):
+            if caption not in self._recent:
+                self._recent[caption] = self.text_encoder.encode([caption])
+        rows = [self._recent[caption] for caption in captions]
+        for caption in list(self._recent)[:-RECENT_CAPTIONS]:
+            del self._recent[caption]
+        return {name: torch.cat([row[name].to(self.device) for row in rows]) for name in rows[0]}
+
+    @property
+    def _caches_captions(self) -> bool:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return getattr(datamodule, "latent_cache_path", None) is not None
+
+    @property
+    def caption_columns(self) -> tuple[str, ...]:
+        """What a caption becomes, such as ``prompt_embeds``."""
+        return tuple(self.null_text())
+
+    def on_train_start(self) -> None:
+        """Where captions are cached, move the text encoders off the GPU: what else is asked of them is little."""
+        if self._caches_captions:
+            for prompts in (self.prompts, self.bank_prompts):
+                self.embed(prompts)
+            self.null_text()
+            self._recent.clear()
+            self.text_encoder.network.to("cpu")
 
     resize_hint = "Set the model's image_size."
 

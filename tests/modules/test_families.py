@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,16 @@ from tiny import quiet_trainer
 
 from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
 from lightning_difftune.cli import main
+from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.data import LatentCache
+from lightning_difftune.densities import Uniform
 from lightning_difftune.draws import Draws, noise_of
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.retention_targets import OnlineTeacher
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
-FAMILIES = ("sdxl", "flux")
+FAMILIES = ("sdxl", "flux", "sd3")
 PROMPTS = ["a cat", "grey dog", "red"]
 ATTENTION = ("to_q", "to_v")
 
@@ -257,6 +263,83 @@ def test_replay_on_a_step_distilled_base_is_refused(tmp_path: Path, folder_of: C
     quiet_trainer(tmp_path, 1).fit(module, data_of(tmp_path))
     with pytest.raises(ConfigError, match="is not told its guidance as a number"):
         built(schnell, distilled_guidance=3.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "shift"), [("sdxl", None), ("flux", math.exp(0.5 - 0.65 * 192 / 3840)), ("sd3", 3.0)]
+)
+def test_timesteps_are_drawn_from_the_familys_density_times_psi_and_xi(
+    folder_of: Callable[..., str], family: str, shift: float | None
+) -> None:
+    objective = built(folder_of(family)).objective
+    s = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    p0 = torch.ones_like(s) if shift is None else shift / (shift - (shift - 1) * s).square()
+    for weights, cdf in ((objective.psi, objective.reconsolidation_cdf), (objective.xi, objective.retention_cdf)):
+        expected = (weights.double() * p0).cumsum(0)
+        torch.testing.assert_close(cdf.double(), expected / expected[-1], rtol=0, atol=2e-3)
+    given = built(folder_of(family), objective=DiffTuningObjective(density=Uniform(7.0))).objective
+    assert given.density.shift == 7.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captions_are_cached_once_and_the_text_encoders_are_asked_for_each_once(
+    tmp_path: Path, folder_of: Callable[..., str], family: str
+) -> None:
+    module = module_of(folder_of(family), sampler=Sampler(None, 2, 1.0, None))
+    module.configure_model()
+    asked: list[str] = []
+    encode = module.text_encoder.encode
+    module.text_encoder.encode = lambda prompts: (asked.extend(prompts), encode(prompts))[1]
+    data = data_of(tmp_path, latent_cache=tmp_path / "cache", horizontal_flip=True)
+    quiet_trainer(tmp_path, 2).fit(module, data)
+    assert sorted(asked) == sorted([*PROMPTS, *PROMPTS, *PROMPTS[:2]]), "captions, prompts, prompts of the bank"
+    assert len(list((tmp_path / "cache" / "captions").iterdir())) == len(PROMPTS)
+    batch: Any = LatentCache(tmp_path / "cache").read([0, 4], [True, False])
+    expected = encode([PROMPTS[0], PROMPTS[1]])
+    for name, value in expected.items():
+        torch.testing.assert_close(batch[name], value, rtol=1e-2, atol=1e-2)
+    if family == "sdxl":
+        assert torch.equal(batch["time_ids"], expected["time_ids"])
+    file = next((tmp_path / "cache" / "captions").iterdir())
+    file.write_bytes(file.read_bytes()[:-9] + b"x" * 9)
+    with pytest.raises(StoreError, match=r"A caption of .*cache cannot be read.*Delete"):
+        LatentCache(tmp_path / "cache").read(list(range(6)), [False] * 6)
+
+
+def test_an_optimizer_of_8_bits_is_named_by_its_class(
+    tmp_path: Path, folder_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes' classes are torch optimizers that take the parameters first, as this one does."""
+    fake = types.ModuleType("bitsandbytes_like")
+    fake.AdamW8bit = type("AdamW8bit", (torch.optim.AdamW,), {})  # type: ignore[attr-defined]
+    fake.AdamW8bit.__module__ = fake.__name__  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    config: dict[str, Any] = {
+        "model": {
+            "class_path": "lightning_difftune.TextToImageDiffTuningModule",
+            "init_args": {
+                "model": folder_of("sdxl"),
+                "optimizer": {"class_path": "bitsandbytes_like.AdamW8bit", "init_args": {"lr": 1e-3}},
+            },
+        },
+        "data": {
+            "class_path": "lightning_difftune.MemoryBankDataModule",
+            "init_args": {
+                "target": {
+                    "class_path": "lightning_difftune.data.CaptionedFolder",
+                    "init_args": {"root": str(tmp_path)},
+                }
+            },
+        },
+        "trainer": {"accelerator": "cpu", "logger": False},
+    }
+    Image.new("RGB", (32, 32)).save(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("a cat")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    module: Any = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False).model
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    assert (type(optimizer).__name__, optimizer.defaults["lr"]) == ("AdamW8bit", 1e-3)
 
 
 def test_pipelines_of_other_classes_are_refused_by_name(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
     "FluxPipeline": "flux",
+    "StableDiffusion3Pipeline": "sd3",
 }
 """The file of each class that ``model_index.json`` may state; a file's ``FAMILY`` is its :class:`Family`."""
 
