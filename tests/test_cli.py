@@ -360,7 +360,7 @@ def test_a_corrupt_picture_is_named_and_refused(project, refused, num_workers):
     damage(project / "pictures/bee/04.png")
     said = refused(
         [*FIT, f"{DATA}num_workers", num_workers, f"{DATA}val_target", "null"],
-        r"image 5 \(pictures/bee/04.png\) cannot be read.*Mend or remove it, or set on_corrupt='skip'",
+        r"image 5 \(pictures/bee/04.png\) cannot be read.*Repair or remove it, or set on_corrupt='skip'",
     )
     assert said.count("\n") == 1  # without the traceback of the worker
 
