@@ -201,8 +201,8 @@ class MeasuredSchedule:
             s, psi = (np.asarray(content[key], dtype=np.float64) for key in ("s", "psi"))
         except OSError as error:
             raise ConfigError(f"The schedule {path} cannot be read: {error}. Check its path.") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is no measured schedule: it is not JSON with lists 's' and 'psi'.") from error
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ConfigError(f"{path} is not a measured schedule: it is not JSON with lists 's' and 'psi'.") from error
         if (
             s.ndim != 1
             or s.shape != psi.shape
@@ -213,7 +213,7 @@ class MeasuredSchedule:
             or not (psi[0] >= 0 and 0 < psi[-1] <= 1)
         ):
             raise ConfigError(
-                f"{path} is no measured schedule. It needs two levels 's' or more, rising in (0, 1], and as many "
+                f"{path} is not a measured schedule. It needs two levels 's' or more, rising in (0, 1], and as many "
                 f"values 'psi', not falling, in [0, 1] and not all 0; found s = {s.tolist()}, psi = {psi.tolist()}."
             )
         self.s, self.psi = s, psi

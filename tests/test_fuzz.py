@@ -200,7 +200,7 @@ def test_configs(tmp_path, examples):
 
 @examples(100, 1000)
 def test_json_of_diffusers_and_measured_schedules(tmp_path, examples):
-    original = {"timesteps": [0, 500, 999], "reconsolidation": [0.1, 0.5, 1.0], "retention": [1.0, 0.5, 0.0]}
+    original = {"s": [0.001, 0.5, 1.0], "psi": [0.1, 0.5, 1.0]}
 
     def read(content):
         (tmp_path / "some.json").write_bytes(content)
@@ -209,6 +209,14 @@ def test_json_of_diffusers_and_measured_schedules(tmp_path, examples):
 
     made_up = remade(original).map(lambda value: json.dumps(value).encode())
     fuzz(st.one_of(mangled(json.dumps(original).encode()), made_up, st.binary(max_size=60)), examples, read)
+
+
+@pytest.mark.parametrize("values", [[10**400, 1], [[0, 1], [1, 2]], "ab", {"a": 1}, [None, 1], [float("nan"), 1]])
+@pytest.mark.parametrize("key", ["s", "psi"])
+def test_values_that_are_not_levels(tmp_path, key, values):
+    (tmp_path / "some.json").write_text(json.dumps({"s": [0.5, 1.0], "psi": [0.5, 1.0], key: values}))
+    with pytest.raises(ConfigError, match="is not a measured schedule"):
+        MeasuredSchedule(tmp_path / "some.json")
 
 
 def test_nothing_of_a_config_is_run_while_it_is_read(tmp_path):

@@ -13,13 +13,13 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
+from tiny import quiet_trainer, tiny_pictures, tiny_weights, write_pictures
 
 from lightning_difftune import DiffTuningModule, DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.cli import main
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.sampling import Sampler
-from tests.tiny import quiet_trainer, tiny_pictures, tiny_weights, write_pictures
 
 
 @pytest.fixture(scope="module")

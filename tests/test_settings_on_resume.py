@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from tiny import quiet_trainer, tiny_pictures, tiny_weights
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
@@ -23,9 +27,9 @@ from torch.optim.lr_scheduler import (
 )
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
+from lightning_difftune.callbacks.preemption import Preemption
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.sampling import Sampler
-from tests.tiny import quiet_trainer, tiny_pictures, tiny_weights
 
 
 @pytest.fixture(scope="module")
@@ -397,3 +401,22 @@ def test_a_resumed_run_does_not_save_again_in_the_middle_of_a_window(weights, tm
     saving = ModelCheckpoint(tmp_path / "more", every_n_train_steps=2, save_top_k=-1)
     run(weights, tmp_path, 6, callbacks=[Saves(), saving], ckpt_path=tmp_path / "at2.ckpt", accumulate_grad_batches=3)
     assert Saves.seen == [12, 18]
+
+
+@pytest.mark.parametrize("batches", [4, 5, 6])
+def test_a_signal_in_an_open_window_stops_at_its_end(weights, tmp_path, batches):
+    class Signal(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.fit_loop.total_batch_idx + 1 == batches:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"batch_size": 5, "accumulate_grad_batches": 3, "scheduler": ONE_CYCLE}
+    trainer, _, module = run(weights, tmp_path, 4, **options)
+    saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=100)
+    with pytest.raises(SIGTERMException):
+        run(weights, tmp_path, 4, callbacks=[Signal(), Preemption(), saving], **options)
+    content = torch.load(tmp_path / "saved/last.ckpt", weights_only=True)
+    assert content["global_step"] == 2
+    assert "open_window" not in content
+    again, _, same = run(weights, tmp_path, 4, ckpt_path=tmp_path / "saved/last.ckpt", **options)
+    assert_equal(state_of(trainer, module), state_of(again, same))

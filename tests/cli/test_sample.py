@@ -46,7 +46,8 @@ def test_the_same_command_gives_the_same_bytes(tiny_run, tmp_path):
     assert another.keys() == first.keys()
     assert abs(pixels_of(tmp_path / "a") - pixels_of(tmp_path / "c")).max() <= 1
     assert text_of(tmp_path / "c" / "grid.png") == text_of(tmp_path / "a" / "grid.png")
-    assert sampled(tmp_path / "d", *args[:-1], "6")["grid.png"] != first["grid.png"]
+    sampled(tmp_path / "d", *args[:-1], "6")
+    assert (pixels_of(tmp_path / "d") != pixels_of(tmp_path / "a")).mean() > 0.3, "another seed draws other pictures"
 
 
 def test_a_picture_does_not_depend_on_those_beside_it(tiny_run, tmp_path):

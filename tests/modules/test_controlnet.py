@@ -242,3 +242,21 @@ def test_the_ends_of_a_swap_are_with_control_and_without(pipeline_folder):
     both = module.generate_swapped(indices, [0.0, 1.0])
     assert torch.equal(both[0], module.generate(indices))
     assert not torch.equal(both[0], both[1])
+
+
+def test_the_scale_of_control_is_of_pictures_and_not_of_training(pipeline_folder):
+    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    outputs = {}
+    for scale in (1.0, 0.25):
+        module = awake(built(pipeline_folder, conditioning_scale=scale))
+        generator = torch.Generator().manual_seed(0)
+        condition = {
+            "prompt_embeds": torch.randn(2, 8, 16, generator=generator),
+            "conditioning_pixel_values": torch.rand(2, 1, 16, 16, generator=generator),
+        }
+        for training in (True, False):
+            module.train(training)
+            with torch.no_grad():
+                outputs[scale, training] = module.denoise(x_t, t, condition)
+    assert torch.equal(outputs[1.0, True], outputs[0.25, True])
+    assert not torch.equal(outputs[1.0, False], outputs[0.25, False])
