@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path)
     parser.add_argument("--seconds", type=float, default=400.0, help="time for everything")
-    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--first", type=int, default=2, help="runs at the head of the study to do with all seeds")
     parser.add_argument("--only", nargs="+", help="names of runs (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the study)")
