@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -21,6 +23,7 @@ UInt8Array = npt.NDArray[np.uint8]
 _MODES = {1: "L", 3: "RGB"}
 _SIDE = 96  # pixels; smaller pictures are shown enlarged
 _GAP = 2  # pixels around each
+_LABEL = 130  # pixels for the names of rows
 
 # -- uint8 and [-1, 1] ------------------------------------------------------------------------------------------------
 
@@ -186,19 +189,44 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 # -- to look at -------------------------------------------------------------------------------------------------------
 
 
-def grid_of(pictures: Tensor, columns: int) -> Tensor:
-    """Pictures (N, 1 or 3, H, W) uint8 in rows of ``columns``, small ones with larger pixels => (3, height, width)."""
+def grid_of(pictures: Tensor, columns: int, names: Sequence[str] | None = None) -> Tensor:
+    """Pictures in rows, small ones with larger pixels, and the name of each row at its left.
+
+    Args:
+        pictures: (N, 1 or 3, H, W) uint8.
+        columns: Pictures in a row.
+        names: Of the rows; ``None`` leaves them out. :func:`to_png` should then have them as ``rows``.
+
+    Returns:
+        (3, height, width) uint8.
+    """
     from torchvision.utils import make_grid
 
     factor = max(1, _SIDE // pictures.shape[-1])
     enlarged = pictures.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
-    return make_grid(enlarged, nrow=columns, padding=_GAP)
+    grid = make_grid(enlarged, nrow=columns, padding=_GAP)
+    if len(pictures) == 1:  # which make_grid leaves without the gap around it
+        grid = torch.nn.functional.pad(grid, (_GAP,) * 4)
+    return grid if names is None else torch.cat([_labels(names, grid.shape[1]), grid], 2)
+
+
+def _labels(names: Sequence[str], height: int) -> Tensor:
+    """Names below each other, each at the middle of its row: (3, height, _LABEL) uint8."""
+    strip = Image.new("RGB", (_LABEL, height))
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(12)
+    row = height / len(names)
+    for number, name in enumerate(names):
+        lines = textwrap.wrap(name, 18, max_lines=max(1, int(row // 15)), placeholder=" ...")
+        middle = (6, (number + 0.5) * row)
+        draw.multiline_text(middle, "\n".join(lines), font=font, anchor="lm", fill="white")
+    return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
 
 
 def pictures_of(grid: Path, rows: int, columns: int) -> Tensor:
     """The pictures (rows, columns, 3, H, W) uint8 of a saved :func:`grid_of`, as large as they are shown there."""
     with Image.open(grid) as image:
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, _GAP:, _GAP:]
+        left = _GAP + (_LABEL if "rows" in image.info else 0)
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, _GAP:, left:]
     height, width = pixels.shape[1] // rows, pixels.shape[2] // columns
     cells = pixels.unfold(1, height, height).unfold(2, width, width)  # (3, rows, columns, height, width)
     return cells[..., :-_GAP, :-_GAP].permute(1, 2, 0, 3, 4)

@@ -73,10 +73,14 @@ class PictureLog:
         """The pictures in the folder by their steps, in order."""
         return {int(file.stem.removeprefix("step-")): file for file in sorted(self._folder.glob("step-*.png"))}
 
-    def show(self, trainer: L.Trainer, picture: Tensor, step: int) -> None:
-        """Save and log a picture (3, H, W) uint8 of a step; call it on the first process."""
+    def save(self, name: str, picture: Tensor, **texts: str) -> None:
+        """Save a picture (3, H, W) uint8 that is of no step, with text chunks; call it on the first process."""
+        write_artifact(self._folder / f"{name}.png", to_png(picture, **texts))
+
+    def show(self, trainer: L.Trainer, picture: Tensor, step: int, **texts: str) -> None:
+        """Save and log a picture (3, H, W) uint8 of a step, with text chunks; call it on the first process."""
         image = Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())
-        write_artifact(self._folder / f"step-{step:07d}.png", to_png(picture))
+        write_artifact(self._folder / f"step-{step:07d}.png", to_png(picture, **texts))
         for logger in trainer.loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(logger, "log_image"):  # Weights & Biases

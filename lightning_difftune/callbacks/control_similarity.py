@@ -20,6 +20,8 @@ from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import check_pictures, grid_of
 from lightning_difftune.protocols import SupportsControl, SupportsControlExamples
 
+ROWS = ("control map", "drawn after it", "map found in what was drawn")  # of the pictures that are saved
+
 
 class ControlSimilarity(MeasuringCallback, GenerationCallback):
     """Generate pictures from the controls of held-out ones, annotate them again, and log how similar the maps are.
@@ -154,7 +156,7 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         columns = self._gather(trainer, pl_module.device, shown)
         if trainer.is_global_zero:
             rows = columns.transpose(0, 1).flatten(0, 1)  # (3 * num_shown, 3, H, W)
-            self.picture_log.show(trainer, grid_of(rows, self.num_shown), step)
+            self.picture_log.show(trainer, grid_of(rows, self.num_shown, ROWS), step, rows=", ".join(ROWS))
         self.history.append((step, value))
         # All processes hold the same value; the maximum of them is that value to the bit, which a mean need not be.
         pl_module.log(self.monitor, value, prog_bar=True, reduce_fx="max", sync_dist=True)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.generation import SampleCallback
 from lightning_difftune.pictures import grid_of
+from lightning_difftune.protocols import SupportsReferenceImages
 
 
 class SampleGrid(SampleCallback):
-    """Generate the same samples at the end of every validation and save them as one picture.
+    """Generate the same samples at the start and at the end of every validation and save them as one picture.
 
     The grid is written to ``samples/step-0001000.png`` and given to every logger that takes images (TensorBoard,
-    Weights & Biases, MLflow). Only the first process generates, and nothing here waits for the others.
+    Weights & Biases, MLflow). ``step-0000000.png`` is what the base model draws, and ``real.png`` has real pictures of
+    the data module. Rows are named by their class or prompt, where the module has ``names_of(indices)``. Only the first
+    process generates, and nothing here waits for the others.
 
     Args:
         num_samples: Samples in the grid: indices 0 .. num_samples - 1.
@@ -29,6 +34,7 @@ class SampleGrid(SampleCallback):
             ``generate``.
         dirpath: Folder of the pictures; ``None`` is ``samples`` in the logger's folder, or in the trainer's
             ``default_root_dir``.
+        at_start: Whether the base model's and real pictures are saved before the first step.
 
     Raises:
         ConfigError: If a number is not positive or, when the trainer starts, if nothing can generate pictures.
@@ -46,9 +52,10 @@ class SampleGrid(SampleCallback):
         batch_size: int = 64,
         generate: Callable[[Tensor], Tensor] | None = None,
         dirpath: str | Path | None = None,
+        at_start: bool = True,
     ) -> None:
         super().__init__(num_samples, batch_size, every_n_steps, generate)
-        self.columns = columns
+        self.columns, self.at_start = columns, at_start
         self.picture_log = PictureLog("samples", dirpath)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -56,9 +63,77 @@ class SampleGrid(SampleCallback):
         super().setup(trainer, pl_module, stage)
         self.picture_log.locate(trainer)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the first step: what the base model draws, and real pictures, as what there is to compare with."""
+        begins = self.at_start and trainer.global_step == 0 and trainer.is_global_zero
+        if not begins or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        with isolate_rng(), torch.no_grad(), evaluating(pl_module):
+            self.evaluate(trainer, pl_module, 0)
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, SupportsReferenceImages):
+            pictures = first_of(data.reference_images(), self.num_samples)
+            rows = ["real pictures"] * -(-len(pictures) // self.columns)
+            self.picture_log.save("real", grid_of(pictures, self.columns, rows), rows=", ".join(rows))
+
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Generate, save and log the grid on the first process."""
+        """Generate, save and log the grid on the first process; rows are of one class or prompt if all have one."""
         if not trainer.is_global_zero:
             return
         samples = torch.cat([self.pictures(trainer, pl_module, batch).cpu() for batch in self.batches()])
-        self.picture_log.show(trainer, grid_of(samples, self.columns), step)
+        order, rows = arranged(self._names(pl_module), self.columns, len(samples))
+        texts = {} if rows is None else {"rows": ", ".join(rows)}
+        self.picture_log.show(trainer, grid_of(samples[order], self.columns, rows), step, **texts)
+
+    def _names(self, pl_module: L.LightningModule) -> list[str] | None:
+        """What the samples show, where the module can say it and draws them itself."""
+        if self.generate is not None or not hasattr(pl_module, "names_of"):
+            return None
+        return pl_module.names_of(range(self.num_samples))  # type: ignore[operator]
+
+
+def arranged(names: Sequence[str] | None, columns: int, count: int) -> tuple[list[int], list[str] | None]:
+    """The order of samples in a grid, and the names of its rows.
+
+    Where there are rows for all names, each row has samples of one, and those that fill no row are left out. Else
+    samples stay in their order, and a row is named by all that it shows.
+
+    Example:
+        >>> arranged(["rose", "lily"] * 4, 2, 8)
+        ([0, 2, 4, 6, 1, 3, 5, 7], ['rose', 'rose', 'lily', 'lily'])
+        >>> arranged(["a", "b", "c", "d"], 2, 4)
+        ([0, 1, 2, 3], ['a, b', 'c, d'])
+    """
+    if names is None:
+        return list(range(count)), None
+    by_name: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        by_name.setdefault(name, []).append(index)
+    if all(len(indices) >= columns for indices in by_name.values()):
+        kept = {name: indices[: len(indices) // columns * columns] for name, indices in by_name.items()}
+        rows = [name for name, indices in kept.items() for _ in range(len(indices) // columns)]
+        return [index for indices in kept.values() for index in indices], rows
+    starts = range(0, count, columns)
+    return list(range(count)), [", ".join(dict.fromkeys(names[start : start + columns])) for start in starts]
+
+
+def first_of(batches: Iterable[Tensor], count: int) -> Tensor:
+    """The first pictures of batches."""
+    found: list[Tensor] = []
+    for batch in batches:
+        found.append(batch[: count - sum(map(len, found))])
+        if sum(map(len, found)) == count:
+            break
+    return torch.cat(found)
+
+
+@contextmanager
+def evaluating(module: L.LightningModule) -> Iterator[None]:
+    """A ``with`` block in which a module and its parts are in evaluation mode."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

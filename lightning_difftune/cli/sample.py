@@ -188,7 +188,8 @@ def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters
     """Write ``grid.png`` and one file for each of the pictures, with the parameters in their text chunks."""
     output.mkdir(parents=True, exist_ok=True)
     columns = len(pictures) // len(subjects)
-    write_png(grid_of(pictures, columns), output / "grid.png", {"rows": [row.name for row in subjects], **parameters})
+    names = [row.name for row in subjects]
+    write_png(grid_of(pictures, columns, names), output / "grid.png", {"rows": names, **parameters})
     for row, subject in enumerate(subjects):
         slug = re.sub(r"[^a-z0-9]+", "-", subject.name.lower()).strip("-")[:40].rstrip("-") or "unconditional"
         place = f"{row:02d}-{slug}"

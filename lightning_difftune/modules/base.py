@@ -225,6 +225,10 @@ class DiffTuningModule(L.LightningModule, ABC):
         """Condition and null condition of the generated pictures ``indices`` (B,); ``None`` twice if there are none."""
         return None, None
 
+    def names_of(self, indices: Sequence[int]) -> list[str] | None:
+        """What the generated pictures ``indices`` show, in words; ``None`` without a condition."""
+        return None
+
     def source_conditions(self, indices: Tensor) -> tuple[Any, Any]:
         """Condition and null condition of the bank's samples ``indices`` (B,), for the pre-trained network."""
         return None, None

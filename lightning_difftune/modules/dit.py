@@ -242,6 +242,11 @@ class DiTDiffTuningModule(DiffTuningModule):
         """Picture i has class i mod K, so that every class is shown equally often."""
         return self.class_conditions(indices % self.num_classes)
 
+    def names_of(self, indices: Sequence[int]) -> list[str]:
+        """Their classes, by name or number."""
+        names = dict(enumerate(self.dit.class_names or ()))
+        return [names.get(index % self.num_classes, f"class {index % self.num_classes}") for index in indices]
+
     def source_conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Classes of the pre-trained model, drawn uniformly from (seed, i) alone."""
         num_classes = self.base_identity["num_classes"]

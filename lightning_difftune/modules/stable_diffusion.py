@@ -348,6 +348,10 @@ class StableDiffusionModule(DiffTuningModule, ABC):
         """Picture i shows prompt i mod n."""
         return self.prompted(self.prompts, indices)
 
+    def names_of(self, indices: Sequence[int]) -> list[str] | None:
+        """Their prompts."""
+        return [self.prompts[index % len(self.prompts)] for index in indices]
+
     def source_conditions(self, indices: Tensor) -> tuple[Any, Any]:
         """Sample i of the bank has prompt i mod n of ``bank_prompts``."""
         return self.prompted(self.bank_prompts, indices)

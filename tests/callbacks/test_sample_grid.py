@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_difftune.callbacks import EMA, SampleGrid
+from lightning_difftune.callbacks.sample_grid import arranged
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.pictures import pictures_of
 
@@ -24,8 +25,8 @@ def test_the_png_shows_every_sample_in_its_place(tmp_path: Path) -> None:
         num_samples=7, columns=3, batch_size=2, generate=lambda indices: noise_pictures(indices, 5, channels=3)
     )
     make_trainer(tmp_path, grid, max_steps=2).fit(BoringModel())
-    (path,) = (tmp_path / "samples").iterdir()
-    assert path.name == "step-0000002.png"
+    assert {file.name for file in (tmp_path / "samples").iterdir()} == {"step-0000000.png", "step-0000002.png"}
+    path = tmp_path / "samples" / "step-0000002.png"
     with Image.open(path) as file:
         assert file.format == "PNG"
     shown = pictures_of(path, 3, 3).flatten(0, 1)
@@ -37,7 +38,8 @@ def test_the_png_shows_every_sample_in_its_place(tmp_path: Path) -> None:
 
 def test_grey_samples_and_the_same_indices_every_time(tmp_path: Path) -> None:
     model = GeneratingModel()
-    make_trainer(tmp_path, SampleGrid(num_samples=4, columns=2), max_steps=4).fit(model, ReferenceData())
+    grid = SampleGrid(num_samples=4, columns=2, at_start=False)
+    make_trainer(tmp_path, grid, max_steps=4).fit(model, ReferenceData())
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
     assert model.asked == [[0, 1, 2, 3], [0, 1, 2, 3]]
     picture = np.asarray(Image.open(tmp_path / "samples" / "step-0000002.png"))
@@ -56,10 +58,10 @@ def test_shows_the_averages(tmp_path: Path, ema_first: bool) -> None:
 
 def test_goes_where_it_is_told_or_to_the_logger(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="run")
-    trainer = make_trainer(tmp_path, SampleGrid(num_samples=2), max_steps=2, logger=logger)
+    trainer = make_trainer(tmp_path, SampleGrid(num_samples=2, at_start=False), max_steps=2, logger=logger)
     trainer.fit(GeneratingModel(), ReferenceData())
     assert (tmp_path / "run" / "version_0" / "samples" / "step-0000002.png").exists()
-    told = SampleGrid(num_samples=2, dirpath=tmp_path / "here")
+    told = SampleGrid(num_samples=2, dirpath=tmp_path / "here", at_start=False)
     make_trainer(tmp_path, told, max_steps=2).fit(GeneratingModel(), ReferenceData())
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["step-0000002.png"]
 
@@ -123,7 +125,7 @@ class ServerLogger(QuietLogger):
 def test_loggers_that_take_images_get_them(tmp_path: Path) -> None:
     board, images, server = BoardLogger(), ImageLogger(), ServerLogger()
     loggers = [board, images, server, CSVLogger(tmp_path), QuietLogger()]
-    grid = SampleGrid(num_samples=4, columns=2, dirpath=tmp_path / "samples")
+    grid = SampleGrid(num_samples=4, columns=2, dirpath=tmp_path / "samples", at_start=False)
     make_trainer(tmp_path, grid, max_steps=2, logger=loggers).fit(GeneratingModel(), ReferenceData())
     picture = np.asarray(Image.open(tmp_path / "samples" / "step-0000002.png"))
     ((tag, image, board_step),) = board.shown
@@ -146,11 +148,11 @@ def test_only_the_first_process_generates(tmp_path: Path) -> None:
 
 
 def test_every_n_steps_and_the_step_of_a_checkpoint(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, SampleGrid(num_samples=2, every_n_steps=4), max_steps=6)
+    trainer = make_trainer(tmp_path, SampleGrid(num_samples=2, every_n_steps=4, at_start=False), max_steps=6)
     trainer.fit(GeneratingModel(), ReferenceData())
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0000002.png", "step-0000006.png"]
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    told = SampleGrid(num_samples=2, dirpath=tmp_path / "here")
+    told = SampleGrid(num_samples=2, dirpath=tmp_path / "here", at_start=False)
     make_trainer(tmp_path, told).validate(
         GeneratingModel(), ReferenceData(), ckpt_path=tmp_path / "last.ckpt", verbose=False
     )
@@ -168,3 +170,32 @@ def test_a_picture_that_cannot_be_saved_does_not_stop_the_training(tmp_path: Pat
 def test_a_model_that_cannot_generate_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="SampleGrid needs pictures"):
         make_trainer(tmp_path, SampleGrid()).fit(BoringModel())
+
+
+class NamedModel(GeneratingModel):
+    """One that says what its samples show."""
+
+    def names_of(self, indices):
+        return [("rose", "oxeye daisy")[index % 2] for index in indices]
+
+
+def test_rows_are_of_one_name_and_the_base_and_real_pictures_are_there(tmp_path: Path) -> None:
+    model = NamedModel()
+    make_trainer(tmp_path, SampleGrid(num_samples=4, columns=2), max_steps=2).fit(model, ReferenceData())
+    assert model.training, "as it was before the first grid"
+    folder = tmp_path / "samples"
+    assert {file.name for file in folder.iterdir()} == {"real.png", "step-0000000.png", "step-0000002.png"}
+    for name, rows in (("step-0000000", "rose, oxeye daisy"), ("step-0000002", "rose, oxeye daisy")):
+        with Image.open(folder / f"{name}.png") as file:
+            assert file.info["rows"] == rows
+            assert np.asarray(file)[:, :130].max() > 200, "the names are written"
+    before, after = (pictures_of(folder / f"step-000000{step}.png", 2, 2) for step in (0, 2))
+    assert not torch.equal(before, after), "the base model's are those of step 0"
+    real = torch.cat(list(ReferenceData().reference_images()))
+    shown = pictures_of(folder / "real.png", 2, 2)[..., :: 96 // real.shape[-1], :: 96 // real.shape[-1]]
+    assert torch.equal(shown.flatten(0, 1), real[:4].expand(-1, 3, -1, -1))
+
+
+def test_samples_that_fill_no_row_of_their_name_are_left_out() -> None:
+    order, rows = arranged(["a", "b", "c"] * 3, 2, 9)
+    assert (order, rows) == ([0, 3, 1, 4, 2, 5], ["a", "b", "c"])

@@ -69,11 +69,11 @@ def test_the_text_and_the_grid_say_what_is_shown(tiny_run, tmp_path):
     assert said["scheduler_config"]["beta_end"] == 0.02
     assert text_of(tmp_path / "a" / "grid.png")["rows"] == ["rose", "sunflower"]
     grid = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
-    assert grid.shape == (2 + 2 * 98, 2 + 2 * 98, 3)
+    assert grid.shape == (2 + 2 * 98, 130 + 2 + 2 * 98, 3)
     singles = pixels_of(tmp_path / "a")
     for row in range(2):
         for column in range(2):
-            cell = grid[2 + 98 * row :, 2 + 98 * column :, 0][:96:12, :96:12]
+            cell = grid[2 + 98 * row :, 130 + 2 + 98 * column :, 0][:96:12, :96:12]
             assert (cell == singles[2 * row + column]).all()
 
 

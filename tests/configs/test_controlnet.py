@@ -202,5 +202,5 @@ def test_two_steps_of_training(file: str, overlay: list[str], tmp_path: Path) ->
 
     (run,) = (tmp_path / "lightning_logs").iterdir()
     with Image.open(run / "control/step-0000002.png") as grid:
-        assert grid.size == (2 * 98 + 2, 3 * 98 + 2), "control, picture and its own map, of two examples"
+        assert grid.size == (130 + 2 * 98 + 2, 3 * 98 + 2), "control, picture and its own map, of two examples"
     assert (run / "config.yaml").is_file()

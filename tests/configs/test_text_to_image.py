@@ -90,7 +90,7 @@ def test_two_steps_of_training(run: str, tmp_path: Path) -> None:
 
     (folder,) = (tmp_path / "lightning_logs").iterdir()
     with Image.open(folder / "samples/step-0000002.png") as grid:
-        assert grid.size == (4 * 98 + 2, 98 + 2)
+        assert grid.size == (130 + 4 * 98 + 2, 98 + 2)
     (checkpoint,) = folder.glob("checkpoints/epoch*.ckpt")
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     if run == "whole":

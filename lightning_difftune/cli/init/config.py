@@ -196,7 +196,9 @@ def callbacks(plan: Plan) -> str:
             f"init_args: {{monitor: {monitor}, threshold: {threshold}, mode: {mode}}}",
         ]
     else:
-        number, columns = (16, 4) if base.is_large else (32, 8)
+        columns = 4 if base.is_large else 8
+        shown = len(plan.seen.facts.counts() if plan.task == "classes" else plan.seen.captions)
+        number = columns * min(max(shown, 1), 8)  # a row for each of a few
         entries.append(
             "class_path: lightning_difftune.callbacks.SampleGrid  # pictures of each class, or prompt\n"
             f"init_args: {{num_samples: {number}, columns: {columns}, batch_size: {8 if base.is_large else 32}}}"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+from lightning_difftune.cli.next_steps import name_of
 from lightning_difftune.cli.run import Run, Series
 
 FEWEST_OF_A_CLASS = 10
@@ -44,8 +45,9 @@ def diverged(run: Run) -> Advice | None:
     bad = [step for step, value in run.metrics.get("train/loss", []) if not math.isfinite(value)]
     if not bad:
         return None
+    halves = run.setting("trainer", "precision") == "16-mixed"
     return Advice(
-        "Lower the learning rate, or train in bf16-mixed or 32-true instead of 16-mixed.",
+        "Lower the learning rate" + (", or train in bf16-mixed or 32-true instead of 16-mixed." if halves else "."),
         f"train/loss is not finite at {len(bad)} of {len(run.metrics['train/loss'])} steps, first at step {bad[0]:,}.",
     )
 
@@ -66,12 +68,13 @@ def leapt(run: Run) -> Advice | None:
         if position > 1 and min(logs[position : position + 2]) - before > threshold:
             until = series[position - 1][0]
             step, top = max(series[position : position + 2], key=lambda point: point[1])
+            clips = run.setting("trainer", "gradient_clip_val")
             return Advice(
-                "Lower the learning rate, or clip gradients: the run diverged, and what the pre-trained model knew may "
-                "be lost even if the loss has come back.",
+                f"Lower the learning rate{'' if clips else ', or clip gradients'}: the run diverged, and what the "
+                "pre-trained model knew may be lost even if the loss has come back.",
                 f"train/loss leapt to {top:.3g} at step {step:,}; its median until step {until:,} was "
                 f"{math.exp(before):.3g}. It ends at {series[-1][1]:.3g}.",
-                "--trainer.gradient_clip_val 1.0",
+                "" if clips else "--trainer.gradient_clip_val 1.0",
             )
     return None
 
@@ -82,15 +85,12 @@ def unfinished(run: Run) -> Advice | None:
         return None
     evidence = f"The logs end at step {run.last_step:,} of {run.max_steps:,}"
     if run.checkpoint is None:
-        return Advice(
-            "Save checkpoints, so that a run that stops can go on: ModelCheckpoint with every_n_train_steps.",
-            f"{evidence}, and the folder has no checkpoint.",
-        )
-    return Advice(
-        "Go on where the run stopped.",
-        f"{evidence}; {run.checkpoint.name} is there.",
-        f"difftune fit --config {run.path / 'config.yaml'} --ckpt_path {run.checkpoint}",
-    )
+        every = (run.callback("ModelCheckpoint") or {}).get("every_n_train_steps")
+        how = f"more often than every {every:,} steps" if every else "with every_n_train_steps of ModelCheckpoint"
+        what = f"Save checkpoints {how}, so that a run that stops can be resumed."
+        return Advice(what, f"{evidence}, and the folder has no checkpoint.")
+    evidence = f"{evidence}; {run.checkpoint.name} is there."
+    return Advice("Resume the run where it stopped.", evidence, f"difftune fit {name_of(run)}")
 
 
 def train_longer(run: Run) -> Advice | None:
@@ -120,12 +120,28 @@ def stop_earlier(run: Run) -> Advice | None:
         (step, best), (last_step, last) = _best(series, higher), series[-1]
         if abs(last - best) > LOSS * abs(best):
             mode = "max" if higher else "min"
+            kept = (run.callback("ModelCheckpoint") or {}).get("monitor") == name
+            keep = f"; ModelCheckpoint(monitor='{name}', mode='{mode}') keeps the best weights"
             return Advice(
-                f"Stop earlier, or lower the learning rate; ModelCheckpoint(monitor='{name}', mode='{mode}') keeps the "
-                "best weights.",
+                f"Stop earlier, or lower the learning rate{'' if kept else keep}.",
                 f"{name} was best at step {step:,}, {best:.4g}, and is {last:.4g} at step {last_step:,}.",
             )
     return None
+
+
+def few_validations(run: Run) -> Advice | None:
+    """One or two values of a score are no curve."""
+    counts = {name: len(run.finite(name)) for name in (*run.scores, "val/loss")}
+    most = max(counts.values())
+    if run.stopped_early or not 0 < most < 3 or run.max_steps is None:
+        return None
+    name = next(name for name, count in counts.items() if count == most)
+    every = max(1, run.max_steps // 8)
+    return Advice(
+        f"Validate more often: {'two values are' if most == 2 else 'one value is'} too few to judge the run by.",
+        f"{name} was measured {'twice' if most == 2 else 'once'} in {run.max_steps:,} steps.",
+        f"--trainer.val_check_interval {every}" if run.max_steps > 8 else "",
+    )
 
 
 def retain_more(run: Run) -> Advice | None:
@@ -145,7 +161,7 @@ def retain_more(run: Run) -> Advice | None:
         "Retain more: a larger share of the memory bank in each batch, or a larger retention_weight.",
         f"train/retention rose from {statistics.fmean(first):.3g}, the mean of the first third of the run, to "
         f"{statistics.fmean(last):.3g} in the last (the standard error of the difference is {error:.1g}).",
-        f"--data.init_args.retention_share {larger:g}" if larger else "",
+        f"--data.retention_share {larger:g}" if larger else "",
     )
 
 
@@ -159,8 +175,9 @@ def overfits(run: Run) -> Advice | None:
     early, late = (statistics.fmean(value for _, value in part) for part in (train[:quarter], train[-quarter:]))
     if not (last > (1 + LOSS) * best and late < early):
         return None
+    tuner = "" if run.setting("model", "init_args", "tuner") else ", train less of the network (a tuner, such as LoRA)"
     return Advice(
-        "Train fewer steps, train less of the network (a tuner, such as LoRA), or add pictures: it is memorising.",
+        f"Train fewer steps{tuner}, or add pictures: it is memorising.",
         f"val/loss rose from {best:.4g} at step {step:,} to {last:.4g} at step {last_step:,}, while "
         f"train/reconsolidation fell from {early:.3g} to {late:.3g}.",
     )
@@ -202,8 +219,7 @@ def measured_schedule(run: Run) -> Advice | None:
     return Advice(
         "Try the schedule that the forgetting meter measured, in place of the fixed one.",
         f"{file.name} says at which noise levels tuning improved the denoising of this target, and where it did not.",
-        "--model.init_args.objective.init_args.schedule lightning_difftune.MeasuredSchedule \\\n"
-        f"--model.init_args.objective.init_args.schedule.init_args.path {file}",
+        f"--model.objective.schedule lightning_difftune.MeasuredSchedule --model.objective.schedule.path {file}",
     )
 
 
@@ -211,6 +227,13 @@ def unmeasured(run: Run) -> Advice | None:
     """Nothing looked at generated pictures."""
     if run.scores or run.grids:
         return None
+    watched = [name for name in ("SampleGrid", "FID", "ControlSimilarity") if run.callback(name) is not None]
+    if watched:
+        every = run.setting("trainer", "val_check_interval")
+        return Advice(
+            f"Validate earlier: {' and '.join(watched)} look at pictures then, and did not get to it.",
+            f"The logs have {run.last_step:,} steps, and a validation was to be after {every or 'an epoch'}.",
+        )
     return Advice(
         "Look at pictures while it trains: callbacks SampleGrid and FID, or ControlSimilarity for a ControlNet.",
         "No distance or similarity was logged and no pictures were saved; losses alone do not say how pictures look.",
@@ -222,6 +245,7 @@ RULES: tuple[Callable[[Run], Advice | None], ...] = (
     diverged,
     leapt,
     unfinished,
+    few_validations,
     train_longer,
     stop_earlier,
     retain_more,
@@ -236,7 +260,7 @@ RULES: tuple[Callable[[Run], Advice | None], ...] = (
 def _steps(run: Run, steps: int) -> str:
     """Options for another number of steps; a learning rate that was planned for the old number must know, too."""
     schedule = ("model", "init_args", "lr_scheduler", "init_args", "total_steps")
-    also = f" \\\n--{'.'.join(schedule)} {steps}" if run.max_steps == run.setting(*schedule) else ""
+    also = f" --model.lr_scheduler.total_steps {steps}" if run.max_steps == run.setting(*schedule) else ""
     return f"--trainer.max_steps {steps}{also}"
 
 

@@ -28,7 +28,7 @@ def page(run: Run) -> str:
         f"<h1>{heading}</h1>\n<p>{escape(summary(run))}</p>",
         _section("What to try next", _advice(run)),
         _section("Curves", _curves(run)),
-        *(_section(f"Pictures over time: {escape(name)}", _grids(grids)) for name, grids in run.grids.items()),
+        *(_section(f"Pictures over time: {escape(name)}", _grids(run, name)) for name in run.grids),
         _section("Figures", _figures(run)) if run.figures else "",
         _section("Environment", _table(environment_rows(run))),
         _section("Config", _config(run)),
@@ -71,17 +71,23 @@ def _curves(run: Run) -> str:
     return f'<div class="panels">\n{"".join(drawn)}\n</div>\n<p class="soft">{note}</p>'
 
 
-def _grids(grids: dict[int, Path]) -> str:
+def _grids(run: Run, name: str) -> str:
+    grids = run.grids[name]
     steps = sorted(grids)
     count = min(MOST_GRIDS, len(steps))
     chosen = sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
     note = "" if len(chosen) == len(steps) else f'\n<p class="soft">{len(chosen)} of {len(steps)} are shown.</p>'
-    pictures = "\n".join(_picture(grids[step], f"step {step:,}") for step in chosen)
+    shown = [(grids[step], f"step {step:,}" if step else "the base model, before the first step") for step in chosen]
+    real = run.path / name / "real.png"
+    if real.is_file():
+        shown.insert(0, (real, "real pictures"))
+    pictures = "\n".join(_picture(file, caption) for file, caption in shown)
     return f'<div class="pictures">\n{pictures}\n</div>{note}'
 
 
 def _figures(run: Run) -> str:
-    pictures = "\n".join(_picture(file, f"{file.parent.name}/{file.name}") for file in run.figures)
+    figures = [file for file in run.figures if file.name != "real.png" or file.parent.name not in run.grids]
+    pictures = "\n".join(_picture(file, f"{file.parent.name}/{file.name}") for file in figures)
     return f'<div class="pictures wide">\n{pictures}\n</div>'
 
 

@@ -149,3 +149,62 @@ def test_advised_options_are_options(tmp_path):
         "class_path": "lightning_difftune.MeasuredSchedule",
         "init_args": {"path": str(schedule)},
     }
+
+
+CALLBACKS = "lightning_difftune.callbacks."
+
+
+@pytest.mark.parametrize(
+    ("metrics", "settings", "said", "not_said"),
+    [
+        # nothing looked at pictures, since no validation came: the run has the callback that the advice would name
+        (
+            {"train/loss": [1.0] * 9},
+            {"callbacks": [{"class_path": f"{CALLBACKS}SampleGrid"}], "trainer": {"val_check_interval": 500}},
+            "SampleGrid look at pictures then, and did not get to it",
+            "callbacks+=",
+        ),
+        (
+            {"train/loss": [1.0] * 20 + [30.0, 40.0] + [1.0] * 9},
+            {"trainer": {"gradient_clip_val": 1.0}},
+            "Lower the learning rate: the run diverged",
+            "clip gradients",
+        ),
+        ({"train/loss": [1.0, float("nan")]}, {}, "Lower the learning rate.", "16-mixed"),
+        (
+            {"train/loss": [1.0] * 12, "fid": [9.0, 4.0, 8.0]},
+            {"callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"monitor": "fid"}}]},
+            "Stop earlier, or lower the learning rate.",
+            "keeps the best",
+        ),
+        (
+            {"train/reconsolidation": [3.0 - 0.1 * i for i in range(12)], "val/loss": [1.0, 0.9, 1.2, 1.5]},
+            {"model": {"tuner": {"class_path": "lightning_difftune.tuners.LoRA"}}},
+            "Train fewer steps, or add pictures",
+            "such as LoRA",
+        ),
+        (
+            {"train/loss": [1.0] * 12},
+            {
+                "trainer": {"max_steps": 1000},
+                "callbacks": [{"class_path": "ModelCheckpoint", "init_args": {"every_n_train_steps": 500}}],
+            },
+            "more often than every 500 steps",
+            "ModelCheckpoint",
+        ),
+    ],
+)
+def test_what_the_config_has_is_not_proposed(metrics, settings, said, not_said, tmp_path):
+    found = advise(make_run(tmp_path, metrics, **settings))
+    text = " ".join(f"{advice.what} {advice.evidence} {advice.command}" for advice in found)
+    assert said in text
+    assert not_said not in text
+
+
+@pytest.mark.parametrize("values", [1, 2])
+def test_two_validations_are_too_few_to_judge(values, tmp_path):
+    run = make_run(tmp_path, {"train/loss": [1.0] * 12, "fid": [4.0] * values, "val/loss": [1.0] * values})
+    (advice,) = [advice for advice in advise(run) if "too few" in advice.what]
+    assert ("twice" if values == 2 else "once") in advice.evidence
+    assert advice.command == "--trainer.val_check_interval 13"
+    assert "Nothing in the logs asks for a change" not in page(run)

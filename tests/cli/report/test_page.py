@@ -52,7 +52,8 @@ def test_whole_run(run):
     (config,) = texts(tree, "pre")
     assert config == (run / "config.yaml").read_text()
     captions = texts(tree, "figcaption")
-    assert captions == ["step 1", "step 4", "step 7", "step 8"]
+    compared = ["real pictures", "the base model, before the first step"]
+    assert captions == [*compared, "step 1", "step 4", "step 7", "step 8"]
     for title in ("Training losses of both streams", "Loss on held-out pictures", "Learning rate"):
         assert title in page
     environment = json.loads((run / "environment.json").read_text())
@@ -91,7 +92,7 @@ def test_killed_half_way(run):
     picture.write_bytes(picture.read_bytes()[:40])
     text = " ".join("".join(parsed(page_of(run)).itertext()).split())
     assert re.search(r"It stopped at step \d of 8, or is still running\.", text)
-    assert "Go on where the run stopped." in text
+    assert "Resume the run where it stopped." in text
     assert "step 7: cannot be read" in text
     assert "no environment.json" in text
 
@@ -113,7 +114,7 @@ def test_killed_for_real(finished, tmp_path):
     page = (root / "lightning_logs" / "version_0" / "report.html").read_text(encoding="utf-8")
     text = " ".join("".join(parsed(page).itertext()).split())
     assert "of 100,000, or is still running." in text
-    assert "Go on where the run stopped." in text
+    assert "Resume the run where it stopped." in text
 
 
 @pytest.mark.parametrize("lost", ["metrics.csv", "config.yaml", "samples", "checkpoints", "environment.json"])
