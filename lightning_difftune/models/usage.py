@@ -74,10 +74,10 @@ _UNET = """\
 ## Use
 
 ```python
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, {kind}
 
-unet = UNet2DConditionModel.from_pretrained("path/to/this/folder")
-pipeline = StableDiffusionPipeline.from_pretrained("{base}", unet=unet)
+{part} = {kind}.from_pretrained("path/to/this/folder")
+pipeline = DiffusionPipeline.from_pretrained("{base}", {part}={part})
 ```
 """
 
@@ -176,7 +176,8 @@ def usage_of_file(file: str, needs_autoencoder: bool) -> str:
 def usage_of_network(network: Any, base: str) -> str:
     """How a folder with a UNet or a ControlNet is used, as Markdown."""
     template = _CONTROLNET if type(network).__name__ == "ControlNetModel" else _UNET
-    return template.format(base=base)
+    kind = type(network).__name__
+    return template.format(base=base, kind=kind, part="unet" if kind.startswith("UNet") else "transformer")
 
 
 def usage_of_adapter(network: Any, base: str, format: str = "peft") -> str:

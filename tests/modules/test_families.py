@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import shutil
 import sys
 import types
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from lightning_difftune.data import LatentCache
 from lightning_difftune.densities import Uniform
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
+from lightning_difftune.modules import families
 from lightning_difftune.retention_targets import OnlineTeacher
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
@@ -340,6 +343,25 @@ def test_an_optimizer_of_8_bits_is_named_by_its_class(
     module.configure_model()
     optimizer = module.configure_optimizers()
     assert (type(optimizer).__name__, optimizer.defaults["lr"]) == ("AdamW8bit", 1e-3)
+
+
+def test_a_family_of_the_documentation_is_added_by_reading_that_page_alone(
+    tmp_path: Path, folder_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tasks" / "own-family.md").read_text()
+    (tmp_path / "my_family.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("my_family")
+    folder = tmp_path / "pipeline"
+    shutil.copytree(folder_of("sd3"), folder)
+    index = (folder / "model_index.json").read_text().replace("StableDiffusion3Pipeline", "MyPipeline")
+    (folder / "model_index.json").write_text(index)
+    module = module_of(str(folder), sampler=Sampler(None, 2, 1.0, None))
+    quiet_trainer(tmp_path, 1).fit(module, data_of(tmp_path))
+    own, theirs = built(str(folder)), built(folder_of("sd3"))
+    indices = torch.arange(2)
+    assert torch.equal(own.generate(indices), theirs.generate(indices))
+    del families.FAMILIES["MyPipeline"]
 
 
 def test_pipelines_of_other_classes_are_refused_by_name(tmp_path: Path) -> None:

@@ -19,12 +19,12 @@ from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts
 
 FAMILIES = {
-    "StableDiffusionPipeline": "stable_diffusion",
-    "StableDiffusionXLPipeline": "sdxl",
-    "FluxPipeline": "flux",
-    "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusionPipeline": f"{__name__}.stable_diffusion",
+    "StableDiffusionXLPipeline": f"{__name__}.sdxl",
+    "FluxPipeline": f"{__name__}.flux",
+    "StableDiffusion3Pipeline": f"{__name__}.sd3",
 }
-"""The file of each class that ``model_index.json`` may state; a file's ``FAMILY`` is its :class:`Family`."""
+"""The module of each class that ``model_index.json`` may state, here or anywhere; its ``FAMILY`` is the object."""
 
 
 class TextConditions(Protocol):
@@ -108,7 +108,7 @@ def family_of(model: str | Path, revision: str | None = None) -> Family:
             f"{model} is a {stated}, which is not supported. Supported are pipelines of the class "
             f"{' or '.join(FAMILIES)}."
         )
-    return cast("Family", import_module(f"{__name__}.{FAMILIES[stated]}").FAMILY)
+    return cast("Family", import_module(FAMILIES[stated]).FAMILY)
 
 
 def pipeline_class(model: str | Path, revision: str | None = None) -> str:
