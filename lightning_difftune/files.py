@@ -201,7 +201,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             metadata = content.metadata() or {}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is no whole safetensors file ({error}). Download or export it again.") from error
+        raise CheckpointError(f"{file} is not a whole safetensors file ({error}). Download it again.") from error
     stated = metadata.pop(SHA256, None)
     if stated is not None and stated != tensor_digest(tensors, metadata):
         raise CheckpointError(

@@ -88,7 +88,7 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
         (channels, image_size, image_size) uint8, a copy.
 
     Raises:
-        DataError: The data set yields something that is no picture at all. Whatever Pillow raises on damaged bytes
+        DataError: The data set yields something that is not a picture at all. Whatever Pillow raises on damaged bytes
             comes out as it is.
         ValueError: A picture without a defined white level (32-bit integer or floating point).
     """
@@ -174,7 +174,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("a floating point picture has no defined white level; convert it to 8 or 16 bits a channel")
+        raise ValueError("a floating point picture has no defined white level; convert it to 8 or 16 bits per channel")
     if image.mode.startswith("I"):  # 16-bit grey, which some Pillow versions open as 32-bit integers
         values = np.asarray(image)
         if values.size and (values.min() < 0 or values.max() > np.iinfo(np.uint16).max):

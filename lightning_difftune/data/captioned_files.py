@@ -26,8 +26,8 @@ from lightning_difftune.files import array_digest, stat_digest
 from lightning_difftune.prompts import DEFAULT_PROMPT
 
 _FOLDER_LAYOUT = (
-    'expected metadata.jsonl with lines such as {"file_name": "1.png", "text": "a red house"}, or a text file beside '
-    "each picture, 1.txt beside 1.png."
+    'expected metadata.jsonl with lines such as {"file_name": "1.png", "text": "a red house"}, or a text file of '
+    "each picture, 1.txt and 1.png."
 )
 
 
@@ -82,7 +82,7 @@ class CocoCaptions(_CaptionedFiles):
         seed: Seed of the choice.
 
     Raises:
-        DataError: If the captions are missing or no captions file, a picture has none, or the pictures are not there.
+        DataError: If the captions are missing or are none, a picture has none, or the pictures are not there.
     """
 
     def __init__(self, root: str | Path, split: str = "train2017", seed: int = 0) -> None:

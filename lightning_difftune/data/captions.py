@@ -62,8 +62,8 @@ class ClassCaptions(Dataset[tuple[Any, str]]):
         labels, names = labels_of(source), class_names_of(source) if class_names is None else list(class_names)
         if labels is None or names is None:
             what = "labels" if labels is None else "names of the classes"
-            cure = "Use a source that knows them" if labels is None else "Pass `class_names`"
-            raise DataError(f"the {what} of {type(source).__name__} are unknown without reading its pictures. {cure}.")
+            fix = "Use a source that knows them" if labels is None else "Pass `class_names`"
+            raise DataError(f"the {what} of {type(source).__name__} are unknown without reading its pictures. {fix}.")
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
             raise DataError(
                 f"the labels of {type(source).__name__} are {int(labels.min())}..{int(labels.max())}, but there are "

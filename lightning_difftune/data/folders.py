@@ -125,7 +125,7 @@ class Folder:
 
 
 def captions_beside(pictures: Sequence[str], other: Sequence[str]) -> dict[str, str]:
-    """The text files of pictures, by picture: ``1.txt``, ``1.TXT``, ``1.caption`` or ``1.png.txt`` beside ``1.png``."""
+    """The text files of pictures, by picture: ``1.txt``, ``1.TXT``, ``1.caption`` or ``1.png.txt`` of ``1.png``."""
     texts: dict[str, str] = {}
     for extension in reversed(CAPTION_EXTENSIONS):  # the first one wins
         texts |= {os.path.splitext(file)[0].lower(): file for file in other if file.lower().endswith(extension)}

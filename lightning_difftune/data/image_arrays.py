@@ -55,7 +55,7 @@ class ArrayImages(Dataset[tuple[Any, int]]):
         self.images = images
         self.labels = np.zeros(len(images), np.int64) if labels is None else _integers(labels, "labels")
         if len(self.labels) != len(images):
-            raise DataError(f"{len(images)} images, but {len(self.labels)} labels; expected one label an image.")
+            raise DataError(f"{len(images)} images, but {len(self.labels)} labels; one per image is wanted.")
         self.class_names = None if class_names is None else list(class_names)
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class NpzImages(Dataset[tuple[Any, int]]):
         self.class_names = None if names is None else [str(name) for name in names]
         labels = _integers(arrays.get("labels", np.zeros(count, np.int64)), f"labels in {self.path}")
         if len(labels) != count:
-            raise DataError(f"{self.path} holds {count} images, but {len(labels)} labels; expected one label an image.")
+            raise DataError(f"{self.path} holds {count} images, but {len(labels)} labels; one per image is wanted.")
         self._rows = _rows_of_split(arrays.get("split"), split, count, self.path)
         self.labels = labels[self._rows]
 
@@ -140,7 +140,7 @@ class NpzImages(Dataset[tuple[Any, int]]):
 
 def _load_npz(path: Path) -> Mapping[str, npt.NDArray[Any]]:
     if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file; expected an .npz file with pictures.")
+        raise DataError(f"{path} does not exist or is not a file; expected an .npz file with pictures.")
     try:
         file = np.load(path, allow_pickle=False)
         if isinstance(file, np.lib.npyio.NpzFile):

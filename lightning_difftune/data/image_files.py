@@ -32,7 +32,7 @@ from lightning_difftune.errors import DataError
 
 _SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _FOLDER_LAYOUT = (
-    "expected one sub-folder a class with pictures in it, such as root/daisy/001.jpg (or pictures alone, without "
+    "expected one sub-folder per class with pictures in it, such as root/daisy/001.jpg (or pictures alone, without "
     "sub-folders, for a single class)."
 )
 _CLASS_INDEX = re.compile(r"\d+(\.0*)?")  # table software writes 12 as 12.0 once a column has an empty cell
@@ -53,7 +53,7 @@ class _ImageFiles(Dataset[tuple[Image.Image, int]]):
 
 
 class ImageFolder(_ImageFiles):
-    """Pictures in folders: one sub-folder a class, the classes in the order of their sorted names.
+    """Pictures in folders: one sub-folder per class, in the order of their sorted names.
 
     Files may lie in nested folders below their class. A folder with pictures and no sub-folders is a single class 0.
     Hidden files and folders are left out, and those that file servers and systems make; see
@@ -106,8 +106,10 @@ class ImageFolder(_ImageFiles):
             )
         self.labels = np.asarray(labels, dtype=np.int64)
         if not self.paths:
-            beside = f"{len(folders)} sub-folders and " if folders else ""
-            raise DataError(f"no pictures under {self.root}; found {beside}{describe_files(other)}; {_FOLDER_LAYOUT}")
+            folders_too = f"{len(folders)} sub-folders and " if folders else ""
+            raise DataError(
+                f"no pictures under {self.root}; found {folders_too}{describe_files(other)}; {_FOLDER_LAYOUT}"
+            )
         if empty:
             raise DataError(
                 f"{len(empty)} of the {len(folders)} class folders in {self.root} hold no pictures: "
@@ -116,7 +118,7 @@ class ImageFolder(_ImageFiles):
 
 
 class ListedImages(_ImageFiles):
-    """Pictures listed in a CSV file with a header, one row a picture.
+    """Pictures listed in a CSV file with a header, one row per picture.
 
     The defaults fit DF20-Mini: ``ListedImages("DF20M", "DF20M-train_metadata_PROD.csv")`` and
     ``DF20M-public_test_metadata_PROD.csv``.

@@ -57,7 +57,7 @@ class ImageTargets:
     Cropping and colour are described at :func:`~lightning_difftune.pictures.to_pixels`. A picture that cannot be
     decoded (truncated, empty, no picture at all, missing, larger than Pillow's bound on decompression bombs) raises an
     error that names it, or, with ``on_corrupt="skip"``, is replaced by the next readable picture and that one's label:
-    always the same one, so that caches and runs agree. Each is warned about once a process.
+    always the same one, so that caches and runs agree. Each is warned about once per process.
 
     Args:
         source: A map-style data set of ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``,

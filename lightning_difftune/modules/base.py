@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 
 from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, float32_by_default, noise_of
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.models import export_network
 from lightning_difftune.models.diffusers_folder import open_network
@@ -354,6 +354,13 @@ class DiffTuningModule(L.LightningModule, ABC):
         A target sample is drawn from its latents' posterior and, in training, loses its condition with probability
         ``condition_dropout``. A retained one is as the bank has it, under :meth:`retention_condition`.
         """
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("target"), Mapping):
+            found = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise DataError(
+                'A batch is {"target": {"pixel_values": (B, C, H, W), "class_labels": (B,)}, "retention": ...}; found '
+                f"{found}. Pass your data set to lightning_difftune.MemoryBankDataModule, which makes them, or return "
+                "such dicts from the collate_fn of your loader."
+            )
         target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
         x0, std = target["latent_mean"].float(), target.get("latent_std")
         if std is not None:

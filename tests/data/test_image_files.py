@@ -41,7 +41,7 @@ def test_folder_without_classes_is_one_class(tmp_path):
 
 
 def test_missing_root_and_file_as_root(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere does not exist; expected one sub-folder a class"):
+    with pytest.raises(DataError, match=r"nowhere does not exist; expected one sub-folder per class"):
         ImageFolder(tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="is a file"):

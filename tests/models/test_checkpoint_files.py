@@ -93,7 +93,7 @@ def test_truncated_safetensors(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(STATE, file)
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a whole safetensors file"):
         read_safetensors(file)
 
 

@@ -173,13 +173,13 @@ def test_bundled_model_by_name(tmp_path: Path, model: DiT, monkeypatch: pytest.M
     export_dit(model, tmp_path / "dit-small.safetensors")
     monkeypatch.setattr(checkpoints, "BUNDLED", tmp_path)
     assert_same_function(load_dit("dit-small"), model)
-    with pytest.raises(CheckpointError, match=r"'dit-smal' is no file.*bundled: dit-small"):
+    with pytest.raises(CheckpointError, match=r"'dit-smal' is not a file.*bundled: dit-small"):
         load_dit("dit-smal")
 
 
 @pytest.mark.parametrize("source", ["runs/best/model.safetensors", "weights/DiT-XL-2.pt", Path("owner/name")])
 def test_path_that_is_not_there_is_never_looked_up_on_the_hub(source: str | Path) -> None:
-    with pytest.raises(CheckpointError, match="is no file or folder and no bundled model"):
+    with pytest.raises(CheckpointError, match="is not a file or folder and no bundled model"):
         load_dit(source)
 
 

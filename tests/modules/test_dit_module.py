@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny import quiet_trainer, tiny_dit, tiny_pictures, tiny_weights
+from torch.utils.data import DataLoader
 
 from lightning_difftune import (
     DiffTuningObjective,
@@ -22,7 +23,7 @@ from lightning_difftune import (
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.draws import Draws
-from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError, StoreError
 from lightning_difftune.losses import eps_mse_loss
 from lightning_difftune.models import export_dit
 from lightning_difftune.modules.presets import describe_preset
@@ -411,3 +412,18 @@ def test_a_loader_of_ones_own_is_not_said_to_have_no_retention():
     assert "retention share int(0.2 B)" in describe_preset(module, data)
     module.objective = DiffTuningObjective(MirroredPowerSchedule(0.0))
     assert "retention share no retention" in describe_preset(module, data)
+
+
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ((torch.zeros(2, 1, 8, 8), torch.zeros(2).long()), "a list"),
+        (torch.zeros(2, 1, 8, 8), "a Tensor"),
+        ({"pixel_values": torch.zeros(2, 1, 8, 8)}, r"the keys \['pixel_values'\]"),
+        ({"target": (torch.zeros(2, 1, 8, 8), torch.zeros(2).long())}, r"the keys \['target'\]"),
+    ],
+)
+def test_a_loader_of_something_else_gets_a_sentence(tmp_path, weights, batch, found):
+    loader = DataLoader([batch], batch_size=None, collate_fn=lambda item: list(item) if type(item) is tuple else item)
+    with pytest.raises(DataError, match=f'A batch is {{"target": .*found {found}. Pass your data set to'):
+        trainer_of(tmp_path, 1).fit(module_of(weights), loader)

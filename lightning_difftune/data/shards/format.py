@@ -193,7 +193,7 @@ class ShardHeader:
         """
         try:
             with safe_open(path, framework="np") as file:
-                views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+                views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is not a mapping
                 tag = (file.metadata() or {}).get(TAG)
                 shapes = {name: tuple(view.get_shape()) for name, view in views.items()}
                 dtypes = {name: view.get_dtype() for name, view in views.items()}
@@ -217,12 +217,12 @@ def shard_tag(digest: str, shard: int) -> str:
 
 
 def rebuild_shard(path: Path) -> str:
-    """The cure for a damaged shard, as a sentence of an error."""
+    """What to do about a damaged shard, as a sentence of an error."""
     return f"Delete it and {path.with_name(MANIFEST)}, then build again: the other shards are kept."
 
 
 def another_build(path: Path, kind: str, changed: list[str]) -> str:
-    """What is wrong with a folder made by other settings, and the cure, as an error."""
+    """What is wrong with a folder made by other settings, and what to do, as an error."""
     return (
         f"{path} belongs to another {kind} ({'; '.join(changed)}). Use the settings it was made with, name another "
         f"folder, or delete {path.parent} to build it anew."
@@ -273,7 +273,7 @@ def _field(value: dict[str, Any], name: str) -> Any:
 
 def _typed(value: dict[str, Any], name: str, kind: type[T]) -> T:
     found = _field(value, name)
-    if type(found) is not kind:  # exactly: True is no number
+    if type(found) is not kind:  # exactly: True is not a number
         raise ValueError(f"{name!r} must be of type {kind.__name__}, found {type(found).__name__}")
     return found
 
