@@ -35,7 +35,7 @@ from lightning_difftune import MemoryBank
 from lightning_difftune.cli.compare.jobs import Job
 from lightning_difftune.cli.compare.study import StudyRun
 from lightning_difftune.cli.compare.table import Line, write_tables
-from lightning_difftune.cli.run import check_checkpoint
+from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache

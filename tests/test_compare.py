@@ -231,7 +231,7 @@ def test_a_study_like_another_has_its_runs(project, capsys):
     assert "names twin.yaml, which is like study.yaml itself. Name study.yaml." in capsys.readouterr().err
     Path("fourth.yaml").write_text("like: ../study.yaml\n")
     assert main(["compare", "fourth.yaml", "--dry_run"]) == 2
-    assert "names ../study.yaml, which is no file beside this one" in capsys.readouterr().err
+    assert "names ../study.yaml, which is not a file in this folder" in capsys.readouterr().err
 
 
 def test_two_processes_divide_the_runs(project, undisturbed, capsys):
@@ -419,7 +419,7 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"outputs": "x"}, r"study.yaml: outputs is no key of a study file. Is it output\?"),
+        ({"outputs": "x"}, r"study.yaml: outputs is not a key of a study file. Is it output\?"),
         ({"output": None}, "study.yaml: output is missing. Give a folder"),
         ({"seeds": [0, 0]}, r"seeds is \[0, 0\]. Give different whole numbers"),
         ({"seeds": "0"}, "seeds is '0'. Give a list of numbers"),
@@ -428,10 +428,10 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
         ({"metrics": {}}, "metrics is empty"),
         ({"runs": {}}, "runs names no run"),
         ({"runs": {"a/b": {}}}, "runs.a/b has the name 'a/b'. Names become file names"),
-        ({"runs": {"a": {"config": []}}}, r"runs.a.config is no key of a study file. Is it configs\?"),
-        ({"runs": {"a": {"configs": ["x.yaml"]}}}, "runs.a.configs names x.yaml, which is no file"),
+        ({"runs": {"a": {"config": []}}}, r"runs.a.config is not a key of a study file. Is it configs\?"),
+        ({"runs": {"a": {"configs": ["x.yaml"]}}}, "runs.a.configs names x.yaml, which is not a file"),
         ({"runs": {"a": {"at": {"tau": "one"}}}}, "runs.a.at gives tau the value 'one'. Give a number"),
-        ({"runs": {"a": {"against": "b"}}}, "runs.a.against is 'b', which is no run of this study. Choose from a"),
+        ({"runs": {"a": {"against": "b"}}}, "runs.a.against is 'b', which is not a run of this study. Choose from a"),
         ({"runs": {"a": ["x.yaml"]}}, r"runs.a is \['x.yaml'\]. Give a mapping with configs"),
         ({"evaluate": ["RecognisedDigits"]}, "evaluate is .*class_path"),
         ({"runs": {"a": {"set": {"trainer.maximum": 5}}}}, "study.yaml: runs.a cannot be run. .*trainer.maximum"),
@@ -450,7 +450,7 @@ def test_mistakes_in_a_study_file(project, capsys, changes, message):
     ("args", "message"),
     [
         (["none.yaml"], "There is no study file none.yaml"),
-        (["base.yaml"], "base.yaml: data is no key of a study file"),
+        (["base.yaml"], "base.yaml: data is not a key of a study file"),
         (["study.yaml", "--only", "full"], "study.yaml has no run 'full'; its runs are plain, tuned"),
         (["study.yaml", "--report", "--only", "plain"], "--report is of all results. Leave out --only and --seeds."),
         (["study.yaml", "--report"], "out/results has no result of study.yaml to report"),

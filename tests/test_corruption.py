@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_difftune import MemoryBank, MemoryBankDataModule
-from lightning_difftune.cli.run import check_checkpoint
+from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.errors import CheckpointError, DiffTuneError, StoreError

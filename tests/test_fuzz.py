@@ -18,7 +18,8 @@ from safetensors.torch import save
 from lightning_difftune import MemoryBank
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.lightning import ConfigReader
-from lightning_difftune.cli.run import Run, check_checkpoint
+from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import read_safetensors
 from lightning_difftune.models.checkpoint_files import read_json, read_torch

@@ -376,7 +376,7 @@ def test_nothing_to_go_on_with(several, capsys):
         ("a: [", "is not YAML"),
         ("just words", "is not a mapping of settings"),
         ("!!python/object/apply:os.system [touch ran]", "is not YAML"),
-        (None, "does not hold the config of its run, and there is none beside it"),
+        (None, "does not hold the config of its run, and there is none next to it"),
     ):
         torch.save({**content, "config": config}, "other.ckpt")
         if config is None:

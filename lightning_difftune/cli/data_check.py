@@ -37,7 +37,7 @@ that are not read), empty, short and long captions, and the split: without --val
 configs/dit/folder.yaml does.
 
 Exit status: 0 if all pictures can be used; 1 if some cannot, or the held-out ones have other classes; 2 if PATH is not
-a data set, or one with mistakes that no run would get past, such as a class without pictures."""
+a data set, or one with mistakes that stop every run, such as a class without pictures."""
 
 EXAMPLES = 10  # of captions at either end
 CUT = 40  # characters of each

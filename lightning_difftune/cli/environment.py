@@ -1,4 +1,4 @@
-"""Where a run happens: versions, hardware, commit and data, written beside its config for whoever repeats it."""
+"""Where a run happens: versions, hardware, commit and data, written next to its config for whoever repeats it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def scores(callbacks: Iterable[Any]) -> dict[str, Any]:
 
 
 class SaveRun(SaveConfigCallback):
-    """Saves ``environment.json`` beside the ``config.yaml`` that Lightning saves when a run starts."""
+    """Saves ``environment.json`` next to the ``config.yaml`` that Lightning saves when a run starts."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder on all processes, since ``trainer.log_dir`` is a broadcast, then save on the first."""

@@ -34,7 +34,7 @@ DESCRIPTION = """Write the tuned network of a run, for others to open.
 
 The averaged weights are taken where the checkpoint has them, and a tuner's layers are merged into the plain network; a
 LoRA can also stay an adapter. What was written is read back, and must compute the same as the tuned network before it
-takes its place. A model card comes with it: README.md in a folder, tuned.md beside tuned.safetensors.
+takes its place. A model card comes with it: README.md in a folder, tuned.md next to tuned.safetensors.
 
 RUN is a run's folder (its newest checkpoint) or a checkpoint, which holds the run's config. All other options are
 --config and overrides of its keys."""
@@ -170,7 +170,7 @@ def plain_network(module: DiffTuningModule, done: list[str]) -> Any:
 
 
 def write(module: DiffTuningModule, network: Any, output: Path, done: list[str]) -> None:
-    """Write the network beside its place, compare what is read back with the tuned one, and move it there.
+    """Write the network next to its place, compare what is read back with the tuned one, and move it there.
 
     Raises:
         CheckpointError: If it computes something else, or cannot be written.

@@ -19,7 +19,7 @@ class AveragesParameters(Protocol):
 
 
 def callbacks_of(cli: DiffTuneCLI, kind: Any) -> list[Any]:
-    """The run's callbacks of a class, or those that do what a protocol says."""
+    """The run's callbacks of one class, or those that do what a protocol says."""
     return [callback for callback in vars(cli.trainer)["callbacks"] if isinstance(callback, kind)]
 
 

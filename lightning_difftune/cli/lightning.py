@@ -28,7 +28,8 @@ from lightning_difftune.callbacks.preemption import Preemption, is_requeued
 from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 from lightning_difftune.cli.help import clearer
 from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name
-from lightning_difftune.cli.run import Run, check_checkpoint, newest_checkpoint
+from lightning_difftune.cli.run import Run, newest_checkpoint
+from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.cli.yaml_files import load
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
@@ -132,7 +133,7 @@ class DiffTuneCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse's, about each type that an argument could have had
             causes = [*raised[-1:], *causes_of(error), error]
-            cause = next((one for one in causes if isinstance(one, DiffTuneError)), causes[0])
+            cause = next((cause for cause in causes if isinstance(cause, DiffTuneError)), causes[0])
             if isinstance(cause, DiffTuneError):
                 raise cause from cause.__cause__
             raise ConfigError(f"{type(cause).__name__}: {cause}\n--debug shows where it was raised.") from cause

@@ -87,7 +87,7 @@ def base_of(run: TunedRun) -> str:
 
 
 def hub_name(base: str) -> str | None:
-    """The repository on the hub that a base's name stands for, without its revision; None if it is no such name."""
+    """The repository on the hub that a base's name stands for, without its revision; None if it is not such a name."""
     repository = hub.repository_of(base)
     return None if repository is None or Path(base).exists() else repository[0]
 
@@ -120,7 +120,7 @@ def model_card(
         library: What opens the export.
         title: Its name.
         usage: The card's section about how to open it.
-        picture: File of the sample grid, beside the card; empty if there is none.
+        picture: File of the sample grid, next to the card; empty if there is none.
         license_name: The base's licence, if it is known better than by asking.
         done: Gets a line if the licence is not known.
     """
@@ -180,18 +180,18 @@ class Card:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.is_beside = output.suffix == ".safetensors"
+        self.is_file = output.suffix == ".safetensors"
 
     def files(self) -> tuple[Path, Path]:
-        """The card and the picture: in a folder, or beside a file."""
-        if self.is_beside:
+        """The card and the picture: in a folder, or next to a file."""
+        if self.is_file:
             return self.output.with_suffix(".md"), self.output.with_suffix(".png")
         return self.output / "README.md", self.output / "samples.png"
 
     def places(self) -> dict[str, Path]:
-        """Where the files of one beside go in a repository."""
+        """Where the files next to a single file go in a repository."""
         card, picture = self.files()
-        if not self.is_beside:
+        if not self.is_file:
             return {}
         return {"README.md": card, **({picture.name: picture} if picture.exists() else {})}
 

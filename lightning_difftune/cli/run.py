@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -14,19 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lightning_difftune.callbacks import EMA
+from lightning_difftune.cli.run_files import Series, mapping_of, read_checkpoint, read_metrics, text_of
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
-from lightning_difftune.models.checkpoint_files import check_records
 from lightning_difftune.trust import check_trust
 
 CONFIG = "config"  # the key of a checkpoint under which its run's settings are
 MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
-
-
-Series = list[tuple[int, float]]
 
 
 class Run:
@@ -111,7 +106,7 @@ class Run:
         return EMA.in_checkpoint(self.content)
 
     def settings(self, trusted: Sequence[str] = (), parts: Sequence[str] | None = None) -> dict[str, Any]:
-        """What the run was started with: as the checkpoint holds it, or as the file beside it does.
+        """What the run was started with: as the checkpoint holds it, or as the file next to it does.
 
         Args:
             trusted: Packages and names that the settings may name, in addition to those that run no other code.
@@ -124,7 +119,7 @@ class Run:
         file = self.path / "config.yaml"
         if CONFIG not in self.content and not file.is_file():
             raise ConfigError(
-                f"{self.checkpoint} does not hold the config of its run, and there is none beside it: looked for "
+                f"{self.checkpoint} does not hold the config of its run, and there is none next to it: looked for "
                 f"{file}. Pass what the run was started with, --config BASE --config OVERLAY ..."
             )
         where = f"the config in {self.checkpoint}" if CONFIG in self.content else str(file)
@@ -147,7 +142,7 @@ class Run:
     @cached_property
     def config_text(self) -> str:
         """``config.yaml`` as it is written; the checkpoint's where there is no file, and empty without either."""
-        if text := _text(self.path / "config.yaml"):
+        if text := text_of(self.path / "config.yaml"):
             return text
         try:
             return str(self.content.get(CONFIG, ""))
@@ -157,12 +152,12 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """What the config says; empty without one."""
-        return _mapping(yaml.safe_load, self.config_text)
+        return mapping_of(yaml.safe_load, self.config_text)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """What ``environment.json`` says; empty without one."""
-        return _mapping(json.loads, _text(self.path / "environment.json"))
+        return mapping_of(json.loads, text_of(self.path / "environment.json"))
 
     @cached_property
     def metrics(self) -> dict[str, Series]:
@@ -305,81 +300,3 @@ def _files_below(root: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(root):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
         yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
-
-
-# -- how its files are read ---------------------------------------------------------------------------------------
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint of a run holds, with its tensors mapped into memory; nothing is unpickled but tensors.
-
-    Returns:
-        Its content; nothing for a folder, as sharded strategies write them.
-
-    Raises:
-        CheckpointError: If it is missing, truncated or something else.
-    """
-    if path.is_dir():
-        return {}
-    if not path.is_file():
-        raise CheckpointError(f"The checkpoint {path} does not exist. Check ckpt_path.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load has no type of its own for damaged files
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint of a run ({str(error).partition(chr(10))[0]}). Take another one of the "
-            "run's; weights without a run, such as an export, go into --model.init_args.model."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of a run; weights alone go into --model.init_args.model.")
-    return content
-
-
-def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint, compare its records with their checksums, and return what it holds.
-
-    Raises:
-        CheckpointError: If it is missing, truncated, altered or something else.
-    """
-    content = read_checkpoint(path)
-    if content:
-        check_records(path)
-    return content
-
-
-def read_metrics(path: Path) -> dict[str, Series]:
-    """The (step, value) of each name in a file of Lightning's CSVLogger; empty without a file.
-
-    A last line without its end, where the run was killed in the middle of writing, is left out.
-    """
-    text = _text(path)
-    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    metrics: dict[str, Series] = defaultdict(list)
-    for row in rows:
-        step = _number(row.get("step"))
-        if step is None or not math.isfinite(step):
-            continue
-        for name, cell in row.items():
-            value = None if name in (None, "step", "epoch") else _number(cell)
-            if value is not None:
-                metrics[name].append((int(step), value))
-    return {name: sorted(series, key=lambda point: point[0]) for name, series in metrics.items()}
-
-
-def _number(cell: Any) -> float | None:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return None
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-
-def _mapping(parse: Any, text: str) -> dict[str, Any]:
-    try:
-        content = parse(text) if text else {}
-    except (ValueError, yaml.YAMLError):  # cut off when the run was killed
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""``difftune swap``: the chain of forgetting of one tuned model, or of two side by side (Fig. 1 of the paper)."""
+"""``difftune swap``: the chain of forgetting of one tuned model, or of two (Fig. 1 of the paper)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_difftune.callbacks import ChainOfForgetting, GenerationCallback
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
-from lightning_difftune.cli.run import Run, check_checkpoint
+from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.modules import DiffTuningModule

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from lightning_difftune.cli.lightning import ModelReader
-from lightning_difftune.cli.run import Run, check_checkpoint
+from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.trust import split_trusted
 

@@ -40,7 +40,7 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
     for line in lines:
         for quantity, value in line.run.at.items():
             values[quantity].add(value)
-    if quantities := [quantity for quantity, some in values.items() if len(some) > 1]:
+    if quantities := [quantity for quantity, found in values.items() if len(found) > 1]:
         plots.save(sweep_figure(study, lines, quantities), folder / "sweep")
 
 
@@ -69,7 +69,7 @@ def by_step(histories: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[floa
     for history in histories:
         for step, value in history:
             values[step].append(value)
-    return [(float(step), some) for step, some in sorted(values.items())]
+    return [(float(step), found) for step, found in sorted(values.items())]
 
 
 def bars_figure(study: Study, lines: Sequence[Line], labels: Mapping[str, str]) -> Figure:

@@ -94,7 +94,7 @@ class Job:
         return [f"{key.removeprefix('settings.')} was {before.get(key)}, is {now.get(key)}" for key in keys]
 
     def checkpoint(self) -> Path | None:
-        """The checkpoint that an unfinished run goes on from."""
+        """The checkpoint that an unfinished run resumes from."""
         return max(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
     def discard_leftovers(self) -> None:
@@ -134,7 +134,7 @@ def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, 
 
 
 def finished_runs(study: Study, kept: Path) -> list[tuple[StudyRun, int]]:
-    """The runs that have a result, with its seed, be it one of the study's or another."""
+    """The runs that have a result, with its seed, which may not be one of the study's."""
     found = []
     for run in study.runs.values():
         seeds = [
@@ -184,4 +184,4 @@ def _read(path: Path, what: str) -> dict[str, Any] | None:
         return None
     except (ValueError, AttributeError):
         pass
-    raise StoreError(f"{path} is not the {what} of a run of difftune compare. Move it away; the run is made again.")
+    raise StoreError(f"{path} is not the {what} of a run of difftune compare. Move it away; the run is then repeated.")

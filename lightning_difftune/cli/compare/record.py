@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import Callback
 
 
 class RunRecord(Callback):
-    """Every scalar at every validation, and the seconds of training; both go on when a run is resumed.
+    """Every scalar at every validation, and the seconds of training; both continue when a run is resumed.
 
     A value that is measured in between, as by ``EWC(every_n_steps=...)``, is noted as it was last measured. The seconds
-    count from the first batch, so that building a memory bank, which several runs share, is nobody's cost; those after
+    count from the first batch, so that building a memory bank, which several runs share, is not counted; those after
     the last checkpoint of an interrupted run are not counted either.
     """
 

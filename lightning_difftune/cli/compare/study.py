@@ -143,7 +143,7 @@ def shared_with(keys: Keys, like: str) -> dict[str, Any]:
     """
     path = keys.path.parent / like
     if Path(like).name != like or not path.is_file():
-        raise keys.error("like", f"names {like}, which is no file beside this one", "Give the name of a study file.")
+        raise keys.error("like", f"names {like}, which is not a file in this folder", "Give the name of a study file.")
     other = Keys(path, "", read_yaml(path), STUDY_KEYS).content
     if "like" in other:
         raise keys.error("like", f"names {like}, which is like {other['like']} itself", f"Name {other['like']}.")
@@ -158,7 +158,7 @@ def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> Stu
     against = keys.get("against", str, "the name of another run", default="")
     if against and against not in names:
         raise keys.error(
-            "against", f"is {against!r}, which is no run of this study", f"Choose from {', '.join(names)}."
+            "against", f"is {against!r}, which is not a run of this study", f"Choose from {', '.join(names)}."
         )
     at = keys.get("at", dict, "a mapping of a quantity to its value, such as {tau: 0.5}", default={})
     for quantity, value in at.items():
@@ -189,13 +189,13 @@ class Keys:
         for key in content:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
-                cure = f"Is it {near[0]}?" if near else f"Keys are {', '.join(known)}."
-                raise self.error(str(key), "is no key of a study file", cure)
+                fix = f"Is it {near[0]}?" if near else f"Keys are {', '.join(known)}."
+                raise self.error(str(key), "is not a key of a study file", fix)
 
-    def error(self, key: str, found: str, cure: str) -> ConfigError:
+    def error(self, key: str, found: str, fix: str) -> ConfigError:
         """What is wrong under ``key``, what to do."""
         where = f"{self.prefix}{key}".strip(".")
-        return ConfigError(f"{self.path}: {where or 'the file'} {found}. {cure}")
+        return ConfigError(f"{self.path}: {where or 'the file'} {found}. {fix}")
 
     def get(self, key: str, kind: type, wanted: str, default: Any = None) -> Any:
         """The value under ``key``, of one type."""
@@ -215,7 +215,7 @@ class Keys:
         for name in self.get(key, list, wanted, default=None if required else []):
             found = find_config(Path(str(name)), self.path.parent)
             if found is None:
-                raise self.error(key, f"names {name}, which is no file", f"Give {wanted}.")
+                raise self.error(key, f"names {name}, which is not a file", f"Give {wanted}.")
             paths.append(found)
         return tuple(paths)
 
@@ -228,7 +228,7 @@ class Keys:
         """Measurements at the end of a run."""
         wanted = "a list of {class_path: ..., init_args: {...}}"
         found = self.get("evaluate", list, wanted, default=[])
-        if not all(isinstance(one, dict) and isinstance(one.get("class_path"), str) for one in found):
+        if not all(isinstance(entry, dict) and isinstance(entry.get("class_path"), str) for entry in found):
             raise self.error("evaluate", f"is {found}", f"Give {wanted}.")
         return tuple(found)
 

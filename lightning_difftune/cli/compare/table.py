@@ -1,4 +1,4 @@
-"""The table of a study: mean and spread over seeds, and with beside without Diff-Tuning."""
+"""The table of a study: mean and spread over seeds, and with against without Diff-Tuning."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
 def convergence(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int | None, ...]]:
     """The step at which each :class:`~lightning_difftune.callbacks.SuddenConvergence` saw its threshold passed."""
     steps = [
-        {f"{one['monitor']} at {one['threshold']:g}": one["step"] for one in found if one["threshold"] is not None}
+        {f"{seen['monitor']} at {seen['threshold']:g}": seen["step"] for seen in found if seen["threshold"] is not None}
         for found in (result["sudden_convergence"] for result in results)
     ]
     return {name: tuple(found[name] for found in steps) for name in steps[0] if all(name in found for found in steps)}
@@ -93,7 +93,7 @@ def convergence(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int | N
 
 def with_change(line: Line, lines: Sequence[Line], metric: str) -> Line:
     """The line with its change of a metric, over the seeds that it and what it is against both have."""
-    before = next((one for one in lines if one.run.name == line.run.against), None)
+    before = next((other for other in lines if other.run.name == line.run.against), None)
     starts = {} if before is None else dict(zip(before.seeds, before.values[metric], strict=True))
     ends = zip(line.seeds, line.values[metric], strict=True)
     pairs = [(starts[seed], end) for seed, end in ends if seed in starts]
@@ -132,7 +132,7 @@ def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
     rows += [
         [
             line.run.name,
-            "" if all(one.run.method == one.run.name for one in lines) else line.run.method,
+            "" if all(other.run.method == other.run.name for other in lines) else line.run.method,
             line.run.group,
             *(shown(line.values[name]) for name in study.metrics),
             "" if line.change is None else f"{line.change:+.1%}",

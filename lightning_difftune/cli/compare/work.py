@@ -84,7 +84,9 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # the method's name in all of version 4
-            return parser.instantiate_classes(parser.parse_object({"evaluate": [dict(one) for one in named]})).evaluate
+            return parser.instantiate_classes(
+                parser.parse_object({"evaluate": [dict(entry) for entry in named]})
+            ).evaluate
     except DiffTuneError:
         raise
     except Exception as error:  # whatever a constructor raises
