@@ -20,6 +20,7 @@ from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
+from lightning_difftune.data.shards.writer import ShardWriter
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import read_safetensors
 from lightning_difftune.models.checkpoint_files import read_json, read_torch
@@ -113,7 +114,7 @@ def test_manifests(bank, tmp_path, examples, name):
         if name == "manifest.json":
             MemoryBank(tmp_path).verify()
         else:
-            MemoryBank.writer(tmp_path, {"model": "numbers"}, 12, shard_size=6)
+            ShardWriter(tmp_path, kind="memory-bank", spec={"model": "numbers"}, num_samples=12, shard_size=6)
 
     made_up = remade(json.loads(original)).map(lambda value: json.dumps(value).encode())
     fuzz(st.one_of(mangled(original), made_up, st.binary(max_size=60)), examples, read)

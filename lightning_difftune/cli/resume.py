@@ -64,7 +64,7 @@ def completed(args: Sequence[str]) -> list[str]:
         return list(args)
     command, *rest = args
     settings = run.settings(trusted)
-    describe(run, settings)
+    describe(command, run, settings)
     return [command, "--config", yaml.safe_dump(settings, sort_keys=False), *rest, "--ckpt_path", str(run.checkpoint)]
 
 
@@ -80,9 +80,11 @@ def is_file_name(checkpoint: str) -> bool:
     return checkpoint.partition(":")[0] not in ("last", "hpc", "registry") and "://" not in checkpoint
 
 
-def describe(run: Run, settings: dict[str, Any]) -> None:
-    """Say in one line what is resumed."""
+def describe(command: str, run: Run, settings: dict[str, Any]) -> None:
+    """Say in one line what is resumed, or opened."""
     trainer = settings.get("trainer")
     last = trainer.get("max_steps") if isinstance(trainer, dict) else None
     of = f" of {last}" if last else ""
-    rank_zero_info(f"Resuming from {run.checkpoint}, step {run.step}{of}, with the config of its run.")
+    rank_zero_info(
+        f"{'Resuming from' if command == 'fit' else 'Opening'} {run.checkpoint}, step {run.step}{of}, with the config of its run."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,8 @@ def run(tmp_path, monkeypatch) -> Run:
         config = {"trainer": {"default_root_dir": "my photos", "max_steps": 4}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "metrics.csv").write_text("step,train/loss,val/loss,fid,lr-AdamW\n1,0.5,,,0.1\n3,0.4,0.25,31.5,0.1\n")
+    scores = {"fid": {"higher_is_better": False, "label": "FID"}}
+    (folder / "environment.json").write_text(json.dumps({"scores": scores}))
     for step in (2, 4):
         (folder / "samples" / f"step-000000{step}.png").touch()
     (folder / "checkpoints").mkdir()
