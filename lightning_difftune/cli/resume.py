@@ -85,6 +85,5 @@ def describe(command: str, run: Run, settings: dict[str, Any]) -> None:
     trainer = settings.get("trainer")
     last = trainer.get("max_steps") if isinstance(trainer, dict) else None
     of = f" of {last}" if last else ""
-    rank_zero_info(
-        f"{'Resuming from' if command == 'fit' else 'Opening'} {run.checkpoint}, step {run.step}{of}, with the config of its run."
-    )
+    what = "Resuming from" if command == "fit" else "Opening"
+    rank_zero_info(f"{what} {run.checkpoint}, step {run.step}{of}, with the config of its run.")
