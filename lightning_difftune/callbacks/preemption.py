@@ -84,7 +84,7 @@ class Preemption(Callback):
             self._asked, self._requeue = (bool(vote) for vote in votes.tolist())
         if trainer.global_step == trainer.max_steps:  # it ends by itself
             return
-        if trainer.is_last_batch and trainer.num_training_batches > 1:
+        if trainer.is_last_batch and trainer.num_training_batches > trainer.accumulate_grad_batches:
             return  # the epoch would be counted twice; the next step is soon enough
         if self._asked:
             trainer._signal_connector.received_sigterm = True  # what the loop looks at when the step is over

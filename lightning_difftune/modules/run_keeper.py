@@ -68,8 +68,10 @@ class RunKeeper(Callback):
     def _window_of(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor] | None:
         window = checkpoint.get(WINDOW)
         if window is None:
-            current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-            if current["ready"] % trainer.accumulate_grad_batches:  # other windows than before begin here
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            current, batches = progress["current"], trainer.accumulate_grad_batches
+            if current["ready"] % batches or (batches > 1 and progress["is_last_batch"]):
+                # Other windows than before begin here, or an epoch: Lightning would cut the first window short.
                 current["completed"] -= current["ready"]
                 current["ready"] = current["started"] = current["processed"] = 0
             return None
