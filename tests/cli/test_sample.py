@@ -104,6 +104,21 @@ def test_domain_guidance_needs_the_base_and_uses_it(tiny_run, tmp_path, capsys):
     assert "name it with --base" in capsys.readouterr().err
 
 
+def test_a_pretrained_tail_travels_with_an_export_and_needs_the_base(tiny_run, tmp_path, capsys):
+    args, tail = ("--classes", "rose"), ("--model.init_args.sampler.pretrained_tail", "0.5")
+    plain = sampled(tmp_path / "plain", tiny_run.checkpoint, *args)
+    run = sampled(tmp_path / "run", tiny_run.checkpoint, *args, *tail)
+    assert run["00-rose-000.png"] != plain["00-rose-000.png"]
+    assert text_of(tmp_path / "run" / "grid.png")["pretrained_tail"] == 0.5
+    tuned = tmp_path / "tuned.safetensors"
+    assert main(["export", str(tiny_run.checkpoint), "--output", str(tuned), *tail]) == 0
+    sampled(tmp_path / "export", tuned, *args, "--base", tiny_run.base)
+    assert (pixels_of(tmp_path / "export") == pixels_of(tmp_path / "run")).all()
+    capsys.readouterr()
+    assert main(["sample", str(tuned), *args, "--output", str(tmp_path / "x")]) == 2
+    assert "A pretrained_tail of 0.5 needs the model that this one was tuned from" in capsys.readouterr().err
+
+
 def test_bundled_models_have_a_fitting_sampler(tmp_path, capsys):
     few = ("--num_samples", "1", "--classes", "0", "--steps", "2")
     sampled(tmp_path / "noise", "dit-nano-omniglot", *few)
