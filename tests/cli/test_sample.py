@@ -105,7 +105,7 @@ def test_domain_guidance_needs_the_base_and_uses_it(tiny_run, tmp_path, capsys):
 
 
 def test_a_pretrained_tail_travels_with_an_export_and_needs_the_base(tiny_run, tmp_path, capsys):
-    args, tail = ("--classes", "rose"), ("--model.init_args.sampler.pretrained_tail", "0.5")
+    args, tail = ("--classes", "rose"), ("--model.sampler.pretrained_tail", "0.5")
     plain = sampled(tmp_path / "plain", tiny_run.checkpoint, *args)
     run = sampled(tmp_path / "run", tiny_run.checkpoint, *args, *tail)
     assert run["00-rose-000.png"] != plain["00-rose-000.png"]
