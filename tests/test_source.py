@@ -21,6 +21,7 @@ from lightning_difftune.data.annotators import Canny
 from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow, same_process
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss, v_mse_loss, velocity_mse_loss, x0_mse_loss
+from lightning_difftune.models import FrozenAutoencoder, export_dit
 from lightning_difftune.modules import stable_diffusion
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.source import SourceFacts, check_scheduler, process_of
@@ -379,3 +380,47 @@ def test_a_checkpoint_of_another_parametrisation_is_refused(tmp_path):
     other = GaussianDiffusion(1000, 0.00085, 0.012, "scaled_linear")
     with pytest.raises(CheckpointError, match="other noise levels"):
         saved(DiffTuningObjective(diffusion=other)).on_load_checkpoint(dict(checkpoint))
+
+
+def test_a_tail_of_another_kind_is_refused():
+    module, tail = (
+        DiTDiffTuningModule(tiny_dit(), objective=DiffTuningObjective(loss=loss)) for loss in (None, v_mse_loss)
+    )
+    for each in (module, tail):
+        each.configure_model()
+        each.sampler = Sampler(num_inference_steps=2)
+    with pytest.raises(ConfigError, match="The tail has prediction type v_prediction instead of epsilon"):
+        module.generate_swapped(torch.arange(1), [0.5], tail)
+
+
+def test_a_folder_of_others_says_what_it_was_trained_with(tmp_path):
+    export_dit(tiny_dit(), tmp_path / "dit", "diffusers")
+    diffusers.DDIMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction").save_pretrained(
+        tmp_path / "dit" / "scheduler"
+    )
+    for sums in (tmp_path / "dit").rglob("*SUMS*"):
+        sums.unlink()
+    module = DiTDiffTuningModule(str(tmp_path / "dit"))
+    module.configure_model()
+    assert module.objective.loss is v_mse_loss
+    assert module.sampler.scheduler.config.prediction_type == "v_prediction"
+    assert module.objective.diffusion.levels()[0, 500] == pytest.approx(0.702, abs=0.01)  # cos(pi/2 * (0.5 + ..))
+
+
+class Latents(DiTDiffTuningModule):
+    """A latent family that states no scale."""
+
+    def encoder_identity(self):
+        return "an encoder"
+
+
+def test_a_family_with_an_encoder_denoises_latents():
+    module = Latents(tiny_dit(), sampler=Sampler(diffusers.DDIMScheduler(**DIT)))
+    with pytest.raises(ConfigError, match="clip_sample on"):
+        module.configure_model()
+
+
+def test_an_autoencoder_of_another_scale_than_the_models_is_refused():
+    module = DiTDiffTuningModule("dit-nano-imagenet", autoencoder=FrozenAutoencoder("sd-nano-flowers", 0.18215, "vae"))
+    with pytest.raises(ConfigError, match=r"scaling_factor of 0\.633.*, but the autoencoder here has 0\.18215"):
+        module.configure_model()

@@ -142,8 +142,16 @@ def read_folder(folder: Path) -> Contents:
     state: dict[str, Tensor] = {}
     for file in (inner / name for name in weights.tensors):
         state |= read_safetensors(file)[0] if weights.is_safe else read_torch(file)
-    settings = folder / SAMPLING_FILE
-    return Contents(state, architecture, class_names, file, read_json(settings) if settings.exists() else None)
+    return Contents(state, architecture, class_names, file, sampling_of(folder))
+
+
+def sampling_of(folder: Path) -> dict[str, Any] | None:
+    """How an export says that it is sampled; of a pipeline of others, the scheduler that it states; if anything."""
+    settings, stated = folder / SAMPLING_FILE, folder / "scheduler" / "scheduler_config.json"
+    if settings.exists():
+        return read_json(settings)
+    config = read_json(stated) if stated.exists() else {}
+    return {"scheduler": config["_class_name"], "scheduler_config": config} if "_class_name" in config else None
 
 
 def unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ from lightning_difftune.protocols import (
     Tuner,
 )
 from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for
-from lightning_difftune.source import SourceFacts, check_scheduler
+from lightning_difftune.source import LatentScale, SourceFacts, check_scheduler
 
 ADAMW_RATE = 1e-4
 Model = TypeVar("Model", bound=nn.Module)
@@ -394,6 +394,8 @@ class DiffTuningModule(L.LightningModule, ABC):
         if isinstance(facts, dict):
             others = {key: value for key, value in facts.items() if key not in ("name", "fingerprint")}
             facts = SourceFacts(facts["name"], facts["fingerprint"], identity=others)
+        if facts.latents is None and self.encoder_identity() is not None:
+            facts = replace(facts, latents=LatentScale())  # they are latents, whatever their scale
         self.source_facts = self.objective.bind(facts)
         self.sampler, self.bank_sampler = self.sampler, self.bank_sampler  # compared with the facts from here on
         for network in self.trainable_modules():
@@ -578,11 +580,17 @@ class DiffTuningModule(L.LightningModule, ABC):
 
         Returns:
             (P, B, C, H, W) uint8.
+
+        Raises:
+            ConfigError: If the other network makes other predictions, or knows other noise or latents.
         """
         if tail is None:
             last = self.guided_source(self.conditions(indices))
             fractions = [max(fraction, self.sampler.pretrained_tail) for fraction in fractions]
         else:
+            changed = self.source_facts.differences(tail.source_facts.state())
+            if changed:
+                raise ConfigError(f"The tail has {' and '.join(changed)}: it cannot go on from this model's samples.")
             last = tail.guided(indices)
         swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)
         return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])

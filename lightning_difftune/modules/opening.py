@@ -75,7 +75,7 @@ def open_dit(name: str, folder: Path, base: str | None, vae: str | None, solver:
         model=base if base is not None else dit,
         autoencoder=autoencoder_of(folder, vae, dit, name),
         objective=DiffTuningObjective(diffusion=RectifiedFlow()) if is_flow else None,
-        sampler=Sampler.from_settings(dit.sampling) if dit.sampling is not None else None,
+        sampler=Sampler.from_settings(sampling) if "num_inference_steps" in (sampling := dit.sampling or {}) else None,
     )
     module.configure_model()
     module.dit = dit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -147,6 +148,30 @@ def test_text_to_image_by_prompt(pipeline_folder, tmp_path, capsys):
     assert other["01-unconditional-000.png"] != first["01-unconditional-000.png"]
     status = main(["sample", str(tmp_path / "unet"), *args, "--output", str(tmp_path / "c")])
     assert (status, "--base FOLDER" in capsys.readouterr().err) == (2, True)
+
+
+@pytest.mark.parametrize("changes", [{"prediction_type": "v_prediction"}, {"prediction_type": "sample"}], ids=str)
+def test_a_pipeline_draws_by_what_it_predicts(changes, pipeline_folder, tmp_path):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline_folder, folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes | {"rescale_betas_zero_snr": True}))
+    args = ("--prompts", "grey", "--num_samples", "1", "--steps", "2")
+    own = sampled(tmp_path / "own", folder, *args)
+    parameters = text_of(tmp_path / "own" / "grid.png")["scheduler_config"]
+    assert (parameters["prediction_type"], parameters["rescale_betas_zero_snr"]) == (changes["prediction_type"], True)
+    other = sampled(tmp_path / "ddim", folder, *args, "--solver", "DDIM")
+    assert text_of(tmp_path / "ddim" / "grid.png")["scheduler_config"]["rescale_betas_zero_snr"] is True
+    assert own["grid.png"] != other["grid.png"]
+
+
+@pytest.mark.parametrize("name", ["FluxInpaintPipeline", "StableDiffusionUpscalePipeline"])
+def test_pipelines_that_are_not_supported_are_refused_by_name(name, tmp_path, capsys):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    assert main(["sample", str(tmp_path), "--prompts", "grey"]) == 2
+    said = capsys.readouterr().err
+    assert f"is a {name}, which is not supported" in said
+    assert "internet" not in said
 
 
 def test_a_controlnet_follows_pictures(pipeline_folder, tmp_path, monkeypatch, capsys):
