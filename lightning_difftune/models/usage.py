@@ -28,7 +28,7 @@ classes = torch.cat([labels, torch.full_like(labels, {null_class})])  # {null_cl
 for t in scheduler.timesteps:
     both = scheduler.scale_model_input(torch.cat([x, x]), t)
     with torch.no_grad():
-        noise = transformer(both, timestep=t.long().expand(len(both)), class_labels=classes).sample[:, :{channels}]
+        noise = transformer(both, timestep=t.expand(len(both)), class_labels=classes).sample[:, :{channels}]
     conditional, unconditional = noise.chunk(2)
     guided = unconditional + {scale} * (conditional - unconditional)
     noise = torch.cat([guided[:, :{guided}], conditional[:, {guided}:]], dim=1)

@@ -111,7 +111,8 @@ def test_downloaded_model_opens_again_without_a_connection(
     model = DiT(input_size=4, patch_size=2, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=3)
     export_dit(model, served, "diffusers")
     assert fingerprint(load_dit("owner/name")) == fingerprint(model)
-    assert not list(no_connection.rglob("scheduler"))  # nothing is downloaded that is not read
+    assert list(no_connection.rglob("scheduler")), "what it was trained with is read"
+    assert not list(no_connection.rglob("README.md")), "nothing is downloaded that is not read"
 
     with pytest.raises(CheckpointError, match=r"no public model of that name.*private"):
         load_dit("nobody/name")
