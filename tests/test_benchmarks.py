@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,3 +69,29 @@ def test_it_says_what_it_measures(file: str) -> None:
     )
     assert run.returncode == 0, run.stderr
     assert f"python benchmarks/{file}" in run.stdout, "its command comes in its description"
+
+
+def test_a_study_on_a_card_does_its_first_runs_with_all_seeds_first(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    in_order = importlib.import_module("study_on_gpu").in_order
+    assert in_order(["full", "dt", "lora"], [0, 1], first=2) == [
+        *(("full", 0), ("dt", 0), ("full", 1), ("dt", 1)),
+        *(("lora", 0), ("lora", 1)),
+    ]
+
+
+def test_the_archive_of_a_study_holds_what_is_finished(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.chdir(tmp_path)
+    write_archive = importlib.import_module("study_on_gpu").write_archive
+    done, begun = (
+        SimpleNamespace(result_path=Path(f"{name}.json"), grid_path=Path(f"{name}.png"), folder=Path(name))
+        for name in ("done", "begun")
+    )
+    for path in (done.result_path, done.grid_path):
+        path.write_text("{}")
+    begun.folder.mkdir()
+    (begun.folder / "log.txt").write_text("step 1")
+    write_archive(tmp_path / "study.tar.gz", [done, begun])
+    with tarfile.open("study.tar.gz") as archive:
+        assert archive.getnames() == ["done.json", "done.png", "begun/log.txt"]
