@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from lightning_difftune.data.folders import shorten
 from lightning_difftune.data.source_facts import (
@@ -48,7 +48,7 @@ def joined_by_name(source: Any, names: Sequence[str] | None, whose: str = "val_t
         array([0, 2])
     """
     own = class_names_of(source)
-    if own is None or names is None or _same(own) == _same(names):
+    if own is None or names is None or _same(own) == _same(names) or _changes_labels(source):
         return source
     numbers = {name: number for number, name in enumerate(_same(names))}
     if len(numbers) < len(names):
@@ -63,6 +63,12 @@ def joined_by_name(source: Any, names: Sequence[str] | None, whose: str = "val_t
             f"{shorten(list(names))}. Take their pictures out, or rename the class if it is another spelling."
         )
     return _Renumbered(source, np.asarray([numbers.get(name, -1) for name in _same(own)]), list(names))
+
+
+def _changes_labels(source: Any) -> bool:
+    """Whether a ``target_transform`` stands between the names and the labels."""
+    inner = source.dataset if isinstance(source, Subset) else source
+    return getattr(inner, "target_transform", None) is not None
 
 
 def _same(names: Sequence[str]) -> list[str]:

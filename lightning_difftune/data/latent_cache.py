@@ -18,6 +18,7 @@ from lightning_difftune.data.images import ImageTargets, as_batch, mirror
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
 from lightning_difftune.data.shards.format import BuildPlan, shard_name
 from lightning_difftune.errors import ConfigError, DataError, StoreError
+from lightning_difftune.files import json_digest
 from lightning_difftune.protocols import TargetBatch
 
 Encode = Callable[[TargetBatch], TargetBatch]
@@ -49,7 +50,7 @@ class LatentCache:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._reader = ShardReader(path, kind=_KIND)
-        self._captions = CaptionStore(self.path / _CAPTIONS)
+        self._captions = _caption_store(self.path, self.spec)
         self._names = [n for n in self._reader.shapes if not n.startswith(_MIRRORED) and n not in _FACTS]
 
     @classmethod
@@ -124,7 +125,7 @@ class LatentCache:
             path, kind=_KIND, spec=full_spec, num_samples=len(targets), shard_size=shard_size, replaces=replaces
         )
         kept: dict[int, tuple[Path, int]] = {}
-        captions = CaptionStore(Path(path) / _CAPTIONS)
+        captions = _caption_store(Path(path), full_spec)
 
         def work() -> list[list[int]]:  # dealt out when the first batch is asked for, since other jobs may come before
             kept.update(_encoded(writer.previous, digests))
@@ -264,6 +265,11 @@ def _read_ahead(targets: ImageTargets, work: Callable[[], list[list[int]]], num_
         if isinstance(pictures, DataError):
             raise pictures
         yield pictures
+
+
+def _caption_store(path: Path, spec: dict[str, Any]) -> CaptionStore:
+    """What this encoder makes of captions; a folder may have had an unfinished cache of another one."""
+    return CaptionStore(path / f"{_CAPTIONS}-{json_digest(spec['autoencoder'])[:12]}")
 
 
 def _of_pictures(spec: dict[str, Any]) -> dict[str, Any]:

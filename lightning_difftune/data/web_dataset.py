@@ -77,14 +77,14 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
                     self.left_out["hidden or system files"] += len(files)
                     continue
                 extension = next((name for name in files if f".{name.lower()}" in IMAGE_EXTENSIONS), None)
-                self.left_out.update(f".{name}" for name in files if f".{name.lower()}" in UNREAD_PICTURES)
+                self.left_out.update(f".{name.lower()}" for name in files if f".{name.lower()}" in UNREAD_PICTURES)
                 if extension is not None:
                     self.names.append(f"{key}.{extension}")
                     self._pictures.append(files[extension])
                     for name, members in texts.items():
                         others = CAPTION_EXTENSIONS if name == caption_extension else ()
                         spelled = {f".{other.lower()}": member for other, member in files.items()}
-                        members.append(next((spelled[e] for e in (f".{name}", *others) if e in spelled), None))
+                        members.append(next((spelled[e] for e in (f".{name.lower()}", *others) if e in spelled), None))
         if not self._pictures:
             raise DataError(f"no pictures in {len(self.shards)} shards, the first is {self.shards[0]}.")
         kept = {name: [m for m in members if m is not None] for name, members in texts.items()}

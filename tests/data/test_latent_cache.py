@@ -342,3 +342,26 @@ def test_opening_a_finished_cache_writes_nothing(tmp_path, targets, encoder):
     contents = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()}
     make(tmp_path / "cache", targets, encoder)
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "cache").iterdir()} == contents
+
+
+def test_captions_of_an_unfinished_cache_of_another_encoder_are_not_used(tmp_path):
+    source = [(picture, "a flower") for picture in PICTURES[:5]]
+
+    def encode(value: float, stops: bool = False):
+        def made(batch: TargetBatch) -> TargetBatch:
+            if stops and len(batch["captions"]) < 2:
+                raise KeyboardInterrupt
+            count = len(batch["captions"])
+            return {
+                "latent_mean": batch["pixel_values"],
+                "latent_std": torch.ones_like(batch["pixel_values"]),
+                "prompt_embeds": torch.full((count, 2, 3), value),
+            }
+
+        return made
+
+    settings = {"batch_size": 2, "of_caption": ["prompt_embeds"]}
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cache", ImageTargets(source, 16), encode(1.0, stops=True), {"text": "one"}, **settings)
+    cache = make(tmp_path / "cache", ImageTargets(source, 16), encode(2.0), {"text": "two"}, **settings)
+    assert cache.read([0, 4], [False, True])["prompt_embeds"].unique().tolist() == [2.0]

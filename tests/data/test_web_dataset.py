@@ -109,3 +109,33 @@ def test_what_cannot_be_used_is_named(tmp_path):
         sink.write({"__key__": "a", "txt": "x"})
     with pytest.raises(DataError, match="no pictures in 1 shards"):
         WebDatasetShards(tmp_path / "empty")
+
+
+def write_tar(file, members):
+    with tarfile.open(file, "w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, BytesIO(content))
+    return file
+
+
+@pytest.mark.parametrize("extension", ["txt", "TXT", "caption"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_in_all_spellings_and_encodings(tmp_path, extension, encoding):
+    members = {"1.png": png_of(pixels_of()[0]), f"1.{extension}": "Gérard".encode(encoding)}
+    assert WebDatasetShards(write_tar(tmp_path / "a.tar", members)).captions == ["Gérard"]
+
+
+def test_a_caption_that_is_not_utf8_is_named(tmp_path):
+    file = write_tar(tmp_path / "a.tar", {"b/1.png": png_of(pixels_of()[0]), "b/1.txt": "ab\nGér".encode("latin-1")})
+    with pytest.raises(DataError, match=r"b/1\.txt in .*a\.tar, line 2: not UTF-8 \(the byte 0xe9 after 'G'\)"):
+        WebDatasetShards(file)
+
+
+def test_what_systems_leave_is_left_out_and_counted(tmp_path):
+    picture = png_of(pixels_of()[0])
+    others = {"__MACOSX/1.png": picture, "@eaDir/1.png": picture, "._1.png": b"?", "2.heic": b"?", "3.DNG": b"?"}
+    source = WebDatasetShards(write_tar(tmp_path / "a.tar", {"1.png": picture, **others}))
+    assert source.names == ["1.png"]
+    assert source.left_out == {"hidden or system files": 2, ".heic": 1, ".dng": 1}
