@@ -1,4 +1,4 @@
-"""Per-sample denoising losses. Each takes the raw network output and returns one number a sample, (B,).
+"""Per-sample denoising losses. Each takes the raw network output and returns one number per sample, (B,).
 
 A loss belongs to what the network predicts, as diffusers names it: ``eps_mse_loss`` and ``hybrid_loss`` are for
 ``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is for

@@ -91,11 +91,12 @@ class OnlineTeacher:
 
 
 class StoredPredictions:
-    """The pre-trained network's prediction at one timestep and noise a sample, computed once and kept in the bank.
+    """The pre-trained network's prediction at one timestep and noise per sample, computed once and kept in the bank.
 
-    Costs nothing in training, and three times the bank's size on disk: besides the latents it holds ``timesteps``
-    (drawn as the objective draws those of retention), ``noise`` and ``predictions``. Sample i always comes at its one
-    noise level. The noise is stored, not drawn again, since other releases of PyTorch may draw other numbers.
+    Costs nothing in training, and three times the bank's size on disk: in addition to the latents it holds
+    ``timesteps`` (drawn as the objective draws those of retention), ``noise`` and ``predictions``. Sample i always
+    comes at its one noise level. The noise is stored, not drawn again, since other releases of PyTorch may draw other
+    numbers.
 
     The bank belongs to the objective's schedule and forward process, and is refused where they differ.
 

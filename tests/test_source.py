@@ -334,7 +334,7 @@ def test_a_bank_that_is_replayed_under_prompts_is_not_guided(family, prompts, pi
 
 @pytest.mark.parametrize(
     "name",
-    ["StableDiffusionInpaintPipeline", "StableDiffusion3Pipeline", "StableUnCLIPPipeline", "PixArtSigmaPipeline"],
+    ["StableDiffusionInpaintPipeline", "QwenImagePipeline", "StableUnCLIPPipeline", "PixArtSigmaPipeline"],
 )
 @pytest.mark.parametrize("family", ["text-to-image", "ControlNet"])
 def test_pipelines_of_other_classes_are_refused_by_name(name, family, tmp_path):

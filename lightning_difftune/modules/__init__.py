@@ -1,4 +1,4 @@
-"""LightningModules, one a model family."""
+"""LightningModules, one per model family."""
 
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.controlnet import ControlNetDiffTuningModule

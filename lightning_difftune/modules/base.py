@@ -117,7 +117,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         self.other_losses = nn.ModuleDict()
         self._is_built = False
         self._finite = FiniteLoss()
-        # In a tuple, where nn.Module does not register it: it is no part of the model.
+        # In a tuple, where nn.Module does not register it: it is not a part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
@@ -242,7 +242,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         return None
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
-        """What the bank keeps of the samples ``indices`` (B,) beside their latents (B, c, h, w)."""
+        """What the bank keeps of the samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
         return {}
 
     def bank_spec(self) -> dict[str, Any]:
@@ -590,7 +590,7 @@ class DiffTuningModule(L.LightningModule, ABC):
         else:
             changed = self.source_facts.differences(tail.source_facts.state())
             if changed:
-                raise ConfigError(f"The tail has {' and '.join(changed)}: it cannot go on from this model's samples.")
+                raise ConfigError(f"The tail has {' and '.join(changed)}: it cannot continue this model's samples.")
             last = tail.guided(indices)
         swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)
         return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])

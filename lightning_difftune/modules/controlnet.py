@@ -46,7 +46,7 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
 
     Args:
         annotator: Turns pictures into control maps: the target's, the bank's, and those of generated pictures.
-        controlnet: A ControlNet in diffusers' layout to go on from, instead of a copy of the UNet's encoder.
+        controlnet: A ControlNet in diffusers' layout to continue from, instead of a copy of the UNet's encoder.
         conditioning_embedding_out_channels: Widths of the layers that bring a control map down to the latents' size,
             one more than there are halvings. By default as many of diffusers' (16, 32, 96, 256) as are needed.
         conditioning_scale: Factor of the ControlNet's outputs in generated pictures.
@@ -162,7 +162,7 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
         return controlnet
 
     def configure_model(self) -> None:
-        """Build the networks; beside a tuner's layers, the ones without pre-trained weights are trained whole."""
+        """Build the networks; in addition to a tuner's layers, those without pre-trained weights are trained whole."""
         fresh = not self._is_built
         super().configure_model()
         if fresh and self.tuner is not None:
@@ -211,7 +211,7 @@ class ControlNetDiffTuningModule(StableDiffusionModule):
         """Control maps (B, C, H, W) uint8 as they are.
 
         Raises:
-            ConfigError: If the ControlNet takes another number of channels, or they are no 8-bit maps.
+            ConfigError: If the ControlNet takes another number of channels, or they are not 8-bit maps.
         """
         channels = self.annotator.channels
         if maps.ndim != 4 or maps.shape[1] != channels or maps.dtype != torch.uint8:

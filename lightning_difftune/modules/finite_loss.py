@@ -65,7 +65,7 @@ class FiniteLoss:
             else "in the sum over the batch"
         )
         raise NumericsError(
-            f"The loss was first not finite at step {step}, {where}. Nothing has been saved since; go on from the last "
-            "checkpoint with --ckpt_path last, and with a lower learning rate, trainer.gradient_clip_val, or "
+            f"The loss was first not finite at step {step}, {where}. Nothing has been saved since; resume from the "
+            "last checkpoint with --ckpt_path last, and with a lower learning rate, trainer.gradient_clip_val, or "
             "trainer.precision 32-true or bf16-mixed. If it is at the first step, look at the data and the weights."
         )

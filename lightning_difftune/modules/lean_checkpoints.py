@@ -22,7 +22,7 @@ def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:
     """Leave the frozen weights out of a checkpoint and put the identity of the base in.
 
     Raises:
-        NumericsError: If a weight is not finite; the checkpoint that was written last is then the one to go on from.
+        NumericsError: If a weight is not finite; the checkpoint that was written last is then the one to resume from.
     """
     frozen = frozen_names(module)
     state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in frozen}

@@ -68,7 +68,7 @@ class PretrainedSamples:
         }
 
     def latents_spec(self) -> dict[str, Any]:
-        """What decides the latents beside the weights and the seed."""
+        """What decides the latents in addition to the weights and the seed."""
         return {"sampler": self.module.bank_sampler.spec()}
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
