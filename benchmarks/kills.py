@@ -25,13 +25,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save
 from torch import Tensor
 
-from lightning_difftune import MemoryBank
+from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
+from lightning_difftune.callbacks import EMA
 from lightning_difftune.cli.compare.jobs import Job
 from lightning_difftune.cli.compare.study import StudyRun
 from lightning_difftune.cli.compare.table import Line, write_tables
@@ -40,9 +44,13 @@ from lightning_difftune.data import ArrayImages
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.errors import DiffTuneError
-from lightning_difftune.files import atomic_write, discard_temporaries
-from lightning_difftune.models import DiT, export_dit, load_dit
+from lightning_difftune.files import atomic_file, atomic_write, discard_temporaries
+from lightning_difftune.models import DiT, export_dit, export_network, load_dit
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
+from lightning_difftune.sampling import Sampler
+from lightning_difftune.tuners import LoRA
 
 CHECKPOINTS = 4  # that a run writes one over the other
 
@@ -124,6 +132,102 @@ def read_export(folder: Path) -> None:
             raise AssertionError(f"{name} holds another model")
 
 
+ADAPTER = LoRA(rank=2)
+
+
+def tuned_dit() -> DiT:
+    """A model with a LoRA's layers, whose updates are not zero."""
+    model = small_dit()
+    ADAPTER.apply(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.constant_(parameter, 0.5)
+    return model
+
+
+def write_adapter(folder: Path) -> None:
+    """Write a LoRA adapter twice, the second time over the first."""
+    for _ in range(2):
+        ADAPTER.save_adapter(tuned_dit(), folder / "adapter", "base")
+
+
+def read_adapter(folder: Path) -> None:
+    """Open it; it must be the one that was written."""
+    model, expected = tuned_dit(), tuned_dit().state_dict()
+    ADAPTER.load_adapter(model, folder / "adapter", "base")
+    if not all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items()):
+        raise AssertionError("another adapter")
+
+
+def small_unet() -> Any:
+    """A UNet of diffusers."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (32,)}
+    return UNet2DModel(sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, norm_num_groups=8, **blocks)
+
+
+def write_network(folder: Path) -> None:
+    """Export it twice, the second time over the first."""
+    for _ in range(2):
+        export_network(small_unet(), folder / "network", overwrite=True)
+
+
+def read_network(folder: Path) -> None:
+    """Open it; it must be the one that was written."""
+    network = open_network(type(small_unet()), folder / "network")
+    if fingerprint(network) != fingerprint(small_unet()):
+        raise AssertionError("another network")
+
+
+STEPS = 6
+
+
+def fit(folder: Path, base: Path, ckpt_path: Path | None, steps: int = STEPS) -> Any:
+    """Diff-Tune a small DiT through the Python API, with a bank and a checkpoint after each step."""
+    module = DiTDiffTuningModule(str(base), num_classes=4, sampler=Sampler(num_inference_steps=2))
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    pictures, bank = ArrayImages(pixels, np.arange(20) % 4), folder / "run-bank"
+    data = MemoryBankDataModule(pictures, 4, 8, channels=1, batch_size=10, bank=bank, bank_size=40, build_batch_size=20)
+    saving = ModelCheckpoint(folder / "run", every_n_train_steps=1, save_last=True, save_top_k=0)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    averages: Any = EMA(0.9)
+    trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, callbacks=[averages, saving], **quiet)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def write_base(folder: Path) -> Path:
+    """The pre-trained model of the run."""
+    base = folder / "base.safetensors"
+    if not base.exists():
+        sizes = {"patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 6}
+        torch.manual_seed(0)
+        export_dit(DiT(8, **sizes), base)
+    return base
+
+
+def write_run(folder: Path) -> None:
+    """Train through the Python API from the last checkpoint, if there is one; keeps what the run has learned."""
+    last = folder / "run" / "last.ckpt"
+    trainer, module = fit(folder, write_base(folder), last if last.exists() else None)
+    learned = {**module.state_dict(), "step": torch.tensor(trainer.global_step)}
+    for number, state in trainer.optimizers[0].state_dict()["state"].items():
+        learned |= {f"{number}.{name}": value for name, value in state.items()}
+    with atomic_file(folder / "learned.safetensors") as file:
+        file.write(save({name: tensor.contiguous() for name, tensor in learned.items()}))
+    shutil.rmtree(folder / "run")  # a checkpoint holds the folder's name, which is another in each trial
+
+
+def read_run(folder: Path) -> None:
+    """Open its bank and, while it is unfinished, its checkpoint."""
+    if (folder / "learned.safetensors").exists():
+        return
+    DiTDiffTuningModule.load_from_checkpoint(folder / "run" / "last.ckpt", sampler=Sampler())
+    MemoryBank(folder / "run-bank").verify()
+
+
 def job_of(folder: Path) -> Job:
     """A run of a study."""
     return Job(StudyRun("run", (), {}, "", "", {}, None), 0, {"trainer": {}}, (), folder, folder)
@@ -164,6 +268,9 @@ TARGETS = {
     "cache": Target(write_cache, read_cache),
     "checkpoint": Target(write_checkpoint, read_checkpoint),
     "export": Target(write_export, read_export),
+    "adapter": Target(write_adapter, read_adapter),
+    "network": Target(write_network, read_network),
+    "run": Target(write_run, read_run),
     "result": Target(write_result, read_result),
 }
 
