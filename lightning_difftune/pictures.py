@@ -111,11 +111,19 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
 
 
 def largest_value(image: object) -> int | None:
-    """The largest value of a picture of 16 bits, from 0 to 65,535; None for one of 8 bits."""
+    """The largest value of a picture of 16 bits, from 0 to 65,535; None for one of 8 bits.
+
+    Of colour pictures Pillow keeps the high bytes alone, so the largest value that fits them is given.
+    """
     if isinstance(image, Tensor):
         image = image.numpy()
-    is_deep = image.dtype == np.uint16 if isinstance(image, np.ndarray) else getattr(image, "mode", "").startswith("I")
-    return int(np.asarray(image).max()) if is_deep else None
+    if isinstance(image, Image.Image):
+        tile: Any = getattr(image, "tile", None)  # how it is stored; empty once it is decoded
+        stored = tile[0][3] if tile else ""
+        if image.mode.startswith("RGB") and ";16" in str(stored):
+            return int(np.asarray(image)[..., :3].max()) * 256 + 255
+        return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+    return int(image.max()) if isinstance(image, np.ndarray) and image.dtype == np.uint16 else None
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:

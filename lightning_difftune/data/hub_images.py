@@ -74,8 +74,13 @@ class HubImages(Dataset[tuple[Any, ...]]):
         column: Any = dataset.with_format(None)[target][:] if target is not None else [0] * len(dataset)
         self.class_names: list[str] | None = None
         if target is not None and (target == caption_column or (label_column is None and target in _CAPTION_COLUMNS)):
-            self.captions = [str(text) for text in column]
+            self.captions = ["" if text is None else str(text) for text in column]
             return
+        if missing := [index for index, value in enumerate(column) if value is None]:
+            raise DataError(
+                f"{self.path}: {target!r} has no value in {len(missing)} of {len(column)} examples, the first of them "
+                f"example {missing[0]}. Filter them out, or name another column."
+            )
         if target is not None:
             self.class_names = getattr(dataset.features[target], "names", None)
         if column and isinstance(column[0], str):

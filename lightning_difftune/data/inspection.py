@@ -165,8 +165,8 @@ class _Facts(Dataset[PictureFacts | DataError]):
 
 def facts_of(image: Any, label: int | None) -> PictureFacts:
     """What one picture is like; raises what Pillow does on damaged bytes."""
-    to_pixels(image, 1, 3)  # as training would, for its errors
     largest = largest_value(image)
+    to_pixels(image, 1, 3)  # as training would, for its errors
     if isinstance(image, Tensor):
         image = image.permute(1, 2, 0).squeeze(2).numpy() if image.ndim == 3 else image.numpy()
     if isinstance(image, np.ndarray):

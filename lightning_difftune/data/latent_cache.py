@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_difftune.data.caption_store import CaptionStore
 from lightning_difftune.data.images import ImageTargets, as_batch, mirror
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
-from lightning_difftune.data.shards.format import BuildPlan, shard_name
+from lightning_difftune.data.shards.format import MANIFEST, BuildPlan, Manifest, shard_name
 from lightning_difftune.errors import ConfigError, DataError, StoreError
 from lightning_difftune.files import json_digest
 from lightning_difftune.protocols import TargetBatch
@@ -115,6 +115,10 @@ class LatentCache:
                 "pictures": len(targets),
             },
         }
+        if not mirrored and (Path(path) / MANIFEST).exists():  # one with mirror images has all that is asked for
+            full_spec["mirrored"] = mirrored = Manifest.load(Path(path) / MANIFEST).plan.spec == full_spec | {
+                "mirrored": True
+            }
         digests = targets.picture_digests()
 
         def replaces(other: BuildPlan) -> bool:

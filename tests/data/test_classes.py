@@ -156,6 +156,22 @@ def test_pictures_of_fewer_than_16_bits_are_refused(bits: int) -> None:
         data.setup("fit")
 
 
+def test_colour_of_12_bits_is_refused_too(tmp_path: Path) -> None:
+    cv2 = pytest.importorskip("cv2")  # Pillow writes no colour of 16 bits
+    for bits in (12, 16):
+        values = np.random.default_rng(0).integers(0, 2**bits, (20, 20, 3)).astype(np.uint16)
+        cv2.imwrite(str(tmp_path / f"{bits}.png"), values)
+
+    class Opened(list):  # type: ignore[type-arg]
+        def __getitem__(self, index: Any) -> Any:
+            return Image.open(super().__getitem__(index)), 0
+
+    good, bad = (MemoryBankDataModule(Opened([tmp_path / f"{bits}.png"]), 1, 8, 3) for bits in (16, 12))  # type: ignore[arg-type]
+    good.setup("fit")
+    with pytest.raises(DataError, match="they hold 12 bits"):
+        bad.setup("fit")
+
+
 def test_pictures_of_16_bits_are_fine_and_one_dark_one_too() -> None:
     for source in (deep(16), [*deep(12, 2), *deep(16, 1)], [(np.zeros((8, 8), np.uint8), 0)]):
         MemoryBankDataModule(source, num_classes=1, image_size=8, channels=1).setup("fit")  # type: ignore[arg-type]

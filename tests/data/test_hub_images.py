@@ -119,3 +119,15 @@ def test_without_the_library_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="Run `pip install datasets`"):
         HubImages(tmp_path)
+
+
+def test_missing_values_are_empty_captions_and_no_labels(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "1.png")
+    files = [str(tmp_path / "1.png")] * 3
+    for column, values in (("text", ["a", None, "b"]), ("kind", ["a", None, "b"]), ("number", [1, None, 2])):
+        made = datasets.Dataset.from_dict({"image": files, column: values}).cast_column("image", datasets.Image())
+        if column == "text":
+            assert HubImages(made).captions == ["a", "", "b"]
+            continue
+        with pytest.raises(DataError, match=f"'{column}' has no value in 1 of 3 examples, the first of them example 1"):
+            HubImages(made, label_column=column)

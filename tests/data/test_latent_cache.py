@@ -301,6 +301,10 @@ def test_without_mirror_images_a_cache_is_half_as_large(tmp_path, targets, encod
         one.read([0, 1], [False, True])
     with pytest.raises(StoreError, match="mirrored: false, now true"):
         make(tmp_path / "one", targets, encoder)
+    calls = encoder.calls  # the other way round nothing is lacking
+    again = make(tmp_path / "both", targets, encoder, mirrored=False).read(everything, [False] * 23)
+    assert encoder.calls == calls
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in again.items())
 
 
 def test_captions_and_control_maps_are_encoded_with_their_pictures(tmp_path):
