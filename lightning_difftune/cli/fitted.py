@@ -18,9 +18,24 @@ class AveragesParameters(Protocol):
         """A ``with`` block in which they stand in for the weights."""
 
 
+@runtime_checkable
+class FindsConvergence(Protocol):
+    """A callback that watches for the step at which a scalar converges."""
+
+    monitor: str
+    threshold: float | None
+    convergence_step: int | None
+    leap: Any
+
+
 def callbacks_of(cli: DiffTuneCLI, kind: Any) -> list[Any]:
     """The run's callbacks of one class, or those that do what a protocol says."""
     return [callback for callback in vars(cli.trainer)["callbacks"] if isinstance(callback, kind)]
+
+
+def scoring(cli: DiffTuneCLI) -> list[Any]:
+    """The run's callbacks that log what tells a better model from a worse one; each has a ``history`` of it."""
+    return [callback for callback in vars(cli.trainer)["callbacks"] if getattr(callback, "scores", dict)()]
 
 
 def averaged_weights(cli: DiffTuneCLI) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_difftune.cli import STOPPED
 from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.environment import circumstances
-from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, count_trainable
+from lightning_difftune.cli.fitted import FindsConvergence, averaged_weights, callbacks_of, count_trainable
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
@@ -91,16 +91,6 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
         raise
     except Exception as error:  # whatever a constructor raises
         raise ConfigError(f"`evaluate` of the study file cannot be used: {' '.join(str(error).split())}") from error
-
-
-@runtime_checkable
-class FindsConvergence(Protocol):
-    """A callback that watches for the step at which a scalar converges."""
-
-    monitor: str
-    threshold: float | None
-    convergence_step: int | None
-    leap: Any
 
 
 def sudden_convergence(cli: DiffTuneCLI) -> list[dict[str, Any]]:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_difftune.callbacks import ControlSimilarity, SuddenConvergence
-from lightning_difftune.callbacks.sudden_convergence import Leap
 from lightning_difftune.cli.environment import circumstances
-from lightning_difftune.cli.fitted import callbacks_of, count_trainable
+from lightning_difftune.cli.fitted import FindsConvergence, callbacks_of, count_trainable, scoring
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
 from lightning_difftune.errors import DataError
@@ -31,7 +29,7 @@ class Tuned:
     """One finished method."""
 
     curve: list[tuple[int, float]]  # similarity over training steps
-    leap: Leap | None
+    leap: Any
     convergence_step: int | None
     grids: dict[int, Path]  # the callback's pictures by step
     seconds: float
@@ -95,8 +93,8 @@ def flowers(path: Path) -> list[str]:
 
 def result_of(cli: DiffTuneCLI, seconds: float) -> Tuned:
     """What a finished run has to show."""
-    (similarity,) = callbacks_of(cli, ControlSimilarity)
-    (convergence,) = callbacks_of(cli, SuddenConvergence)
+    (similarity,) = scoring(cli)
+    (convergence,) = callbacks_of(cli, FindsConvergence)
     return Tuned(
         similarity.history,
         convergence.leap,

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_difftune.callbacks import FID
 from lightning_difftune.cli.environment import circumstances
-from lightning_difftune.cli.fitted import averaged_weights, callbacks_of, count_trainable
+from lightning_difftune.cli.fitted import averaged_weights, count_trainable, scoring
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
 from lightning_difftune.data import HandwrittenDigits, ImageTargets, MemoryBank
@@ -76,7 +75,7 @@ def evaluate(cli: DiffTuneCLI, evaluator: RecognisedDigits, seconds: float) -> T
     """Generate every digit ``COLUMNS`` times with the averaged weights and count what is recognised."""
     with averaged_weights(cli):
         samples = evaluator.samples(cli.model)
-    (distance,) = callbacks_of(cli, FID)
+    (distance,) = scoring(cli)
     return Tuned(samples, evaluator.share(samples), distance.history, seconds, count_trainable(cli))
 
 
