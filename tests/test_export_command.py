@@ -207,7 +207,7 @@ def test_the_config_is_in_the_checkpoint_or_beside_it_or_given(project, tmp_path
     (beside.parent / "config.yaml").write_text(config)
     status, said = exported(alone, tmp_path / "tuned.safetensors", capsys)
     assert status == 2
-    assert re.search(r"run\.ckpt does not hold the config of its run.*none beside it.*--config BASE", said, re.DOTALL)
+    assert re.search(r"run\.ckpt does not hold the config of its run.*none next to it.*--config BASE", said, re.DOTALL)
     moved = shutil.copy(checkpoint_of(project), tmp_path / "moved.ckpt")
     for number, (path, options) in enumerate(((alone, ("--config", "run.yaml")), (beside, ()), (moved, ()))):
         status, said = exported(path, tmp_path / f"tuned{number}.safetensors", capsys, *options)

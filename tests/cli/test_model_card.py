@@ -167,7 +167,10 @@ def test_networks_and_adapters_open_with_their_libraries_alone(pipeline_folder, 
     write_adapter(module, argparse.Namespace(output=tmp_path / "adapter", format="peft"), [])
     x, t, words = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 8, 16)
     with torch.no_grad():
-        save_file({"x": x, "words": words, "y": module.denoise(x, t, words).contiguous()}, tmp_path / "io.safetensors")
+        save_file(
+            {"x": x, "words": words, "y": module.denoise(x, t, {"prompt_embeds": words}).contiguous()},
+            tmp_path / "io.safetensors",
+        )
     code = """
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
