@@ -144,7 +144,7 @@ def test_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert ratio == pytest.approx(700 * 64 * 3 / (1000 * 20), rel=0.02)
     assert phases["memory bank"]["disk_bytes"] == 1000 * (20 * 20 * 4 + 8)
     assert "Memory of a training step" in printed
-    assert "A100 at 35% of its tf32 peak, 1 device" in printed
+    assert "A100 at 20% of its tf32 peak, 1 device" in printed
 
 
 def test_devices_guidance_and_retention_count(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
-from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured, Speed
+from lightning_difftune.cli.plan.speed import ACCELERATORS, UTILISATION, DataSheet, Measured, Speed
 from lightning_difftune.costs import Setup
 from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.errors import ConfigError
@@ -46,7 +46,7 @@ def plan(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--device", choices=[*ACCELERATORS, "measured"], default="a100", help="whose hours (default: a100)"
     )
-    parser.add_argument("--utilisation", type=float, default=0.35, help="of a named device's peak (default: 0.35)")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of a named device's peak (0.2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options, rest = parser.parse_known_args(argv)
     if not 0 < options.utilisation <= 1:

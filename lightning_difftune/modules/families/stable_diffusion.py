@@ -44,7 +44,8 @@ class StableDiffusion:
     ) -> FrozenTextEncoder:
         """CLIP's embeddings; the null condition is the empty prompt's."""
         encoder = FrozenTextEncoder(model, revision)
-        encoder.network.to(dtype)
+        if encoder.network.dtype != dtype:  # without values, as plan has it, nothing can be cast
+            encoder.network.to(dtype)
         return encoder
 
     def check(self, model: str, network: Any, text: FrozenTextEncoder, latent_channels: int) -> None:
