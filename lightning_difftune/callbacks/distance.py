@@ -156,4 +156,5 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         """A bar for what takes long, where the trainer shows bars."""
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         # A console of its own: Lightning's bar is live on the global one.
-        return Progress(console=Console(), transient=True, disable=not shown)
+        console = Console()
+        return Progress(console=console, transient=True, disable=not shown or not console.is_terminal)

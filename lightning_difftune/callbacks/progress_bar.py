@@ -8,12 +8,15 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from rich.progress import ProgressColumn, Task
+from rich.progress import BarColumn, ProgressColumn, Task
+from rich.table import Column
 from rich.text import Text
 
 from lightning_difftune.callbacks.throughput import Throughput, pictures_in
 
 LOSSES_EVERY = 0.5  # seconds
+NARROW = 110  # characters, below which there is no place for a bar and its numbers
+BAR, OTHERS = 41, 10 + 18 + 14 + 5  # characters of the bar; of description, times, rate and what is between them
 
 
 class StepProgressBar(RichProgressBar):
@@ -35,8 +38,27 @@ class StepProgressBar(RichProgressBar):
         self._losses_read = 0.0
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        """Lightning's columns, with pictures a second behind them."""
-        return [*super().configure_columns(trainer)[:-1], PicturesColumn(self)]
+        """Lightning's columns with pictures a second; on a narrow terminal the numbers alone, without the bar."""
+        columns = [*super().configure_columns(trainer)[:-1], PicturesColumn(self)]
+        if self._width() < NARROW:
+            columns = [column for column in columns if not isinstance(column, BarColumn)]
+        for column in columns:
+            column._table_column = Column(no_wrap=True)
+        return columns
+
+    def _init_progress(self, trainer: L.Trainer) -> None:
+        """Keep everything on one line: metrics that find no place are cut."""
+        super()._init_progress(trainer)
+        if self._metric_component is not None:
+            counts = 2 * len(f"{self.total_train_batches}") + 1
+            others = OTHERS + counts + (0 if self._width() < NARROW else BAR)
+            self._metric_component._table_column = Column(
+                no_wrap=True, overflow="ellipsis", max_width=max(10, self._width() - others)
+            )
+
+    def _width(self) -> int:
+        console = getattr(self, "_console", None)
+        return NARROW if console is None else int(console.width)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -102,8 +124,8 @@ class StepLines(ProgressBar):
     A line has the step, pictures a second over all processes, the time that is left, and what was logged for the bar.
 
     Args:
-        every_n_steps: Optimizer steps between two lines; by default a hundredth of the run, and at least the trainer's
-            ``log_every_n_steps``.
+        every_n_steps: Optimizer steps between two lines; by default the trainer's ``log_every_n_steps``, so that there
+            is a line for each that is logged.
 
     Example:
         >>> trainer = L.Trainer(max_steps=24_000, callbacks=[StepLines(every_n_steps=100)], logger=False)
@@ -157,7 +179,7 @@ class StepLines(ProgressBar):
     def _interval(self, trainer: L.Trainer) -> int:
         if self.every_n_steps is not None:
             return self.every_n_steps
-        return max(trainer.max_steps // 100, vars(trainer).get("log_every_n_steps", 1), 1)
+        return max(vars(trainer).get("log_every_n_steps", 1), 1)
 
     def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_enabled or trainer.global_step == self._latest:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 
 import lightning as L
 import pytest
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
 
 from lightning_difftune.callbacks.progress_bar import PicturesColumn, StepLines, StepProgressBar
 from lightning_difftune.callbacks.throughput import Throughput
@@ -144,9 +146,9 @@ def test_lines_come_at_intervals_and_after_validation(tmp_path, capsys):
         assert re.fullmatch(r"loss \S+", line[3])
 
 
-def test_the_interval_is_a_hundredth_of_the_run_by_default(tmp_path, capsys):
-    _, lines = lines_of(tmp_path, capsys, max_steps=300, limit_val_batches=0, log_every_n_steps=2)
-    assert len(lines) == 100
+def test_there_is_a_line_for_each_log_by_default(tmp_path, capsys):
+    _, lines = lines_of(tmp_path, capsys, max_steps=30, limit_val_batches=0, log_every_n_steps=2)
+    assert len(lines) == 15
     trainer, lines = lines_of(tmp_path, capsys, max_steps=60, limit_val_batches=0, log_every_n_steps=20)
     assert [line[0] for line in lines] == ["Training 20/60", "Training 40/60", "Training 60/60"]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -177,3 +179,47 @@ def test_pauses_do_not_count():
     assert meter.rate == 6  # of the latest two
     meter.stop(1000)  # without a start
     assert meter.rate == 6
+
+
+class ChattyModel(LoggingModel):
+    """One that logs more than a narrow terminal has place for."""
+
+    def training_step(self, batch, batch_idx):
+        output = super().training_step(batch, batch_idx)
+        for name in ("train/reconsolidation", "train/retention"):
+            self.log(name, output["loss"])
+        for name in ("val/loss", "fd_efficientnet_lite0", "control/ssim"):
+            self.log(name, output["loss"], prog_bar=True)
+        return output
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_the_bar_stays_on_one_line(width, tmp_path, monkeypatch):
+    terminal = Console(width=width, force_terminal=True, file=io.StringIO(), color_system=None)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.get_console", lambda: terminal)
+    monkeypatch.setattr("lightning.pytorch.callbacks.progress.rich_progress.reconfigure", lambda **options: None)
+    seen = []
+
+    class Rendered(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            paper = Console(width=width, file=io.StringIO(), color_system=None)
+            paper.print(bar.progress.get_renderable())
+            seen.append([line for line in paper.file.getvalue().splitlines() if line.strip()])
+
+    bar = StepProgressBar()
+    settings = {"limit_val_batches": 0, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=CSVLogger(tmp_path),
+        callbacks=[bar, Rendered()],
+        log_every_n_steps=1,
+        **settings,
+    )
+    trainer.fit(ChattyModel())
+    assert [len(lines) for lines in seen] == [1, 1, 1]
+    line = seen[-1][0]
+    assert len(line.rstrip()) <= width
+    assert "3/3" in line
+    assert "images/s" in line
+    assert "loss:" in line

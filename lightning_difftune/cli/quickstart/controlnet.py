@@ -48,7 +48,7 @@ def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
     steps = options.steps if options.steps is not None else STEPS
     settings = [
         *flowers(options.flowers),
-        *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(max(1, steps // 12))),
+        *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(interval_of(steps))),
         *("--data.init_args.latent_cache", str(output / "latents"), "--data.init_args.bank_size", "300"),
     ]
     tuned = {}
@@ -61,6 +61,16 @@ def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
     write_metrics(output, options.seed, tuned, time.perf_counter() - started)
     draw_report(output / "report.png", tuned)
     print_summary(output, export, tuned)
+
+
+def interval_of(steps: int) -> int:
+    """Steps between validations: a dozen of them in a run, and two in one that is too short for their cost.
+
+    Example:
+        >>> interval_of(600), interval_of(40), interval_of(1)
+        (50, 20, 1)
+    """
+    return steps // 12 if steps >= STEPS else max(1, -(-steps // 2))
 
 
 def flowers(path: Path) -> list[str]:
@@ -126,9 +136,9 @@ def write_metrics(output: Path, seed: int, tuned: dict[str, Tuned], seconds: flo
 
 
 def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:
-    """Moments of a training, and pictures (SHOWN + 1, columns, 3, H, W): the controls, then what came of them."""
+    """Moments of a training, and pictures (moments + 1, columns, 3, H, W): the controls, then what came of them."""
     steps = list(grids)
-    chosen = [steps[round(k * (len(steps) - 1) / max(1, SHOWN - 1))] for k in range(SHOWN)]
+    chosen = sorted({steps[round(k * (len(steps) - 1) / max(1, SHOWN - 1))] for k in range(SHOWN)})
     at = [pictures_of(grids[step], 3, columns) for step in chosen]
     return chosen, torch.stack([at[0][0], *(pictures[1] for pictures in at)])
 
