@@ -163,15 +163,15 @@ def three(runs, tmp_path_factory):
     return folder
 
 
-def start(weights, folder, world_size, *mode):
-    """This file, as a job of several processes."""
+def start(weights, folder, world_size, *mode, script=__file__):
+    """A test file, as a job of several processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, __file__, str(weights), str(folder), *mode],
+            [sys.executable, script, str(weights), str(folder), *mode],
             env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
