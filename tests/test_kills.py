@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_where_nobody_expects_it_is_no_traceback(monkeypatch
     def full(args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing to an open file does
 
-    monkeypatch.setattr("lightning_difftune.cli.run", full)
+    monkeypatch.setattr("lightning_difftune.cli.start", full)
     assert main(["compare", "study.yaml"]) == 2
     assert capsys.readouterr().err == "difftune: No space left on device. --debug shows where it was raised.\n"
 
