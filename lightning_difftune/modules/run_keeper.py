@@ -140,7 +140,8 @@ class RunKeeper(Callback):
     ) -> None:
         """Have the last step validated: a trainer that is asked to stop validates first."""
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch):
+        is_last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+        if is_last and has_validation(trainer):
             self._check_val_every_n_epoch, self._forced = trainer.check_val_every_n_epoch, True
             trainer.check_val_every_n_epoch = None
             trainer.should_stop = True
@@ -150,6 +151,14 @@ class RunKeeper(Callback):
         if self._forced:
             trainer.check_val_every_n_epoch, trainer.should_stop = self._check_val_every_n_epoch, False
             self._forced = False
+
+
+def has_validation(trainer: L.Trainer) -> bool:
+    """Whether there are held-out batches; without, checkpoints are saved at the end of the epoch, as it stands."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.enable_validation:
+        loop.setup_data()
+    return trainer.enable_validation and any(loop.max_batches)
 
 
 def in_open_window(trainer: L.Trainer) -> bool:
