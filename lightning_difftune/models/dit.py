@@ -66,8 +66,8 @@ class TanhGELU(nn.GELU):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Tokens x (B, N, H) scaled by 1 + scale and shifted, both (B, H)."""
-    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    """Tokens x (B, N, H) scaled by 1 + scale and shifted, both (B, 1, H)."""
+    return x * (1 + scale) + shift
 
 
 class DiTBlock(nn.Module):
@@ -83,9 +83,10 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (B, N, H) under the condition c (B, H) => tokens (B, N, H)."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate_attn.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        modulation = self.adaLN_modulation(c).unsqueeze(1)  # once, and not once per part
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=2)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
@@ -99,7 +100,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (B, N, H) under c (B, H) => flat patches (B, N, patch_size^2 * out_channels)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=2)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 

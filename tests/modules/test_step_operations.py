@@ -1,0 +1,122 @@
+"""What a training step dispatches, counted: exact and the same on every machine, where a time is neither."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from tiny import quiet_trainer, tiny_dit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
+
+from lightning_difftune import DiTDiffTuningModule
+from lightning_difftune.callbacks import EMA
+from lightning_difftune.diffusion import GaussianDiffusion
+from lightning_difftune.losses import hybrid_loss
+
+DEPTH, BATCH, RETAINED = 28, 10, 2
+FIRST, LAST = 3, 5  # steps that are counted
+
+
+class Count(TorchDispatchMode):
+    """Counts operations while it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_counting, self.operations = False, Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.is_counting:
+            self.operations[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Steps(L.Callback):
+    """Lets two steps be counted, from the start of one to the start of the next."""
+
+    def __init__(self, count: Count) -> None:
+        self.count = count
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.count.is_counting = FIRST <= trainer.global_step < LAST
+
+    def on_train_end(self, *_: Any) -> None:
+        self.count.is_counting = False
+
+
+def batch_of() -> dict[str, dict[str, torch.Tensor]]:
+    labels = torch.zeros(BATCH - RETAINED, dtype=torch.int64)
+    mean = torch.zeros(BATCH - RETAINED, 1, 8, 8)
+    return {
+        "target": {"latent_mean": mean, "latent_std": torch.ones_like(mean), "class_labels": labels},
+        "retention": {"latents": torch.zeros(RETAINED, 1, 8, 8)},
+    }
+
+
+def ours(folder: Any) -> Counter[str]:
+    """Operations of our step under the Trainer, with EMA."""
+    count = Count()
+    module = DiTDiffTuningModule(tiny_dit(depth=DEPTH), optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=True))
+    with count:
+        trainer = quiet_trainer(folder, LAST + 2, Steps(count), EMA(), precision="bf16-mixed", log_every_n_steps=100)
+        trainer.fit(module, DataLoader([batch_of()] * (LAST + 2), batch_size=None))
+    return Counter({name: number // (LAST - FIRST) for name, number in count.operations.items()})
+
+
+def bare() -> Counter[str]:
+    """Operations of a step of the loop that a person writes by hand, with the same loss, optimizer and averages."""
+    model, process, batch = tiny_dit(depth=DEPTH).train(), GaussianDiffusion(), batch_of()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    averages = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+
+    def step() -> None:
+        target, retained = batch["target"], batch["retention"]["latents"]
+        x0 = target["latent_mean"] + target["latent_std"] * torch.randn_like(target["latent_mean"])
+        labels = torch.where(torch.rand(len(x0)) < 0.1, model.null_class, target["class_labels"])
+        labels = torch.cat([labels, labels.new_full((RETAINED,), model.null_class)])
+        t = torch.cat([torch.rand(len(x0)).sqrt(), 1 - torch.rand(RETAINED).sqrt()]) * 1000
+        t, x0 = t.long().clamp(max=999), torch.cat([x0, retained])
+        noise = torch.randn_like(x0)
+        x_t = process.add_noise(x0, noise, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = hybrid_loss(model(x_t, t, labels), x0, x_t, noise, t, process)
+        loss = losses[:-RETAINED].mean() + 0.1 * losses[-RETAINED:].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        torch._foreach_lerp_(averages, [p.detach() for p in trained], 1e-4)
+
+    step()
+    with Count() as count:
+        count.is_counting = True
+        step()
+    return count.operations
+
+
+def test_our_step_dispatches_at_most_three_percent_more_than_a_bare_loop(tmp_path):
+    found, expected = ours(tmp_path), bare()
+    surplus = found - expected
+    assert found.total() <= 1.03 * expected.total(), surplus.most_common(10)
+    assert found.total() - expected.total() <= 100, surplus.most_common(10)  # not one per block or parameter
+    assert found["aten._to_copy.default"] <= expected["aten._to_copy.default"] + 4, "weights are cast once"
+
+
+def test_a_block_of_the_transformer_dispatches_no_more_than_it_did(tmp_path):
+    """The bare loop itself: forward and backward of one more block, with its share of optimizer and averages."""
+    counts = []
+    for depth in (2, 3):
+        model = tiny_dit(depth=depth).train()
+        with Count() as count:
+            count.is_counting = True
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(torch.zeros(2, 1, 8, 8), torch.tensor([3, 9]), torch.tensor([0, 1]))
+            output.square().mean().backward()
+        counts.append(count.operations.total())
+    assert counts[1] - counts[0] <= BLOCK
+
+
+BLOCK = 162
