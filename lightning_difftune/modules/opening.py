@@ -23,8 +23,9 @@ def open_model(
     """Open a model that is not a run, by its path or name.
 
     Args:
-        name: A DiT or an export of one, a text-to-image pipeline, a UNet's folder, or the name of a bundled model.
-        base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
+        name: A DiT or an export of one, a text-to-image pipeline, the folder of its UNet or
+            transformer, or the name of a bundled model.
+        base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet or transformer.
         vae: The autoencoder of a latent DiT that comes without one.
         text: Whether a hub repository is a text-to-image pipeline.
         solver: The scheduler that is asked for; of flow matching, it says what a DiT predicts whose file does not.
@@ -41,8 +42,8 @@ def open_model(
         module = TextToImageDiffTuningModule(name)
         module.configure_model()
         return module
-    if kind == "UNet2DConditionModel":
-        return open_unet(name, base)
+    if kind == "UNet2DConditionModel" or (kind.endswith("Transformer2DModel") and not kind.startswith("DiT")):
+        return open_part(name, kind, base)
     if kind == "ControlNetModel":
         raise ConfigError(f"{name} is a ControlNet, which draws after control maps; open it with diffusers' pipelines.")
     return open_dit(name, folder, base, vae, solver)
@@ -55,15 +56,15 @@ def kind_of(folder: Path) -> str:
     return str(stated.get("_class_name", ""))
 
 
-def open_unet(name: str, base: str | None) -> DiffTuningModule:
-    """A pipeline with the UNet of a folder in place of its own."""
-    from diffusers.models import UNet2DConditionModel
-
+def open_part(name: str, kind: str, base: str | None) -> DiffTuningModule:
+    """A pipeline with the UNet or transformer of a folder in place of its own."""
     if base is None:
-        raise ConfigError(f"{name} is a UNet alone. Name the pipeline that it belongs to: --base FOLDER or owner/name.")
+        raise ConfigError(
+            f"{name} is a {kind} alone. Name the pipeline that it belongs to: --base FOLDER or owner/name."
+        )
     module = TextToImageDiffTuningModule(base)
     module.configure_model()
-    module.unet = open_network(UNet2DConditionModel, name)
+    setattr(module, module.family.network_folder, open_network(module.family.network_class(), name))
     return module
 
 

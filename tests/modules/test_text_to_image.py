@@ -60,7 +60,7 @@ def test_it_trains_on_captions_and_a_bank_of_its_own_samples(tmp_path, pipeline_
         batch = LatentCache(tmp_path / "latents").read([2], [False])
         expected = module.text_encoder.encode(["grey"])["prompt_embeds"]
         torch.testing.assert_close(batch["prompt_embeds"], expected, rtol=1e-2, atol=1e-2)  # bfloat16
-        assert len(list((tmp_path / "latents" / "captions").iterdir())) == 3, "each distinct caption once"
+        assert len(list((tmp_path / "latents").glob("captions*/*.safetensors"))) == 3, "each distinct caption once"
 
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     saved = torch.load(tmp_path / "run.ckpt", weights_only=True)
