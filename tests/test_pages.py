@@ -74,7 +74,7 @@ def shorten(file: Path) -> None:
     file.write_text(text)
 
 
-def run(line: str, bundled: bool = True) -> None:
+def run(line: str) -> None:
     """One command, as it stands on the page."""
     program, *args = shlex.split(line, comments=True)
     if program in ELSEWHERE:
@@ -82,6 +82,11 @@ def run(line: str, bundled: bool = True) -> None:
     assert program == "difftune", line
     if args[0] == "sample":
         args += ["--steps", "2"] if "--steps" not in args else []
+    if "--trainer.devices" in args:  # Lightning starts the second process by this one's command line
+        entry = [sys.executable, "-m", "lightning_difftune", *args]
+        done = subprocess.run(entry, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, f"{line}: {done.stderr}"
+        return
     assert main(args) == 0, line
     if args[0] == "init":
         output = args[args.index("--output") + 1] if "--output" in args else "my.yaml"
