@@ -44,7 +44,7 @@ class Stopwatch(Callback):
     """Times the hooks of another callback, and the training around them.
 
     The clock waits for the device before and after each timed hook, so on a GPU the steps are a little slower than
-    without it. Give it to the trainer beside the other callback.
+    without it. Give it to the trainer in addition to the other callback.
 
     Args:
         callback: Whose hooks are timed.

@@ -191,7 +191,7 @@ class MeasuredSchedule:
         path: A JSON file as :func:`fit_schedule` writes it.
 
     Raises:
-        ConfigError: If the file is missing or is no schedule.
+        ConfigError: If the file is missing or is not a schedule.
     """
 
     def __init__(self, path: str | Path) -> None:

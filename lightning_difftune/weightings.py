@@ -1,4 +1,4 @@
-"""Loss weightings: how much the error of each noise level counts, beside psi and xi."""
+"""Loss weightings: how much the error of each noise level counts, in addition to psi and xi."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class RegionalCompile(Callback):
             replayed from CUDA graphs, too.
 
     Raises:
-        ConfigError: If blocks are named beside ``whole`` or, when training starts, there is no block to compile.
+        ConfigError: If blocks are named together with ``whole`` or, when training starts, nothing is to be compiled.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[RegionalCompile()], logger=False)

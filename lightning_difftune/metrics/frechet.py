@@ -26,7 +26,7 @@ class FrechetDistance(FrechetInceptionDistance):
     next.
 
     Args:
-        feature_extractor: Maps pictures uint8 to features (B, D); has ``num_features`` = D and, if it likes, ``name``.
+        feature_extractor: Maps pictures uint8 to features (B, D); has ``num_features`` = D and, optionally, ``name``.
 
     Raises:
         ConfigError: If the extractor has no ``num_features``.

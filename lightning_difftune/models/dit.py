@@ -192,7 +192,9 @@ class DiT(nn.Module):
         """
         size, _, patch = name.removeprefix("DiT-").partition("/")
         if size not in SIZES or patch not in {"2", "4", "8"}:
-            raise ConfigError(f"{name!r} is no DiT size. Sizes are DiT-S, B, L, XL with patch /2, /4, /8: 'DiT-XL/2'.")
+            raise ConfigError(
+                f"{name!r} is not a DiT size. Sizes are DiT-S, B, L, XL with patch /2, /4, /8: 'DiT-XL/2'."
+            )
         return cls(input_size, int(patch), in_channels, *SIZES[size], num_classes=num_classes)
 
     @property

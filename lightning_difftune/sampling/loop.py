@@ -62,7 +62,7 @@ class Reverse:
         self.done += 1
 
     def branch(self) -> Reverse:
-        """A copy that goes on independently: of the samples, and of what a multistep solver remembers."""
+        """A copy that continues independently: of the samples, and of what a multistep solver remembers."""
         return copy.deepcopy(self)
 
 

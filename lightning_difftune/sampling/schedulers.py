@@ -129,7 +129,7 @@ def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
 
 
 def learns_variance(scheduler: NoiseScheduler) -> bool:
-    """Whether its steps take the variance that a network predicts beside the mean, as the authors' 250 steps do."""
+    """Whether its steps take the variance that a network predicts, as the authors' 250 steps do."""
     return hasattr(scheduler, "_get_variance") and scheduler.config.get("variance_type") in _LEARNED
 
 
