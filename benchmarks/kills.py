@@ -191,7 +191,12 @@ def fit(folder: Path, base: Path, ckpt_path: Path | None, steps: int = STEPS) ->
     pictures, bank = ArrayImages(pixels, np.arange(20) % 4), folder / "run-bank"
     data = MemoryBankDataModule(pictures, 4, 8, channels=1, batch_size=10, bank=bank, bank_size=40, build_batch_size=20)
     saving = ModelCheckpoint(folder / "run", every_n_train_steps=1, save_last=True, save_top_k=0)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    quiet: dict[str, Any] = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
     averages: Any = EMA(0.9)
     trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=steps, callbacks=[averages, saving], **quiet)
     trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -202,9 +207,9 @@ def write_base(folder: Path) -> Path:
     """The pre-trained model of the run."""
     base = folder / "base.safetensors"
     if not base.exists():
-        sizes = {"patch_size": 4, "in_channels": 1, "hidden_size": 16, "depth": 1, "num_heads": 2, "num_classes": 6}
         torch.manual_seed(0)
-        export_dit(DiT(8, **sizes), base)
+        model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
+        export_dit(model, base)
     return base
 
 
