@@ -62,7 +62,7 @@ def test_published_sizes(size: str, patch: int) -> None:
 
 @pytest.mark.parametrize("name", ["DiT-XXL/2", "DiT-XL/3", "XL", ""])
 def test_unknown_size_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"no DiT size.*DiT-XL/2"):
+    with pytest.raises(ConfigError, match=r"not a DiT size.*DiT-XL/2"):
         DiT.from_size(name)
 
 
