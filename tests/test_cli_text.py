@@ -112,7 +112,7 @@ def test_a_line_of_metadata_that_cannot_be_used(project: Path, refused: Callable
     write_rows(project, rows)
     refused([], r"captioned/metadata.jsonl, line 3: text is None, expected a string; keys: \['file_name'\]")
     (project / "captioned/metadata.jsonl").write_text('{"file_name": "cat/0.png", "text": "a cat"\n')
-    refused([], r"captioned/metadata.jsonl, line 1: no JSON")
+    refused([], r"captioned/metadata.jsonl, line 1: not JSON")
 
 
 def test_labels_where_captions_belong(refused: Callable[..., None]) -> None:

@@ -93,7 +93,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     if repository is not None and path.suffix not in WEIGHT_FILES:
         return hub.fetch(repository[0], ("transformer", ""), repository[1])
     raise CheckpointError(
-        f"{str(source)!r} is no file or folder and no bundled model (bundled: {', '.join(bundled) or 'none'}). "
+        f"{str(source)!r} is not a file, a folder or a bundled model (bundled: {', '.join(bundled) or 'none'}). "
         "Check the path; a hub repository is written 'owner/name'."
     )
 

@@ -262,7 +262,7 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
         (["RUN", "--modle", "x"], "--modle is not an option. Did you mean model"),
         (["tiny.safetensors", "--modle", "x"], "Unknown options: --modle x. Only a checkpoint takes keys"),
         (["none.ckpt"], "none.ckpt does not exist"),
-        (["none"], "'none' is no file or folder and no bundled model"),
+        (["none"], "'none' is not a file, a folder or a bundled model"),
         (["latent.safetensors"], "latents of 4 channels and comes without the autoencoder.*--vae"),
         (["RUN", "--output", "."], "is not empty. Choose another --output, or pass --overwrite"),
     ],
