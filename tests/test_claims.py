@@ -95,7 +95,7 @@ def test_a_scheduler_steps_each_training_step(weights, tmp_path):
     module = DiTDiffTuningModule(
         str(weights), num_classes=3, lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     )
-    data = MemoryBankDataModule(tiny_pictures(), num_classes=3, image_size=8, channels=1, batch_size=12)  # 1 an epoch
+    data = MemoryBankDataModule(tiny_pictures(), num_classes=3, image_size=8, channels=1, batch_size=4)
     trainer = quiet_trainer(tmp_path, 5, accumulate_grad_batches=2)
     trainer.fit(module, data)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4 / 2**5)
