@@ -179,7 +179,7 @@ def test_bundled_model_by_name(tmp_path: Path, model: DiT, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("source", ["runs/best/model.safetensors", "weights/DiT-XL-2.pt", Path("owner/name")])
 def test_path_that_is_not_there_is_never_looked_up_on_the_hub(source: str | Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a file or folder and no bundled model"):
+    with pytest.raises(CheckpointError, match="is not a file, a folder or a bundled model"):
         load_dit(source)
 
 
