@@ -89,7 +89,9 @@ def open_network(
             raise CheckpointError(
                 f"{folder}: the weights do not fit config.json; {problem.replace('_', ' ')}: {names}."
             )
-    return network if dtype == torch.float32 else network.to(dtype)  # of which diffusers leaves parts in float32
+    if any(parameter.dtype != dtype for parameter in network.parameters()):  # diffusers leaves parts in float32
+        network.to(dtype)
+    return network
 
 
 def no_weights(folder: Path) -> str:

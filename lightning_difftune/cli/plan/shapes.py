@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from lightning_difftune.cli.plan.probe import without_values
@@ -38,6 +39,22 @@ _SD15_UNET = {  # all else is the class's default
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+_SDXL_UNET = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 _CLIP_L = {
     "model_type": "clip_text_model",
     "architectures": ["CLIPTextModel"],
@@ -48,6 +65,17 @@ _CLIP_L = {
     "num_attention_heads": 12,
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
+}
+
+_CLIP_BIGG = {
+    **_CLIP_L,
+    "architectures": ["CLIPTextModelWithProjection"],
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
 }
 
 
@@ -72,6 +100,27 @@ def published(name: str) -> dict[str, dict[str, Any]] | None:
             "text_encoder/config.json": _CLIP_L,
             "tokenizer/tokenizer_config.json": {"model_max_length": 77},
             "scheduler/scheduler_config.json": scheduler,
+        }
+    if name == "stabilityai/stable-diffusion-xl-base-1.0":
+        return {
+            "model_index.json": {
+                "_class_name": "StableDiffusionXLPipeline",
+                "force_zeros_for_empty_prompt": True,
+                "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+                "text_encoder": ["transformers", "CLIPTextModel"],
+                "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+                "tokenizer": ["transformers", "CLIPTokenizer"],
+                "tokenizer_2": ["transformers", "CLIPTokenizer"],
+                "unet": ["diffusers", "UNet2DConditionModel"],
+                "vae": ["diffusers", "AutoencoderKL"],
+            },
+            "unet/config.json": _SDXL_UNET,
+            "vae/config.json": {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+            "text_encoder/config.json": _CLIP_L,
+            "text_encoder_2/config.json": _CLIP_BIGG,
+            "tokenizer/tokenizer_config.json": {"model_max_length": 77},
+            "tokenizer_2/tokenizer_config.json": {"model_max_length": 77},
+            "scheduler/scheduler_config.json": {**scheduler, "_class_name": "EulerDiscreteScheduler"},
         }
     return None
 
@@ -117,16 +166,16 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
         def network(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
             if root not in Path(path).parents:
                 return opened(cls, path, *args, **options)
-            with mode:
+            with mode, default_dtype(options.get("torch_dtype")):
                 made = cls.from_config(cls.load_config(path)).eval()
             return made, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
         def text_network(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
             if root not in Path(path).parents:
                 return opened_text(cls, path, *args, **options)
-            with mode:
+            with mode, default_dtype(options.get("torch_dtype", options.get("dtype"))):
                 made = cls(cls.config_class.from_pretrained(path)).eval()
-            return made, {"missing_keys": []}
+            return (made, {"missing_keys": []}) if options.get("output_loading_info") else made
 
         with (
             mock.patch.object(hub, "fetch", stand_in),
@@ -138,6 +187,17 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
             yield shapes
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
+    """A ``with`` block in which weights are made in a precision, float32 by default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype if dtype is not None else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def write(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
     """Write a model's JSON files, and what else its openers look for."""
     for name, content in files.items():
@@ -146,7 +206,9 @@ def write(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
         file.write_text(json.dumps(content))
         for weights in ("diffusion_pytorch_model.safetensors", "model.safetensors"):  # which nothing reads
             file.with_name(weights).touch()
-        if name == "tokenizer/tokenizer_config.json":  # which words it knows does not change what they cost
+        if (
+            name.startswith("tokenizer") and file.name == "tokenizer_config.json"
+        ):  # which words it knows does not change what they cost
             bundled = checkpoints.BUNDLED / "sd-nano-flowers" / "tokenizer"
             (file.parent / "tokenizer.json").write_bytes((bundled / "tokenizer.json").read_bytes())
             file.write_text(json.dumps({**json.loads((bundled / file.name).read_text()), **content}))

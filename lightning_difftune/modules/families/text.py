@@ -115,6 +115,6 @@ def open_text_parts(pipeline_class: Any, model: str | Path, revision: str | None
     except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{folder}: its tokenizers and text encoders cannot be opened: {error}") from error
     for network in opened.components.values():
-        if isinstance(network, nn.Module):
+        if isinstance(network, nn.Module) and any(p.dtype != dtype for p in network.parameters()):
             network.to(dtype)
     return opened
