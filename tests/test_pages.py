@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from lightning_difftune.cli import main
+from lightning_difftune.cli.plan import duration
 
 ROOT = Path(__file__).parents[1]
 PAGES = {  # what each page's commands find in their folder
@@ -162,7 +163,9 @@ def test_the_readme_is_short() -> None:
 def test_the_readmes_table_is_what_plan_says(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)
-    lines = [line for line in commands("docs/tasks/photos.md") if line.startswith("difftune plan --config configs/")]
+    lines = [
+        line for line in commands("docs/tasks/photos.md") if line.startswith("difftune plan --device h100 --config")
+    ]
     rows = re.findall(
         r"^\| ([^|]*\d\.\d[^|]*|DiT[^|]*) \| ([\d.]+ GB) \| .* \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
     )
@@ -170,8 +173,7 @@ def test_the_readmes_table_is_what_plan_says(tmp_path, monkeypatch) -> None:
     for line, (name, memory, training) in zip(lines, rows, strict=True):
         assert main([*shlex.split(line)[1:], "--json", str(tmp_path / "plan.json")]) == 0
         plan = json.loads((tmp_path / "plan.json").read_text())
-        seconds = plan["phases"]["training"]["seconds"]
-        shown = f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+        shown = duration(plan["phases"]["training"]["seconds"])
         assert f"{plan['memory_bytes'] / 1e9:.3g} GB" == memory, name
         assert training.endswith(f", {shown}"), name
 
