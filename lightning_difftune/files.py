@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from filelock import FileLock, Timeout
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -165,6 +164,8 @@ class FolderLock:
                 raise Taken(
                     f"Another job is at work in {self.folder}. Wait until it is done, or name another folder."
                 ) from error
+            from lightning.fabric.utilities.rank_zero import rank_zero_info  # the method needs torch alone
+
             rank_zero_info(f"Another job is at work in {self.folder}; waiting for it.")
             self._lock.acquire(poll_interval=0.5)
         except OSError as error:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_difftune.conditions import take
@@ -190,6 +189,8 @@ class DiffTuningObjective(Tables):
         missing = None if self.density is None else describe_missing_half(self.density, psi, xi)
         for text in (describe_backwards(self.schedule, psi, xi), missing):
             if text is not None and text not in self._said:
+                from lightning.fabric.utilities.rank_zero import rank_zero_warn  # the objective needs torch alone
+
                 self._said.add(text)
                 rank_zero_warn(text)
         self.uses_retention = bool(xi.any()) and self.retention_weight > 0

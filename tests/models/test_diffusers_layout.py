@@ -101,11 +101,13 @@ def test_folder_with_a_pickled_bin_and_the_old_class_name_loads(folder: Path, mo
     assert fingerprint(load_dit(folder)) == fingerprint(model)
 
 
-def test_pipeline_folder_gives_class_names_when_all_are_there(folder: Path) -> None:
+def test_pipeline_folder_gives_the_names_of_the_first_classes_or_of_all(folder: Path) -> None:
     index = folder.parent / "model_index.json"
     index.write_text(json.dumps({"id2label": {str(i): f"class {i}" for i in range(1000)}}))
     assert load_dit(folder.parent).class_names == [f"class {i}" for i in range(1000)]
     index.write_text(json.dumps({"id2label": {"0": "tench"}}))
+    assert load_dit(folder.parent).class_names == ["tench"]
+    index.write_text(json.dumps({"id2label": {"1": "goldfish"}}))
     assert load_dit(folder.parent).class_names is None
 
 
