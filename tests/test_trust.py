@@ -15,7 +15,9 @@ from lightning_difftune.cli.run import Run
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.trust import check_trust, split_trusted
 
-CONFIGS = sorted(path for path in Path(__file__).parents[1].glob("configs/**/*.yaml"))
+CONFIGS = sorted(  # what a checkpoint may hold: a study's file is not the config of a run
+    path for path in Path(__file__).parents[1].glob("configs/**/*.yaml") if path.parent.name != "studies"
+)
 
 REFUSED = [
     "os.system",
