@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from http.client import HTTPException
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,7 +67,7 @@ class InceptionV3Features(FrozenFeatures):
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
-        kind = _torch_fidelity().FeatureExtractorInceptionV3
+        kind = torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
         path = Path(weights) if weights is not None else inception_weights()
         try:
             self.network = kind(
@@ -84,14 +85,19 @@ class InceptionV3Features(FrozenFeatures):
         return features
 
 
-def _torch_fidelity() -> Any:
+def torch_fidelity(part: str, what: str = "FID") -> Any:
+    """A module of torch-fidelity, which is an extra.
+
+    Raises:
+        ConfigError: If it is not installed; says what needs it.
+    """
     try:
-        from torch_fidelity import feature_extractor_inceptionv3
+        import_module("torch_fidelity")
+        return import_module(f"torch_fidelity.{part}")
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "FID needs the package torch-fidelity, which is not installed. Run `pip install torch-fidelity`."
+            f"{what} needs the package torch-fidelity, which is not installed. Run `pip install torch-fidelity`."
         ) from error
-    return feature_extractor_inceptionv3
 
 
 def inception_weights() -> Path:
@@ -100,7 +106,7 @@ def inception_weights() -> Path:
     Raises:
         CheckpointError: If they cannot be downloaded.
     """
-    url = _torch_fidelity().URL_INCEPTION_V3
+    url = torch_fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.exists():
         return path

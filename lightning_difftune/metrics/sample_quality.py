@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.metrics.extractors import torch_fidelity
 from lightning_difftune.metrics.frechet import FrechetDistance, frechet_distance
 from lightning_difftune.metrics.reference_cache import ReferenceCache, reference_key
 from lightning_difftune.protocols import GeneratesClasses, SupportsLabelledImages
@@ -73,8 +73,9 @@ class SampleQuality:
         """The figures, for the weights that the module has now.
 
         Raises:
-            ConfigError: If the module's data cannot show pictures with classes.
+            ConfigError: If the module's data cannot show pictures with classes, or torch-fidelity is not installed.
         """
+        prc: Any = torch_fidelity("metric_prc", "Precision and recall")
         data = module.trainer.datamodule
         if not isinstance(data, SupportsLabelledImages):
             raise ConfigError(
@@ -83,7 +84,7 @@ class SampleQuality:
         with torch.no_grad():
             train, held_out = self.real(data, "train"), self.real(data, "val")
             samples = self.generated(module)
-            manifolds = prc_features_to_metric(
+            manifolds = prc.prc_features_to_metric(
                 samples.features,
                 held_out.features,
                 prc_neighborhood=self.neighbourhood,
@@ -95,8 +96,8 @@ class SampleQuality:
         return {
             self.key: frechet_distance(held_out.features, samples.features).item(),
             f"{self.key}_train": frechet_distance(train.features, samples.features).item(),
-            "precision": manifolds[KEY_METRIC_PRECISION],
-            "recall": manifolds[KEY_METRIC_RECALL],
+            "precision": manifolds[prc.KEY_METRIC_PRECISION],
+            "recall": manifolds[prc.KEY_METRIC_RECALL],
             "recognised": accuracy(probe, samples),
             "recognised_real": accuracy(probe, held_out),
         }
