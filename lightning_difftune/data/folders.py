@@ -189,7 +189,7 @@ def decode(data: bytes, where: str) -> str:
     Example:
         >>> decode(b"Ger\xe4t", "1.txt")
         Traceback (most recent call last):
-        lightning_difftune.errors.DataError: 1.txt, line 1: not UTF-8 (the byte 0xe4 after 'Ger'). Save it as UTF-8 ...
+        lightning_difftune.errors.DataError: 1.txt, line 1: not UTF-8 (the byte 0xe4 after 'Ger'). Save it as UTF-8...
     """
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     fix = "Save it as UTF-8, for instance with `iconv -f latin1 -t utf-8`."
