@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.generation import SampleCallback
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.pictures import grid_of
 from lightning_difftune.protocols import SupportsReferenceImages
 
@@ -72,7 +73,10 @@ class SampleGrid(SampleCallback):
             self.evaluate(trainer, pl_module, 0)
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, SupportsReferenceImages):
-            pictures = first_of(data.reference_images(), self.num_samples)
+            try:
+                pictures = first_of(data.reference_images(), self.num_samples)
+            except ConfigError:  # nothing is held out
+                return
             rows = ["real pictures"] * -(-len(pictures) // self.columns)
             self.picture_log.save("real", grid_of(pictures, self.columns, rows), rows=", ".join(rows))
 
