@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_difftune.draws import Draws
@@ -205,17 +206,20 @@ def without_values() -> FakeTensorMode:
 
 def saved_bytes(probe: Probe, mode: AbstractContextManager[Any]) -> float:
     """What a training step keeps for its backward pass, each storage once, weights included."""
-    storages: dict[int, int] = {}
+    # a weak reference keeps the storage's address from being used by another, and says whether the graph still holds it
+    storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
+        reference = StorageWeakRef(storage)
+        storages.setdefault(reference.cdata, (reference, storage.nbytes()))
         return tensor
 
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = probe.loss()
-    del loss  # what was saved lives until here, so that no storage is taken for another
-    return float(sum(storages.values()))
+    saved = sum(nbytes for reference, nbytes in storages.values() if not reference.expired())
+    del loss  # what was saved lives until here
+    return float(saved)
 
 
 def all_parameters(module: nn.Module) -> list[nn.Parameter]:
