@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_difftune.data.image_files import CUB200, ImageFolder, ListedImages
+from lightning_difftune.data import CUB200, ImageFolder, ListedImages
 from lightning_difftune.data.source_facts import class_names_of
 from lightning_difftune.errors import DataError
 

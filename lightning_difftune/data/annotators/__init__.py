@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_difftune.data.annotators.canny import Canny
-from lightning_difftune.data.annotators.hed import HED, HEDSketch
+from lightning_difftune.data.annotators.edges import HED, Canny, HEDSketch
 from lightning_difftune.data.annotators.midas import MidasDepth, MidasNormal
 from lightning_difftune.data.annotators.segmentation import UperNetSegmentation
 
