@@ -2,6 +2,7 @@
 
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.controlnet import ControlNetDiffTuningModule
+from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.modules.dit import DiTDiffTuningModule
 from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
@@ -10,6 +11,7 @@ __all__ = [
     "ControlNetDiffTuningModule",
     "DiTDiffTuningModule",
     "DiffTuningModule",
+    "DiffusionModel",
     "StableDiffusionModule",
     "TextToImageDiffTuningModule",
 ]
