@@ -4,7 +4,7 @@ from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.controlnet import ControlNetDiffTuningModule
 from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.modules.dit import DiTDiffTuningModule
-from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
+from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     "DiTDiffTuningModule",
     "DiffTuningModule",
     "DiffusionModel",
-    "StableDiffusionModule",
+    "TextPipelineModule",
     "TextToImageDiffTuningModule",
 ]

@@ -18,8 +18,8 @@ from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules.base import adamw
 from lightning_difftune.modules.families import stable_diffusion
-from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
 from lightning_difftune.modules.subjects import Subject
+from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_pixels, to_uint8
 from lightning_difftune.prompts import DEFAULT_PROMPT
@@ -35,14 +35,14 @@ from lightning_difftune.sampling import Sampler
 from lightning_difftune.source import SourceFacts
 
 
-class ControlNetDiffTuningModule(StableDiffusionModule):
+class ControlNetDiffTuningModule(TextPipelineModule):
     """Diff-Tuning of a ControlNet beside the frozen UNet of a Stable Diffusion pipeline.
 
     The ControlNet starts as a copy of the UNet's encoder, whose outputs are zero at first. The memory bank holds
     pictures that the pipeline draws with the default prompt, and the control maps that ``annotator`` finds in these
     very pictures (App. C). Guidance drops the prompt and keeps the control, as diffusers' pipeline does.
 
-    Arguments as those of :class:`~lightning_difftune.modules.StableDiffusionModule`, and:
+    Arguments as those of :class:`~lightning_difftune.modules.TextPipelineModule`, and:
 
     Args:
         annotator: Turns pictures into control maps: the target's, the bank's, and those of generated pictures.

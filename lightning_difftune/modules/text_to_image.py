@@ -7,16 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_difftune.modules.stable_diffusion import StableDiffusionModule
+from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.source import SourceFacts
 
 
-class TextToImageDiffTuningModule(StableDiffusionModule):
+class TextToImageDiffTuningModule(TextPipelineModule):
     """Diff-Tuning of a text-to-image pipeline's network on pictures with captions, whole or by a tuner such as LoRA.
 
     ``LoRA(target_modules=("to_q", "to_v"))`` fits the attention layers of diffusers' networks. Arguments as those of
-    :class:`~lightning_difftune.modules.StableDiffusionModule`.
+    :class:`~lightning_difftune.modules.TextPipelineModule`.
 
     Example:
         >>> from lightning_difftune import MemoryBankDataModule, TextToImageDiffTuningModule

@@ -30,7 +30,7 @@ from lightning_difftune.source import SourceFacts
 RECENT_CAPTIONS = 64  # whose conditions are kept while a cache is made, or a validation repeats them
 
 
-class StableDiffusionModule(DiffTuningModule, ABC):
+class TextPipelineModule(DiffTuningModule, ABC):
     """Base of the modules whose condition is text: the frozen autoencoder and text encoder of a pipeline, and prompts.
 
     The memory bank's sample i has prompt i mod n of ``bank_prompts`` and is retained under it; the default is the empty
