@@ -276,13 +276,13 @@ def test_sigterm_in_the_last_step_changes_nothing(project, undisturbed, monkeypa
 
 def test_sigterm_while_the_bank_is_built_keeps_its_finished_shards(project, undisturbed, monkeypatch):
     with monkeypatch.context() as patch:
-        original = shards.ShardWriter.add
+        original = shards.ShardWriter.check
 
-        def add(writer, *args):
+        def check(writer, *args):
             original(writer, *args)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(shards.ShardWriter, "add", add)
+        patch.setattr(shards.ShardWriter, "check", check)
         assert main(["fit", "--config", "run.yaml"]) == 143
     assert (project / "bank/shard-00000.safetensors").exists()
     assert not (project / "bank/manifest.json").exists()

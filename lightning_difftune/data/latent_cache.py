@@ -132,7 +132,7 @@ class LatentCache:
         captions = _caption_store(Path(path), full_spec)
 
         def work() -> list[list[int]]:  # dealt out when the first batch is asked for, since other jobs may come before
-            kept.update(_encoded(writer.previous, digests))
+            kept.update(_encoded(writer.folder.previous, digests))
             batches = writer.work(batch_size, rank, world_size)
             return [[i for i in batch.indices.tolist() if i not in kept] for batch in batches]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -151,26 +151,6 @@ class MemoryBank:
             StoreError: A shard was altered.
         """
         self._reader.verify()
-
-    def require(self, spec: dict[str, Any]) -> None:
-        """Make sure that the bank is what ``spec`` would make; see :attr:`spec`.
-
-        Raises:
-            StoreError: It is not; the message names the keys that differ.
-        """
-        self._reader.require(spec)
-
-    def require_shape(self, shape: Sequence[int]) -> None:
-        """Make sure that a model which denoises samples of ``shape`` (c, h, w) can train on the bank.
-
-        Raises:
-            StoreError: It cannot; the message names both shapes.
-        """
-        if tuple(shape) != self.latent_shape:
-            raise StoreError(
-                f"{self.path} is a bank of another shape: its samples are {self.latent_shape}, but the model denoises "
-                f"{tuple(shape)}. Build a bank with the model that is fine-tuned, in a folder of its own."
-            )
 
 
 def _as_stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -21,8 +21,6 @@ from lightning_difftune.data.shards.format import (
     BuildPlan,
     Manifest,
     ShardHeader,
-    another_build,
-    differences,
     misfit,
     rebuild_shard,
     shard_name,
@@ -151,15 +149,6 @@ class ShardReader:
                     f"{path} was altered: its sha256 is {found[:12]}..., but the manifest says {record.sha256[:12]}... "
                     f"{rebuild_shard(path)}"
                 )
-
-    def require(self, spec: dict[str, Any]) -> None:
-        """Make sure that the contents are what ``spec`` would make.
-
-        Raises:
-            StoreError: They are not; the message names the keys that differ.
-        """
-        if changed := differences(self.spec, spec):
-            raise StoreError(another_build(self.path / MANIFEST, self.plan.kind, changed))
 
     def _map(self, shard: int) -> dict[str, NDArray[Any]]:
         if shard not in self._maps:

@@ -1,0 +1,187 @@
+"""Whose a folder of shards is while it is built: its plan, its lock, and which shards are there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_difftune.data.shards.format import (
+    BUILDING,
+    MANIFEST,
+    BuildPlan,
+    Manifest,
+    ShardHeader,
+    another_build,
+    differences,
+    dump_json,
+    shard_name,
+    shard_tag,
+)
+from lightning_difftune.errors import StoreError
+from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries
+
+_PREVIOUS = "previous-"
+
+
+class BuildFolder:
+    """A folder in which a plan is built; it stays unchanged if it holds another build.
+
+    Args:
+        path: The folder; made if it is missing.
+        plan: What is built.
+        replaces: As of :class:`ShardWriter`.
+
+    Raises:
+        StoreError: The folder belongs to another build, is unreadable, or cannot be written to.
+    """
+
+    def __init__(self, path: Path, plan: BuildPlan, replaces: Callable[[BuildPlan], bool] | None) -> None:
+        self.path, self.plan = path, plan
+        self._replaces = replaces
+        self._lock = FolderLock(path)
+        self._open()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the build is finished."""
+        found = self._found()
+        if found is None or found[1].name != MANIFEST:
+            return False
+        return found[0].digest == self.plan.digest and found[0].num_samples >= self.plan.num_samples
+
+    @property
+    def previous(self) -> list[Path]:
+        """Folders with shards of the builds that this one replaces; deleted when it is finished."""
+        return sorted(self.path.glob(f"{_PREVIOUS}*"))
+
+    def lock(self, waits: bool = True) -> None:
+        """Keep other jobs from building here until :meth:`unlock`; for one process of this one.
+
+        Args:
+            waits: Wait for another job that builds here. Where several processes would wait for the one that does, it
+                is better to refuse: they give up after half an hour.
+
+        Raises:
+            StoreError: Another job builds here, and nobody waits; or it has made something else of the folder.
+        """
+        if self.complete:
+            return
+        self._lock.acquire(waits)
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def unlock(self) -> None:
+        """Let other jobs build here, if this one holds the lock."""
+        self._lock.release()
+
+    def tidy(self) -> None:
+        """Delete what only the build needed."""
+        (self.path / BUILDING).unlink(missing_ok=True)
+        discard_temporaries(self.path)
+        for folder in self.previous:
+            shutil.rmtree(folder)
+        self._lock.discard()
+
+    def missing_shards(self, rank: int = 0, world_size: int = 1) -> list[int]:
+        """The unfinished shards of one rank; shard k belongs to rank ``k % world_size``.
+
+        Raises:
+            StoreError: A shard of another build lies in the folder.
+        """
+        if self.complete:
+            return []
+        # Listing the folder, unlike asking for each file, sees on a network file system what other nodes just wrote.
+        present = set(os.listdir(self.path)) if self.path.is_dir() else set()
+        shards = range(rank, self.plan.num_shards, world_size)
+        return [
+            shard
+            for shard in shards
+            if shard_name(shard) not in present or self.samples_in(shard) < len(self.plan.shard_range(shard))
+        ]
+
+    def samples_in(self, shard: int) -> int:
+        """Samples in a shard's file; 0 if it is missing or damaged and the build makes it anew."""
+        path = self.path / shard_name(shard)
+        try:
+            header = ShardHeader.load(path)
+        except StoreError:
+            return 0
+        if header.tag != shard_tag(self.plan.digest, shard):
+            raise StoreError(
+                f"{path} was not made by this build of {self.plan.kind}. Move it away and build again, or name another "
+                "folder."
+            )
+        return header.num_samples
+
+    def save(self, path: Path, data: bytes) -> None:
+        """Write a file of the folder, whole or not at all.
+
+        Raises:
+            StoreError: The disk is full or refuses, or another job has taken the folder.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, data)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{path} vanished while it was written: another job builds in {self.path}. Stop one and run again; "
+                "finished shards are kept."
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreError(f"{path} cannot be written ({error}). Make it writable or name another.") from error
+            done = self.plan.num_shards - len(self.missing_shards())
+            raise StoreError(
+                f"No space left on the disk for {path} ({len(data) / 1e6:.1f} MB). {done} of {self.plan.num_shards} "
+                "shards are finished and kept: free some space and run again."
+            ) from error
+
+    def _open(self) -> None:
+        found = self._found()
+        if found is None:
+            self.save(self.path / BUILDING, dump_json(self.plan.to_json()))
+        elif found[0].digest != self.plan.digest and not self._may_replace(*found):
+            changed = differences(found[0].to_json(), {**self.plan.to_json(), "num_samples": found[0].num_samples})
+            raise StoreError(another_build(found[1], found[0].kind, changed))
+
+    def _begin(self) -> None:
+        """Take the folder over from a shorter build of the same plan, or from one that is replaced."""
+        self._open()  # again: another job may have finished it meanwhile
+        found = self._found()
+        if self.complete or found is None or found[0] == self.plan:
+            return
+        if found[0].digest != self.plan.digest:
+            shards = self._shards()
+            aside = self.path / f"{_PREVIOUS}{found[0].digest[:12]}"
+            aside.mkdir(exist_ok=True)
+            for shard in shards:
+                os.replace(shard, aside / shard.name)
+        self.save(self.path / BUILDING, dump_json(self.plan.to_json()))
+        (self.path / MANIFEST).unlink(missing_ok=True)
+
+    def _found(self) -> tuple[BuildPlan, Path] | None:
+        """The plan that the folder has now, and the file that says so."""
+        manifest, building = self.path / MANIFEST, self.path / BUILDING
+        for path in (manifest, building, manifest):  # another process may exchange the two between two looks
+            try:
+                if path.exists():
+                    return (Manifest.load(path).plan if path == manifest else BuildPlan.load(path)), path
+            except StoreError:
+                if path.exists():
+                    raise
+        return None
+
+    def _may_replace(self, plan: BuildPlan, source: Path) -> bool:
+        """Whether what another plan has made so far may go: nothing yet, or what the writer's maker said."""
+        if source.name == BUILDING and not self._shards():
+            return True
+        return self._replaces is not None and plan.kind == self.plan.kind and self._replaces(plan)
+
+    def _shards(self) -> list[Path]:
+        return sorted(self.path.glob("shard-*.safetensors"))
