@@ -239,12 +239,10 @@ def build(
         writer.folder.unlock()
 
 
-def _of_batch(tensors: dict[str, Tensor], batch: ShardBatch) -> dict[str, Tensor]:
+def _of_batch(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
-        if tensor.shape[:1] != batch.indices.shape:
-            raise StoreError(
-                f"{len(batch.indices)} samples were asked for, but {name} has shape {tuple(tensor.shape)}."
-            )
+        if tensor.shape[:1] != (count,):
+            raise StoreError(f"{count} samples were asked for, but {name} has shape {tuple(tensor.shape)}.")
     return tensors
 
 
