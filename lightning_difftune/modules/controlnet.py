@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
@@ -16,11 +15,9 @@ from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.frozen import Frozen
-from lightning_difftune.modules.base import adamw
 from lightning_difftune.modules.families import stable_diffusion
 from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
-from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_pixels, to_uint8
 from lightning_difftune.prompts import DEFAULT_PROMPT
 from lightning_difftune.protocols import (
@@ -29,9 +26,7 @@ from lightning_difftune.protocols import (
     RetentionBatch,
     SupportsControlExamples,
     TargetBatch,
-    Tuner,
 )
-from lightning_difftune.sampling import Sampler
 from lightning_difftune.source import SourceFacts
 
 
@@ -42,7 +37,8 @@ class ControlNetDiffTuningModule(TextPipelineModule):
     pictures that the pipeline draws with the default prompt, and the control maps that ``annotator`` finds in these
     very pictures (App. C). Guidance drops the prompt and keeps the control, as diffusers' pipeline does.
 
-    Arguments as those of :class:`~lightning_difftune.modules.TextPipelineModule`, and:
+    Arguments as those of :class:`~lightning_difftune.modules.TextPipelineModule`, such as ``tuner``, except for
+    ``frozen_dtype``, ``distilled_guidance`` and ``target_guidance``; and:
 
     Args:
         annotator: Turns pictures into control maps: the target's, the bank's, and those of generated pictures.
@@ -73,36 +69,19 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         controlnet: str | Path | None = None,
         conditioning_embedding_out_channels: Sequence[int] | None = None,
         conditioning_scale: float = 1.0,
-        image_size: int | None = None,
         prompts: Sequence[str] = (DEFAULT_PROMPT,),
         bank_prompts: Sequence[str] = (DEFAULT_PROMPT,),
-        prompt_dropout: float = 0.1,
-        gradient_checkpointing: bool = False,
-        channels_last: bool = False,
-        objective: DiffTuningObjective | None = None,
-        optimizer: OptimizerCallable = adamw,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        tuner: Tuner | None = None,
-        sampler: Sampler | None = None,
-        bank_sampler: Sampler | None = None,
-        seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
             model=model,
             revision=revision,
-            image_size=image_size,
             prompts=prompts,
             bank_prompts=bank_prompts,
-            prompt_dropout=prompt_dropout,
-            gradient_checkpointing=gradient_checkpointing,
-            channels_last=channels_last,
-            objective=objective,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            tuner=tuner,
-            sampler=sampler,
-            bank_sampler=bank_sampler,
-            seed=seed,
+            frozen_dtype="float32",  # the UNet's gradients are the ControlNet's
+            distilled_guidance=None,
+            target_guidance=None,
+            **kwargs,
         )
         self.annotator = annotator
         self.controlnet_source = controlnet

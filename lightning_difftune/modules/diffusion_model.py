@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_difftune.draws import float32_by_default, noise_of
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.models import export_network
+from lightning_difftune.models import FrozenAutoencoder, export_network
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.precision import takes_its_own_type
 from lightning_difftune.models.usage import usage_of_network
@@ -34,10 +34,11 @@ Model = TypeVar("Model", bound=nn.Module)
 class DiffusionModel(L.LightningModule, ABC):
     """A pre-trained diffusion model: what a family says of its own, and how pictures are drawn with it.
 
-    A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`denoise`, :meth:`decode`, :attr:`sample_shape`
-    and :meth:`pretrained`; one of latents :meth:`encode_pixels`; and a conditional one :meth:`target_condition`,
-    :meth:`null_condition`, :meth:`retention_condition`, :meth:`conditions`, :meth:`source_conditions` and
-    :meth:`source_condition`. :class:`~lightning_difftune.modules.DiffTuningModule` adds the training.
+    A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`denoise`, :attr:`sample_shape` and
+    :meth:`pretrained`; one of latents sets :attr:`autoencoder`, or has :meth:`encode_pixels`, :meth:`decode` and
+    :meth:`encoder_identity` of its own; and a conditional one :meth:`target_condition`, :meth:`null_condition`,
+    :meth:`retention_condition`, :meth:`conditions`, :meth:`source_conditions` and :meth:`source_condition`.
+    :class:`~lightning_difftune.modules.DiffTuningModule` adds the training.
 
     Args:
         sampler: How pictures are generated for FID and grids; without a scheduler it gets one for the model.
@@ -46,12 +47,15 @@ class DiffusionModel(L.LightningModule, ABC):
 
     Attributes:
         source_facts: What the pre-trained model is, once it is built.
+        autoencoder: Turns pictures into latents and back; ``None`` for a model of pixels.
     """
 
     source_facts: SourceFacts
+    autoencoder: FrozenAutoencoder | None
 
     def __init__(self, sampler: Sampler | None = None, bank_sampler: Sampler | None = None, seed: int = 0) -> None:
         super().__init__()
+        self.autoencoder = None
         self.sampler = sampler if sampler is not None else Sampler()
         # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
         bank_sampler = bank_sampler if bank_sampler is not None else self.sampler
@@ -80,10 +84,6 @@ class DiffusionModel(L.LightningModule, ABC):
         """Raw network output (B, c or 2c, h, w) for x_t (B, c, h, w) at t (B,) int64."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]."""
-
-    @abstractmethod
     def trainable_modules(self) -> list[nn.Module]:
         """The networks that are trained, or that the tuner is applied to."""
 
@@ -101,12 +101,18 @@ class DiffusionModel(L.LightningModule, ABC):
         """
 
     def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; by default themselves and none."""
-        return pixel_values, None
+        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; themselves and none without any."""
+        return (
+            (pixel_values, None) if self.autoencoder is None else self.autoencoder.encode(pixel_values.to(self.device))
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; a model of pixels clamps."""
+        return latents.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(latents)
 
     def encoder_identity(self) -> str | None:
         """What decides the result of :meth:`encode`; ``None`` for a model of pixels, which has nothing to cache."""
-        return None
+        return None if self.autoencoder is None else self.autoencoder.identity()
 
     @property
     def condition_dropout(self) -> float:

@@ -200,20 +200,6 @@ class DiTDiffTuningModule(DiffTuningModule):
         """The transformer."""
         return [self.dit]
 
-    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures (B, C, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents; pixel models keep them."""
-        if self.autoencoder is None:
-            return super().encode_pixels(pixel_values)
-        return self.autoencoder.encode(pixel_values.to(self.device))
-
-    def encoder_identity(self) -> str | None:
-        """Fingerprint and scale of the autoencoder; ``None`` for pixel models."""
-        return None if self.autoencoder is None else self.autoencoder.identity()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; pixel models clamp."""
-        return latents.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(latents)
-
     def reconstruct(self, pictures: Tensor) -> Tensor:
         """Pictures (B, C, H, W) uint8 => what the autoencoder makes of them, uint8; pixel models lose nothing."""
         if self.autoencoder is None:

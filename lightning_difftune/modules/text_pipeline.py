@@ -21,13 +21,12 @@ from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import folder_of, open_network
 from lightning_difftune.modules.base import DiffTuningModule, adamw
 from lightning_difftune.modules.families import Family, family_of
+from lightning_difftune.modules.prompts import PromptConditions
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankGenerator, BankPictures, RetentionBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts
-
-RECENT_CAPTIONS = 64  # whose conditions are kept while a cache is made, or a validation repeats them
 
 
 class TextPipelineModule(DiffTuningModule, ABC):
@@ -68,6 +67,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
     """
 
     family: Family
+    autoencoder: FrozenAutoencoder
 
     def __init__(
         self,
@@ -111,8 +111,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
         self.gradient_checkpointing = gradient_checkpointing
         self.channels_last = channels_last
         self._given_samplers = sampler, bank_sampler
-        self._tables: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        self._recent: dict[str, dict[str, Tensor]] = {}
         self._use_samplers(Sampler(num_inference_steps=20, guidance_scale=7.5, guidance_channels=None))
 
     # -- networks -------------------------------------------------------------------------------------------------
@@ -130,6 +128,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         size = self.image_size or self.family.sample_size(network) * self.autoencoder.downsample
         self._sample_shape = self.autoencoder.latent_shape(size)
         self.text_encoder = self.family.open_text(self.model, self.revision, size, self.frozen_dtype)
+        self._text = PromptConditions(self.text_encoder)
         self.family.check(self.model, network, self.text_encoder, self._sample_shape[0])
         self._set_guidance(self.family.takes_guidance(network))
         if self.objective.density is None:
@@ -239,18 +238,11 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     def embed(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
         """Conditions of a fixed list of n prompts, n rows by name, made once."""
-        if prompts not in self._tables:
-            each = [self.text_encoder.encode([prompt]) for prompt in prompts]
-            self._tables[prompts] = {name: torch.cat([one[name] for one in each]) for name in each[0]}
-        table = self._tables[prompts] = conditions.to(self._tables[prompts], self.device)
-        return table
+        return self._text.table(prompts, self.device)
 
     def null_text(self) -> dict[str, Tensor]:
         """The condition of a dropped prompt, in one row."""
-        if () not in self._tables:
-            self._tables[()] = self.text_encoder.null()
-        table = self._tables[()] = conditions.to(self._tables[()], self.device)
-        return table
+        return self._text.table((), self.device)
 
     def prompted(self, prompts: Sequence[str], indices: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Condition of prompt i mod n for indices (B,), and as many rows of the null condition."""
@@ -264,10 +256,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
     def sample_shape(self) -> tuple[int, ...]:
         """(c, h, w) of the latents."""
         return self._sample_shape
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) => pixel values (B, 3, H, W) in [-1, 1]."""
-        return self.autoencoder.decode(latents)
 
     def encode(self, batch: TargetBatch) -> TargetBatch:
         """Pictures (B, 3, H, W) and captions => latents' mean and std (B, c, h, w), and the captions' conditions.
@@ -284,20 +272,10 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return cast("TargetBatch", {**super().encode({"pixel_values": batch["pixel_values"]}), **text})
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Conditions of B captions on the device.
-
-        Where they are cached, captions are encoded one by one, so that a batch does not change how one is rounded, and
-        those seen last are kept, since pictures of a class, mirror images and validations repeat them.
-        """
-        if not self._caches_captions:
-            return conditions.to(self.text_encoder.encode(captions), self.device)
-        for caption in dict.fromkeys(captions):
-            if caption not in self._recent:
-                self._recent[caption] = self.text_encoder.encode([caption])
-        rows = [self._recent[caption] for caption in captions]
-        for caption in list(self._recent)[:-RECENT_CAPTIONS]:
-            del self._recent[caption]
-        return {name: torch.cat([row[name].to(self.device) for row in rows]) for name in rows[0]}
+        """Conditions of B captions on the device."""
+        if self._caches_captions:
+            return self._text.captions(captions, self.device)
+        return conditions.to(self.text_encoder.encode(captions), self.device)
 
     @property
     def _caches_captions(self) -> bool:
@@ -315,7 +293,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
             for prompts in (self.prompts, self.bank_prompts):
                 self.embed(prompts)
             self.null_text()
-            self._recent.clear()
+            self._text.forget_captions()
             self.text_encoder.network.to("cpu")
 
     resize_hint = "Set the model's image_size."
@@ -324,10 +302,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
     def condition_dropout(self) -> float:
         """Probability that a target sample is shown without its caption."""
         return self.prompt_dropout
-
-    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures (B, 3, H, W) in [-1, 1] => mean and std (B, c, h, w) of their latents."""
-        return self.autoencoder.encode(pixel_values.to(self.device))
 
     def encoder_identity(self) -> str | None:
         """Autoencoder, its scale, and text encoder."""
