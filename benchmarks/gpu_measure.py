@@ -189,7 +189,7 @@ def bare_step(model: DiT, batch: Any, *, authors: bool = False, compiled: Any = 
                 for average, parameter in zip(averages, trained, strict=True):
                     average.mul_(0.9999).add_(parameter, alpha=0.0001)
             else:
-                torch._foreach_lerp_(averages, [p.detach() for p in trained], 0.0001)
+                torch._foreach_lerp_(averages, trained, 0.0001)
 
     return step
 

@@ -308,17 +308,28 @@ class DiffTuningModule(DiffusionModel):
         every = 50 if trainer is None else trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and batch_idx % every == 0:
             self._finite.check(self)
-        # All processes have the same shares of both streams, so the mean of their means is that of the global batch.
-        # `sync_dist` would stop all of them at a barrier for each value; this is one gathering, which nobody waits for.
-        losses = torch.stack([output.loss, output.reconsolidation, output.retention]).detach()
-        everyone: Any = self.all_gather(losses)  # (W, 3) or, on one device, (3,) as they are
-        losses = everyone.view(-1, len(losses)).mean(0)
-        # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
-        self.log("train/loss", losses[0])
-        self.log("train/reconsolidation", losses[1])
+        losses = {"train/loss": output.loss, "train/reconsolidation": output.reconsolidation}
         if "retention" in batch:
-            self.log("train/retention", losses[2])
+            losses["train/retention"] = output.retention
+        self._log_losses(losses)
         return output.loss
+
+    def _log_losses(self, losses: dict[str, Tensor]) -> None:
+        """Log the losses of a step, as the means over all processes."""
+        if self._place[1] > 1:
+            # All processes have the same shares of both streams, so the mean of their means is that of the global
+            # batch. `sync_dist` would stop all of them at a barrier for each value; this is one gathering, which nobody
+            # waits for.
+            everyone: Any = self.all_gather(torch.stack(list(losses.values())).detach())  # (W, number of losses)
+            losses = dict(zip(losses, everyone.mean(0), strict=True))
+        results: Any = None if self._trainer is None else self._trainer._results
+        for name, loss in losses.items():
+            known = None if results is None else results.get(f"training_step.{name}")
+            if known is None or known.has_reset:  # the first of an epoch
+                # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
+                self.log(name, loss)
+            else:  # what `log` does at last: it looks through all of a metric before, 1,900 calls of Python
+                known.forward(loss.detach(), 1)
 
     def on_train_end(self) -> None:
         """Look at the losses since the last look."""

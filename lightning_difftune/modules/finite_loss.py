@@ -11,34 +11,46 @@ from lightning_difftune.errors import NumericsError
 from lightning_difftune.objective import ObjectiveOutput
 
 BINS = 10  # of equal width over the timesteps
+KEPT = 50  # steps whose losses wait on the device to be looked at
 
 
 class FiniteLoss:
-    """Remembers on the device where the loss was first not finite, and reads that from there when it is asked to.
+    """Keeps the losses of the latest steps on the device, and finds the first that is not finite when it is asked to.
 
-    What it costs a step is a few operations on B numbers. Steps between the first loss that is not finite and the look
-    are lost, and no checkpoint is: one is looked for before each is written.
+    A step costs nothing but the memory of B numbers. Steps between the first loss that is not finite and the look are
+    lost, and no checkpoint is: one is looked for before each is written.
     """
 
     def __init__(self) -> None:
         # (4,) int64: whether there is one, and its step, timestep and stream (0 target, 1 retention, -1 unknown)
         self._first: Tensor | None = None
+        self._steps: list[tuple[int, ObjectiveOutput, Tensor]] = []
 
-    @torch.no_grad()
     def watch(self, step: int, output: ObjectiveOutput, is_retention: Tensor) -> None:
         """Take note of a step's losses (B,), whose streams are ``is_retention`` (B,) bool."""
-        bad = ~output.per_sample.detach().isfinite()
-        sample = bad.long().argmax().view(1)
-        known = bad.any()
-        now = torch.stack(
-            [
-                (known | ~output.loss.detach().isfinite()).long(),
-                torch.full_like(sample[0], step),
-                torch.where(known, output.timesteps.index_select(0, sample)[0], -1),
-                torch.where(known, is_retention.index_select(0, sample)[0].long(), -1),
-            ]
-        )
-        self._first = now if self._first is None else torch.where(self._first[0] > 0, self._first, now)
+        nothing = is_retention.new_empty(0)
+        kept = ObjectiveOutput(output.loss.detach(), nothing, nothing, output.per_sample.detach(), output.timesteps)
+        self._steps.append((step, kept, is_retention))
+        if len(self._steps) >= KEPT:
+            self._look()
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Reduce the losses that are kept to the first that is not finite, on the device."""
+        for step, output, is_retention in self._steps:
+            bad = ~output.per_sample.isfinite()
+            sample = bad.long().argmax().view(1)
+            known = bad.any()
+            now = torch.stack(
+                [
+                    (known | ~output.loss.isfinite()).long(),
+                    torch.full_like(sample[0], step),
+                    torch.where(known, output.timesteps.index_select(0, sample)[0], -1),
+                    torch.where(known, is_retention.index_select(0, sample)[0].long(), -1),
+                ]
+            )
+            self._first = now if self._first is None else torch.where(self._first[0] > 0, self._first, now)
+        self._steps = []
 
     def check(self, module: Any) -> None:
         """Look, on all processes alike.
@@ -46,6 +58,7 @@ class FiniteLoss:
         Raises:
             NumericsError: If a loss was not finite on one of them.
         """
+        self._look()
         if self._first is None:
             return
         found = self._first

@@ -67,13 +67,32 @@ def make_trainer(tmp_path: Path, *callbacks: Callback, **options: Any) -> L.Trai
     return L.Trainer(callbacks=list(callbacks), **defaults | options)
 
 
-def averaged(start: np.ndarray, trajectory: list[np.ndarray], decay: float, warmup: bool = False) -> np.ndarray:
+def averaged(
+    start: np.ndarray, trajectory: list[np.ndarray], decay: float, warmup: bool = False, every: int = 1
+) -> np.ndarray:
     """The recurrence in plain numpy, float64."""
     average = start.astype(np.float64)
-    for n, weights in enumerate(trajectory):
+    for n in range(0, len(trajectory) - every + 1, every):
         d = min(decay, (1 + n) / (10 + n)) if warmup else decay
-        average = d * average + (1 - d) * weights
+        average = d**every * average + (1 - d**every) * trajectory[n + every - 1]
     return average
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("every", [2, 4])
+def test_every_k_steps_the_decay_is_raised_to_k(tmp_path: Path, warmup: bool, every: int) -> None:
+    model, ema = PartlyFrozenModel(), EMA(decay=0.7, warmup=warmup, every_n_steps=every)
+    start = model.weights()
+    make_trainer(tmp_path, ema, limit_val_batches=0, accumulate_grad_batches=2).fit(model)
+    assert ema.num_updates == 6 // every
+    average = ema.state_dict()["averages"]["layer.weight"].numpy()
+    expected = averaged(start, model.trajectory, 0.7, warmup, every)
+    np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_steps_between_two_averages_are_at_least_one() -> None:
+    with pytest.raises(ConfigError, match="every_n_steps of EMA must be at least 1, found 0"):
+        EMA(every_n_steps=0)
 
 
 @pytest.mark.parametrize("warmup", [False, True])
@@ -146,15 +165,15 @@ def test_validation_test_and_predict_see_the_averages_and_training_does_not(tmp_
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resuming_is_exact_to_the_bit(tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "every"), [(1, 1), (2, 1), (2, 2)])
+def test_resuming_is_exact_to_the_bit(tmp_path: Path, accumulate: int, every: int) -> None:
     class SameBatch(PartlyFrozenModel):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             x = torch.sin(torch.arange(64.0).view(2, 32) * (self.trainer.global_step + 1))
             return self(x).square().mean()
 
     def fit(steps: int, ckpt_path: Path | None) -> tuple[SameBatch, EMA]:
-        model, ema = SameBatch(), EMA(decay=0.8, warmup=True)
+        model, ema = SameBatch(), EMA(decay=0.8, warmup=True, every_n_steps=every)
         saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         trainer = make_trainer(tmp_path, saver, ema, max_steps=steps, accumulate_grad_batches=accumulate)
         trainer.fit(model, ckpt_path=ckpt_path)
@@ -163,7 +182,7 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, accumulate: int) -> None:
     model, ema = fit(6, None)
     resumed_model, resumed = fit(6, tmp_path / "step=3.ckpt")
     assert len(resumed_model.trajectory) == 3
-    assert resumed.num_updates == ema.num_updates == 6
+    assert resumed.num_updates == ema.num_updates == 6 // every
     for name, average in ema.state_dict()["averages"].items():
         assert torch.equal(average, resumed.state_dict()["averages"][name])
     np.testing.assert_array_equal(model.weights(), resumed_model.weights())

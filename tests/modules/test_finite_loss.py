@@ -105,6 +105,20 @@ def test_the_end_of_a_run_is_looked_at(tmp_path):
         fit(tmp_path, module, 1000, steps=7)
 
 
+@pytest.mark.parametrize("kept", [1, 4, 50])
+def test_it_is_the_first_however_many_steps_wait_to_be_looked_at(monkeypatch, kept):
+    monkeypatch.setattr("lightning_difftune.modules.finite_loss.KEPT", kept)
+    loss = FiniteLoss()
+    for step in range(10):
+        losses = torch.full((3,), float("nan") if step >= 6 else 1.0)
+        loss.watch(
+            step, ObjectiveOutput(losses.mean(), None, None, losses, torch.tensor([250, 1, 2])), torch.zeros(3) > 0
+        )
+    assert len(loss._steps) < kept
+    with pytest.raises(NumericsError, match="at step 6, in the target stream at t = 250"):
+        loss.check(module_of())
+
+
 def test_an_overflow_of_the_sum_has_no_stream():
     loss = FiniteLoss()
     output = ObjectiveOutput(torch.tensor(float("inf")), None, None, torch.ones(3), torch.arange(3))
