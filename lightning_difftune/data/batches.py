@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_difftune.data.classes import check_labels
 from lightning_difftune.draws import seed_of
-from lightning_difftune.errors import DataError
+from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch
 
 ReadTarget = Callable[[list[int], list[bool]], TargetBatch]
@@ -194,6 +194,30 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
     ) -> None:
         super().__init__(batches, num_replicas=1, rank=0, shuffle=False)
         self.num_steps, self.progress = math.ceil(len(batches) / window) * window, progress
+
+    @classmethod
+    def in_trainer(cls, batches: TrainingBatches, trainer: Any) -> TrainingSteps:
+        """Where a trainer stands in the stream; its epochs are whole windows of accumulated batches.
+
+        Raises:
+            ConfigError: If ``limit_train_batches`` would cut a window short.
+        """
+        if trainer is None:
+            return cls(batches)
+        window, limit = accumulated_batches(trainer), trainer.limit_train_batches
+        if isinstance(limit, int) and limit % window:
+            raise ConfigError(
+                f"trainer.limit_train_batches is {limit}, which cuts a window of {window} accumulated batches short. "
+                f"Set it to a multiple of {window}."
+            )
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        steps = cls(batches, lambda: (progress.total.ready, progress.current.ready), window)
+        if progress.current.ready > len(steps):
+            # The epochs were longer before this resume: a new one begins here, at the same place of the stream.
+            current: Any = progress.current
+            current.completed -= current.ready
+            current.ready = current.started = current.processed = 0
+        return steps
 
     def __iter__(self) -> Iterator[int]:  # type: ignore[override]  # a step number, not a sample
         first, in_epoch = self.progress() if self.progress is not None else (self.epoch * self.num_steps, 0)

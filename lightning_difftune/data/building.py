@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_difftune.data.shards.format import MANIFEST
 
@@ -66,16 +68,44 @@ def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> 
             size = min(2 * size, limit)
 
 
+class BuildOptions(TypedDict):
+    """What all builders of stores take; see :func:`lightning_difftune.data.shards.build`."""
+
+    batch_size: int
+    rank: int
+    world_size: int
+    barrier: Callable[[], None]
+    progress: Callable[[int, int], None]
+
+
 @contextmanager
-def shard_progress(what: str, rank: int) -> Iterator[Callable[[int, int], None]]:
-    """Yield ``progress(done, total)``; the bar appears at the first call that reports unfinished work."""
+def building(what: str, trainer: Any, batch_size: int) -> Iterator[BuildOptions]:
+    """Build on all processes of a trainer, with a bar that appears at the first report of unfinished work.
+
+    When SIGTERM has come, the next report raises ``SIGTERMException``; what is finished is kept.
+
+    Args:
+        what: Name of the bar.
+        trainer: Lightning's; ``None`` outside one.
+        batch_size: Most samples that are made together.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+    barrier = (lambda: None) if trainer is None else trainer.strategy.barrier
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank != 0) as bar:
         task = bar.add_task(what, total=None, visible=False)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, visible=True)
+            if trainer is not None and trainer.received_sigterm:
+                raise SIGTERMException
 
-        yield progress
+        yield {
+            "batch_size": batch_size,
+            "rank": rank,
+            "world_size": world_size,
+            "barrier": barrier,
+            "progress": progress,
+        }

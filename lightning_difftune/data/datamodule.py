@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_difftune.data.batches import (
@@ -22,11 +19,9 @@ from lightning_difftune.data.batches import (
     ShuffledStream,
     TrainingBatches,
     TrainingSteps,
-    accumulated_batches,
 )
-from lightning_difftune.data.building import BATCH_SIZE, build_batch, shard_progress
-from lightning_difftune.data.classes import check_labels, describe_small_classes, joined_by_name
-from lightning_difftune.data.images import ImageTargets, require_source
+from lightning_difftune.data.building import BATCH_SIZE, build_batch, building
+from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.real_pictures import RealPictures
@@ -38,7 +33,7 @@ from lightning_difftune.protocols import SupportsBankGeneration, SupportsCaption
 _FEWEST_EVALUATION_BATCHES = 64
 
 
-class MemoryBankDataModule(RealPictures, L.LightningDataModule):
+class MemoryBankDataModule(RealPictures):
     """Target pictures and replayed samples of the pre-trained model, in fixed shares of every batch.
 
     A batch of B holds ``int(retention_share * B)`` bank samples and target samples for the rest (Algorithm 1; the
@@ -110,17 +105,17 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         verify_stores: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            target,
+            val_target,
+            num_classes=num_classes,
+            image_size=image_size,
+            channels=channels,
+            on_corrupt=on_corrupt,
+            reference=reference,
+            batch_size=None if build_batch_size == "auto" else build_batch_size,
+        )
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shard left to build
-        self.num_classes, self.channels = num_classes, channels
-        self.target = ImageTargets(target, image_size, channels, on_corrupt)
-        names = self.target.class_names
-        self.val_target: ImageTargets | None = None
-        if val_target is not None:
-            require_source(val_target)
-            held_out = val_target if num_classes is None else joined_by_name(val_target, names)
-            self.val_target = ImageTargets(held_out, image_size, channels, on_corrupt)
-        self.reference = reference
         self.bank_path = Path(bank).expanduser() if bank is not None else None
         self.bank_size = bank_size
         self.bank_source = (
@@ -131,21 +126,10 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
         self.latent_cache_path = Path(latent_cache).expanduser() if latent_cache is not None else None
         self.horizontal_flip = horizontal_flip
         self.class_balanced = class_balanced
-        self.build_batch_size: int | None = None if build_batch_size == "auto" else build_batch_size
         self.num_workers = num_workers
         self.verify_stores = verify_stores
         self.seed = seed
         self._check_shares()
-        labels = self.target.labels()
-        if labels is not None and num_classes is None:
-            raise ConfigError(
-                "num_classes is not set, but the target has class labels. Set it to their number; for a model of text, "
-                "make captions of them with lightning_difftune.data.ClassCaptions."
-            )
-        if labels is not None and num_classes is not None:
-            for targets in (self.target, self.val_target):
-                if targets is not None and (known := targets.labels()) is not None:
-                    check_labels(known, num_classes, targets.describe)
 
     def _check_shares(self) -> None:
         if not 0 <= self.retention_share < 1:
@@ -165,24 +149,9 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             )
 
     @property
-    def class_names(self) -> list[str] | None:
-        """Names of the target's classes in the order of their labels, where its source has them."""
-        return self.target.class_names if self.num_classes is not None else None
-
-    @property
     def retention_batch_size(self) -> int:
         """Bank samples in a batch: ``int(retention_share * batch_size)``, 0 without a bank."""
         return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0
-
-    def setup(self, stage: str) -> None:
-        """Warn of classes that are too small to be learned, and refuse pictures that would come out black."""
-        if stage == "fit":
-            self.target.check_depth()
-        labels = self.target.labels()
-        if stage == "fit" and self.num_classes is not None and labels is not None:
-            said = describe_small_classes(labels, self.num_classes, self.class_names)
-            if said is not None:
-                rank_zero_info(said)
 
     # -- where the run stands ---------------------------------------------------------------------------------------
 
@@ -193,44 +162,6 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
     @property
     def _world_size(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
-
-    def _barrier(self) -> None:
-        if self.trainer is not None:
-            self.trainer.strategy.barrier()
-
-    def _until_stopped(self, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
-        """The same, but leaves a build when SIGTERM has come; what is finished of it is kept."""
-
-        def report(done: int, total: int) -> None:
-            progress(done, total)
-            if self.trainer is not None and self.trainer.received_sigterm:
-                raise SIGTERMException
-
-        return report
-
-    def _steps(self, batches: TrainingBatches) -> TrainingSteps:
-        """Where the run stands in the stream; its epochs are whole windows of accumulated batches.
-
-        Raises:
-            ConfigError: If ``limit_train_batches`` would cut a window short.
-        """
-        trainer = self.trainer
-        if trainer is None:
-            return TrainingSteps(batches)
-        window, limit = accumulated_batches(trainer), vars(trainer)["limit_train_batches"]
-        if isinstance(limit, int) and limit % window:
-            raise ConfigError(
-                f"trainer.limit_train_batches is {limit}, which cuts a window of {window} accumulated batches short. "
-                f"Set it to a multiple of {window}."
-            )
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        steps = TrainingSteps(batches, lambda: (progress.total.ready, progress.current.ready), window)
-        if progress.current.ready > len(steps):
-            # The epochs were longer before this resume: a new one begins here, at the same place of the stream.
-            current: Any = progress.current
-            current.completed -= current.ready
-            current.ready = current.started = current.processed = 0
-        return steps
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which pictures are in the batch of a step, for a run that is resumed."""
@@ -284,18 +215,8 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
                 generator.generate_bank(torch.arange(count))
 
         batch_size = build_batch(self.build_batch_size, path, largest)
-        with shard_progress("Memory bank", self._rank) as progress:
-            bank = MemoryBank.build(
-                path,
-                generator,
-                self.bank_size,
-                batch_size=batch_size,
-                rank=self._rank,
-                world_size=self._world_size,
-                barrier=self._barrier,
-                progress=self._until_stopped(progress),
-                context=context,
-            )
+        with building("Memory bank", self.trainer, batch_size) as options:
+            bank = MemoryBank.build(path, generator, self.bank_size, context=context, **options)
         rank_zero_info(f"Memory bank {path}: {len(bank):,} samples of shape {bank.latent_shape}.")
         return bank
 
@@ -312,7 +233,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             self.latent_cache_path,
             lambda count: encode(pixels([0] * count, [False] * count)),
         )
-        with shard_progress("Latent cache", self._rank) as progress:
+        with building("Latent cache", self.trainer, batch_size) as options:
             return LatentCache.build(
                 self.latent_cache_path,
                 self.target,
@@ -320,12 +241,8 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
                 {"autoencoder": module.encoder_identity()},
                 mirrored=self.horizontal_flip,
                 of_caption=module.caption_columns if isinstance(module, SupportsCaptions) else (),
-                batch_size=batch_size,
                 num_workers=self.num_workers,
-                rank=self._rank,
-                world_size=self._world_size,
-                barrier=self._barrier,
-                progress=self._until_stopped(progress),
+                **options,
             )
 
     # -- loaders ----------------------------------------------------------------------------------------------------
@@ -346,7 +263,7 @@ class MemoryBankDataModule(RealPictures, L.LightningDataModule):
             ShuffledStream(len(bank), retained, seed_of("bank", self.seed), *share) if bank is not None else None,
             self.horizontal_flip,
         )
-        return self._loader(batches, self._steps(batches))
+        return self._loader(batches, TrainingSteps.in_trainer(batches, self.trainer))
 
     def _target_stream(self, batch_size: int, rank: int, world_size: int) -> ShuffledStream:
         seed = seed_of("target", self.seed)

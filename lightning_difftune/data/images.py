@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from PIL.ImageFile import ImageFile
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from lightning_difftune.data.source_facts import (
     captions_of,
@@ -24,6 +24,7 @@ from lightning_difftune.data.source_facts import (
     labels_of,
     location_of,
     picture_digests_of,
+    require_source,
     transforms_pictures,
 )
 from lightning_difftune.errors import ConfigError, DataError
@@ -284,24 +285,6 @@ class ImageTargets:
             f"({len(self.skipped)} skipped so far in this process).",
             stacklevel=2,
         )
-
-
-def require_source(source: Any) -> None:
-    """Raise :class:`DataError` unless pictures can be reached by number."""
-    if isinstance(source, DataLoader):
-        wrong = "a DataLoader, whose batches are made already; pass its data set"
-    elif isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
-        wrong = (
-            f"{type(source).__name__}, which can be walked through but has no picture number i; a run that can be "
-            "repeated and resumed needs it. Write the first examples to a folder (HubImages with keep and limit does), "
-            "or give it __len__ and __getitem__"
-        )
-    else:
-        return
-    raise DataError(
-        f"the image source is {wrong}. Wanted is a map-style data set of (image, label) or (image, caption), such as "
-        "lightning_difftune.data.ImageFolder or any of torchvision's."
-    )
 
 
 def as_batch(items: Sequence[TargetItem], flips: Sequence[bool]) -> TargetBatch:

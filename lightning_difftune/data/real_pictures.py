@@ -1,32 +1,89 @@
-"""What a data module shows of its own pictures to those who compare generated ones with them."""
+"""The pictures of a data module: read alike, their classes joined by name, and shown to those who compare with them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_difftune.data.building import BATCH_SIZE
+from lightning_difftune.data.classes import check_labels, describe_small_classes, joined_by_name
 from lightning_difftune.data.images import ImageTargets, TargetItem
+from lightning_difftune.data.source_facts import require_source
 from lightning_difftune.errors import ConfigError, DataError
 
 
-class RealPictures:
-    """Training and held-out pictures, always in the same order and never mirrored.
+class RealPictures(L.LightningDataModule):
+    """Training and held-out pictures; shown, they are always in the same order and never mirrored.
 
-    Attributes:
+    Args:
         target: The training pictures.
         val_target: Those held out, if there are any.
+        num_classes: Classes of the target; ``None`` for captions.
+        image_size: Side of the pictures in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        on_corrupt: What to do about a picture that cannot be read.
         reference: Which of the two FID compares with.
-        build_batch_size: Pictures in a batch; ``None`` where that was left open.
+        batch_size: Pictures that are shown together.
+
+    Raises:
+        ConfigError: If the target has class labels and ``num_classes`` is not set.
+        DataError: If a label is outside the label table, or the held-out pictures have a class of their own.
     """
 
-    target: ImageTargets
-    val_target: ImageTargets | None
-    reference: Literal["val", "train"]
-    build_batch_size: int | None
+    def __init__(
+        self,
+        target: Dataset,
+        val_target: Dataset | None,
+        *,
+        num_classes: int | None,
+        image_size: int,
+        channels: int,
+        on_corrupt: Literal["error", "skip"],
+        reference: Literal["val", "train"],
+        batch_size: int | None,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.channels, self.reference = num_classes, channels, reference
+        self.build_batch_size = batch_size
+        self.target = ImageTargets(target, image_size, channels, on_corrupt)
+        self.val_target: ImageTargets | None = None
+        names = self.target.class_names  # an error where the parts of the target number their classes differently
+        if val_target is not None:
+            require_source(val_target)
+            held_out = val_target if num_classes is None else joined_by_name(val_target, names)
+            self.val_target = ImageTargets(held_out, image_size, channels, on_corrupt)
+        if self.target.labels() is None:
+            return
+        if num_classes is None:
+            raise ConfigError(
+                "num_classes is not set, but the target has class labels. Set it to their number; for a model of text, "
+                "make captions of them with lightning_difftune.data.ClassCaptions."
+            )
+        for targets in (self.target, self.val_target):
+            if targets is not None and (known := targets.labels()) is not None:
+                check_labels(known, num_classes, targets.describe)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the target's classes in the order of their labels, where its source has them."""
+        return self.target.class_names if self.num_classes is not None else None
+
+    def setup(self, stage: str) -> None:
+        """Warn of classes that are too small to be learned, and refuse pictures that would come out black."""
+        if stage != "fit":
+            return
+        self.target.check_depth()
+        labels = self.target.labels()
+        if self.num_classes is not None and labels is not None:
+            said = describe_small_classes(labels, self.num_classes, self.class_names)
+            if said is not None:
+                rank_zero_info(said)
 
     def reference_images(self) -> Iterator[Tensor]:
         """The real pictures that generated ones are compared with: batches (B, C, H, W) uint8 in a fixed order."""

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 
 from lightning_difftune.errors import DataError
 from lightning_difftune.files import array_digest, stat_digest
@@ -51,6 +51,24 @@ class ImageSource(Protocol):
         The image is a ``PIL.Image`` or uint8 pixels: an array (H, W) or (H, W, C), or a tensor (C, H, W), of any size.
         """
         ...
+
+
+def require_source(source: Any) -> None:
+    """Raise :class:`DataError` unless pictures can be reached by number."""
+    if isinstance(source, DataLoader):
+        wrong = "a DataLoader, whose batches are made already; pass its data set"
+    elif isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        wrong = (
+            f"{type(source).__name__}, which can be walked through but has no picture number i; a run that can be "
+            "repeated and resumed needs it. Write the first examples to a folder (HubImages with keep and limit does), "
+            "or give it __len__ and __getitem__"
+        )
+    else:
+        return
+    raise DataError(
+        f"the image source is {wrong}. Wanted is a map-style data set of (image, label) or (image, caption), such as "
+        "lightning_difftune.data.ImageFolder or any of torchvision's."
+    )
 
 
 def labels_of(source: Any) -> torch.Tensor | None:
