@@ -187,10 +187,12 @@ def prediction_type_of(scheduler: Any) -> PredictionType | None:
 
     Those made for flow matching alone, such as ``FlowMatchEulerDiscreteScheduler``, have no ``prediction_type``.
     """
-    stated = scheduler.config.get("prediction_type")
+    stated, is_flow = scheduler.config.get("prediction_type"), "flow" in type(scheduler).__name__.lower()
+    if stated == "flow_prediction" and not is_flow and "use_flow_sigmas" not in scheduler.config:
+        return None  # whose steps know nothing of it
     if stated in PREDICTION_TYPES:
         return stated
-    return "flow_prediction" if stated is None and "flow" in type(scheduler).__name__.lower() else None
+    return "flow_prediction" if stated is None and is_flow else None
 
 
 def process_of(scheduler: Any) -> ForwardProcess:

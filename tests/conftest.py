@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pipelines
 import pytest
 import torch
 
@@ -73,3 +76,17 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("models") / "pipeline"
     pipeline.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """The folder of a family's tiny pipeline, saved once."""
+    made: dict[Any, str] = {}
+
+    def folder(family: str, **settings: Any) -> str:
+        key = family, *sorted(settings.items())
+        if key not in made:
+            made[key] = str(getattr(pipelines, family)(tmp_path_factory.mktemp(family) / "pipeline", **settings))
+        return made[key]
+
+    return folder

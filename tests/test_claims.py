@@ -7,7 +7,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from tiny import quiet_trainer, tiny_pictures, tiny_weights
+from tiny import quiet_trainer, tiny_dit, tiny_pictures, tiny_weights
 
 from lightning_difftune import DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule, SNRSchedule
 from lightning_difftune.callbacks import EMA
@@ -16,7 +16,7 @@ from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.draws import Draws
 from lightning_difftune.modules.base import adamw
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
-from lightning_difftune.sampling import Sampler
+from lightning_difftune.sampling import AUTHORS, Sampler
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +33,13 @@ def test_the_defaults_are_those_of_the_authors():
     assert default(DiffTuningObjective, "retention_weight") == DiffTuningObjective().retention_weight == 0.1
     assert default(DiTDiffTuningModule, "label_dropout") == 0.1
     assert default(EMA, "decay") == EMA().decay == 0.9999
-    sampler = Sampler()
-    assert (sampler.num_inference_steps, sampler.guidance_scale, sampler.guidance_channels) == (50, 1.5, 3)
-    sampler.reverse.set_timesteps(sampler.num_inference_steps)
-    assert type(sampler.reverse).__name__ == "DDIMScheduler"
-    assert sampler.reverse.config.timestep_spacing == "leading"
+    module = DiTDiffTuningModule(tiny_dit())
+    module.configure_model()
+    for sampler in (AUTHORS, module.sampler, module.bank_sampler):
+        assert (sampler.num_inference_steps, sampler.guidance_scale, sampler.guidance_channels) == (50, 1.5, 3)
+        assert type(sampler.reverse).__name__ == "DDIMScheduler"
+        assert sampler.reverse.config.timestep_spacing == "leading"
+    assert Sampler().spec() == AUTHORS.spec() == module.sampler.spec()
 
 
 def test_the_default_optimizer_is_adamw_without_decay_at_a_constant_rate(weights, tmp_path):

@@ -22,7 +22,7 @@ from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow, same_
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss, v_mse_loss, velocity_mse_loss, x0_mse_loss
 from lightning_difftune.models import FrozenAutoencoder, export_dit
-from lightning_difftune.modules import stable_diffusion
+from lightning_difftune.modules import text_pipeline
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.source import SourceFacts, check_scheduler, process_of
 
@@ -147,7 +147,7 @@ def opened_once(monkeypatch):
         return opened
 
     for name in ("open_network", "FrozenAutoencoder", "fingerprint"):
-        monkeypatch.setattr(stable_diffusion, name, once(getattr(stable_diffusion, name)))
+        monkeypatch.setattr(text_pipeline, name, once(getattr(text_pipeline, name)))
 
 
 def module_of(family, scheduler, folder, **settings):
@@ -279,6 +279,7 @@ def test_processes_are_compared_by_their_levels():
     [
         (diffusers.IPNDMScheduler(), "IPNDMScheduler, which does not say what it takes"),
         (diffusers.EDMEulerScheduler(), "has no alphas_cumprod"),
+        (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "DDIMScheduler, which does not say what it takes"),
         (diffusers.DDPMScheduler(**DIT, clip_sample=False, variance_type="learned_range"), "predicts no variance"),
         (diffusers.DDIMScheduler(**DIT, clip_sample=True, clip_sample_range=0.5), "clip_sample_range to 1.0"),
     ],

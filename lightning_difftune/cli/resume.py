@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_difftune.cli.environment import SaveRun
@@ -22,6 +23,14 @@ class SavedConfig(SaveRun):
     A folder may be shared by several runs, of which the last one overwrites the file; a checkpoint is of one run. What
     was logged before a checkpoint is on the disk when the checkpoint is.
     """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put in what the module, which knows its model by now, made of settings that were left out."""
+        settings = self.config.get("model", {}).get("init_args", {})
+        for name, values in getattr(pl_module, "completed_settings", dict)().items():
+            if name in settings:
+                settings[name] = Namespace({**(vars(settings[name]) if settings[name] is not None else {}), **values})
+        super().on_train_start(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add them as YAML, and have the loggers write what they hold back."""

@@ -69,8 +69,9 @@ class DiffTuningModule(DiffusionModel):
             that has an end gets the run's length if that is left out, or is -1; ``ReduceLROnPlateau`` steps after each
             validation, by ``val/loss`` or its ``monitor``.
         tuner: A parameter-efficient method; ``None`` trains all of :meth:`trainable_modules`.
-        sampler: How pictures are generated for FID and grids; without a scheduler it gets one for the model.
-        bank_sampler: How the memory bank is generated; like ``sampler`` by default.
+        sampler: How pictures are generated for FID and grids; what it leaves out is as :meth:`default_sampler` has it,
+            and the scheduler is made for the model.
+        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it.
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Raises:
@@ -193,7 +194,8 @@ class DiffTuningModule(DiffusionModel):
         if facts.latents is None and self.encoder_identity() is not None:
             facts = replace(facts, latents=LatentScale())  # they are latents, whatever their scale
         self.source_facts = self.objective.bind(facts)
-        self.sampler, self.bank_sampler = self.sampler, self.bank_sampler  # compared with the facts from here on
+        self.sampler = self.sampler  # completed and compared with the facts from here on
+        self.bank_sampler = self.bank_sampler
         for network in self.trainable_modules():
             network.train(self.training)  # diffusers opens its models in eval mode
             takes_its_own_type(network)

@@ -25,7 +25,7 @@ from lightning_difftune.protocols import (
     RetentionBatch,
     TargetBatch,
 )
-from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for
+from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for, scheduler_named
 from lightning_difftune.source import SourceFacts, check_scheduler
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,8 +41,9 @@ class DiffusionModel(L.LightningModule, ABC):
     :class:`~lightning_difftune.modules.DiffTuningModule` adds the training.
 
     Args:
-        sampler: How pictures are generated for FID and grids; without a scheduler it gets one for the model.
-        bank_sampler: How the memory bank is generated; like ``sampler`` by default.
+        sampler: How pictures are generated for FID and grids; what it leaves out is as :meth:`default_sampler` has it,
+            and the scheduler is made for the model.
+        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it.
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Attributes:
@@ -57,9 +58,7 @@ class DiffusionModel(L.LightningModule, ABC):
         super().__init__()
         self.autoencoder = None
         self.sampler = sampler if sampler is not None else Sampler()
-        # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
-        bank_sampler = bank_sampler if bank_sampler is not None else self.sampler
-        self.bank_sampler = replace(bank_sampler, domain_guidance=False, pretrained_tail=0.0)
+        self.bank_sampler = bank_sampler if bank_sampler is not None else Sampler()
         self.seed = seed
         # In a tuple, where nn.Module does not register it: it is not a part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
@@ -232,9 +231,36 @@ class DiffusionModel(L.LightningModule, ABC):
         """Name, fingerprint and what else identifies the pre-trained model, as flat plain values."""
         return self.source_facts.base_identity if hasattr(self, "source_facts") else {}
 
+    def default_scheduler(self) -> NoiseScheduler:
+        """The scheduler of a sampler that has none, for :attr:`source_facts`: DDIM, or Euler steps in a flow."""
+        return ddim_for(self.source_facts)
+
+    def default_sampler(self) -> Sampler:
+        """What :attr:`sampler` has where it says nothing, without a scheduler: here 50 steps without guidance."""
+        return Sampler(None, 50, 1.0, None)
+
+    def default_bank_sampler(self) -> Sampler:
+        """What :attr:`bank_sampler` has where it says nothing: here what :attr:`sampler` has."""
+        return self.sampler
+
+    def fitted(self, sampler: Sampler, role: str = "the sampler") -> Sampler:
+        """A sampler for the pre-trained model: completed as its family has it, and its scheduler made or compared.
+
+        Raises:
+            ConfigError: If its scheduler reverses another process, takes another prediction, or clips latents.
+        """
+        sampler = sampler.completed(self.default_sampler())
+        if sampler.scheduler is None:
+            return replace(sampler, scheduler=self.default_scheduler())
+        if isinstance(sampler.scheduler, str):
+            named = scheduler_named(sampler.scheduler, self.default_scheduler().config)
+            sampler = replace(sampler, scheduler=named)
+        check_scheduler(sampler.scheduler, self.source_facts, role)
+        return sampler
+
     @property
     def sampler(self) -> Sampler:
-        """How pictures are generated; made for the model, or compared with it, once that is built."""
+        """How pictures are generated: as it was given and, once the model is built, complete and made for it."""
         return self._sampler
 
     @sampler.setter
@@ -243,27 +269,23 @@ class DiffusionModel(L.LightningModule, ABC):
 
     @property
     def bank_sampler(self) -> Sampler:
-        """How the memory bank is generated."""
+        """How the memory bank is generated, likewise."""
         return self._bank_sampler
 
     @bank_sampler.setter
     def bank_sampler(self, sampler: Sampler) -> None:
-        self._bank_sampler = self.fitted(sampler, "the bank_sampler") if hasattr(self, "source_facts") else sampler
+        # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
+        sampler = replace(sampler, domain_guidance=False, pretrained_tail=0.0)
+        if hasattr(self, "source_facts"):
+            own = replace(self.default_bank_sampler(), domain_guidance=False, pretrained_tail=0.0)
+            sampler = self.fitted(sampler.completed(own), "the bank_sampler")
+        self._bank_sampler = sampler
 
-    def fitted(self, sampler: Sampler, role: str = "the sampler") -> Sampler:
-        """A sampler for the pre-trained model: with a scheduler, if it has none, or compared.
-
-        Raises:
-            ConfigError: If its scheduler reverses another process, takes another prediction, or clips latents.
-        """
-        if sampler.scheduler is None:
-            return replace(sampler, scheduler=self.default_scheduler())
-        check_scheduler(sampler.scheduler, self.source_facts, role)
-        return sampler
-
-    def default_scheduler(self) -> NoiseScheduler:
-        """The scheduler of a sampler that has none, for :attr:`source_facts`: DDIM, or Euler steps in a flow."""
-        return ddim_for(self.source_facts)
+    def completed_settings(self) -> dict[str, dict[str, Any]]:
+        """Arguments of this module that were filled in when it was built, for the config of its run."""
+        names = ("num_inference_steps", "guidance_scale", "guidance_channels", "domain_guidance", "pretrained_tail")
+        samplers = {"sampler": self.sampler, "bank_sampler": self.bank_sampler}
+        return {role: {name: getattr(sampler, name) for name in names} for role, sampler in samplers.items()}
 
     def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """:meth:`encode_pixels`, checked: mean and standard deviation (B, c, h, w), if any, of what is denoised.

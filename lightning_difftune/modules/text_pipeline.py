@@ -56,9 +56,10 @@ class TextPipelineModule(DiffTuningModule, ABC):
         optimizer: Given the trainable parameters, returns an optimizer.
         lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
         tuner: A parameter-efficient method; ``None`` trains the whole network.
-        sampler: How pictures are generated; for Stable Diffusion DPM-Solver++ in 20 steps with guidance 7.5 by default.
-        bank_sampler: How the memory bank is generated; by default like ``sampler``, and without guidance where there is
-            a bank prompt that is not the empty one.
+        sampler: How pictures are generated; what it leaves out is as the family has it, for Stable Diffusion
+            DPM-Solver++ in 20 steps with guidance 7.5.
+        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it, and without
+            guidance where there is a bank prompt that is not the empty one.
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Raises:
@@ -110,8 +111,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
         self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype)
         self.gradient_checkpointing = gradient_checkpointing
         self.channels_last = channels_last
-        self._given_samplers = sampler, bank_sampler
-        self._use_samplers(Sampler(num_inference_steps=20, guidance_scale=7.5, guidance_channels=None))
 
     # -- networks -------------------------------------------------------------------------------------------------
 
@@ -122,7 +121,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
             CheckpointError: If the pipeline is of a class that is not supported, or its parts do not fit.
         """
         self.family = family_of(self.model, self.revision)
-        self._use_samplers(self.family.sampler())
         network = self.open_network(self.frozen_dtype if hasattr(self.tuner, "disabled") else torch.float32)
         self.autoencoder = FrozenAutoencoder(folder_of(self.model, "vae", self.revision), None, "vae")
         size = self.image_size or self.family.sample_size(network) * self.autoencoder.downsample
@@ -187,18 +185,17 @@ class TextPipelineModule(DiffTuningModule, ABC):
         """The family's, such as DPM-Solver++."""
         return self.family.scheduler(self.source_facts)
 
-    def _use_samplers(self, default: Sampler) -> None:
-        """Take the samplers that were given, and the default where none was.
+    def default_sampler(self) -> Sampler:
+        """The family's, such as 20 steps with guidance 7.5 on all channels."""
+        return self.family.sampler()
 
-        Samples that are replayed under a prompt are what the model draws under it alone, so they have no guidance;
-        under the empty prompt guidance has no effect.
+    def default_bank_sampler(self) -> Sampler:
+        """What :attr:`sampler` has, without guidance where there is a bank prompt that is not the empty one.
+
+        Samples that are replayed under a prompt are what the model draws under it alone; under the empty prompt
+        guidance has no effect.
         """
-        sampler, bank_sampler = self._given_samplers
-        self.sampler = sampler if sampler is not None else default
-        if bank_sampler is None:
-            scale = 1.0 if any(self.bank_prompts) else self.sampler.guidance_scale
-            bank_sampler = replace(self.sampler, guidance_scale=scale)
-        self.bank_sampler = replace(bank_sampler, domain_guidance=False, pretrained_tail=0.0)
+        return replace(self.sampler, guidance_scale=1.0) if any(self.bank_prompts) else self.sampler
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
         """What fills a memory bank, where the family can be retained by one.

@@ -2,7 +2,7 @@
 
 from lightning_difftune.sampling.guidance import Guided
 from lightning_difftune.sampling.loop import Reverse, sample, swap
-from lightning_difftune.sampling.sampler import Sampler
+from lightning_difftune.sampling.sampler import AUTHORS, Sampler
 from lightning_difftune.sampling.schedulers import (
     NoiseScheduler,
     adds_noise,
@@ -13,6 +13,7 @@ from lightning_difftune.sampling.schedulers import (
 )
 
 __all__ = [
+    "AUTHORS",
     "Guided",
     "NoiseScheduler",
     "Reverse",

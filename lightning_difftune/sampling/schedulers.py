@@ -27,6 +27,8 @@ _PROCESS = (
     "rescale_betas_zero_snr",
 )
 
+# What a solver made for flow matching alone says of its grid.
+_FLOW = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 _LEARNED = ("learned", "learned_range")
 
@@ -153,12 +155,33 @@ def check_reverses(scheduler: NoiseScheduler) -> None:
     raise ConfigError(f"{name} does not fit here: {problem}. Take DDIMScheduler or UniPCMultistepScheduler, say.")
 
 
+def scheduler_class(name: str) -> Any:
+    """A scheduler class of diffusers by its name.
+
+    Args:
+        name: Such as ``"diffusers.DDIMScheduler"``, ``"DDIMScheduler"``; ``"DDIM"`` is enough.
+
+    Raises:
+        ConfigError: If diffusers has no such class.
+    """
+    import diffusers
+
+    asked = name.removeprefix("diffusers.").removesuffix("Scheduler")
+    class_name = f"{asked}Scheduler"
+    if class_name not in dir(diffusers):
+        known = [entry.removesuffix("Scheduler") for entry in dir(diffusers) if entry.endswith("Scheduler")]
+        near = [entry for entry in known if entry.lower().startswith(asked.lower())]
+        near = near[:4] or difflib.get_close_matches(asked, known) or ["DDIM", "UniPCMultistep"]
+        raise ConfigError(f"diffusers has no {class_name}. Did you mean {', '.join(near)}?")
+    return getattr(diffusers, class_name)
+
+
 def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
     """A scheduler of diffusers over the noise levels of another one, with defaults in all else.
 
     Args:
-        name: Its class, such as ``"DDIMScheduler"`` or ``"UniPCMultistepScheduler"``; ``"DDIM"`` is enough.
-        process: Settings of the other scheduler; its betas and what it predicts are taken.
+        name: Its class, see :func:`scheduler_class`.
+        process: Settings of the other scheduler; its betas and what it predicts are taken, or the shift of its flow.
 
     Raises:
         ConfigError: If diffusers has no such class, or it cannot be made over these noise levels.
@@ -167,24 +190,22 @@ def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
         >>> scheduler_named("UniPCMultistep", ddim().config).config.beta_end
         0.02
     """
-    import diffusers
-
-    class_name = name if name.endswith("Scheduler") else f"{name}Scheduler"
-    if class_name not in dir(diffusers):
-        known = [entry.removesuffix("Scheduler") for entry in dir(diffusers) if entry.endswith("Scheduler")]
-        asked = class_name.removesuffix("Scheduler")
-        near = [entry for entry in known if entry.lower().startswith(asked.lower())]
-        near = near[:4] or difflib.get_close_matches(asked, known) or ["DDIM", "UniPCMultistep"]
-        raise ConfigError(f"diffusers has no {class_name}. Did you mean {', '.join(near)}?")
-    kind = getattr(diffusers, class_name)
+    kind = scheduler_class(name)
     accepted = inspect.signature(kind.__init__).parameters
-    settings: dict[str, Any] = {key: process[key] for key in _PROCESS if key in process and key in accepted}
-    if "clip_sample" in accepted:
-        settings["clip_sample"] = False  # latents have no bounds, and pixels are clamped once, at the end
+    wanted: dict[str, Any] = {key: process[key] for key in _PROCESS if key in process}
+    wanted["clip_sample"] = False  # latents have no bounds, and pixels are clamped once, at the end
+    if process.get("prediction_type", "flow_prediction") == "flow_prediction":
+        wanted |= {key: process[key] for key in _FLOW if key in process}
+        if "use_flow_sigmas" in accepted:  # one for diffusions, too
+            shift = process.get("flow_shift", process.get("shift", 1.0))
+            wanted |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    elif process.get("rescale_betas_zero_snr"):
+        wanted["timestep_spacing"] = "trailing"  # which starts where there is noise alone
     try:
-        scheduler: NoiseScheduler = kind(**settings)
+        scheduler: NoiseScheduler = kind(**{key: value for key, value in wanted.items() if key in accepted})
     except (ImportError, TypeError, ValueError, NotImplementedError) as error:
-        raise ConfigError(f"{class_name} cannot be made: {str(error).strip().partition(chr(10))[0]}") from error
+        reason = str(error).strip().partition(chr(10))[0]
+        raise ConfigError(f"{kind.__name__} cannot be made: {reason}") from error
     return scheduler
 
 

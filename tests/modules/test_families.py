@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pipelines
 import pytest
 import torch
 import yaml
@@ -34,20 +33,6 @@ from lightning_difftune.tuners import LoRA
 FAMILIES = ("sdxl", "flux", "sd3")
 PROMPTS = ["a cat", "grey dog", "red"]
 ATTENTION = ("to_q", "to_v")
-
-
-@pytest.fixture(scope="session")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
-    """The folder of a family's tiny pipeline, saved once."""
-    made: dict[Any, str] = {}
-
-    def folder(family: str, **settings: Any) -> str:
-        key = family, *sorted(settings.items())
-        if key not in made:
-            made[key] = str(getattr(pipelines, family)(tmp_path_factory.mktemp(family) / "pipeline", **settings))
-        return made[key]
-
-    return folder
 
 
 def module_of(folder: str, **settings: Any) -> TextToImageDiffTuningModule:

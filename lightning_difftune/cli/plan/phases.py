@@ -43,7 +43,8 @@ class Phase:
 
 def forward_passes(sampler: Sampler) -> int:
     """Of the network for one sample: the steps, twice with guidance."""
-    return sampler.num_inference_steps * (1 if sampler.guidance_scale == 1 else 2)
+    steps: Any = sampler.num_inference_steps  # a number, since the module is built
+    return int(steps) * (1 if sampler.guidance_scale == 1 else 2)
 
 
 def phases(
