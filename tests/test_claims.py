@@ -14,7 +14,7 @@ from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ImageTargets
 from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.draws import Draws
-from lightning_difftune.modules.base import adamw
+from lightning_difftune.modules.optimization import adamw
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
 from lightning_difftune.sampling import AUTHORS, Sampler
 

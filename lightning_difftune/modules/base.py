@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -28,7 +28,7 @@ from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.modules.finite_loss import FiniteLoss
 from lightning_difftune.modules.from_checkpoint import ARGUMENTS, arguments_of, rebuild
 from lightning_difftune.modules.lean_checkpoints import complete, make_lean
-from lightning_difftune.modules.optimization import default_rate, make_scheduler, step_plateaus
+from lightning_difftune.modules.optimization import ADAMW_RATE, adamw, default_rate, make_scheduler, step_plateaus
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.run_keeper import RunKeeper, refuse_weights_alone
 from lightning_difftune.objective import DiffTuningObjective
@@ -42,13 +42,7 @@ from lightning_difftune.protocols import (
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.source import LatentScale, SourceFacts
 
-ADAMW_RATE = 1e-4
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The authors' optimizer: AdamW without weight decay at a constant learning rate of 1e-4."""
-    return torch.optim.AdamW(parameters, lr=ADAMW_RATE, weight_decay=0.0)
 
 
 class DiffTuningModule(DiffusionModel):

@@ -16,7 +16,8 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.usage import usage_of_dit, usage_of_file
-from lightning_difftune.modules.base import DiffTuningModule, adamw
+from lightning_difftune.modules.base import DiffTuningModule
+from lightning_difftune.modules.optimization import adamw
 from lightning_difftune.modules.subjects import Subject, class_subjects, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_pixel_values, to_uint8

@@ -19,8 +19,9 @@ from lightning_difftune.models import FrozenAutoencoder
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import folder_of, open_network
-from lightning_difftune.modules.base import DiffTuningModule, adamw
+from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.families import Family, family_of
+from lightning_difftune.modules.optimization import adamw
 from lightning_difftune.modules.prompts import PromptConditions
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
