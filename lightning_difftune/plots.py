@@ -70,6 +70,34 @@ def curves(
         axes.legend(frameon=False, fontsize=8)
 
 
+def scatter(
+    axes: Axes,
+    series: Mapping[str, Sequence[tuple[str, Sequence[tuple[float, float]]]]],
+    x_label: str,
+    y_label: str,
+) -> None:
+    """Draw named series of (label, (x, y) by seed) on axes of percent: a small marker for each seed, a large mean."""
+    labelled = set()
+    for style, (name, groups) in zip(cycle(LINES), series.items(), strict=False):
+        look = {"color": style["color"], "marker": style["marker"], "linestyle": "none"}
+        for number, (label, points) in enumerate(groups):
+            xs, ys = zip(*points, strict=True)
+            x, y = statistics.fmean(xs), statistics.fmean(ys)
+            axes.plot(xs, ys, markersize=3, alpha=0.5, **look)
+            axes.plot(x, y, markersize=7, label=None if number else name, **look)
+            if label not in labelled:  # once, at the first series that has it
+                axes.annotate(label, (x, y), (6, 4), textcoords="offset points", fontsize=7)
+                labelled.add(label)
+    for line in (axes.axhline, axes.axvline):
+        line(0, color="black", linewidth=0.8)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:+.0%}")
+    _label(axes, "", y_label)
+    axes.set_xlabel(x_label, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+
+
 def bars(
     axes: Axes, categories: Sequence[str], groups: Mapping[str, Sequence[Sequence[float]]], title: str, y_label: str
 ) -> None:

@@ -17,11 +17,11 @@ from tiny import tiny_weights
 
 from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
-from lightning_difftune.cli.compare.figures import bars_figure
+from lightning_difftune.cli.compare.figures import bars_figure, gains_figure
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.compare.study import read_study
-from lightning_difftune.cli.compare.table import line_of, shown
+from lightning_difftune.cli.compare.table import comparison, line_of, shown
 from lightning_difftune.files import FolderLock
 
 STEPS = 4
@@ -357,10 +357,44 @@ def test_the_table_has_means_spreads_and_changes(finished):
     assert (plain["change"], float(tuned["change"])) == ("", pytest.approx(change))
     markdown = Path("out/table.md").read_text().splitlines()
     assert markdown[0].startswith(
-        "| run | method | group | fd_digit_classifier ↓ | recognised ↑ | change | val/loss at 0: step | ewc/total |"
+        "| run | method | group | fd_digit_classifier ↓ | recognised ↑ | change | best over the steps | "
+        "change of the best | val/loss at 0: step | ewc/total |"
     )
     assert f"| tuned | Full | Diff-Tuning | {np.mean(distances['tuned']):.4g} ± " in markdown[3]
     assert f"| {change:+.1%} |" in markdown[3]
+
+
+def test_the_table_has_each_run_at_its_best_over_the_steps(finished, capsys):
+    curves = {
+        "plain": ([[2, 5.0], [4, 6.0]], [[2, 9.0], [4, 7.0]]),
+        "tuned": ([[2, 3.0], [4, 4.0]], [[2, 8.0], [4, 6.0]]),
+    }
+    for run, by_seed in curves.items():
+        for seed, history in enumerate(by_seed):
+            found = result(f"{run}-seed{seed}")
+            found["history"]["fd_digit_classifier"] = history
+            Path(f"out/results/{run}-seed{seed}.json").write_text(json.dumps(found))
+    assert main(["compare", "study.yaml", "--report"]) == 0
+    assert [float(row["best mean"]) for row in table()] == [6.0, 4.5]
+    assert float(table()[1]["best change"]) == pytest.approx(9 / 12 - 1)
+    assert "| 4.500 ± 2.1 | -25.0% |" in Path("out/table.md").read_text()
+
+
+def test_a_figure_shows_the_gain_over_a_metric_of_the_run_without(finished):
+    write_study(finished, gain_over="recognised")
+    for run in STUDY["runs"]:
+        for seed in (0, 1):
+            found = result(f"{run}-seed{seed}")
+            found["values"] |= {"fd_digit_classifier": 4.0 if run == "plain" else 3.0 + seed, "recognised": seed / 2}
+            Path(f"out/results/{run}-seed{seed}.json").write_text(json.dumps(found))
+    study = read_study(Path("study.yaml"))
+    results = [(study.runs[run], result(f"{run}-seed{seed}")) for run in STUDY["runs"] for seed in (0, 1)]
+    lines = comparison(study, results)
+    (axes,) = gains_figure(study, lines, "fd_digit_classifier", "recognised").axes
+    by_seed, mean = (line.get_xydata().tolist() for line in axes.lines[:2])
+    assert (by_seed, mean) == ([[0.0, -0.25], [0.5, 0.0]], [[0.25, -0.125]])
+    assert main(["compare", "study.yaml", "--report"]) == 0
+    assert Path("out/figures/gains.png").exists()
 
 
 def test_the_table_has_the_steps_of_convergence(finished, capsys):
@@ -431,6 +465,10 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
         ({"runs": {"a": {"config": []}}}, r"runs.a.config is not a key of a study file. Is it configs\?"),
         ({"runs": {"a": {"configs": ["x.yaml"]}}}, "runs.a.configs names x.yaml, which is not a file"),
         ({"runs": {"a": {"at": {"tau": "one"}}}}, "runs.a.at gives tau the value 'one'. Give a number"),
+        (
+            {"gain_over": "fd"},
+            "gain_over is 'fd', which metrics does not name. Choose from fd_digit_classifier, recognised",
+        ),
         ({"runs": {"a": {"against": "b"}}}, "runs.a.against is 'b', which is not a run of this study. Choose from a"),
         ({"runs": {"a": ["x.yaml"]}}, r"runs.a is \['x.yaml'\]. Give a mapping with configs"),
         ({"evaluate": ["RecognisedDigits"]}, "evaluate is .*class_path"),

@@ -24,8 +24,9 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
     """Draw what there are results for, as PNG and SVG.
 
     ``curves`` is the main metric over the steps (Fig. 6a), ``final`` the metrics at the end, ``ewc`` the distance from
-    the pre-trained weights (Fig. 5), and ``sweep`` the metrics over each quantity that runs are ``at``, such as tau
-    (Figs. 6c and 6d). Bars of a single run and sweeps of a single value compare nothing and are not drawn.
+    the pre-trained weights (Fig. 5), ``sweep`` the metrics over each quantity that runs are ``at``, such as tau (Figs.
+    6c and 6d), and ``gains`` the change of the main metric over the study's ``gain_over``. Bars of a single run and
+    sweeps of a single value compare nothing and are not drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     main = next(iter(study.metrics))
@@ -42,6 +43,8 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
             values[quantity].add(value)
     if quantities := [quantity for quantity, found in values.items() if len(found) > 1]:
         plots.save(sweep_figure(study, lines, quantities), folder / "sweep")
+    if study.gain_over and any(line.change is not None for line in lines):
+        plots.save(gains_figure(study, lines, main, study.gain_over), folder / "gains")
 
 
 def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
@@ -107,6 +110,27 @@ def sweep_figure(study: Study, lines: Sequence[Line], quantities: Sequence[str])
             axis.set_xscale("log")
             axis.minorticks_off()
         axis.set_xticks(xs, labels=[f"{x:g}" for x in xs], fontsize=8)
+    return figure
+
+
+def gains_figure(study: Study, lines: Sequence[Line], main: str, over: str) -> Figure:
+    """Each run's change of the main metric, over a metric of the run it is against: small by seed, large their mean."""
+    figure, (axis,) = grid(study, 1, 1)
+    by_name = {line.run.name: line for line in lines}
+    series: dict[str, list[tuple[str, list[tuple[float, float]]]]] = defaultdict(list)
+    for line in lines:
+        before = by_name.get(line.run.against or "")
+        if before is None or over not in before.values:
+            continue
+        starts = {
+            seed: (x, start)
+            for seed, x, start in zip(before.seeds, before.values[over], before.values[main], strict=True)
+        }
+        ends = zip(line.seeds, line.values[main], strict=True)
+        points = [(starts[seed][0], end / starts[seed][1] - 1) for seed, end in ends if seed in starts]
+        if points:
+            series[line.run.method].append((line.run.group, points))
+    plots.scatter(axis, series, f"{over} of the run that it is against", f"change of {main}")
     return figure
 
 

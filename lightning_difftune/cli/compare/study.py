@@ -56,6 +56,7 @@ class Study:
         settings: Keys that all runs set, between the base and their own configs.
         evaluators: ``class_path`` and ``init_args`` of :class:`~lightning_difftune.protocols.Evaluator` objects.
         metrics: What is compared, the main one first, and which direction is better.
+        gain_over: The metric that a figure shows the change of the main one over, or none.
         runs: The runs by name, in the order of the file.
     """
 
@@ -68,6 +69,7 @@ class Study:
     settings: Mapping[str, Any]
     evaluators: tuple[Mapping[str, Any], ...]
     metrics: Mapping[str, Better]
+    gain_over: str | None
     runs: Mapping[str, StudyRun]
 
     def arguments(self, run: StudyRun, seed: int) -> list[str]:
@@ -109,6 +111,12 @@ def read_study(path: Path) -> Study:
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise keys.error("seeds", f"is {seeds}", "Give different whole numbers from 0, such as [0, 1].")
     output = keys.get("output", str, "a folder such as runs/study")
+    metrics = keys.metrics()
+    gain_over = keys.get("gain_over", str, "the name of a metric", default="")
+    if gain_over and gain_over not in metrics:
+        raise keys.error(
+            "gain_over", f"is {gain_over!r}, which metrics does not name", f"Choose from {', '.join(metrics)}."
+        )
     return Study(
         path=found,
         title=keys.get("title", str, "a text", default=found.stem.replace("_", " ").capitalize()),
@@ -118,7 +126,8 @@ def read_study(path: Path) -> Study:
         base=keys.configs("base", required=True),
         settings=keys.settings(),
         evaluators=keys.evaluators(),
-        metrics=keys.metrics(),
+        metrics=metrics,
+        gain_over=gain_over or None,
         runs={str(name): read_run(found, str(name), content, runs) for name, content in runs.items()},
     )
 
@@ -175,7 +184,7 @@ def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> Stu
     )
 
 
-STUDY_KEYS = ("like", "title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "runs")
+STUDY_KEYS = ("like", "title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "gain_over", "runs")
 RUN_KEYS = ("configs", "set", "method", "group", "at", "against")
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Line:
         seconds: Seconds of each fit.
         converged: The step of convergence by monitor and threshold, one for each seed; ``None`` if it was not reached.
         change: Relative change of the main metric against the run that the study names, over the seeds that both have.
+        best: The main metric at the best of each seed's validations, where there are several.
+        best_change: The change of ``best``.
     """
 
     run: StudyRun
@@ -46,6 +48,8 @@ class Line:
     seconds: tuple[float, ...]
     converged: Mapping[str, tuple[int | None, ...]]
     change: float | None = None
+    best: tuple[float, ...] = ()
+    best_change: float | None = None
 
 
 def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]]]) -> list[Line]:
@@ -64,7 +68,9 @@ def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]
             )
         by_run[run.name].append(result)
     lines = [line_of(run, by_run[name]) for name, run in study.runs.items() if name in by_run]
-    return [with_change(line, lines, next(iter(study.metrics))) for line in lines]
+    main, better = next(iter(study.metrics.items()))
+    lines = [with_best(line, main, min if better == "lower" else max) for line in lines]
+    return [with_changes(line, lines, main) for line in lines]
 
 
 def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
@@ -91,14 +97,33 @@ def convergence(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int | N
     return {name: tuple(found[name] for found in steps) for name in steps[0] if all(name in found for found in steps)}
 
 
-def with_change(line: Line, lines: Sequence[Line], metric: str) -> Line:
-    """The line with its change of a metric, over the seeds that it and what it is against both have."""
+def with_best(line: Line, metric: str, best: Callable[[Iterable[float]], float]) -> Line:
+    """The line with the best of a metric over each seed's curve."""
+    curves = line.history.get(metric, ())
+    several = bool(curves) and all(len(curve) > 1 for curve in curves)
+    return replace(line, best=tuple(best(value for _, value in curve) for curve in curves) if several else ())
+
+
+def with_changes(line: Line, lines: Sequence[Line], metric: str) -> Line:
+    """The line with its changes of a metric against the run that the study names."""
     before = next((other for other in lines if other.run.name == line.run.against), None)
-    starts = {} if before is None else dict(zip(before.seeds, before.values[metric], strict=True))
-    ends = zip(line.seeds, line.values[metric], strict=True)
-    pairs = [(starts[seed], end) for seed, end in ends if seed in starts]
-    total = sum(start for start, _ in pairs)
-    return replace(line, change=sum(end for _, end in pairs) / total - 1) if total else line
+    if before is None:
+        return line
+    return replace(
+        line,
+        change=relative_change(before.seeds, before.values[metric], line.seeds, line.values[metric]),
+        best_change=relative_change(before.seeds, before.best, line.seeds, line.best),
+    )
+
+
+def relative_change(
+    seeds_before: Sequence[int], before: Sequence[float], seeds: Sequence[int], after: Sequence[float]
+) -> float | None:
+    """The relative change of the mean over the seeds that both have, or ``None`` where they have none."""
+    starts, ends = (dict(zip(*pair, strict=False)) for pair in ((seeds_before, before), (seeds, after)))
+    shared = starts.keys() & ends.keys()
+    total = sum(starts[seed] for seed in shared)
+    return sum(ends[seed] for seed in shared) / total - 1 if total else None
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -128,7 +153,8 @@ def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
     metrics = [f"{name} {arrows[better]}" for name, better in study.metrics.items()]
     thresholds = thresholds_of(lines)
     reached = [f"{name}: step" for name in thresholds]
-    rows = [["run", "method", "group", *metrics, "change", *reached, *EWC, "trainable", "seconds", "seeds"]]
+    best = ["best over the steps", "change of the best"]
+    rows = [["run", "method", "group", *metrics, "change", *best, *reached, *EWC, "trainable", "seconds", "seeds"]]
     rows += [
         [
             line.run.name,
@@ -136,6 +162,8 @@ def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
             line.run.group,
             *(shown(line.values[name]) for name in study.metrics),
             "" if line.change is None else f"{line.change:+.1%}",
+            shown(line.best) if line.best else "",
+            "" if line.best_change is None else f"{line.best_change:+.1%}",
             *(" / ".join(map(step_text, line.converged.get(name, ()))) for name in thresholds),
             *(shown(line.values[name]) if name in line.values else "" for name in EWC),
             f"{line.parameters:,}",
@@ -154,14 +182,14 @@ def csv_text(study: Study, lines: Sequence[Line]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     thresholds = thresholds_of(lines)
     columns = [f"{name} {what}" for name in names for what in ("mean", "std")]
-    columns += ["change", *(f"{name} steps" for name in thresholds)]
+    columns += ["change", "best mean", "best change", *(f"{name} steps" for name in thresholds)]
     writer.writerow(["run", "method", "group", *columns, "trainable_parameters", "seconds", "seeds"])
     for line in lines:
         row: list[Any] = [line.run.name, line.run.method, line.run.group]
         for name in names:
             values = line.values.get(name)
             row += ["", ""] if values is None else [statistics.fmean(values), spread(values)]
-        row.append(line.change)
+        row += [line.change, statistics.fmean(line.best) if line.best else None, line.best_change]
         row += [" ".join(map(str, line.converged.get(name, ()))) for name in thresholds]
         seconds = statistics.fmean(line.seconds)
         writer.writerow([*row, line.parameters, seconds, " ".join(map(str, line.seeds))])
