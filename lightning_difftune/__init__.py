@@ -59,7 +59,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     """The public names, which are imported when they are asked for."""
-    return [*globals(), *__all__]
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -22,8 +24,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_dit
 
 import lightning_difftune
-from lightning_difftune import MemoryBank, __version__
-from lightning_difftune.cli import COMMANDS, HELP, export, main, sample
+from lightning_difftune import MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule, __version__
+from lightning_difftune.cli import COMMANDS, HELP, OWN, export, main, sample
+from lightning_difftune.cli.help import KEYS
 from lightning_difftune.cli.lightning import ConfigReader, expand_home
 from lightning_difftune.data import ImageFolder
 from lightning_difftune.errors import DataError
@@ -179,7 +182,8 @@ def test_short_keys(capsys):
 
 
 def test_the_package_shows_its_names():
-    assert {*lightning_difftune.__all__} <= {*dir(lightning_difftune)}
+    shown = [name for name in dir(lightning_difftune) if not name.startswith("__")]
+    assert shown == lightning_difftune.__all__
 
 
 @pytest.mark.parametrize("args", [[], ["-h"], ["--help"]])
@@ -201,11 +205,29 @@ def test_the_examples_of_the_help_can_be_run(monkeypatch):
     for command, *args in examples:
         assert command in COMMANDS
         if command == "fit":
-            if args != ["--ckpt_path", "last"]:  # whose settings are in the checkpoint
+            if args != ["RUN"]:  # whose settings are in the checkpoint
                 ConfigReader().compose([arg for arg in args if arg != "--print_config"])
         elif command in ("sample", "export"):
             known = {"sample": sample.parser, "export": export.parser}[command]()
             assert known.parse_known_args(args)[1] == []
+
+
+def test_the_keys_that_help_shows_are_there():
+    known = {
+        "model": {*inspect.signature(TextToImageDiffTuningModule).parameters},
+        "data": {*inspect.signature(MemoryBankDataModule).parameters},
+        "trainer": {*inspect.signature(L.Trainer).parameters},
+    }
+    for part, keys in KEYS.items():
+        assert {*keys} <= known[part]
+
+
+@pytest.mark.parametrize("command", [*OWN])
+def test_descriptions_fit_eighty_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("command", ["sample", "export", "data"])

@@ -84,13 +84,13 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         if stage not in ("fit", "validate"):
             return
         source = self._source(trainer)
-        name = self.distance.name
+        name, is_fid = self.distance.name, self.monitor == "fid"
         rank_zero_info(
             f"Every value logged as '{self.monitor}' is a Fréchet distance through {name}, "
             f"{self.num_samples:,} generated pictures."
-            + ("" if self.monitor == "fid" else " It is not FID and compares with no published one.")
+            + ("" if is_fid else " It is not FID: compare it with itself, at the same number of pictures.")
         )
-        if self.num_samples < self.distance.num_features:
+        if is_fid and self.num_samples < self.distance.num_features:
             rank_zero_warn(
                 f"{self.num_samples:,} pictures are too few to estimate the covariance of {name}'s "
                 f"{self.distance.num_features:,} features: the distance comes out too large, and values compare only "

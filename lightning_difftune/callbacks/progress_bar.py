@@ -47,7 +47,7 @@ class StepProgressBar(RichProgressBar):
         return columns
 
     def _init_progress(self, trainer: L.Trainer) -> None:
-        """Keep everything on one line: metrics that find no place are cut."""
+        """Keep everything on one line: metrics that find no place are left out."""
         super()._init_progress(trainer)
         if self._metric_component is not None:
             counts = 2 * len(f"{self.total_train_batches}") + 1
@@ -95,7 +95,9 @@ class StepProgressBar(RichProgressBar):
         """Losses of training, and what was logged for the bar, without the logger's version number."""
         if not self._losses or time.monotonic() >= self._losses_read + LOSSES_EVERY:
             self._losses, self._losses_read = training_losses(trainer), time.monotonic()
-        return shown_metrics({**self._losses, **super().get_metrics(trainer, pl_module)})
+        shown = shown_metrics({**self._losses, **super().get_metrics(trainer, pl_module)})
+        column = getattr(self._metric_component, "_table_column", None)
+        return shown if column is None or column.max_width is None else fitting(shown, column.max_width)
 
     def _start(self) -> None:
         if self.progress is not None and self.train_progress_bar_id is None:
@@ -211,3 +213,19 @@ def shown_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
         {'loss': 0.5, 'val/loss': 0.25, 'fid': 31.0}
     """
     return {name.removeprefix("train/"): value for name, value in metrics.items() if name != "v_num"}
+
+
+def fitting(metrics: dict[str, Any], width: int) -> dict[str, Any]:
+    """The first metrics that a bar can show in full.
+
+    Example:
+        >>> fitting({"loss": 0.5, "reconsolidation": 0.4, "retention": 0.1}, 35)
+        {'loss': 0.5, 'reconsolidation': 0.4}
+    """
+    shown: dict[str, Any] = {}
+    for name, value in metrics.items():
+        width -= len(f"{name}: {value:.3f} " if isinstance(value, float) else f"{name}: {value} ")
+        if width < -1 and shown:
+            break
+        shown[name] = value
+    return shown

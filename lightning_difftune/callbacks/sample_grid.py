@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -23,8 +24,8 @@ class SampleGrid(SampleCallback):
 
     The grid is written to ``samples/step-0001000.png`` and given to every logger that takes images (TensorBoard,
     Weights & Biases, MLflow). ``step-0000000.png`` is what the base model draws, and ``real.png`` has real pictures of
-    the data module. Rows are named by their class or prompt, where the module has ``names_of(indices)``. Only the first
-    process generates, and nothing here waits for the others.
+    the same classes or captions. Rows are named by their class or prompt, where the module has ``names_of(indices)``.
+    Only the first process generates, and nothing here waits for the others.
 
     Args:
         num_samples: Samples in the grid: indices 0 .. num_samples - 1.
@@ -71,13 +72,9 @@ class SampleGrid(SampleCallback):
             return
         with isolate_rng(), torch.no_grad(), evaluating(pl_module):
             self.evaluate(trainer, pl_module, 0)
-        data = getattr(trainer, "datamodule", None)
-        if isinstance(data, SupportsReferenceImages):
-            try:
-                pictures = first_of(data.reference_images(), self.num_samples)
-            except ConfigError:  # nothing is held out
-                return
-            rows = ["real pictures"] * -(-len(pictures) // self.columns)
+        _, rows = arranged(self._names(pl_module), self.columns, self.num_samples)
+        pictures, rows = real_pictures(getattr(trainer, "datamodule", None), rows, self.columns, self.num_samples)
+        if len(pictures):
             self.picture_log.save("real", grid_of(pictures, self.columns, rows), rows=", ".join(rows))
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
@@ -119,6 +116,35 @@ def arranged(names: Sequence[str] | None, columns: int, count: int) -> tuple[lis
         return [index for indices in kept.values() for index in indices], rows
     starts = range(0, count, columns)
     return list(range(count)), [", ".join(dict.fromkeys(names[start : start + columns])) for start in starts]
+
+
+@runtime_checkable
+class SupportsExamples(Protocol):
+    """A data module that finds real pictures of a class or caption."""
+
+    def examples_of(self, subject: str, count: int, skip: int = 0) -> Tensor:
+        """Pictures (at most ``count``, C, H, W) uint8 of it, after the first ``skip``."""
+        ...
+
+
+def real_pictures(data: Any, rows: list[str] | None, columns: int, count: int) -> tuple[Tensor, list[str]]:
+    """Real pictures in the rows of a grid of samples, each of what the row shows, and the names of the rows.
+
+    A row with fewer real pictures than columns ends in black. Where none of the rows has any, it is the first ``count``
+    reference pictures, or nothing where nothing is held out.
+    """
+    if rows is not None and isinstance(data, SupportsExamples):
+        found = [data.examples_of(name, columns, columns * rows[:row].count(name)) for row, name in enumerate(rows)]
+        if any(map(len, found)):
+            filled = [torch.cat([own, own.new_zeros(columns - len(own), *own.shape[1:])]) for own in found]
+            return torch.cat(filled), [f"real: {name}" for name in rows]
+    if not isinstance(data, SupportsReferenceImages):
+        return torch.empty(0), []
+    try:
+        pictures = first_of(data.reference_images(), count)
+    except ConfigError:  # nothing is held out
+        return torch.empty(0), []
+    return pictures, ["real pictures"] * -(-len(pictures) // columns)
 
 
 def first_of(batches: Iterable[Tensor], count: int) -> Tensor:

@@ -51,7 +51,7 @@ Examples
   difftune fit --config configs/dit/base.yaml --config configs/dit/flowers.yaml
   difftune fit --config configs/quickstart.yaml --trainer.max_steps 100
   difftune fit --config configs/quickstart.yaml --print_config
-  difftune fit --ckpt_path last
+  difftune fit RUN
   difftune sample RUN --classes sunflower rose
   difftune export RUN --output tuned
 
@@ -60,7 +60,7 @@ lists the options of a command; --debug, anywhere, shows an error's traceback.
 
 Exit status: 0 done; 1 `data check` found pictures that cannot be read, or
 there is a bug, with its traceback; 2 a mistake in the input, which is named;
-143 a run was stopped by a signal and has saved: `--ckpt_path last` resumes it.
+143 a run was stopped by a signal and has saved: `difftune fit RUN` resumes it.
 """
 
 # Those that are not Lightning's, and where they are; each is a function of that name, of the command line after it.

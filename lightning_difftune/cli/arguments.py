@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 from typing import Any, NoReturn
 
 from lightning_difftune.errors import ConfigError
@@ -16,13 +18,13 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         command: What is typed after ``difftune``.
-        description: Shown by ``--help`` as it is.
+        description: Shown by ``--help``: paragraphs filled to the terminal's width, indented lines as they are.
     """
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(
             prog=f"difftune {command}",
-            description=description,
+            description=filled(description),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"difftune {command} [options]",
             allow_abbrev=False,  # what is not known here may be a key of a config
@@ -78,3 +80,19 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise it."""
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the options.")
+
+
+def filled(text: str) -> str:
+    r"""Paragraphs in lines that fit the terminal; those that begin with spaces, such as examples, stay as they are.
+
+    Example:
+        >>> print(filled("Some\nlines.\n\n  an example\n  another"))
+        Some lines.
+        <BLANKLINE>
+          an example
+          another
+    """
+    width = min(shutil.get_terminal_size().columns, 120)
+    return "\n\n".join(
+        paragraph if paragraph.startswith(" ") else textwrap.fill(paragraph, width) for paragraph in text.split("\n\n")
+    )

@@ -28,7 +28,7 @@ DESCRIPTION = """Write the tuned network of a run, for others to open.
 
   difftune export RUN --output tuned.safetensors   one file, official key names
   difftune export RUN --output tuned               a folder for diffusers
-  difftune export RUN --output lora --format diffusers   a LoRA for pipeline.load_lora_weights("lora")
+  difftune export RUN --output lora --format diffusers   for load_lora_weights
   difftune export RUN --output adapter --format peft     the same for peft
   difftune export RUN --output tuned --push user/name --license apache-2.0
 

@@ -7,45 +7,59 @@ import inspect
 import re
 from collections.abc import Collection, Iterable
 from importlib import import_module
-from typing import Any
 
-import lightning as L
-
-from lightning_difftune.data import MemoryBankDataModule
-from lightning_difftune.modules import DiffTuningModule
-
-WIDTH = 80
-KEYS = {  # of each part of a config, those that people set
-    "model": ("objective", "optimizer", "lr_scheduler", "tuner", "sampler", "bank_sampler"),
-    "data": (
-        *("target", "val_target", "num_classes", "image_size", "channels", "batch_size", "bank", "bank_size"),
-        *("retention_share", "latent_cache", "horizontal_flip", "num_workers"),
-    ),
-    "trainer": ("max_steps", "val_check_interval", "precision", "devices", "callbacks", "default_root_dir"),
+KEYS = {  # those that people set, in what is left of a line of 80 characters
+    "model": {
+        "model": "what is tuned: a name, file, folder or hub id",
+        "objective": "the loss: Eq. 5 of the paper with a schedule",
+        "optimizer": "class of an optimizer; lr and others below it",
+        "lr_scheduler": "class of a scheduler, stepped each step",
+        "tuner": "LoRA or another method of few parameters",
+        "sampler": "how pictures are drawn for FID and grids",
+        "bank_sampler": "how the memory bank is drawn",
+    },
+    "data": {
+        "target": "training pictures, such as ImageFolder",
+        "val_target": "held-out pictures",
+        "num_classes": "classes of the target",
+        "image_size": "side of the pictures in pixels",
+        "channels": "1 (grey) or 3 (RGB)",
+        "batch_size": "samples of a step and process, both streams",
+        "bank": "folder of the memory bank; null for none",
+        "bank_size": "samples in the memory bank",
+        "retention_share": "share of a batch that comes from the bank",
+        "latent_cache": "folder of encoded pictures, for latent models",
+        "horizontal_flip": "whether half of the pictures are mirrored",
+        "num_workers": "processes that read the pictures",
+    },
+    "trainer": {
+        "max_steps": "length of the run in steps",
+        "val_check_interval": "steps between two validations",
+        "precision": "bf16-mixed, 16-mixed or 32-true",
+        "devices": "how many GPUs or processes",
+        "callbacks": "+= adds one, such as EMA or SampleGrid",
+        "default_root_dir": "folder of logs and checkpoints",
+    },
 }
-CLASSES: dict[str, Any] = {"model": DiffTuningModule, "data": MemoryBankDataModule, "trainer": L.Trainer}
 
 
 def short_help(command: str) -> str:
     """A screen about a command that takes a config: how it is used, and the keys that people set."""
+    use = {"fit": "resume a run", "predict": "build the bank of a run"}.get(command, "look at a finished run")
     lines = [
         f"difftune {command} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]",
-        f"difftune {command} RUN [--KEY VALUE ...]      resume a run",
+        f"difftune {command} RUN [--KEY VALUE ...]      {use}",
         "",
         "--config may be given several times; a later one counts more, and keys given",
         "as options count most. A key inside of a class is written without init_args.",
+        "",
+        row("model CLASS", "the model family, such as DiTDiffTuningModule"),
     ]
     for part, keys in KEYS.items():
-        told = arguments_of(CLASSES[part])
-        lines.append("")
-        if part == "model":
-            lines.append(row("model CLASS", "the model family, such as DiTDiffTuningModule"))
-            lines.append(row("model.model", "the pre-trained model: a name, file, folder or hub id"))
-        lines += [row(f"{part}.{key}", told.get(key, "")) for key in keys]
+        lines += [row(f"{part}.{key}", about) for key, about in keys.items()] + [""]
     lines += [
-        "",
-        "  --seed_everything N         seed of model, data and bank",
-        "  --print_config              print the composed config and stop",
+        row("seed_everything N", "seed of model, data and bank"),
+        row("print_config", "print the composed config and stop"),
         "",
         "All keys of a class, such as DiTDiffTuningModule or ImageFolder:",
         f"  difftune {command} --model.help CLASS     (or --data.help, --data.target.help)",
@@ -55,18 +69,8 @@ def short_help(command: str) -> str:
 
 
 def row(key: str, about: str) -> str:
-    """A line about a key that fits, cut off behind a word."""
-    line = f"  --{key:<28}{about}"
-    return line if len(line) <= WIDTH else line[: WIDTH - 3].rsplit(" ", 1)[0].rstrip(" ,;:") + " ..."
-
-
-def arguments_of(kind: Any) -> dict[str, str]:
-    """What the docstring of a class, or of its constructor, says first about each argument."""
-    text = inspect.cleandoc(kind.__doc__ or "") + "\n" + inspect.cleandoc(kind.__init__.__doc__ or "")
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.DOTALL | re.MULTILINE)
-    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", section[1] if section else "", re.DOTALL | re.MULTILINE)
-    plain = {name: re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"\1", " ".join(about.split())) for name, about in entries}
-    return {name: re.split(r"(?<!Eq)[.;] ", about)[0].replace("`", "").rstrip(".") for name, about in plain.items()}
+    """A line about a key."""
+    return f"  --{key:<28}{about}"
 
 
 def clearer(message: str, options: Iterable[str]) -> str:

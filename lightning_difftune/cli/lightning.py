@@ -35,6 +35,9 @@ from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
 
+# What Lightning logs in every run, and our summary and config.yaml have.
+UNSAID = ("💡 Tip: For seamless cloud", "Seed set to", "TPU available", "`Trainer.fit` stopped: `max_steps")
+
 # What Lightning says in every run, and nobody who runs a config can or should act on.
 for message in (
     "LightningCLI's args parameter",
@@ -48,8 +51,8 @@ for message in (
     "You're resuming from a checkpoint that ended before the epoch ended",  # MemoryBankDataModule goes on exactly there
 ):
     warnings.filterwarnings("ignore", message=message)
-for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
-    logging.getLogger(name).addFilter(lambda record: "Tip: For seamless cloud" not in record.getMessage())
+for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+    logging.getLogger(f"lightning.{name}").addFilter(lambda record: not record.getMessage().startswith(UNSAID))
 
 set_loader("yaml", load, exceptions=(yaml.YAMLError,))
 

@@ -27,9 +27,9 @@ from lightning_difftune.sampling import Sampler, adds_noise, scheduler_named
 DESCRIPTION = """Draw pictures with a model as PNG files, one per picture and all in grid.png, a row per class.
 
   difftune sample runs/flowers --classes sunflower rose --num_samples 8
-  difftune sample tuned.safetensors --classes 3 17 --seed 1 --guidance_scale 3 --solver UniPCMultistep --steps 20
-  difftune sample sd-nano-flowers --prompts "a photo of a sunflower" "a photo of a rose" --output sunflowers
-  difftune sample CONTROLNET.ckpt --controls edges/1.jpg edges/2.jpg --prompts "a red house"
+  difftune sample tuned.safetensors --classes 3 17 --solver UniPCMultistep
+  difftune sample sd-nano-flowers --prompts "a photo of a rose" --output roses
+  difftune sample CONTROLNET.ckpt --controls 1.jpg --prompts "a red house"
 
 SOURCE is a run (its folder or a checkpoint), an export, a model that `load_dit` opens, a Stable Diffusion pipeline or
 the name of a bundled model. Sampler settings that are not given are the run's or the export's own.

@@ -116,6 +116,14 @@ class ImageTargets:
         """Names of the classes in the order of their indices, where the source has them."""
         return class_names_of(self.source)
 
+    @cached_property
+    def subjects(self) -> list[str] | None:
+        """What each of the N pictures shows: its caption, or its class by name or number; None where unknown."""
+        captions, labels, names = captions_of(self.source), self.labels(), dict(enumerate(self.class_names or ()))
+        if captions is not None or labels is None:
+            return captions
+        return [names.get(label, f"class {label}") for label in labels.tolist()]
+
     def pixels(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
         """A training batch.
 

@@ -107,6 +107,16 @@ class RealPictures(L.LightningDataModule):
                 raise DataError(f"{self._targets_of(split).describe(batch[0].source_index)} has no class label.")
             yield torch.stack([item.pixels for item in batch]), torch.tensor(labels)
 
+    def examples_of(self, subject: str, count: int, skip: int = 0) -> Tensor:
+        """Training pictures of a class or caption, (at most ``count``, C, H, W) uint8, after the first ``skip``."""
+        subjects = self.target.subjects or []
+        found = [index for index, name in enumerate(subjects) if name == subject][skip : skip + count]
+        if not found:
+            return torch.zeros(
+                0, self.target.channels, self.target.image_size, self.target.image_size, dtype=torch.uint8
+            )
+        return self.target.uint8(found)
+
     def images_identity(self, split: Literal["train", "val"]) -> str:
         """Digest of the training or held-out pictures.
 

@@ -38,7 +38,7 @@ for t in scheduler.timesteps:
 
 - diffusers' class computes another timestep embedding than the one that this model was trained with
   (`downscale_freq_shift` of 1 instead of 0). On random weights that changes the output by 2 % at t = 100 and by 11 %
-  at t = 999; the loop over the blocks above mends it, as `make_exact` of
+  at t = 999; the loop over the blocks above corrects it, as `make_exact` of
   `lightning_difftune.models.diffusers_layout` does.
 - {pipeline}
 - `difftune sample path/to/this/folder --classes ...` draws pictures, and `lightning_difftune.models.load_dit` reads the

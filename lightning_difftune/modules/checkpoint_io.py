@@ -43,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             state = "the one that was there is as it was" if file.exists() else "none is there"
             raise CheckpointError(
                 f"The checkpoint {file} cannot be written ({cause}); {state}. Free some space or make the folder "
-                "writable, then resume with --ckpt_path last."
+                "writable, then resume the run: `difftune fit RUN`."
             ) from error
 
     def load_checkpoint(

@@ -79,6 +79,6 @@ class FiniteLoss:
         )
         raise NumericsError(
             f"The loss was first not finite at step {step}, {where}. Nothing has been saved since; resume from the "
-            "last checkpoint with --ckpt_path last, and with a lower learning rate, trainer.gradient_clip_val, or "
+            "last checkpoint by `difftune fit RUN` with a lower learning rate, trainer.gradient_clip_val, or "
             "trainer.precision 32-true or bf16-mixed. If it is at the first step, look at the data and the weights."
         )

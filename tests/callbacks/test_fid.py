@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -248,13 +249,19 @@ def test_the_best_checkpoint_can_be_kept_by_it(tmp_path: Path) -> None:
     assert Path(saver.best_model_path).name == f"step={best_step}.ckpt"
 
 
-def test_says_which_extractor_looks_and_warns_of_too_few_pictures(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"), pytest.warns(UserWarning, match="5 pictures are too few.*Raise num_samples above 6"):
+def test_says_which_extractor_looks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*too few")
         make_trainer(tmp_path, make_fid(num_samples=5)).validate(GeneratingModel(), ReferenceData(), verbose=False)
     assert "'fd_pixels' is a Fréchet distance through FD-pixels" in caplog.text
-    assert "not FID" in caplog.text
+    assert "not FID: compare it with itself, at the same number" in caplog.text
+
+
+def test_fid_of_too_few_pictures_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fid = make_fid(num_samples=5)
+    monkeypatch.setattr(type(fid.distance), "key", "fid")
+    with pytest.warns(UserWarning, match="5 pictures are too few.*Raise num_samples above 6"):
+        make_trainer(tmp_path, fid).validate(GeneratingModel(), ReferenceData(), verbose=False)
 
 
 @pytest.mark.parametrize("ema_first", [True, False])

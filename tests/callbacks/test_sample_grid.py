@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_difftune.callbacks import EMA, SampleGrid
-from lightning_difftune.callbacks.sample_grid import arranged
+from lightning_difftune.callbacks.sample_grid import arranged, real_pictures
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.pictures import pictures_of
 
@@ -194,6 +194,21 @@ def test_rows_are_of_one_name_and_the_base_and_real_pictures_are_there(tmp_path:
     real = torch.cat(list(ReferenceData().reference_images()))
     shown = pictures_of(folder / "real.png", 2, 2)[..., :: 96 // real.shape[-1], :: 96 // real.shape[-1]]
     assert torch.equal(shown.flatten(0, 1), real[:4].expand(-1, 3, -1, -1))
+
+
+class NamedData(ReferenceData):
+    """One that finds real pictures of a class: three roses, and no other."""
+
+    def examples_of(self, subject, count, skip=0):
+        return torch.full((3 if subject == "rose" else 0, 1, 8, 8), 200, dtype=torch.uint8)[skip : skip + count]
+
+
+def test_real_pictures_are_in_the_rows_of_the_samples() -> None:
+    pictures, rows = real_pictures(NamedData(), ["rose", "rose", "lily"], 2, 6)
+    assert rows == ["real: rose", "real: rose", "real: lily"]
+    assert pictures[:, 0, 0, 0].tolist() == [200, 200, 200, 0, 0, 0], "what is not there is black"
+    pictures, rows = real_pictures(NamedData(), ["daisy"], 2, 2)
+    assert (len(pictures), rows) == (2, ["real pictures"])
 
 
 def test_samples_that_fill_no_row_of_their_name_are_left_out() -> None:

@@ -57,6 +57,16 @@ def test_reference_pictures_are_the_ones_asked_for():
     assert data.reference_identity() != train.reference_identity()
 
 
+def test_examples_of_a_class_are_found_by_its_name():
+    named = ArrayImages(
+        np.arange(12, dtype=np.uint8)[:, None, None].repeat(8, 1).repeat(8, 2), [i % 3 for i in range(12)]
+    )
+    data = data_of(named, num_classes=3)
+    assert data.examples_of("class 1", 3)[:, 0, 0, 0].tolist() == [1, 4, 7]
+    assert data.examples_of("class 1", 3, skip=3)[:, 0, 0, 0].tolist() == [10]
+    assert data.examples_of("class 7", 3).shape == (0, data.target.channels, 8, 8)
+
+
 def test_captions_come_in_the_batch():
     source = [(np.full((8, 8), 10 * i, np.uint8), f"grey {i}") for i in range(8)]
     (batch,) = data_of(source, num_classes=None).train_dataloader()

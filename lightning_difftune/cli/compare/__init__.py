@@ -22,7 +22,7 @@ from lightning_difftune.files import FolderLock, atomic_write, discard_temporari
 
 DESCRIPTION = """Compare the configs of a study file over its seeds, in tables and figures of the finished runs.
 
-  difftune compare STUDY.yaml          tables and figures of what there is, and what is missing
+  difftune compare STUDY.yaml          tables and figures, and what is missing
   difftune compare STUDY.yaml --run    start what is missing, too
 
 A study that was interrupted resumes where it stopped. Several processes of the same command, also on machines that

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.data_check import HELD_OUT, facts_at
@@ -18,9 +19,10 @@ from lightning_difftune.errors import ConfigError, DataError
 
 DESCRIPTION = """Look at a folder of pictures and write a commented config that tunes a model to them.
 
-  difftune init photos                   one folder for each class: a class-conditional DiT
-  difftune init photos                   pictures with captions (1.txt beside 1.png, or metadata.jsonl): text to image
-  difftune init photos --captions        folders for classes, whose names become captions: text to image
+  difftune init photos                   a folder for each class: DiT
+  difftune init captioned                1.txt next to 1.png, or metadata.jsonl:
+                                         text to image
+  difftune init photos --captions        the classes' names become captions
   difftune init photos --control canny   a ControlNet that follows edges
 
 The base model fits the machine: a bundled one for 32 px without a GPU; DiT-XL/2 or Stable Diffusion 1.5 with one, whose
@@ -63,7 +65,8 @@ def init(argv: Sequence[str]) -> None:
         *made.notes,
         f"Wrote {options.output}: {made.base.name}, {made.steps:,} steps.",
     ]
-    print("\n".join(said), flush=True)
+    console = Console(highlight=False, markup=False)
+    console.print("\n".join(said), soft_wrap=not console.is_terminal)
     if not options.no_plan:
         from lightning_difftune.cli.plan import plan
 

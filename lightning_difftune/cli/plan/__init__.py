@@ -111,7 +111,8 @@ def show(
     table.add_section()
     flops, disk = sum(phase.flops(costs) for phase in found), sum(phase.disk for phase in found)
     table.add_row("in all", "", f"{flops:.2g}", duration(total), size(disk))
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
+    console.soft_wrap = not console.is_terminal  # lines are for a program or a file there
     console.print(table)
     kept = Setup(costs.trained, devices=devices).memory + costs.frozen_bytes
     activations = costs.activation_bytes * batch_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,7 +102,10 @@ class Measured:
 
 
 def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
-    """Seconds of one call after a first: the median of as many as fit into the time, and three unless they are slow."""
+    """Seconds of one call after a first: the least of as many as fit into the time, and of three unless they are slow.
+
+    What else a machine is doing only adds to a time, so that the least is nearest to what an idle one takes.
+    """
     times: list[float] = []
     first = True
     while not times or sum(times) < (least if len(times) >= 3 else 2 * least):
@@ -112,7 +114,7 @@ def timed(run: Callable[[], object], device: torch.device, least: float) -> floa
         if not first:
             times.append(now(device) - start)
         first = False
-    return statistics.median(times)
+    return min(times)
 
 
 def now(device: torch.device) -> float:

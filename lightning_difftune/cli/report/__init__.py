@@ -17,7 +17,7 @@ The page needs no network and no other file, so it can be sent to someone. Runs 
 have what they got to.
 
   difftune report runs/quickstart/diff-tuning
-  difftune report runs/dit/flowers/lightning_logs/version_0 --output flowers.html
+  difftune report runs/flowers/lightning_logs/version_0 --output flowers.html
 
 RUN is the run's default_root_dir (its newest launch that trained), the folder of a launch, or a checkpoint."""
 

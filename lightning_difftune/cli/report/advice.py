@@ -193,16 +193,16 @@ def few_of_a_class(run: Run) -> Advice | None:
         return None
     least = ", ".join(f"{name} {count}" for name, count in sorted(few.items(), key=lambda item: item[1])[:5])
     return Advice(
-        "Add pictures to the small classes, or merge them: so few are learnt by heart.",
+        "Add pictures to the small classes, or merge them: so few are learned by heart.",
         f"{len(few)} of {len(counts)} classes have fewer than {FEWEST_OF_A_CLASS} pictures; the least are {least}.",
     )
 
 
 def few_pictures(run: Run) -> Advice | None:
-    """A Fréchet distance of fewer pictures than its extractor has features."""
+    """FID, which others compare with theirs, of fewer pictures than Inception has features."""
     for name, facts in run.score_facts.items():
         pictures, features = facts.get("num_samples"), facts.get("num_features")
-        if pictures and features and pictures < features:
+        if name == "fid" and pictures and features and pictures < features:
             return Advice(
                 f"Measure {facts['label']} with 10,000 pictures before comparing it with anything else.",
                 f"{name} was taken of {pictures:,} pictures. With fewer than the extractor's {features:,} features the "

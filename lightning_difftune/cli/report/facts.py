@@ -106,8 +106,8 @@ def _results(run: Run) -> list[str]:
             step, best = (max if higher else min)(series, key=lambda point: point[1])
             better = "higher" if higher else "lower"
             results.append(
-                f"{name} ({better} is better) went from {series[0][1]:.4g} to {series[-1][1]:.4g}; its best was "
-                f"{best:.4g} at step {step:,}."
+                f"{name} ({better} is better) went from {series[0][1]:.4g} to {series[-1][1]:.4g}, "
+                + ("its best." if best == series[-1][1] else f"with its best, {best:.4g}, at step {step:,}.")
             )
     if converged := run.finite("sudden_convergence/step"):
         results.append(f"It converged suddenly at step {converged[-1][1]:,.0f}.")

@@ -29,7 +29,7 @@ def page(run: Run) -> str:
         _section("What to try next", _advice(run)),
         _section("Curves", _curves(run)),
         *(_section(f"Pictures over time: {escape(name)}", _grids(run, name)) for name in run.grids),
-        _section("Figures", _figures(run)) if run.figures else "",
+        _section("Figures", figures) if (figures := _figures(run)) else "",
         _section("Environment", _table(environment_rows(run))),
         _section("Config", _config(run)),
         f'<p class="soft">Made by <code>difftune report</code> {__version__} from {escape(str(run.path))}.</p>',
@@ -88,7 +88,7 @@ def _grids(run: Run, name: str) -> str:
 def _figures(run: Run) -> str:
     figures = [file for file in run.figures if file.name != "real.png" or file.parent.name not in run.grids]
     pictures = "\n".join(_picture(file, f"{file.parent.name}/{file.name}") for file in figures)
-    return f'<div class="pictures wide">\n{pictures}\n</div>'
+    return f'<div class="pictures">\n{pictures}\n</div>' if figures else ""
 
 
 def _picture(file: Path, caption: str) -> str:
