@@ -3,8 +3,8 @@
     python benchmarks/scale.py                # eight devices
     python benchmarks/scale.py --devices 32
 
-Nothing is measured: the numbers are those of lightning_difftune.costs, and hold without activations, which depend on
-the batch and the size of the pictures (`difftune plan` counts them).
+Nothing is measured: the numbers are those of lightning_difftune.cli.plan.speed, and hold without activations, which
+depend on the batch and the size of the pictures (`difftune plan` counts them).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_difftune.costs import Setup
+from lightning_difftune.cli.plan.speed import Setup
 from lightning_difftune.models import DiT
 from lightning_difftune.tuners import LoRA
 

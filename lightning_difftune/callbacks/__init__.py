@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback
 from lightning_difftune.callbacks.chain_of_forgetting import ChainOfForgetting
 from lightning_difftune.callbacks.control_similarity import ControlSimilarity
 from lightning_difftune.callbacks.ema import EMA
 from lightning_difftune.callbacks.ewc import EWC
 from lightning_difftune.callbacks.fid import FID
 from lightning_difftune.callbacks.forgetting_meter import ForgettingMeter
-from lightning_difftune.callbacks.generation import GenerationCallback
-from lightning_difftune.callbacks.history import MeasuringCallback
 from lightning_difftune.callbacks.preemption import Preemption
 from lightning_difftune.callbacks.regional_compile import RegionalCompile
 from lightning_difftune.callbacks.sample_grid import SampleGrid

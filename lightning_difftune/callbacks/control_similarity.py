@@ -14,8 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_difftune.callbacks.artifacts import PictureLog
-from lightning_difftune.callbacks.generation import GenerationCallback
-from lightning_difftune.callbacks.history import MeasuringCallback
+from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import check_pictures, grid_of
 from lightning_difftune.protocols import SupportsControl, SupportsControlExamples

@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.generation import SampleCallback
-from lightning_difftune.callbacks.history import MeasuringCallback
+from lightning_difftune.callbacks.bases import MeasuringCallback, SampleCallback
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
 from lightning_difftune.metrics.reference_cache import reference_key

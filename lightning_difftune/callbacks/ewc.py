@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -12,13 +12,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.weight_updates import (
-    WeightUpdate,
-    active_update,
-    factor_prefixes,
-    full_precision,
-    trained_updates,
-)
 from lightning_difftune.errors import CheckpointError, ConfigError
 
 
@@ -225,3 +218,45 @@ def _require_match(reference: dict[str, Tensor], plain: dict[str, nn.Parameter],
             f"The pre-trained values of EWC in {source} do not fit what is trained: {len(differing)} tensors are "
             f"missing, unknown or of another shape, the first is {differing[0]}. Use the model and tuner of that run."
         )
+
+
+@runtime_checkable
+class WeightUpdate(Protocol):
+    """A layer of ``peft`` whose adapters add to a weight."""
+
+    adapter_layer_names: tuple[str, ...]
+    active_adapters: list[str]
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Merged minus original weight."""
+        ...
+
+
+def trained_updates(module: nn.Module) -> dict[str, WeightUpdate]:
+    """The layers under ``module`` with an adapter that is trained, by name."""
+    updates = {name: layer for name, layer in module.named_modules() if isinstance(layer, WeightUpdate)}
+    return {
+        name: layer
+        for name, layer in updates.items()
+        if any(
+            p.requires_grad and n.split(".")[0] in layer.adapter_layer_names
+            for n, p in module.get_submodule(name).named_parameters()
+        )
+    }
+
+
+def factor_prefixes(updates: dict[str, WeightUpdate]) -> tuple[str, ...]:
+    """What the names of the updates' own factors begin with."""
+    return tuple(f"{name}.{part}." for name, layer in updates.items() for part in layer.adapter_layer_names)
+
+
+def active_update(layer: WeightUpdate) -> Tensor:
+    """The sum of the updates of the layer's weight by its active adapters, in float32 or better."""
+    parts = [getattr(layer, name, {}) for name in layer.adapter_layer_names]
+    active = [name for name in layer.active_adapters if any(name in part for part in parts)]
+    return torch.stack([full_precision(layer.get_delta_weight(name)) for name in active]).sum(0)
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is if it is more precise."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

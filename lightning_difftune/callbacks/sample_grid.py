@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import PictureLog
-from lightning_difftune.callbacks.generation import SampleCallback
+from lightning_difftune.callbacks.bases import SampleCallback
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.pictures import grid_of
 from lightning_difftune.protocols import SupportsReferenceImages

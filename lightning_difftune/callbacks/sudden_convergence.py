@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_difftune.callbacks.history import MeasuringCallback
+from lightning_difftune.callbacks.bases import MeasuringCallback
 from lightning_difftune.errors import ConfigError
 
 Mode = Literal["max", "min"]

@@ -16,7 +16,7 @@ from lightning_difftune.data.image_arrays import ArrayImages
 from lightning_difftune.data.image_files import ImageFiles
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import DataError
-from lightning_difftune.prompts import DEFAULT_PROMPT
+from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
 
 
 class CUB200(ImageFiles):

@@ -21,6 +21,8 @@ from lightning_difftune.models.frozen import Frozen
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
+DEFAULT_PROMPT = "a high-quality, detailed, and professional image"  # ControlNet's authors', and the paper's (App. C)
+
 
 class FrozenTextEncoder(Frozen):
     """CLIP's tokenizer and text model, as Stable Diffusion pipelines hold them; never trained, never in a checkpoint.

@@ -21,13 +21,12 @@ from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, float32_by_default
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
-from lightning_difftune.models.precision import takes_its_own_type
+from lightning_difftune.models.frozen import takes_its_own_type
 from lightning_difftune.modules.bank_sources import EncodedPictures, PretrainedSamples
 from lightning_difftune.modules.checkpoint_io import read_run
+from lightning_difftune.modules.checkpoints import ARGUMENTS, arguments_of, complete, make_lean, rebuild
 from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.modules.finite_loss import FiniteLoss
-from lightning_difftune.modules.from_checkpoint import ARGUMENTS, arguments_of, rebuild
-from lightning_difftune.modules.lean_checkpoints import complete, make_lean
 from lightning_difftune.modules.optimization import ADAMW_RATE, adamw, default_rate, make_scheduler, step_plateaus
 from lightning_difftune.modules.presets import describe_preset
 from lightning_difftune.modules.run_keeper import RunKeeper, refuse_weights_alone

@@ -15,11 +15,11 @@ from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
 from lightning_difftune.modules.families import stable_diffusion
 from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.pictures import to_pixels, to_uint8
-from lightning_difftune.prompts import DEFAULT_PROMPT
 from lightning_difftune.protocols import (
     Annotator,
     Denoiser,

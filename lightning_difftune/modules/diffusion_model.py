@@ -16,7 +16,7 @@ from lightning_difftune.draws import float32_by_default, noise_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import FrozenAutoencoder, export_network
 from lightning_difftune.models.diffusers_folder import open_network
-from lightning_difftune.models.precision import takes_its_own_type
+from lightning_difftune.models.frozen import takes_its_own_type
 from lightning_difftune.models.usage import usage_of_network
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.pictures import to_uint8

@@ -18,8 +18,7 @@ from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
-from lightning_difftune.cli.plan.speed import ACCELERATORS, UTILISATION, DataSheet, Measured, Speed
-from lightning_difftune.costs import Setup
+from lightning_difftune.cli.plan.speed import ACCELERATORS, UTILISATION, DataSheet, Measured, Setup, Speed
 from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.cli.environment import circumstances
-from lightning_difftune.cli.fitted import FindsConvergence, callbacks_of, count_trainable, scoring
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
+from lightning_difftune.cli.tuned import FindsConvergence, callbacks_of, count_trainable, scoring
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_network
 from lightning_difftune.pictures import pictures_of

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.cli.environment import circumstances
-from lightning_difftune.cli.fitted import averaged_weights, count_trainable, scoring
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
+from lightning_difftune.cli.tuned import averaged_weights, count_trainable, scoring
 from lightning_difftune.data import HandwrittenDigits, ImageTargets, MemoryBank
 from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit

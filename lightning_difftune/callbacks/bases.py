@@ -1,4 +1,4 @@
-"""What the callbacks that look at generated pictures have in common: when they run, and how they ask for pictures."""
+"""What callbacks have in common that look at generated pictures, or measure the same thing again and again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.pictures import check_pictures
 from lightning_difftune.protocols import SupportsGenerate
 
@@ -143,3 +143,46 @@ class SampleCallback(GenerationCallback):
             "and the callback was given none. Add the method, or pass `generate=`: a function of indices (B,) that "
             "returns pictures (B, 1 or 3, H, W) uint8."
         )
+
+
+class MeasuringCallback(Callback):
+    """Base of callbacks that measure the same thing again and again.
+
+    A subclass has ``self.history = []`` in its constructor and adds a (step, value) for each evaluation. The history is
+    part of checkpoints, so that a resumed run has all of it.
+    """
+
+    history: list[tuple[int, Any]]
+    _latest_step: int | None = None
+
+    @property
+    def last_value(self) -> Any:
+        """The latest value, or ``None`` before the first."""
+        return self.history[-1][1] if self.history else None
+
+    def scores(self) -> dict[str, dict[str, Any]]:
+        """What it logs that tells a better model from a worse one, by name; none by default.
+
+        Each has ``higher_is_better``, a ``label`` for figures and, where they are known, ``num_samples`` (generated
+        pictures) and ``num_features`` (of the extractor), as plain JSON values. Runs write it to their
+        ``environment.json``, from which ``difftune report`` has it.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history of (step, value)."""
+        return {"history": list(self.history)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the history.
+
+        Raises:
+            CheckpointError: If this is the state of another callback.
+        """
+        if "history" not in state_dict:
+            raise CheckpointError(
+                f"The state of {type(self).__name__} holds {sorted(state_dict)}, expected 'history'. Pass what this "
+                "callback's state_dict returned."
+            )
+        self.history = [(int(step), value) for step, value in state_dict["history"]]
+        self._latest_step = self.history[-1][0] if self.history else None
