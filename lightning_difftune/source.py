@@ -255,7 +255,14 @@ def check_scheduler(scheduler: Any, source: SourceFacts, role: str = "the sample
             f"{role}: {kind} has use_flow_sigmas = {uses_flow} with prediction_type {found!r}. Set both for flow "
             "matching, or neither."
         )
-    if process is not None and not same_process(process_of(scheduler), process):
+    try:
+        reversed_process = process_of(scheduler)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{role}: {error} Take one with betas, such as diffusers.DDIMScheduler, or leave the scheduler out: it is "
+            "then made for the model."
+        ) from error
+    if process is not None and not same_process(reversed_process, process):
         raise ConfigError(
             f"{role}: {kind} reverses another noise schedule than {source.name} was trained with: "
             f"{_levels(scheduler)}. Give it the betas of {_described(process)}, or leave the scheduler out: it is then "

@@ -277,8 +277,9 @@ def test_processes_are_compared_by_their_levels():
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (diffusers.IPNDMScheduler(), "IPNDMScheduler, which does not say what it takes"),
-        (diffusers.EDMEulerScheduler(), "has no alphas_cumprod"),
+        # It takes the velocities of a sine of t in [0, 1], not noise at T timesteps.
+        (diffusers.IPNDMScheduler(), "IPNDMScheduler, which does not say what it takes.*Take one of a Gaussian diff"),
+        (diffusers.EDMEulerScheduler(), "has no alphas_cumprod.*Take one with betas, such as diffusers.DDIM"),
         (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "DDIMScheduler, which does not say what it takes"),
         (diffusers.DDPMScheduler(**DIT, clip_sample=False, variance_type="learned_range"), "predicts no variance"),
         (diffusers.DDIMScheduler(**DIT, clip_sample=True, clip_sample_range=0.5), "clip_sample_range to 1.0"),

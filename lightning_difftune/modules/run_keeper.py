@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -25,6 +25,8 @@ class RunKeeper(Callback):
     - Checkpoints are written whole, and one that was altered is refused (:class:`AtomicCheckpointIO`).
     - Settings of the optimizer and its scheduler that were changed since the checkpoint take effect, as does the
       patience of ``EarlyStopping``; what cannot is refused. What was not changed is restored to the bit.
+    - Batches are float32 at any precision: bf16-true would round pictures, cached latents and the bank's. What a
+      network is given is cast in one place, :func:`~lightning_difftune.models.precision.takes_its_own_type`.
     - The last step is validated, however often validation is due, unless it is off.
     - A checkpoint in the middle of a window of accumulated gradients holds them, and a resumed run does not save a
       second time what it was resumed from.
@@ -38,8 +40,10 @@ class RunKeeper(Callback):
         self._forced = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take over the files, before a checkpoint is read."""
+        """Take over the files, before a checkpoint is read, and keep batches as the data module made them."""
         self._resumed = self._configured = self._gradients = None
+        plugin: Any = trainer.precision_plugin
+        plugin.convert_input = Precision.convert_input.__get__(plugin)  # it changes nothing
         plain = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
         if plain and not isinstance(trainer.strategy, FSDPStrategy):
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()

@@ -26,7 +26,7 @@ from lightning_difftune.data.annotators import Canny
 from lightning_difftune.models import FrozenAutoencoder
 from lightning_difftune.sampling import Sampler
 
-FAMILIES = ["pixels", "latents", "cached latents", "text-to-image", "ControlNet"]
+FAMILIES = ["pixels", "latents", "cached latents", "text-to-image", "ControlNet", "sdxl", "flux", "sd3"]
 
 
 class Watch(Callback):
@@ -69,13 +69,20 @@ def tiny_autoencoder():
     )
 
 
-def of_family(family, folder, pipeline_folder):
+def of_family(family, folder, pipeline_folder, folder_of=None):
     """Module and data."""
     settings = {"bank": folder / "bank", "bank_size": 6, "batch_size": 5, "num_workers": 0}
     if family == "pixels":
         module = DiTDiffTuningModule(tiny_dit(num_classes=3), sampler=Sampler(num_inference_steps=2))
         return module, MemoryBankDataModule(tiny_pictures(8), 3, 8, 1, val_target=tiny_pictures(8), **settings)
     pictures = noise_pixels(8, 16, 16, 3)
+    if folder_of is not None and family in ("sdxl", "flux", "sd3"):
+        prompts = ["a cat", "red"]
+        module = TextToImageDiffTuningModule(
+            folder_of(family), image_size=32, prompts=prompts, bank_prompts=prompts, sampler=Sampler(None, 2)
+        )
+        source = [(picture, "a cat") for picture in noise_pixels(8, 32, 32, 3)]
+        return module, MemoryBankDataModule(source, image_size=32, val_target=source, **settings)
     if "latents" in family:
         dit = tiny_dit(num_classes=3, in_channels=4)
         module = DiTDiffTuningModule(
@@ -97,8 +104,8 @@ def of_family(family, folder, pipeline_folder):
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_and_draws(family, precision, tmp_path, pipeline_folder):
-    module, data = of_family(family, tmp_path, pipeline_folder)
+def test_every_family_trains_and_draws(family, precision, tmp_path, pipeline_folder, folder_of):
+    module, data = of_family(family, tmp_path, pipeline_folder, folder_of)
     module.optimizer = partial(torch.optim.AdamW, lr=1e-3)
     fid = FID(num_samples=5, feature_extractor=Features(), batch_size=5)
     watch = Watch()
@@ -118,6 +125,49 @@ def test_every_family_trains_and_draws(family, precision, tmp_path, pipeline_fol
     assert np.isfinite(fid.last_value)
     assert MemoryBank(tmp_path / "bank").read(torch.arange(6))["latents"].isfinite().all()
     assert torch.get_default_dtype() == torch.float32
+
+
+class Batches(Callback):
+    """The batches and clean samples that a run trains on."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_start(self, trainer, module):
+        at = module.objective.at
+
+        def watched(denoise, x0, condition, *others):
+            self.seen.append((x0.clone(), condition))
+            return at(denoise, x0, condition, *others)
+
+        module.objective.at = watched
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen.append(batch)
+
+
+def floats_of(value):
+    """All float tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for part in parts for tensor in floats_of(part)]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("family", ["pixels", "cached latents"])
+def test_what_is_trained_on_is_the_same_to_the_bit_at_any_precision(family, precision, tmp_path):
+    """Lightning rounds a batch to the weights' type: pictures, cached latents, the bank's latents and columns."""
+    runs = []
+    for each in ("32-true", precision):
+        module, data = of_family(family, tmp_path / "stores", None)
+        watch = Batches()
+        quiet_trainer(tmp_path, 2, watch, precision=each).fit(module, data)
+        runs.append(floats_of(watch.seen))
+    assert len(runs[0]) == len(runs[1]) > 0
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("family", ["pixels", "text-to-image"])
@@ -146,3 +196,36 @@ def test_banks_of_fit_and_predict_are_the_same_to_the_bit_at_the_trainers_precis
     assert torch.equal(banks[0], banks[1])
     assert not torch.equal(banks[0], banks[2])
     torch.testing.assert_close(banks[0], banks[2], atol=0.3, rtol=0)
+
+
+@pytest.mark.parametrize("road", ["fit", "predict"])
+@pytest.mark.parametrize("asked", [None, "highest"])
+def test_gpus_multiply_in_tf32_from_python_too(road, asked, tmp_path, monkeypatch):
+    """As the command line does; a module that asks for full float32 gets that."""
+    module, data = of_family("pixels", tmp_path, None)
+    build = module.configure_model
+
+    def on_a_gpu():
+        with monkeypatch.context() as there:
+            there.setattr(torch.cuda, "is_available", lambda: True)
+            build()
+
+    module.configure_model = on_a_gpu
+    if asked is not None:
+        module.float32_matmul_precision = asked
+    found = []
+    for name in ("draw_latents", "training_step"):
+        called = getattr(module, name)
+        watched = partial(
+            lambda called, *args: found.append(torch.get_float32_matmul_precision()) or called(*args), called
+        )
+        monkeypatch.setattr(module, name, watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if asked is None else "high")
+    try:
+        trainer = quiet_trainer(tmp_path, 1)
+        trainer.fit(module, data) if road == "fit" else trainer.predict(module, data, return_predictions=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(found) == {asked or "high"}
+    assert len(found) >= (2 if road == "fit" else 1), "the bank is drawn, and a step is trained"
