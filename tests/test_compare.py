@@ -19,9 +19,9 @@ from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
 from lightning_difftune.cli.compare.figures import bars_figure, gains_figure
 from lightning_difftune.cli.compare.jobs import read_jobs
-from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import comparison, line_of, shown
+from lightning_difftune.cli.tuned import RunRecord
 from lightning_difftune.files import FolderLock
 
 STEPS = 4

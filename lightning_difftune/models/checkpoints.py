@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.files import check_sums, read_safetensors, tensor_digest
 from lightning_difftune.models import diffusers_layout, hub
-from lightning_difftune.models.checkpoint_files import read_json, read_torch
+from lightning_difftune.models.checkpoint_files import DIFFUSERS, find_weights, missing_shards, read_json, read_torch
 from lightning_difftune.models.dit import SIZES, DiT
-from lightning_difftune.models.weight_files import DIFFUSERS, find_weights, missing_shards
 
 BUNDLED = Path(__file__).parent / "weights"
 SAMPLING_FILE = "sampling.json"  # in an exported diffusers folder, beside model_index.json

@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import atomic_path, check_sums, write_sums
 from lightning_difftune.models import hub
+from lightning_difftune.models.checkpoint_files import DIFFUSERS, find_weights, missing_shards
 from lightning_difftune.models.checkpoints import BUNDLED, fingerprint
-from lightning_difftune.models.weight_files import DIFFUSERS, find_weights, missing_shards
 
 Model = TypeVar("Model")
 
@@ -140,21 +141,31 @@ def export_network(network: Any, folder: str | Path, *, overwrite: bool = False)
             are not finite, or does not read back as it was. Nothing is left then, and what was there stays.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise CheckpointError(f"{folder} exists. Choose another path, or pass overwrite=True.")
     tuner = getattr(network, "tuned_by", None)
     if tuner is not None:
         raise CheckpointError(f"Not exported: the layers of {tuner} are in the network. Export what its merge returns.")
+    with exported(network, folder, overwrite) as draft:
+        network.save_pretrained(draft)
+        write_sums(draft)
+        if fingerprint(open_network(type(network), draft)) != fingerprint(network):
+            raise CheckpointError("Not exported: what was written does not read back as the same weights.")
+    return folder
+
+
+@contextmanager
+def exported(network: nn.Module, path: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write an export of a network, which takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        CheckpointError: If ``path`` is taken or cannot be written, or the network has values that are not finite.
+    """
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists. Choose another path, or pass overwrite=True.")
     broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(f"Not exported: NaN or infinity in {len(broken)} tensors, {broken[:3]}.")
     try:
-        with atomic_path(folder) as draft:
-            network.save_pretrained(draft)
-            write_sums(draft)
-            again = open_network(type(network), draft)
-            if fingerprint(again) != fingerprint(network):
-                raise CheckpointError("Not exported: what was written does not read back as the same weights.")
+        with atomic_path(path) as draft:
+            yield draft
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot write {folder}: {error}. Is the disk full, or the folder protected?") from error
-    return folder
+        raise CheckpointError(f"Cannot write {path}: {error}. Is the disk full, or the folder protected?") from error

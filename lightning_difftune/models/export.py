@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_difftune import __version__
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.files import atomic_path, write_safetensors, write_sums
+from lightning_difftune.files import write_safetensors, write_sums
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
 from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
+from lightning_difftune.models.diffusers_folder import exported
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
 from lightning_difftune.models.usage import usage_of_dit
@@ -58,24 +58,16 @@ def export_dit(
         raise CheckpointError(f"{path} must end in .safetensors, so that load_dit knows what it is.")
     if format == "safetensors" and autoencoder is not None:
         raise CheckpointError("An autoencoder goes into a diffusers folder; format='safetensors' holds the DiT alone.")
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists. Choose another path, or pass overwrite=True.")
     with torch.device("meta"):
         plain = DiT(**model.architecture)
     check_state(model.state_dict(), plain.state_dict(), "The model to export")
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"Not exported: NaN or infinity in {len(broken)} tensors, {broken[:3]}.")
-    try:
-        with atomic_path(path) as draft:
-            if format == "safetensors":
-                write_file(model, draft)
-            else:
-                write_diffusers(model, draft, autoencoder)
-                write_sums(draft)
-            verify(model, draft)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot write {path}: {error}. Is the disk full, or the folder protected?") from error
+    with exported(model, path, overwrite) as draft:
+        if format == "safetensors":
+            write_file(model, draft)
+        else:
+            write_diffusers(model, draft, autoencoder)
+            write_sums(draft)
+        verify(model, draft)
     return path
 
 

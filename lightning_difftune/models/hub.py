@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.models.weight_files import DIFFUSERS, TRANSFORMERS, find_weights
+from lightning_difftune.models.checkpoint_files import DIFFUSERS, TRANSFORMERS, find_weights
 
 COMPANIONS = {  # small folders of pipelines that a part goes with
     "text_encoder": "tokenizer/",

@@ -17,7 +17,7 @@ from lightning_difftune.cli.yaml_files import resolved
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import discard_temporaries, json_digest
 
-RECORD = "lightning_difftune.cli.compare.record.RunRecord"
+RECORD = "lightning_difftune.cli.tuned.RunRecord"
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,9 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_difftune.cli import STOPPED
-from lightning_difftune.cli.compare.record import RunRecord
 from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
-from lightning_difftune.cli.tuned import FindsConvergence, averaged_weights, callbacks_of, count_trainable
+from lightning_difftune.cli.tuned import FindsConvergence, RunRecord, averaged_weights, callbacks_of, count_trainable
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.pictures import to_png

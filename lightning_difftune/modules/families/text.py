@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import json_digest
-from lightning_difftune.models.checkpoint_files import read_json
+from lightning_difftune.models.checkpoint_files import find_weights, read_json
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import folder_of
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.models.text_encoder import without_bars
-from lightning_difftune.models.weight_files import find_weights
 
 Encode = Callable[[Any, list[str]], dict[str, Tensor]]
 
