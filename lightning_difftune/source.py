@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -83,6 +84,15 @@ class LatentScale:
         others["latents_std"] = self.latents_std
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in others.items() if v is not None}
         return {"scaling_factor": self.scaling_factor, **plain}
+
+    def is_close(self, other: LatentScale) -> bool:
+        """Whether latents become the same to three digits."""
+
+        def numbers(one: LatentScale) -> list[float]:
+            return [one.scaling_factor, one.shift_factor, *(one.latents_mean or ()), *(one.latents_std or ())]
+
+        ours, theirs = numbers(self), numbers(other)
+        return len(ours) == len(theirs) and all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(ours, theirs))  # noqa: B905
 
     def __str__(self) -> str:
         """For identities: the scale alone where there is nothing else."""

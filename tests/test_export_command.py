@@ -138,18 +138,23 @@ def test_what_is_exported_is_the_tuned_network(project, tuner, suffix, tmp_path,
     assert f"wrote {output} (" in said
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16 frozen", "bfloat16"])
 @pytest.mark.parametrize("family", ["TextToImageDiffTuningModule", "ControlNetDiffTuningModule"])
-def test_networks_of_diffusers_are_merged_and_written_as_folders(family, pipeline_folder, tmp_path):
+def test_networks_of_diffusers_are_merged_and_written_as_folders(family, dtype, pipeline_folder, tmp_path):
     import lightning_difftune
     from lightning_difftune.tuners import LoRA
 
     tuner = LoRA(rank=2, target_modules=("to_q", "to_v"))
     more = {"annotator": Whole()} if family.startswith("Control") else {}
+    if dtype == "bfloat16 frozen" and family.startswith("Text"):
+        more["frozen_dtype"] = "bfloat16"
     module = getattr(lightning_difftune, family)(model=pipeline_folder, tuner=tuner, **more)
     module.configure_model()
     module.eval()
     for parameter in module.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    if dtype == "bfloat16":  # as trained with bf16-true
+        module.bfloat16()
     done = []
     write(module, plain_network(module, done), tmp_path / "tuned", done)
     (network,) = module.trainable_modules()

@@ -426,3 +426,44 @@ def test_an_autoencoder_of_another_scale_than_the_models_is_refused():
     module = DiTDiffTuningModule("dit-nano-imagenet", autoencoder=FrozenAutoencoder("sd-nano-flowers", 0.18215, "vae"))
     with pytest.raises(ConfigError, match=r"scaling_factor of 0\.633.*, but the autoencoder here has 0\.18215"):
         module.configure_model()
+
+
+SCALES = [
+    {"scaling_factor": 0.4},
+    {"shift_factor": 0.2},
+    {"latents_mean": (0.1, 0.0, 0.0, -0.2), "latents_std": (1.0, 2.0, 1.0, 0.5)},
+]
+
+
+def autoencoder_of(folder, **scale):
+    """A small autoencoder in a folder that states its scale."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    vae.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    scale = {key: list(value) if isinstance(value, tuple) else value for key, value in scale.items()}
+    (folder / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5, **scale}))
+    return FrozenAutoencoder(folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("scale", SCALES, ids=["scale", "shift", "mean and std"])
+def test_an_export_knows_the_whole_scale_of_its_latents(scale, kind, tmp_path):
+    """Of an autoencoder in a folder of this machine, too, which an export cannot name."""
+    module = DiTDiffTuningModule(tiny_dit(in_channels=4), autoencoder=autoencoder_of(tmp_path / "vae", **scale))
+    module.configure_model()
+    path = tmp_path / ("tuned.safetensors" if kind == "file" else "tuned")
+    module.write_export(module.dit, path)
+
+    def opened(autoencoder):
+        again = DiTDiffTuningModule(str(path), autoencoder=autoencoder)
+        again.configure_model()
+        return again
+
+    assert opened(autoencoder_of(tmp_path / "same", **scale)).source_facts.latents == module.source_facts.latents
+    assert opened(None).source_facts.latents == module.source_facts.latents
+    for others in [{}, *SCALES]:
+        if others != scale:
+            other = autoencoder_of(tmp_path / "other", **others)
+            with pytest.raises(ConfigError, match=r"denoises latents with a scaling_factor of .*, but the autoencoder"):
+                opened(other)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -177,8 +178,9 @@ def write(module: DiffTuningModule, network: Any, output: Path, done: list[str])
     """
     with atomic_path(output) as draft:
         reloaded = module.write_export(network, draft)
+        coarsest = max(torch.finfo(p.dtype).eps for p in reloaded.parameters() if p.is_floating_point())
         error = difference(module, reloaded)
-        if not error <= TOLERANCE:
+        if not error <= max(TOLERANCE, 4 * coarsest):
             raise CheckpointError(
                 f"Not exported: what was written computes something else than the tuned network, off by {error:.1e} of "
                 "its largest output. If the tuner is one of your own, check its merge."
@@ -190,7 +192,10 @@ def write(module: DiffTuningModule, network: Any, output: Path, done: list[str])
 
 @torch.inference_mode()
 def difference(module: DiffTuningModule, other: nn.Module) -> float:
-    """How far another network's outputs are from the trained one's, over the largest output, at three noise levels."""
+    """How far another network's outputs are from the trained one's, over the largest output, at three noise levels.
+
+    Both compute in float32: a network whose frozen weights are bfloat16 would round more than a wrong merge changes.
+    """
     indices = torch.arange(3)
     x_t = noise_of(0, indices, module.sample_shape).to(module.device)
     columns = cast("RetentionBatch", {"latents": x_t, **module.bank_columns(indices, x_t)})
@@ -198,13 +203,15 @@ def difference(module: DiffTuningModule, other: nn.Module) -> float:
     given = x_t, torch.tensor([0, steps // 2, steps - 1]), module.retention_condition(columns)
     trained = module.trainable_modules()[0]
     name = next(name for name, child in module.named_children() if child is trained)
-    with exact_arithmetic(module.device):
-        expected = module.denoise(*given)
-        setattr(module, name, other.eval())
-        try:
+    try:
+        with exact_arithmetic(module.device):
+            if any(p.dtype != torch.float32 for p in trained.parameters()):
+                setattr(module, name, copy.deepcopy(trained).float())
+            expected = module.denoise(*given)
+            setattr(module, name, other.eval().float())
             output = module.denoise(*given)
-        finally:
-            setattr(module, name, trained)
+    finally:
+        setattr(module, name, trained)
     return ((output - expected).abs().max() / expected.abs().max()).item()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,12 +156,17 @@ class DiTDiffTuningModule(DiffTuningModule):
         if "scheduler" in sampling:
             scheduler = {**sampling["scheduler_config"], "_class_name": sampling["scheduler"]}
         latents = self.autoencoder.scale if self.autoencoder is not None else None
-        named = sampling.get("autoencoder", {}).get("scaling_factor")
-        if latents is not None and named is not None and abs(latents.scaling_factor / named - 1) > 1e-3:
+        stated = sampling.get("latents")  # of exports of this version; earlier ones have the autoencoder's arguments
+        named = LatentScale.of_config(stated) if stated is not None else None
+        factor = sampling.get("autoencoder", {}).get("scaling_factor")
+        if named is None and factor is not None and latents is not None:
+            named = replace(latents, scaling_factor=factor)
+        if latents is not None and named is not None and not latents.is_close(named):
             raise ConfigError(
-                f"{name} denoises latents with a scaling_factor of {named}, but the autoencoder here has "
-                f"{latents.scaling_factor}. Set it to {named}."
+                f"{name} denoises latents with a scaling_factor of {named}, but the autoencoder here has {latents}. "
+                "Take the model's own autoencoder; its scaling_factor can be set."
             )
+        latents = latents or named
         if latents is None and self.dit.sample_shape[0] not in (1, 3):
             latents = LatentScale()  # of an autoencoder that is not here
         return SourceFacts.of_scheduler(
@@ -306,6 +312,8 @@ class DiTDiffTuningModule(DiffTuningModule):
         is_file = path.suffix == ".safetensors"
         named = None if self.autoencoder is None else self.autoencoder.settings()
         network.sampling = self.sampler.settings() | ({} if named is None else {"autoencoder": named})
+        if self.source_facts.latents is not None:
+            network.sampling["latents"] = self.source_facts.latents.settings()
         autoencoder = None if is_file else self.autoencoder
         export_dit(network, path, "safetensors" if is_file else "diffusers", autoencoder=autoencoder)
         return load_dit(path)
