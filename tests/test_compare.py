@@ -427,6 +427,20 @@ def test_a_changed_config_is_refused_or_repeated(finished, capsys):
     assert main(only) == 0
 
 
+def test_results_of_other_random_streams_are_not_added_to(finished, capsys):
+    path = Path("out/results/plain-seed0.json")
+    before = {key: value for key, value in result("plain-seed0").items() if key != "draws"}  # as of version 1
+    path.write_text(json.dumps(before))
+    assert main(["compare", "study.yaml", "--run"]) == 2
+    assert "plain-seed0 in out was made with another config: version of the random streams was 1, is 2." in (
+        capsys.readouterr().err
+    )
+    assert json.loads(path.read_text()) == before
+    assert main(["compare", "study.yaml", "--report"]) == 0, "what is kept can be read"
+    assert main(["compare", "study.yaml", "--rerun_changed"]) == 0
+    assert result("plain-seed0")["draws"] == 2
+
+
 def test_labels_and_output_are_no_part_of_what_is_run(finished, capsys):
     runs = {"plain": {**STUDY["runs"]["plain"], "method": "Everything", "at": {}}}
     write_study(finished, title="Another title", runs=runs, output="moved")

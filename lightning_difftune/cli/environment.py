@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_difftune import __version__
+from lightning_difftune import __version__, draws
 
 
 def circumstances() -> dict[str, Any]:
@@ -28,6 +28,7 @@ def circumstances() -> dict[str, Any]:
             "lightning": L.__version__,
             "python": platform.python_version(),
         },
+        "draws": draws.VERSION,  # of the random streams
         "threads": torch.get_num_threads(),
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine() + " CPU",
     }

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from lightning_difftune import draws
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.compare.figures import contact_sheet, draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
@@ -178,6 +179,7 @@ def prepare(job: Job, checkpoint: Path | None) -> None:
     order = {
         "name": job.name,
         "seed": job.seed,
+        "draws": draws.VERSION,
         "digest": job.digest,
         "identity": job.identity,
         "checkpoint": None if checkpoint is None else str(checkpoint),

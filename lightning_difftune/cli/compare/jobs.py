@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lightning_difftune import draws
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.yaml_files import resolved
@@ -85,11 +86,13 @@ class Job:
         return _read(self.folder / "job.json", "order")
 
     def differences(self) -> list[str]:
-        """How the settings differ from those that the result, or the unfinished run in the folder, was made with."""
+        """How settings and random streams differ from those that the result, or the unfinished run, was made with."""
         made = self.result() or self.order()
-        if made is None or made["digest"] == self.digest:
+        if made is None:
             return []
-        before, now = leaves(made["identity"]), leaves(self.identity)
+        streams = {"version of the random streams": made.get("draws", 1)}  # no result said it before version 2
+        before = leaves(made["identity"]) | streams
+        now = leaves(self.identity) | dict.fromkeys(streams, draws.VERSION)
         keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         return [f"{key.removeprefix('settings.')} was {before.get(key)}, is {now.get(key)}" for key in keys]
 
