@@ -261,9 +261,14 @@ def check_sums(folder: Path) -> None:
 # -- SHA-256, in hexadecimal ------------------------------------------------------------------------------------------
 
 
+def bytes_digest(data: bytes) -> str:
+    """Of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def text_digest(text: str) -> str:
     """Of a text in UTF-8."""
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+    return bytes_digest(text.encode("utf-8", "surrogateescape"))
 
 
 def json_digest(content: Any) -> str:

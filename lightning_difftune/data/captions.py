@@ -9,20 +9,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.images import ImageTargets
-from lightning_difftune.data.source_facts import (
-    class_names_of,
-    content_digest_of,
-    labels_of,
-    location_of,
-    paths_of,
-    transforms_pictures,
-)
+from lightning_difftune.data.source_facts import Relabelled, class_names_of, labels_of, location_of
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.files import array_digest
 
 
-class ClassCaptions(Dataset[tuple[Any, str]]):
+class ClassCaptions(Relabelled):
     """Pictures of a labelled source with captions made from their classes' names.
 
     Underscores in names are written as spaces. Which template a picture gets depends on (seed, its index) alone.
@@ -58,7 +50,7 @@ class ClassCaptions(Dataset[tuple[Any, str]]):
                 f"templates of ClassCaptions are a list of texts with {{}} for the name, found {templates!r}. "
                 'Write, for instance, ["a photo of a {}", "a drawing of a {}"].'
             )
-        self.source: Any = source
+        super().__init__(source)
         labels, names = labels_of(source), class_names_of(source) if class_names is None else list(class_names)
         if labels is None or names is None:
             what = "labels" if labels is None else "names of the classes"
@@ -75,25 +67,15 @@ class ClassCaptions(Dataset[tuple[Any, str]]):
             for index, label in enumerate(labels.tolist())
         ]
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
     def __getitem__(self, index: int) -> tuple[Any, str]:
         return self.source[index][0], self.captions[index]
-
-    @property
-    def paths(self) -> list[str] | None:
-        """The files, if the source has some."""
-        return paths_of(self.source)
 
     def describe(self, index: int) -> str:
         """Where picture ``index`` is, for messages; its caption if nothing else is known."""
         return location_of(self.source, index) or repr(self.captions[index])
 
-    def content_digest(self) -> str | None:
-        """A hash of pictures and captions, or None where only reading the pictures would tell."""
-        content = None if transforms_pictures(self.source) else content_digest_of(self.source)
-        return None if content is None else array_digest(content, *self.captions)
+    def _told(self) -> list[str]:
+        return self.captions
 
 
 class ControlExamples:

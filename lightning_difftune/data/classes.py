@@ -10,19 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from lightning_difftune.data.folders import shorten
-from lightning_difftune.data.source_facts import (
-    class_names_of,
-    content_digest_of,
-    labels_of,
-    location_of,
-    paths_of,
-    transforms_pictures,
-)
+from lightning_difftune.data.source_facts import Relabelled, class_names_of, labels_of
 from lightning_difftune.errors import DataError
-from lightning_difftune.files import array_digest
 
 FEW_PICTURES = 10  # of a class
 
@@ -76,11 +68,12 @@ def _same(names: Sequence[str]) -> list[str]:
     return [unicodedata.normalize("NFC", name).strip() for name in names]
 
 
-class _Renumbered(Dataset[tuple[Any, ...]]):
+class _Renumbered(Relabelled):
     """A source whose labels are other numbers of the same classes."""
 
     def __init__(self, source: Any, numbers: npt.NDArray[np.int64], class_names: list[str]) -> None:
-        self.source, self.numbers, self.class_names = source, numbers, class_names
+        super().__init__(source)
+        self.numbers, self.class_names = numbers, class_names
         known = labels_of(source)
         if known is not None:
             self.labels = np.asarray([self._number(label) for label in known.tolist()], dtype=np.int64)
@@ -88,26 +81,12 @@ class _Renumbered(Dataset[tuple[Any, ...]]):
     def _number(self, label: int) -> int:
         return int(self.numbers[label]) if 0 <= label < len(self.numbers) else label  # others are refused as they are
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         image, label, *rest = self.source[index]
         return image, self._number(int(label)), *rest
 
-    @property
-    def paths(self) -> list[str] | None:
-        """The files, if the source has some."""
-        return paths_of(self.source)
-
-    def describe(self, index: int) -> str:
-        """Where picture ``index`` is, for messages."""
-        return location_of(self.source, index) or f"image {index}"
-
-    def content_digest(self) -> str | None:
-        """A hash of pictures and numbers, or None where only reading the pictures would tell."""
-        content = None if transforms_pictures(self.source) else content_digest_of(self.source)
-        return None if content is None else array_digest(content, self.numbers)
+    def _told(self) -> list[npt.NDArray[np.int64]]:
+        return [self.numbers]
 
 
 def check_labels(

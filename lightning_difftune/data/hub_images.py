@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.files import atomic_path
+from lightning_difftune.files import atomic_path, bytes_digest, stat_digest
 
 _CAPTION_COLUMNS = ("text", "caption", "prompt")
 
@@ -91,6 +91,11 @@ class HubImages(Dataset[tuple[Any, ...]]):
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    def picture_digests(self) -> list[str]:
+        """The SHA-256 of every encoded picture; of one that is in a file, of its name, size and time."""
+        column = (example[self._image] for example in self._dataset)
+        return [stat_digest([x["path"]]) if x["bytes"] is None else bytes_digest(x["bytes"]) for x in column]
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         entry = self._dataset[index][self._image]

@@ -117,12 +117,9 @@ class NpzImages(Dataset[tuple[Any, int]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        row, label = int(self._rows[index]), int(self.labels[index])
-        if self._bytes is None:
-            assert self._images is not None  # one of the two layouts
-            return self._images[row], label
-        encoded = self._bytes[self._offsets[row] : self._offsets[row + 1]]
-        return Image.open(io.BytesIO(encoded.tobytes())), label
+        stored = self._stored(int(self._rows[index]))
+        image = stored if self._images is not None else Image.open(io.BytesIO(stored.tobytes()))
+        return image, int(self.labels[index])
 
     def content_digest(self) -> str:
         """A hash of the stored pictures and of the choice among them."""
@@ -132,6 +129,18 @@ class NpzImages(Dataset[tuple[Any, int]]):
     def _digest(self) -> str:
         stored = [array for array in (self._images, self._bytes) if array is not None]
         return array_digest(*stored, self._offsets, self._rows)
+
+    def picture_digests(self) -> list[str]:
+        """The SHA-256 of every stored picture."""
+        stored = (self._stored(row) for row in self._rows)
+        return [array_digest(picture) for picture in stored]
+
+    def _stored(self, row: int) -> npt.NDArray[np.uint8]:
+        """The pixels of a raw picture, the bytes of the file of an encoded one."""
+        if self._images is not None:
+            return self._images[row]
+        assert self._bytes is not None  # one of the two layouts
+        return self._bytes[self._offsets[row] : self._offsets[row + 1]]
 
     def describe(self, index: int) -> str:
         """Where picture ``index`` is, for messages."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -119,11 +120,11 @@ class LatentCache:
             full_spec["mirrored"] = mirrored = Manifest.load(Path(path) / MANIFEST).plan.spec == full_spec | {
                 "mirrored": True
             }
-        digests = targets.picture_digests()
+        digests = cache(targets.picture_digests)  # asked for where something is to be encoded
 
         def replaces(other: BuildPlan) -> bool:
             changes = {**other.spec, "targets": {**other.spec["targets"], **_of_pictures(full_spec)}}
-            return changes == full_spec and bool(_encoded([Path(path)], digests))
+            return changes == full_spec and bool(_encoded([Path(path)], digests()))
 
         writer = ShardWriter(
             path, kind=_KIND, spec=full_spec, num_samples=len(targets), shard_size=shard_size, replaces=replaces
@@ -132,7 +133,7 @@ class LatentCache:
         captions = _caption_store(Path(path), full_spec)
 
         def work() -> list[list[int]]:  # dealt out when the first batch is asked for, since other jobs may come before
-            kept.update(_encoded(writer.folder.previous, digests))
+            kept.update(_encoded(writer.folder.previous, digests()))
             batches = writer.work(batch_size, rank, world_size)
             return [[i for i in batch.indices.tolist() if i not in kept] for batch in batches]
 
@@ -154,15 +155,16 @@ class LatentCache:
                     encoded |= {prefix + _CAPTION: keys for prefix in prefixes}
                 stored = {name: x.to(_DTYPES[dtype]) if x.is_floating_point() else x for name, x in encoded.items()}
                 own = source_index == torch.tensor(new)
-                picture = torch.zeros_like(source_index) if digests is None else digests[new] * own
+                known = digests()
+                picture = torch.zeros_like(source_index) if known is None else known[new] * own
                 parts.append({**stored, "source_index": source_index, "picture": picture})
             back = torch.tensor(old + new).argsort()
             return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
         build(writer, generate, batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
-        cache = cls(path)
-        cache._report_replaced(targets)
-        return cache
+        finished = cls(path)
+        finished._report_replaced(targets)
+        return finished
 
     @property
     def spec(self) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_difftune.errors import DataError
 from lightning_difftune.files import array_digest, stat_digest
@@ -37,6 +38,8 @@ class ImageSource(Protocol):
     - ``paths``: the N files. ``describe(index)``: what to call picture ``index`` in a message, where it has no file.
     - ``content_digest()``: a text that changes whenever a picture does; a latent cache is compared with it. Without it,
       sources of files are judged by names, sizes and times, and others by 64 of their pictures.
+    - ``picture_digests()``: N texts, each of which changes when that picture does. With them, a latent cache of other
+      pictures encodes those that changed and keeps the rest. Sources of files and of arrays need none.
     - ``control_paths``: the N files of control maps.
     - ``left_out``: how many files of which kind are not used, for ``difftune data check``.
     """
@@ -51,6 +54,38 @@ class ImageSource(Protocol):
         The image is a ``PIL.Image`` or uint8 pixels: an array (H, W) or (H, W, C), or a tensor (C, H, W), of any size.
         """
         ...
+
+
+class Relabelled(Dataset[tuple[Any, ...]]):
+    """A source with other labels or captions; all else is known of it as of the source that it is made of.
+
+    Args:
+        source: The source.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self.source: Any = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def paths(self) -> list[str] | None:
+        """The files, if the source has some."""
+        return paths_of(self.source)
+
+    def describe(self, index: int) -> str:
+        """Where picture ``index`` is, for messages."""
+        return location_of(self.source, index) or f"image {index}"
+
+    def content_digest(self) -> str | None:
+        """A hash of pictures and labels, or None where only reading the pictures would tell."""
+        content = None if transforms_pictures(self.source) else content_digest_of(self.source)
+        return None if content is None else array_digest(content, *self._told())
+
+    def _told(self) -> Sequence[npt.NDArray[Any] | str]:
+        """What makes the labels."""
+        raise NotImplementedError
 
 
 def require_source(source: Any) -> None:
@@ -178,13 +213,17 @@ def content_digest_of(source: Any) -> str | None:
 def picture_digests_of(source: Any) -> list[str] | None:
     """A text for every picture that changes with what is stored of it, or None where only reading would tell.
 
-    Of a file it is the name with that of its folder, the size and the modification time in seconds; of an array the
-    SHA-256 of its bytes.
+    A source's own ``picture_digests()`` go first. Of a file it is the name with that of its folder, the size and the
+    modification time in seconds; of an array the SHA-256 of its bytes.
     """
     if transforms_pictures(source):
         return None
+    if isinstance(source, Relabelled):
+        return picture_digests_of(source.source)
     if isinstance(source, Subset | ConcatDataset):
         return _looked_through(source, picture_digests_of)
+    if hasattr(source, "picture_digests"):
+        return list(map(str, source.picture_digests()))
     paths, controls = paths_of(source), getattr(source, "control_paths", None)
     if paths is not None:
         facts = [stat_digest([path]) + Path(path).parent.name for path in paths]
@@ -199,6 +238,8 @@ def transforms_pictures(source: Any) -> bool:
     """Whether a torchvision ``transform`` stands between the stored pictures and the yielded ones."""
     if isinstance(source, Subset):
         return transforms_pictures(source.dataset)
+    if isinstance(source, Relabelled):
+        return transforms_pictures(source.source)
     if isinstance(source, ConcatDataset):
         return any(transforms_pictures(part) for part in source.datasets)
     return getattr(source, "transform", None) is not None or getattr(source, "transforms", None) is not None

@@ -37,6 +37,7 @@ class _Member(NamedTuple):
     shard: int
     offset: int
     size: int
+    time: float
 
 
 class WebDatasetShards(Dataset[tuple[Any, ...]]):
@@ -128,6 +129,18 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         """A hash of the shards' names, sizes and modification times, and of the captions."""
         return array_digest(stat_digest(self.shards), *getattr(self, "captions", []))
 
+    def picture_digests(self) -> list[str]:
+        """The name, size and modification time of every picture in its shard.
+
+        A shard whose pictures all have one time tells nothing by it, so the size and time of the shard are added.
+        """
+        times: dict[int, set[float]] = {}
+        for picture in self._pictures:
+            times.setdefault(picture.shard, set()).add(picture.time)
+        shards = {n: "" if len(found) > 1 else stat_digest([self.shards[n]]) for n, found in times.items()}
+        named = zip(self.names, self._pictures, strict=True)
+        return [f"{name} {picture.size} {picture.time} {shards[picture.shard]}" for name, picture in named]
+
 
 def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
     """The files that a path, pattern or list stands for.
@@ -193,7 +206,7 @@ def read_contents(shard: str, number: int) -> dict[str, dict[str, _Member]]:
                 if entry.offset_data + entry.size > size:
                     raise tarfile.ReadError(f"{entry.name} is cut off")
                 key, extension = found.groups()
-                contents.setdefault(key, {})[extension] = _Member(number, entry.offset_data, entry.size)
+                contents.setdefault(key, {})[extension] = _Member(number, entry.offset_data, entry.size, entry.mtime)
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{shard} is not a whole, uncompressed tar file ({error}); download it again, or unpack a compressed one "

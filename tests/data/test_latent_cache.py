@@ -2,18 +2,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_difftune.data.image_arrays import ArrayImages
-from lightning_difftune.data.image_files import ImageFolder
+from lightning_difftune.data import ArrayImages, HubImages, ImageFolder, NpzImages, WebDatasetShards
+from lightning_difftune.data.classes import joined_by_name
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.shards import ShardWriter
@@ -220,6 +223,75 @@ def test_of_other_pictures_only_the_new_ones_are_encoded(tmp_path, targets, enco
     for flips in ([False] * len(after), [True] * len(after)):
         one, other = cache.read(everything, flips), whole.read(everything, flips)
         assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
+
+
+def png_of(picture: np.ndarray) -> bytes:
+    content = BytesIO()
+    Image.fromarray(picture).save(content, format="PNG")
+    return content.getvalue()
+
+
+def stored(kind: str, folder: Path, pictures: np.ndarray) -> ImageTargets:
+    """Pictures in a store that is written anew, with those of picture 9 changed or not."""
+    folder.mkdir(exist_ok=True)
+    files, labels = [png_of(picture) for picture in pictures], LABELS[: len(pictures)]
+    if kind == "raw npz":
+        np.savez(folder / "set.npz", images=pictures, labels=labels)
+        return ImageTargets(NpzImages(folder / "set.npz"), 16)
+    if kind == "encoded npz":
+        offsets = np.cumsum([0, *map(len, files)])
+        np.savez(folder / "set.npz", image_bytes=np.frombuffer(b"".join(files), np.uint8), offsets=offsets)
+        return ImageTargets(NpzImages(folder / "set.npz"), 16)
+    if kind == "hub":
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        rows = {"image": [{"bytes": file, "path": None} for file in files], "label": labels.tolist()}
+        return ImageTargets(HubImages(datasets.Dataset.from_dict(rows, features=features)), 16)
+    if kind == "classes joined by name":
+        source = ArrayImages(pictures, 4 - labels, class_names=list("edcba"))
+        return ImageTargets(joined_by_name(source, list("abcde")), 16)
+    for start in range(0, len(files), 10):
+        with tarfile.open(folder / f"{start:02d}.tar", "w") as archive:
+            for number, file in enumerate(files[start : start + 10], start):
+                for name, data in ((f"{number:02d}.png", file), (f"{number:02d}.cls", b"%d" % labels[number])):
+                    entry = tarfile.TarInfo(name)
+                    is_new = bool((pictures[number] != PICTURES[number]).any())
+                    entry.size, entry.mtime = len(data), 0 if kind == "shards of one time" else number + 100 * is_new
+                    archive.addfile(entry, BytesIO(data))
+        changed = (pictures[start : start + 10] != PICTURES[start : start + 10]).any()
+        os.utime(folder / f"{start:02d}.tar", (0, 100 + changed))
+    return ImageTargets(WebDatasetShards(folder), 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "new"),
+    [
+        ("raw npz", 1),
+        ("encoded npz", 1),
+        ("hub", 1),
+        ("classes joined by name", 1),
+        ("shards", 1),
+        ("shards of one time", 10),  # all of the shard that was written again
+    ],
+)
+def test_of_other_pictures_in_a_store_only_the_new_ones_are_encoded(tmp_path, encoder, kind, new):
+    make(tmp_path / "cache", stored(kind, tmp_path / "set", PICTURES), encoder)
+    pictures = PICTURES.copy()
+    pictures[9] = 255 - pictures[9]
+    after = stored(kind, tmp_path / "set", pictures)
+    encoder.pictures = 0
+    cache = make(tmp_path / "cache", after, encoder)
+    assert encoder.pictures == 2 * new
+    whole, everything = make(tmp_path / "whole", after, Encoder()), range(len(after))
+    one, other = cache.read(everything, [False] * 23), whole.read(everything, [False] * 23)
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
+    assert not list((tmp_path / "cache").glob("previous-*"))
+
+
+def test_pictures_are_digested_only_where_something_is_to_be_encoded(tmp_path, encoder, monkeypatch):
+    targets = stored("shards", tmp_path / "set", PICTURES)
+    make(tmp_path / "cache", targets, encoder)
+    monkeypatch.setattr(ImageTargets, "picture_digests", lambda targets: pytest.fail("asked for"))
+    make(tmp_path / "cache", targets, encoder)
 
 
 def test_an_unfinished_cache_without_a_shard_is_replaced(tmp_path, targets, encoder):
