@@ -31,7 +31,8 @@ def takes_its_own_type(network: Network) -> Network:
 
 def cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The hook: arguments of a call => those that the network sees."""
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    weights = (p for p in network.parameters() if isinstance(p, nn.Parameter))  # and not copies, of WeightCasts
+    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
     return cast(args, dtype), cast(kwargs, dtype)
 
 

@@ -22,6 +22,7 @@ from lightning_difftune.draws import Draws, float32_by_default
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.models.frozen import takes_its_own_type
+from lightning_difftune.models.weight_casts import WeightCasts
 from lightning_difftune.modules.bank_sources import EncodedPictures, PretrainedSamples
 from lightning_difftune.modules.checkpoint_io import read_run
 from lightning_difftune.modules.checkpoints import ARGUMENTS, arguments_of, complete, make_lean, rebuild
@@ -194,6 +195,7 @@ class DiffTuningModule(DiffusionModel):
             takes_its_own_type(network)
             if self.tuner is not None:
                 self.tuner.apply(network)
+        self._weight_casts = WeightCasts(self.denoising_modules())
         self._is_built = True
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -298,7 +300,8 @@ class DiffTuningModule(DiffusionModel):
         trainer = self._trainer  # without one, as under Fabric, a run is one epoch
         draws = self.draws(batch_idx if trainer is None else trainer.fit_loop.total_batch_idx)
         prepared = self.prepare(batch, draws)
-        output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
+        with self.weights_cast(self.denoise):
+            output = self.objective(self.denoise, *prepared, draws, batch.get("retention"), self.teacher)
         self._finite.watch(batch_idx if trainer is None else trainer.global_step, output, prepared[2])
         every = 50 if trainer is None else trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and batch_idx % every == 0:

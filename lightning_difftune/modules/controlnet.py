@@ -153,6 +153,10 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         """The ControlNet."""
         return [self.controlnet]
 
+    def denoising_modules(self) -> list[nn.Module]:
+        """The ControlNet, and the frozen UNet that it controls."""
+        return [self.controlnet, self.unet.network]
+
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Network output (B, c, h, w) under embeddings (B, L, D) and control maps (B, C, H, W) in [0, 1]."""
         embeddings = condition["prompt_embeds"]

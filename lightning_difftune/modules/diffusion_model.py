@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_difftune.draws import float32_by_default, noise_of
@@ -18,6 +20,7 @@ from lightning_difftune.models import FrozenAutoencoder, export_network
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.frozen import takes_its_own_type
 from lightning_difftune.models.usage import usage_of_network
+from lightning_difftune.models.weight_casts import WeightCasts, weight_casts_of
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import (
@@ -52,6 +55,7 @@ class DiffusionModel(L.LightningModule, ABC):
     """
 
     source_facts: SourceFacts
+    _weight_casts: WeightCasts
     autoencoder: FrozenAutoencoder | None
 
     def __init__(self, sampler: Sampler | None = None, bank_sampler: Sampler | None = None, seed: int = 0) -> None:
@@ -85,6 +89,10 @@ class DiffusionModel(L.LightningModule, ABC):
     @abstractmethod
     def trainable_modules(self) -> list[nn.Module]:
         """The networks that are trained, or that the tuner is applied to."""
+
+    def denoising_modules(self) -> list[nn.Module]:
+        """The networks that :meth:`denoise` calls; the trained ones by default."""
+        return self.trainable_modules()
 
     @property
     @abstractmethod
@@ -328,7 +336,17 @@ class DiffusionModel(L.LightningModule, ABC):
 
     def teacher(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """The pre-trained network's raw output (B, c or 2c, h, w) under a condition of this module."""
-        return self.frozen_denoiser()(x_t, t, self.source_condition(condition))
+        denoise = self.frozen_denoiser()
+        with self.weights_cast(denoise):
+            return denoise(x_t, t, self.source_condition(condition))
+
+    def weights_cast(self, denoise: Denoiser) -> AbstractContextManager[None]:
+        """Under autocast, the weights of a network are cast in few operations (:class:`WeightCasts`)."""
+        if isinstance(denoise, nn.Module):
+            return weight_casts_of(denoise).active()
+        plugin = None if self._trainer is None else self._trainer.precision_plugin
+        # Of one device and of DDP: strategies that shard weights have plugins of their own.
+        return self._weight_casts.active() if isinstance(plugin, MixedPrecision) else nullcontext()
 
     # -- drawing ----------------------------------------------------------------------------------------------------
 
@@ -341,10 +359,11 @@ class DiffusionModel(L.LightningModule, ABC):
         condition, null_condition = conditions
         null_condition, null_denoise = self.null_branch(sampler, null_condition)
         noise = self.start_noise(indices)
-        if sampler.pretrained_tail:
-            tuned = sampler.guided(denoise, condition, null_condition, null_denoise)
-            return sampler.swap(tuned, self.guided_source(conditions), noise, [sampler.pretrained_tail])[0]
-        return sampler(denoise, noise, condition, null_condition, null_denoise=null_denoise)
+        with self.weights_cast(denoise):
+            if sampler.pretrained_tail:
+                tuned = sampler.guided(denoise, condition, null_condition, null_denoise)
+                return sampler.swap(tuned, self.guided_source(conditions), noise, [sampler.pretrained_tail])[0]
+            return sampler(denoise, noise, condition, null_condition, null_denoise=null_denoise)
 
     def guided_source(self, conditions: tuple[Any, Any]) -> Guided:
         """The pre-trained network under what it understands of a condition and a null condition of this module."""

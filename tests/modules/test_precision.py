@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -15,16 +16,20 @@ from torch import nn
 
 from lightning_difftune import (
     ControlNetDiffTuningModule,
+    DiffTuningModule,
+    DiffTuningObjective,
     DiTDiffTuningModule,
     MemoryBank,
     MemoryBankDataModule,
     TextToImageDiffTuningModule,
 )
-from lightning_difftune.callbacks import EMA, FID, SampleGrid
+from lightning_difftune.callbacks import EMA, FID, RegionalCompile, SampleGrid
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.data.annotators import Canny
 from lightning_difftune.models import FrozenAutoencoder
+from lightning_difftune.retention_targets import OnlineTeacher
 from lightning_difftune.sampling import Sampler
+from lightning_difftune.tuners import LoRA
 
 FAMILIES = ["pixels", "latents", "cached latents", "text-to-image", "ControlNet", "sdxl", "flux", "sd3"]
 
@@ -229,3 +234,39 @@ def test_gpus_multiply_in_tf32_from_python_too(road, asked, tmp_path, monkeypatc
         torch.set_float32_matmul_precision(before)
     assert set(found) == {asked or "high"}
     assert len(found) >= (2 if road == "fit" else 1), "the bank is drawn, and a step is trained"
+
+
+# -- weights that are cast together -----------------------------------------------------------------------------------
+
+
+def without_casts(monkeypatch):
+    monkeypatch.setattr(DiffTuningModule, "weights_cast", lambda self, denoise: nullcontext())
+
+
+@pytest.mark.parametrize("family", ["pixels", "text-to-image", "ControlNet", "sdxl", "flux", "sd3"])
+def test_a_run_is_the_same_to_the_bit(family, tmp_path, pipeline_folder, monkeypatch):
+    runs = []
+    for folder in ("cast", "plain"):
+        torch.manual_seed(0)
+        module, data = of_family(family, tmp_path / folder, pipeline_folder)
+        module.optimizer = partial(torch.optim.AdamW, lr=1e-3)
+        quiet_trainer(tmp_path, 3, precision="bf16-mixed", accumulate_grad_batches=2).fit(module, data)
+        pictures = module.generate(torch.arange(2))
+        runs.append([*module.state_dict().values(), pictures])
+        without_casts(monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("how", ["LoRA", "teacher", "compiled"])
+def test_frozen_weights_teachers_and_compiled_blocks_too(how, tmp_path, monkeypatch):
+    runs = []
+    for folder in ("cast", "plain"):
+        module, data = of_family("pixels", tmp_path / folder, None)
+        module.tuner = LoRA(rank=2) if how == "LoRA" else None
+        module.objective = DiffTuningObjective(retention_target=OnlineTeacher() if how == "teacher" else None)
+        callbacks = [RegionalCompile(["DiTBlock"], ["cpu"], "aot_eager")] if how == "compiled" else []
+        torch.manual_seed(0)
+        quiet_trainer(tmp_path, 3, EMA(0.5), *callbacks, precision="bf16-mixed").fit(module, data)
+        runs.append(list(module.state_dict().values()))
+        without_casts(monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

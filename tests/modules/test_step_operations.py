@@ -99,11 +99,24 @@ def bare(count: Any) -> Counter[str]:
     return count.operations
 
 
+VIEWS = (
+    "alias as_strided detach empty empty_like expand new_empty permute select slice split squeeze t transpose unbind"
+)
+VIEWS = {*VIEWS.split(), "unsqueeze", "view", "_unsafe_view"}
+
+
+def launches(entry: tuple[str, int]) -> int:
+    """Of an operation and how often it is dispatched: what a GPU has to do, and not views and memory alone."""
+    name, number = entry
+    return number if name.startswith("aten.") and name.split(".")[1] not in VIEWS else 0
+
+
 def test_our_step_dispatches_hardly_more_than_a_bare_loop(tmp_path):
     found, expected = ours(tmp_path, Count()), bare(Count())
     surplus = found - expected
     assert found.total() - expected.total() <= 40, surplus.most_common(10)  # not one per block or parameter
-    assert found["aten._to_copy.default"] <= expected["aten._to_copy.default"] + 4, "weights are cast once"
+    assert found["aten._to_copy.default"] < 0.4 * expected["aten._to_copy.default"], "weights are cast together"
+    assert sum(map(launches, found.items())) < 0.85 * sum(map(launches, expected.items()))
 
 
 class Calls:
@@ -129,7 +142,7 @@ class Calls:
 def test_the_host_calls_few_functions_more_than_in_a_bare_loop(tmp_path):
     """The host's own work, which at small batches the device waits for."""
     found, expected = ours(tmp_path, Calls()), bare(Calls())
-    assert found.total() - expected.total() <= 2600, (found - expected).most_common(20)
+    assert found.total() - expected.total() <= 3000, (found - expected).most_common(20)
 
 
 def test_each_step_logs_its_own_loss_over_epochs(tmp_path):
@@ -157,6 +170,20 @@ def test_a_block_of_the_transformer_dispatches_no_more_than_it_did(tmp_path):
             output.square().mean().backward()
         counts.append(count.operations.total())
     assert counts[1] - counts[0] <= BLOCK
+
+
+def test_the_bank_casts_frozen_weights_once_and_not_in_each_step(tmp_path):
+    module = DiTDiffTuningModule(tiny_dit(depth=4), num_classes=3)
+    module.configure_model()
+    casts = []
+    for steps in (2, 6):
+        module.bank_sampler.num_inference_steps = steps
+        generator = module.bank_generator()
+        with Count() as count, torch.autocast("cpu", torch.bfloat16):
+            count.is_counting = True
+            generator.generate_bank(torch.arange(3))
+        casts.append(count.operations["aten._to_copy.default"])
+    assert (casts[1] - casts[0]) / 4 < 20, "of activations alone: there are 47 weights"
 
 
 BLOCK = 162

@@ -1,0 +1,162 @@
+"""Weights that are cast together, where autocast casts each by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightCasts:
+    """The copies of weights in half precision that autocast makes, made in one operation for many of them.
+
+    Autocast casts the weights of linear layers and convolutions one by one, and backward their gradients: two small
+    kernels for each weight in each step. Inside ``with casts.active():``, where autocast is on, layers have the copies
+    in place of their weights. Outputs and gradients are the same to the bit; the gradients arrive at the weights
+    themselves, in float32. Copies of frozen weights are kept from one step to the next.
+
+    Args:
+        networks: Whose layers. Networks that compute activations a second time (gradient checkpointing) are left to
+            autocast; those that switch autocast off for some of their layers do not fit here.
+
+    Example:
+        >>> layer = nn.Linear(2, 1)
+        >>> with torch.autocast("cpu", torch.bfloat16), WeightCasts([layer]).active():
+        ...     layer.weight.dtype, layer(torch.zeros(3, 2)).dtype
+        (torch.bfloat16, torch.bfloat16)
+        >>> layer.weight.dtype
+        torch.float32
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        self._networks = list(networks)
+        self._find()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_networks": self._networks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_networks"])  # type: ignore[misc]
+
+    def _find(self) -> None:
+        """Look where the weights are; those that layers share are cast once."""
+        networks = [network for network in self._networks if not any(map(is_checkpointed, network.modules()))]
+        layers = [layer for network in networks for layer in network.modules() if isinstance(layer, _CAST)]
+        self._places: list[tuple[Any, str]] = [
+            (layer._parameters, name)
+            for layer in layers
+            for name, weight in layer._parameters.items()
+            if weight is not None and weight.dtype == torch.float32
+        ]
+        self._there: list[Tensor] = [owner[name] for owner, name in self._places]
+        numbers: dict[int, int] = {}
+        self._number = [numbers.setdefault(id(weight), len(numbers)) for weight in self._there]
+        self._weights = list({id(weight): weight for weight in self._there}.values())
+        self._trained: list[bool] = []
+        self._groups: list[_Group] = []
+        self._frozen: dict[int, tuple[Any, Tensor]] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Layers have the copies. Without gradients those of trained weights are left to autocast, which keeps them."""
+        if not self._are_there():
+            self._find()
+        kind = self._weights[0].device.type if self._weights else "cpu"
+        if not self._weights or not torch.is_autocast_enabled(kind):
+            yield
+            return
+        dtype, copies = torch.get_autocast_dtype(kind), list[Tensor](self._weights)
+        trained = [weight.requires_grad for weight in self._weights]
+        if trained != self._trained:
+            chosen = [number for number, flag in enumerate(trained) if flag]
+            self._groups = [
+                _Group(self._weights, chosen[start : start + GROUP]) for start in range(0, len(chosen), GROUP)
+            ]
+            self._trained, self._frozen = trained, {}
+        if not all(trained):
+            for number, flag in enumerate(trained):
+                copies[number] = copies[number] if flag else self._kept(number, dtype)
+        for group in self._groups if torch.is_grad_enabled() else ():
+            results: Any = _CastTogether.apply(group, dtype, *group.weights)
+            for number, copy in zip(group.numbers, results, strict=True):
+                copies[number] = copy
+        try:
+            for (owner, name), number in zip(self._places, self._number, strict=True):
+                owner[name] = copies[number]
+            yield
+        finally:
+            for (owner, name), weight in zip(self._places, self._there, strict=True):
+                owner[name] = weight
+
+    def _are_there(self) -> bool:
+        try:
+            return all(map(is_, [owner[name] for owner, name in self._places], self._there))
+        except KeyError:
+            return False
+
+    def _kept(self, number: int, dtype: torch.dtype) -> Tensor:
+        """The copy of a frozen weight, made anew if that was changed."""
+        weight = self._weights[number]
+        state = (weight.data_ptr(), None if weight.is_inference() else weight._version, dtype)
+        if number not in self._frozen or self._frozen[number][0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._frozen[number] = state, torch.empty_like(weight, dtype=dtype).copy_(weight)
+        return self._frozen[number][1]
+
+
+def is_checkpointed(part: nn.Module) -> bool:
+    """Whether a part of a network of diffusers computes its activations a second time."""
+    return bool(getattr(part, "gradient_checkpointing", False))
+
+
+def weight_casts_of(network: nn.Module) -> WeightCasts:
+    """Those of one network, made once."""
+    casts: WeightCasts = vars(network).setdefault("_weight_casts", WeightCasts([network]))
+    return casts
+
+
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights autocast casts
+GROUP = 32  # weights per operation: gradients are ready in parts, so that several processes exchange them meanwhile
+
+
+class _Group:
+    """Some of the weights, and the memory of their copies while no graph holds it."""
+
+    def __init__(self, weights: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        self.weights, self.numbers = [weights[number] for number in numbers], numbers
+        self.spare: list[Tensor] | None = None
+
+    def take(self, dtype: torch.dtype) -> list[Tensor]:
+        """Memory for the copies."""
+        spare, self.spare = self.spare, None
+        if spare is not None and (spare[0].dtype, spare[0].device) == (dtype, self.weights[0].device):
+            return spare
+        return [torch.empty_like(weight, dtype=dtype) for weight in self.weights]
+
+
+class _CastTogether(torch.autograd.Function):
+    """Weights (float32) => copies in half precision; gradients of the copies => those of the weights, in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, group: _Group, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        """All in one operation."""
+        ctx.set_materialize_grads(False)
+        ctx.group, ctx.copies = group, group.take(dtype)
+        torch._foreach_copy_(ctx.copies, weights)
+        return tuple(ctx.copies)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        """All in one operation."""
+        wide: list[Any] = [
+            None if gradient is None else torch.empty_like(gradient, dtype=torch.float32) for gradient in gradients
+        ]
+        pairs: list[Any] = [pair for pair in zip(wide, gradients, strict=True) if pair[1] is not None]
+        if pairs:
+            torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        ctx.group.spare = ctx.copies
+        return None, None, *wide
