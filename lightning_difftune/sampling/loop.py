@@ -38,14 +38,15 @@ class Reverse:
     def __init__(self, noise: Tensor, scheduler: NoiseScheduler, num_inference_steps: int) -> None:
         check_reverses(scheduler)
         self.scheduler = solver = cast("Any", copy.deepcopy(scheduler))
-        set_grid(self.scheduler, num_inference_steps, noise.shape[1:], noise.device)
+        # On the host, which asks it for numbers in each step, and would wait for the device to have them.
+        set_grid(self.scheduler, num_inference_steps, noise.shape[1:], "cpu")
         self.with_variance = learns_variance(self.scheduler)
         if not self.with_variance and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
             # A solver that cuts a variance off, behind three channels: it gets the mean alone, which has any number.
             solver.register_to_config(variance_type=None)
         self.x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.done = 0
-        self._network_timesteps = network_timesteps(self.scheduler)
+        self._network_timesteps = network_timesteps(self.scheduler).to(noise.device)
 
     def __len__(self) -> int:
         """How many steps there are in all."""
