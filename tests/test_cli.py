@@ -143,10 +143,19 @@ def refused(project, capsys):
         (["--trainer.max_stebs", "3"], "Did you mean trainer.max_steps"),
         (["--data.target", "lightning_difftune.data.ImageFoldr"], "has no class ImageFoldr. Did you mean ImageFolder"),
         (["--model", "lightning_difftune.DitDiffTuningModule"], "Did you mean DiTDiffTuningModule"),
+        (
+            ["--model.optimizer", "torch.optim.AdamV"],
+            "model.optimizer: torch.optim has no class AdamV. Did you mean Adam",
+        ),
         (["--config", "wrong.yaml"], r"trainer.max_step is not a key. Did you mean trainer.max_steps"),
+        (["--trainer.max_steps", "many"], "trainer.max_steps takes a whole number, found 'many'"),
+        (["--model.sampler.guidance_scale", "x"], "model.sampler.guidance_scale takes a number, found 'x'"),
+        (["--model.label_table", "own"], "model.label_table takes one of keep, resize, found 'own'"),
+        (["--model.tuner", "LoRA"], "model.tuner takes the path of a class.* Write lightning_difftune.tuners.LoRA"),
+        (["--data.val_target", "nosuch.Images"], "data.val_target: No module named 'nosuch'"),
     ],
 )
-def test_an_unknown_key_gets_the_one_that_was_meant(args, said, tmp_path, monkeypatch, refused):
+def test_a_wrong_key_or_value_is_one_line_with_what_was_meant(args, said, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("trainer: {max_step: 3}")
     refused(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *args], rf"^difftune: [^\n]*{said}[^\n]*\n$")
@@ -326,7 +335,7 @@ def test_what_a_run_prints(project):
             r"--modle is not an option. Did you mean model.*`difftune fit --help` lists the",
         ),
         (["fit", "--config", "none.yaml"], "The config .*none.yaml does not exist"),
-        ([*FIT, f"{DATA}batch_size", "five"], "Expected a <class 'int'>. Got value: five"),
+        ([*FIT, f"{DATA}batch_size", "five"], "data.batch_size takes a whole number, found 'five'"),
         (
             [*FIT, f"{DATA}batch", "5"],
             r"^difftune: data.batch is not a key: .*MemoryBankDataModule has no argument 'batch'\. Did",

@@ -9,7 +9,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from lightning_difftune.cli.lightning import DiffTuneParser
+from lightning_difftune.cli.parser import DiffTuneParser
 from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import hybrid_loss, velocity_mse_loss

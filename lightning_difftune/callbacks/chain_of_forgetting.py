@@ -7,7 +7,6 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
@@ -55,18 +54,6 @@ class ChainOfForgetting(DistanceCallback):
     """
 
     trajectories = 6.5  # eleven that share their beginnings
-
-    @classmethod
-    def among(cls, callbacks: Iterable[Callback]) -> ChainOfForgetting | None:
-        """The one among callbacks or, without one, one that measures as a Fréchet distance among them does."""
-        distances = [callback for callback in callbacks if isinstance(callback, DistanceCallback)]
-        own = next((callback for callback in distances if isinstance(callback, cls)), None)
-        if own is not None or not distances:
-            return own
-        like = distances[0]
-        chain = cls(like.num_samples, feature_extractor=like.distance.feature_extractor, batch_size=like.batch_size)
-        chain.reference, chain.cache = like.reference, like.cache
-        return chain
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import lightning as L
 import torch
@@ -216,17 +216,6 @@ class EMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         """``averages`` by parameter name, and ``num_updates``; empty before the first ``fit``."""
         return {"num_updates": self.num_updates, "averages": dict(self._averages)} if self._averages else {}
-
-    @classmethod
-    def in_checkpoint(cls, checkpoint: dict[str, Any]) -> Self | None:
-        """The averages that a checkpoint holds, for :meth:`average_parameters`; ``None`` if there are none."""
-        states = checkpoint.get("callbacks", {}).values()
-        state = next((state for state in states if "averages" in state), None)
-        if state is None:
-            return None
-        average = cls()
-        average.load_state_dict(state)
-        return average
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over averages; they are tied to a module's parameters when one is next seen.

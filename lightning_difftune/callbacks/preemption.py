@@ -133,8 +133,3 @@ def requeue() -> None:
         rank_zero_info(f"Requeued SLURM job {job}.")
     except (OSError, subprocess.CalledProcessError) as error:
         rank_zero_warn(f"SLURM job {job} could not be requeued ({error}); the checkpoint is saved.")
-
-
-def is_requeued() -> bool:
-    """Whether this is a SLURM job that was started again."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")

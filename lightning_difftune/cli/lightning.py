@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_loader
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
 
-from lightning_difftune.callbacks.preemption import Preemption, is_requeued
-from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
-from lightning_difftune.cli.help import clearer
-from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name
+from lightning_difftune.callbacks.runs import with_defaults
+from lightning_difftune.cli.parser import DiffTuneParser, part_parser
+from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name, is_requeued
 from lightning_difftune.cli.run import Run, newest_checkpoint
 from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.cli.yaml_files import load
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
-from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
+from lightning_difftune.modules.checkpoint_io import write_whole
 
 # What Lightning logs in every run, and our summary and config.yaml have.
 UNSAID = ("💡 Tip: For seamless cloud", "Seed set to", "TPU available", "`Trainer.fit` stopped: `max_steps")
@@ -55,41 +50,6 @@ for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabri
     logging.getLogger(f"lightning.{name}").addFilter(lambda record: not record.getMessage().startswith(UNSAID))
 
 set_loader("yaml", load, exceptions=(yaml.YAMLError,))
-
-# Lines of jsonargparse's messages that are about its search among types, not about the value.
-_ABOUT_TYPES = re.compile(
-    r"^ *(Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value).*\n?", re.MULTILINE
-)
-
-
-class DiffTuneParser(LightningArgumentParser):
-    """Says what is wrong with the command line in one message, without the usage of two hundred options."""
-
-    def parse_args(self, *args: Any, **options: Any) -> Any:
-        """Parse a command line and its configs.
-
-        Raises:
-            ConfigError: If something in them cannot be used; jsonargparse lets some errors of its readers through.
-        """
-        given = args[0] if args else options.get("args")
-        self._command = str(given[0]) if given else ""
-        try:
-            return super().parse_args(*args, **options)
-        except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
-            reason = " ".join(str(error).split()) or "nested too deeply"
-            raise ConfigError(f"A config cannot be read ({type(error).__name__}: {reason:.300}).") from error
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise :class:`ConfigError`; or leave it to the parser around this one, if there is one."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", self)
-        if parser is self and self._subcommands_action is not None:
-            parser = self._subcommands_action.choices.get(getattr(self, "_command", ""), self)
-        options = [option for action in parser._actions for option in action.option_strings]
-        said = clearer(_ABOUT_TYPES.sub("", message).strip(), options)
-        command = "difftune fit" if parser.prog == "difftune" else parser.prog.replace(" [options]", "")
-        raise ConfigError(f"{said} `{command} --help` lists the keys.") from ex
 
 
 class DiffTuneCLI(LightningCLI):
@@ -149,12 +109,8 @@ class DiffTuneCLI(LightningCLI):
             kwargs |= {**dict.fromkeys(NOT_BARE), "detect_anomaly": False, "fast_dev_run": False}
             settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Checkpoint)]
         trainer: Any = super().instantiate_trainer(**kwargs)
-        progress = StepProgressBar if Console().is_terminal or Console().is_jupyter else StepLines
-        trainer.callbacks = [progress() if type(c) is RichProgressBar else c for c in trainer.callbacks]
-        if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
-            trainer.callbacks.append(Preemption())  # it saves what the others have made of a step
-        if not isinstance(trainer.strategy, FSDPStrategy) and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.callbacks = with_defaults(trainer.callbacks)
+        write_whole(trainer.strategy)
         return trainer
 
 
@@ -281,13 +237,6 @@ class ModelReader(DiffTuneCLI):
         """The data module; raises whatever keeps it from being made."""
         parser = part_parser(L.LightningDataModule, "data")
         return parser.instantiate_classes(Namespace(data=self.composed["data"])).data
-
-
-def part_parser(kind: type, key: str) -> DiffTuneParser:
-    """A parser that knows one part of a config."""
-    parser = DiffTuneParser()
-    parser.add_lightning_class_args(kind, key, subclass_mode=True)
-    return parser
 
 
 def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:

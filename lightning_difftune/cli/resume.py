@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,3 +97,8 @@ def describe(command: str, run: Run, settings: dict[str, Any]) -> None:
     of = f" of {last}" if last else ""
     what = "Resuming from" if command == "fit" else "Opening"
     rank_zero_info(f"{what} {run.checkpoint}, step {run.step}{of}, with the config of its run.")
+
+
+def is_requeued() -> bool:
+    """Whether this is a SLURM job that was started again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lightning_difftune.callbacks import EMA
+from lightning_difftune.callbacks.runs import averages_in
 from lightning_difftune.cli.run_files import Series, mapping_of, read_checkpoint, read_metrics, text_of
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.trust import check_trust
@@ -101,9 +101,9 @@ class Run:
         return self.content.get("class_names")
 
     @property
-    def averages(self) -> EMA | None:
-        """The averaged weights, if the checkpoint has some."""
-        return EMA.in_checkpoint(self.content)
+    def averages(self) -> Any:
+        """The averaged weights, if the checkpoint has some, with ``average_parameters(module)`` and ``num_updates``."""
+        return averages_in(self.content)
 
     def settings(self, trusted: Sequence[str] = (), parts: Sequence[str] | None = None) -> dict[str, Any]:
         """What the run was started with: as the checkpoint holds it, or as the file next to it does.

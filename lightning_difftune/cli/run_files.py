@@ -8,11 +8,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.checkpoint_files import check_records
+from lightning_difftune.modules.checkpoint_io import read_run
 
 Series = list[tuple[int, float]]
 
@@ -26,20 +25,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is missing, truncated or something else.
     """
-    if path.is_dir():
-        return {}
-    if not path.is_file():
-        raise CheckpointError(f"The checkpoint {path} does not exist. Check ckpt_path.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load has no type of its own for damaged files
-        raise CheckpointError(
-            f"{path} is not a whole checkpoint of a run ({str(error).partition(chr(10))[0]}). Take another one of the "
-            "run's; weights without a run, such as an export, go into --model.init_args.model."
-        ) from error
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise CheckpointError(f"{path} is not a checkpoint of a run; weights alone go into --model.init_args.model.")
-    return content
+    return {} if path.is_dir() else read_run(path, mmap=True, checked=False)
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:

@@ -7,12 +7,14 @@ import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
-from lightning_difftune.callbacks import ChainOfForgetting, GenerationCallback
+from lightning_difftune.callbacks import GenerationCallback
+from lightning_difftune.callbacks.runs import swap_meter
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.run import Run
@@ -32,6 +34,19 @@ tuned one, and measure the pictures against p.
 Config, extractor, number of pictures and batch size are the run's own: those of its ChainOfForgetting callback or,
 without one, of its FID callback. All other options are --config and overrides of its keys, as of `difftune validate`;
 with --config, that config stands for all runs."""
+
+
+class MeasuresSwaps(Protocol):
+    """A callback that measures pictures whose last steps are done by another network, for several parts of them."""
+
+    monitor: str
+    percents: Sequence[float]
+    num_samples: int
+    dirpath: Any
+    generate: Any
+    distance: Any
+    history: list[tuple[int, Any]]
+    strip: Tensor
 
 
 def swap(argv: Sequence[str]) -> None:
@@ -106,14 +121,9 @@ def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tens
     return generate
 
 
-def chain_of(cli: DiffTuneCLI, options: argparse.Namespace) -> ChainOfForgetting:
+def chain_of(cli: DiffTuneCLI, options: argparse.Namespace) -> MeasuresSwaps:
     """The callback that measures: the config's own, or one like its FID callback."""
-    chain = ChainOfForgetting.among(vars(cli.trainer)["callbacks"])
-    if chain is None:
-        raise ConfigError(
-            "The config has neither a ChainOfForgetting nor a FID callback that says how pictures are measured. Add "
-            "one of them to trainer.callbacks."
-        )
+    chain: MeasuresSwaps = swap_meter(vars(cli.trainer)["callbacks"])
     if options.percents is not None:
         chain.percents = sorted(set(options.percents))
     if options.num_samples is not None:
@@ -131,7 +141,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def write_results(
-    output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: ChainOfForgetting, tail: str
+    output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: MeasuresSwaps, tail: str
 ) -> None:
     """Write the table and the figure, and say where they are and what they show."""
     with (output / "swap.csv").open("w", newline="") as file:

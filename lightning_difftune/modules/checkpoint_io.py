@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import atomic_file, discard_temporaries
@@ -60,15 +61,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_run(Path(path), map_location, safe)
 
 
-def read_run(path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False) -> dict[str, Any]:
-    """The checkpoint of a run, each of its records compared with its CRC-32.
+def write_whole(strategy: Any) -> None:
+    """Have a trainer's strategy write its checkpoints so, unless it has a way of its own."""
+    if type(strategy.checkpoint_io) is TorchCheckpointIO and not isinstance(strategy, FSDPStrategy):
+        strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def read_run(
+    path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False, checked: bool = True
+) -> dict[str, Any]:
+    """The checkpoint of a run; ``checked``, each of its records is compared with its CRC-32.
 
     Raises:
         CheckpointError: If it is missing, truncated, altered or something else.
     """
     if not path.is_file():
         raise CheckpointError(f"The checkpoint {path} does not exist. Check ckpt_path.")
-    check_records(path)
+    if checked:
+        check_records(path)
     try:
         content = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mmap)
     except Exception as error:  # torch.load has no type of its own for damaged files

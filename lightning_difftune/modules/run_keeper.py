@@ -6,15 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe, say_changes
-from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
+from lightning_difftune.modules.checkpoint_io import write_whole
 
 WINDOW = "open_window"  # the key of a checkpoint under which the gradients of a window that was not yet full are
 
@@ -44,9 +42,7 @@ class RunKeeper(Callback):
         self._resumed = self._configured = self._gradients = None
         plugin: Any = trainer.precision_plugin
         plugin.convert_input = Precision.convert_input.__get__(plugin)  # it changes nothing
-        plain = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
-        if plain and not isinstance(trainer.strategy, FSDPStrategy):
-            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        write_whole(trainer.strategy)
 
     # -- resuming -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""The parser of the commands that take a config: what they say about their keys, and what was meant by a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+from importlib import import_module
+from typing import Any, NoReturn
+
+from jsonargparse._parameter_resolvers import get_signature_parameters  # follows **kwargs
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_difftune.errors import ConfigError
+
+A_CLASS = "the path of a class"
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
+ROOMS = [f"lightning_difftune{room}" for room in ("", ".callbacks", ".tuners", ".data", ".losses", ".metrics")]
+# Lines of jsonargparse's messages that are about its search among types, not about the value.
+ABOUT_TYPES = re.compile(
+    r"^ *(-? ?Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value).*\n?", re.MULTILINE
+)
+
+
+class DiffTuneParser(LightningArgumentParser):
+    """Says what is wrong with the command line in one message, without the usage of two hundred options."""
+
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        """Parse a command line and its configs.
+
+        Raises:
+            ConfigError: If something in them cannot be used; jsonargparse lets some errors of its readers through.
+        """
+        given = args[0] if args else options.get("args")
+        self._command = str(given[0]) if given else ""
+        try:
+            return super().parse_args(*args, **options)
+        except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+            reason = " ".join(str(error).split()) or "nested too deeply"
+            raise ConfigError(f"A config cannot be read ({type(error).__name__}: {reason:.300}).") from error
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise :class:`ConfigError`; or leave it to the parser around this one, if there is one."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", self)
+        if parser is self and self._subcommands_action is not None:
+            parser = self._subcommands_action.choices.get(getattr(self, "_command", ""), self)
+        options = [option for action in parser._actions for option in action.option_strings]
+        said = clearer(message, options)
+        command = "difftune fit" if parser.prog == "difftune" else parser.prog.replace(" [options]", "")
+        raise ConfigError(f"{said} `{command} --help` lists the keys.") from ex
+
+
+def part_parser(kind: type, key: str) -> DiffTuneParser:
+    """A parser that knows one part of a config."""
+    parser = DiffTuneParser()
+    parser.add_lightning_class_args(kind, key, subclass_mode=True)
+    return parser
+
+
+def clearer(message: str, options: Iterable[str]) -> str:
+    """A message of jsonargparse's about a key or a class that is not there, in one line, with the one that was meant.
+
+    Args:
+        message: Of jsonargparse.
+        options: All options of the command.
+    """
+    whole, message = message, ABOUT_TYPES.sub("", message).strip()
+    if re.match(r"the following arguments are required: (\w+\.)?data", message):
+        return "There is no model and no data. Pass --config FILE, or name a run first, to resume it."
+    if match := re.search(r"""Parser key "config":.*File does not exist: '(.+)'""", message, re.DOTALL):
+        return f"The config {match[1]} does not exist."
+    keys = {option.removeprefix("--") for option in options}
+    place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    paths = re.findall(r"Problem with given class_path '([^']+)'", message)
+    if match := re.search(r"Option '([^']+)' is not accepted\s*$", message):
+        name = match[1]
+        if not paths:
+            return f"{name} is not a key.{meant(name.partition('.')[0], {key.partition('.')[0] for key in keys})}"
+        known = parameters_of(paths[-1])
+        takes = f"; it takes {', '.join(sorted(known))}" if known else ""
+        near = meant(name.partition(".")[0], known)
+        return f"{place}.{name} is not a key: {paths[-1]} has no argument {name!r}{near and '.'}{near or takes + '.'}"
+    if match := re.search(r"(Group|Subcommand) '([^']+)' does not accept option '([^']+)'", message):
+        name = match[3] if match[1] == "Subcommand" else f"{match[2]}.{match[3]}"
+        return f"{name} is not a key.{meant(name, keys)}"
+    if match := re.match(r"unrecognized arguments: (--[\w.]+)", message):
+        name = match[1].removeprefix("--")
+        near = meant(name, keys) or meant(name.partition(".")[0], {key.partition(".")[0] for key in keys})
+        return f"{match[1]} is not an option.{near}"
+    if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        near = meant(match[2], {name for name in dir(import_module(match[1])) if not name.startswith("_")})
+        return f"{place}: {match[1]} has no class {match[2]}.{near}"
+    return wrong_value(place, whole)
+
+
+def wrong_value(place: str, message: str) -> str:
+    """A message of jsonargparse's about a value that a key does not take, in one line.
+
+    Example:
+        >>> wrong_value("trainer.max_steps", "Expected a <class 'int'>. Got value: many")
+        "trainer.max_steps takes a whole number, found 'many'."
+    """
+    values = re.findall(r"G(?:ot|iven) value: (?!NestedArg)(.+)|Expected a path but (.+) either not", message)
+    found = next((first or second for first, second in values), None)
+    expected = re.findall(r"Expected an? (?!path|<class 'NoneType'>)(.+?)(?:\. Got value: .*)?$", message, re.MULTILINE)
+    if not expected or found is None:
+        lines = [line.strip(" -") for line in ABOUT_TYPES.sub("", message).splitlines()]
+        about = " ".join(
+            line for line in lines if line and not line.startswith(("Parser key", "Problem with", "Expected a path"))
+        )
+        return f"{place and f'{place}: '}{about.removesuffix('.')}."
+    choices = re.findall(r"'([^']+)'|(\d+)", " ".join(kind for kind in expected if kind.startswith("typing.Literal")))
+    kinds = [in_words(kind) for kind in expected if not kind.startswith("typing.Literal")]
+    if choices:
+        kinds.append(f"one of {', '.join(dict.fromkeys(word or number for word, number in choices))}")
+    known = [f"{room}.{found}" for room in ROOMS if found in getattr(import_module(room), "__all__", ())]
+    path = f" Write {known[0]}." if known and A_CLASS in kinds else ""
+    return f"{place} takes {' or '.join(dict.fromkeys(kinds))}, found {found!r}.{path}"
+
+
+def in_words(kind: str) -> str:
+    """What jsonargparse calls a type, in words."""
+    if match := re.match(r"<class '(\w+)'>", kind):
+        return WORDS.get(match[1], f"a {match[1]}")
+    return A_CLASS if kind.startswith(("dot import path", "instantiatable class")) else kind
+
+
+def meant(name: str, known: Collection[str]) -> str:
+    """`` Did you mean ...?`` for a name that is close to known ones; else empty."""
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def parameters_of(path: str) -> set[str]:
+    """Arguments of a class by its path; none if they cannot be had."""
+    module, _, name = path.rpartition(".")
+    try:
+        return {
+            parameter.name for parameter in get_signature_parameters(getattr(import_module(module), name), "__init__")
+        }
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return set()
