@@ -88,6 +88,7 @@ def scatter(
             if label not in labelled:  # once, at the first series that has it
                 axes.annotate(label, (x, y), (6, 4), textcoords="offset points", fontsize=7)
                 labelled.add(label)
+    axes.margins(x=0.3, y=0.1)  # room for the labels
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8)
     for axis in (axes.xaxis, axes.yaxis):

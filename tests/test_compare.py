@@ -381,7 +381,7 @@ def test_the_table_has_each_run_at_its_best_over_the_steps(finished, capsys):
 
 
 def test_a_figure_shows_the_gain_over_a_metric_of_the_run_without(finished):
-    write_study(finished, gain_over="recognised")
+    write_study(finished, gain_over=["recognised"])
     for run in STUDY["runs"]:
         for seed in (0, 1):
             found = result(f"{run}-seed{seed}")
@@ -390,7 +390,7 @@ def test_a_figure_shows_the_gain_over_a_metric_of_the_run_without(finished):
     study = read_study(Path("study.yaml"))
     results = [(study.runs[run], result(f"{run}-seed{seed}")) for run in STUDY["runs"] for seed in (0, 1)]
     lines = comparison(study, results)
-    (axes,) = gains_figure(study, lines, "fd_digit_classifier", "recognised").axes
+    (axes,) = gains_figure(study, lines, "fd_digit_classifier").axes
     by_seed, mean = (line.get_xydata().tolist() for line in axes.lines[:2])
     assert (by_seed, mean) == ([[0.0, -0.25], [0.5, 0.0]], [[0.25, -0.125]])
     assert main(["compare", "study.yaml", "--report"]) == 0
@@ -480,8 +480,8 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
         ({"runs": {"a": {"configs": ["x.yaml"]}}}, "runs.a.configs names x.yaml, which is not a file"),
         ({"runs": {"a": {"at": {"tau": "one"}}}}, "runs.a.at gives tau the value 'one'. Give a number"),
         (
-            {"gain_over": "fd"},
-            "gain_over is 'fd', which metrics does not name. Choose from fd_digit_classifier, recognised",
+            {"gain_over": ["fd"]},
+            "gain_over names 'fd', which metrics does not. Choose from fd_digit_classifier, recognised",
         ),
         ({"runs": {"a": {"against": "b"}}}, "runs.a.against is 'b', which is not a run of this study. Choose from a"),
         ({"runs": {"a": ["x.yaml"]}}, r"runs.a is \['x.yaml'\]. Give a mapping with configs"),

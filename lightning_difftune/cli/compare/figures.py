@@ -44,7 +44,7 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
     if quantities := [quantity for quantity, found in values.items() if len(found) > 1]:
         plots.save(sweep_figure(study, lines, quantities), folder / "sweep")
     if study.gain_over and any(line.change is not None for line in lines):
-        plots.save(gains_figure(study, lines, main, study.gain_over), folder / "gains")
+        plots.save(gains_figure(study, lines, main), folder / "gains")
 
 
 def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
@@ -113,24 +113,25 @@ def sweep_figure(study: Study, lines: Sequence[Line], quantities: Sequence[str])
     return figure
 
 
-def gains_figure(study: Study, lines: Sequence[Line], main: str, over: str) -> Figure:
-    """Each run's change of the main metric, over a metric of the run it is against: small by seed, large their mean."""
-    figure, (axis,) = grid(study, 1, 1)
+def gains_figure(study: Study, lines: Sequence[Line], main: str) -> Figure:
+    """Each run's change of the main metric, over metrics of the run it is against: small by seed, large their mean."""
+    figure, axes = grid(study, 1, len(study.gain_over), sharey=True)
     by_name = {line.run.name: line for line in lines}
-    series: dict[str, list[tuple[str, list[tuple[float, float]]]]] = defaultdict(list)
-    for line in lines:
-        before = by_name.get(line.run.against or "")
-        if before is None or over not in before.values:
-            continue
-        starts = {
-            seed: (x, start)
-            for seed, x, start in zip(before.seeds, before.values[over], before.values[main], strict=True)
-        }
-        ends = zip(line.seeds, line.values[main], strict=True)
-        points = [(starts[seed][0], end / starts[seed][1] - 1) for seed, end in ends if seed in starts]
-        if points:
-            series[line.run.method].append((line.run.group, points))
-    plots.scatter(axis, series, f"{over} of the run that it is against", f"change of {main}")
+    for axis, over in zip(axes, study.gain_over, strict=True):
+        series: dict[str, list[tuple[str, list[tuple[float, float]]]]] = defaultdict(list)
+        for line in lines:
+            before = by_name.get(line.run.against or "")
+            if before is not None:
+                values = zip(before.values[over], before.values[main], strict=True)
+                starts = dict(zip(before.seeds, values, strict=True))
+                ends = [
+                    (starts[seed], end)
+                    for seed, end in zip(line.seeds, line.values[main], strict=True)
+                    if seed in starts
+                ]
+                points = [(x, end / start - 1) for (x, start), end in ends]
+                series[line.run.method] += [(line.run.group, points)] if points else []
+        plots.scatter(axis, series, f"{over}, without", f"change of {main}")
     return figure
 
 

@@ -56,7 +56,7 @@ class Study:
         settings: Keys that all runs set, between the base and their own configs.
         evaluators: ``class_path`` and ``init_args`` of :class:`~lightning_difftune.protocols.Evaluator` objects.
         metrics: What is compared, the main one first, and which direction is better.
-        gain_over: The metric that a figure shows the change of the main one over, or none.
+        gain_over: Metrics that a figure shows the change of the main one over.
         runs: The runs by name, in the order of the file.
     """
 
@@ -69,7 +69,7 @@ class Study:
     settings: Mapping[str, Any]
     evaluators: tuple[Mapping[str, Any], ...]
     metrics: Mapping[str, Better]
-    gain_over: str | None
+    gain_over: tuple[str, ...]
     runs: Mapping[str, StudyRun]
 
     def arguments(self, run: StudyRun, seed: int) -> list[str]:
@@ -112,10 +112,10 @@ def read_study(path: Path) -> Study:
         raise keys.error("seeds", f"is {seeds}", "Give different whole numbers from 0, such as [0, 1].")
     output = keys.get("output", str, "a folder such as runs/study")
     metrics = keys.metrics()
-    gain_over = keys.get("gain_over", str, "the name of a metric", default="")
-    if gain_over and gain_over not in metrics:
+    gain_over = keys.get("gain_over", list, "a list of metrics", default=[])
+    if unknown := [name for name in gain_over if name not in metrics]:
         raise keys.error(
-            "gain_over", f"is {gain_over!r}, which metrics does not name", f"Choose from {', '.join(metrics)}."
+            "gain_over", f"names {unknown[0]!r}, which metrics does not", f"Choose from {', '.join(metrics)}."
         )
     return Study(
         path=found,
@@ -127,7 +127,7 @@ def read_study(path: Path) -> Study:
         settings=keys.settings(),
         evaluators=keys.evaluators(),
         metrics=metrics,
-        gain_over=gain_over or None,
+        gain_over=tuple(gain_over),
         runs={str(name): read_run(found, str(name), content, runs) for name, content in runs.items()},
     )
 
