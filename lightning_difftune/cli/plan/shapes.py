@@ -66,7 +66,6 @@ _CLIP_L = {
     "max_position_embeddings": 77,
     "hidden_act": "quick_gelu",
 }
-
 _CLIP_BIGG = {
     **_CLIP_L,
     "architectures": ["CLIPTextModelWithProjection"],
@@ -79,6 +78,36 @@ _CLIP_BIGG = {
 }
 
 
+_T5_XXL = {
+    "model_type": "t5",
+    "architectures": ["T5EncoderModel"],
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+_FLUX_TRANSFORMER = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}  # all else is the default
+_SD35_TRANSFORMER = {
+    "_class_name": "SD3Transformer2DModel",
+    "sample_size": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+    "attention_head_dim": 64,
+    "qk_norm": "rms_norm",
+}
+_SD35_SIZES = {
+    "medium": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
+    | {"dual_attention_layers": list(range(13))},
+    "large": {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192},
+}
+_VAE_16 = {**_VAE, "sample_size": 1024, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
 def published(name: str) -> dict[str, dict[str, Any]] | None:
     """JSON files of a published model by their paths in its repository; None where its shapes are not known here.
 
@@ -86,43 +115,69 @@ def published(name: str) -> dict[str, dict[str, Any]] | None:
         >>> sorted(published("stabilityai/sd-vae-ft-ema")), published("somebody/else")
         (['config.json'], None)
     """
-    scheduler = {"_class_name": "DDIMScheduler", **_BETAS, "prediction_type": "epsilon"}
+    owner, _, model = name.partition("/")
+    noise = {**_BETAS, "prediction_type": "epsilon"}
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
     if name in ("facebook/DiT-XL-2-256", "facebook/DiT-XL-2-512"):
         sizes = dict(zip(("hidden_size", "depth", "num_heads"), SIZES["XL"], strict=True))
         return {WEIGHTS: {"input_size": 32 if name.endswith("256") else 64, "patch_size": 2, "in_channels": 4, **sizes}}
     if name in ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse"):
         return {"config.json": _VAE}
     if name in ("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"):
-        return {
-            "model_index.json": {"_class_name": "StableDiffusionPipeline"},
-            "unet/config.json": _SD15_UNET,
-            "vae/config.json": {**_VAE, "sample_size": 512},
-            "text_encoder/config.json": _CLIP_L,
-            "tokenizer/tokenizer_config.json": {"model_max_length": 77},
-            "scheduler/scheduler_config.json": scheduler,
-        }
+        return pipeline(
+            {"_class_name": "StableDiffusionPipeline"},
+            {**noise, "_class_name": "DDIMScheduler"},
+            unet=_SD15_UNET,
+            vae={**_VAE, "sample_size": 512},
+            text_encoder=_CLIP_L,
+        )
     if name == "stabilityai/stable-diffusion-xl-base-1.0":
-        return {
-            "model_index.json": {
-                "_class_name": "StableDiffusionXLPipeline",
-                "force_zeros_for_empty_prompt": True,
-                "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-                "text_encoder": ["transformers", "CLIPTextModel"],
-                "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-                "tokenizer": ["transformers", "CLIPTokenizer"],
-                "tokenizer_2": ["transformers", "CLIPTokenizer"],
-                "unet": ["diffusers", "UNet2DConditionModel"],
-                "vae": ["diffusers", "AutoencoderKL"],
-            },
-            "unet/config.json": _SDXL_UNET,
-            "vae/config.json": {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025},
-            "text_encoder/config.json": _CLIP_L,
-            "text_encoder_2/config.json": _CLIP_BIGG,
-            "tokenizer/tokenizer_config.json": {"model_max_length": 77},
-            "tokenizer_2/tokenizer_config.json": {"model_max_length": 77},
-            "scheduler/scheduler_config.json": {**scheduler, "_class_name": "EulerDiscreteScheduler"},
-        }
+        return pipeline(
+            {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True},
+            {**noise, "_class_name": "EulerDiscreteScheduler"},
+            unet=_SDXL_UNET,
+            vae={**_VAE, "sample_size": 1024, "scaling_factor": 0.13025},
+            text_encoder=_CLIP_L,
+            text_encoder_2=_CLIP_BIGG,
+        )
+    if owner == "black-forest-labs" and model in ("FLUX.1-dev", "FLUX.1-Krea-dev"):
+        return pipeline(
+            {"_class_name": "FluxPipeline"},
+            {**flow, "use_dynamic_shifting": True},
+            transformer=_FLUX_TRANSFORMER,
+            vae={**_VAE_16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
+            text_encoder=_CLIP_L,
+            text_encoder_2=_T5_XXL,
+        )
+    if owner == "stabilityai" and (size := model.removeprefix("stable-diffusion-3.5-")) in _SD35_SIZES:
+        return pipeline(
+            {"_class_name": "StableDiffusion3Pipeline"},
+            flow,
+            transformer={**_SD35_TRANSFORMER, **_SD35_SIZES[size]},
+            vae={**_VAE_16, "scaling_factor": 1.5305, "shift_factor": 0.0609},
+            text_encoder={**_CLIP_L, "architectures": ["CLIPTextModelWithProjection"], "projection_dim": 768},
+            text_encoder_2=_CLIP_BIGG,
+            text_encoder_3=_T5_XXL,
+        )
     return None
+
+
+def pipeline(
+    index: dict[str, Any], scheduler: dict[str, Any], **networks: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """JSON files of a pipeline: what ``model_index.json`` states, and the configs of the scheduler and networks."""
+    parts = {"scheduler": ["diffusers", scheduler["_class_name"]]}
+    files = {"scheduler/scheduler_config.json": scheduler}
+    for name, config in networks.items():
+        is_text = name.startswith("text_encoder")
+        kind = config["architectures"][0] if is_text else config["_class_name"]
+        parts[name] = ["transformers" if is_text else "diffusers", kind]
+        files[f"{name}/config.json"] = config
+        if is_text:
+            tokenizer = name.replace("text_encoder", "tokenizer")
+            parts[tokenizer] = ["transformers", "CLIPTokenizer"]  # any other counts alike
+            files[f"{tokenizer}/tokenizer_config.json"] = {"model_max_length": 77}
+    return {"model_index.json": {**index, **parts}, **files}
 
 
 @contextmanager
