@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+FAMILIES = ("sdxl", "flux", "sd3")  # each has a function here that makes its pipeline
+
 
 def clip_tokenizer() -> Any:
     from transformers import CLIPTokenizer

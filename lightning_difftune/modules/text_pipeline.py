@@ -60,7 +60,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         sampler: How pictures are generated; what it leaves out is as the family has it, for Stable Diffusion
             DPM-Solver++ in 20 steps with guidance 7.5.
         bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it, and without
-            guidance where there is a bank prompt that is not the empty one.
+            guidance.
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Raises:
@@ -191,12 +191,12 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return self.family.sampler()
 
     def default_bank_sampler(self) -> Sampler:
-        """What :attr:`sampler` has, without guidance where there is a bank prompt that is not the empty one.
+        """What :attr:`sampler` has, without guidance.
 
-        Samples that are replayed under a prompt are what the model draws under it alone; under the empty prompt
-        guidance has no effect.
+        Samples that are replayed under a prompt are what the model draws under it alone; under the empty prompt there
+        is nothing to be guided from.
         """
-        return replace(self.sampler, guidance_scale=1.0) if any(self.bank_prompts) else self.sampler
+        return replace(self.sampler, guidance_scale=1.0)
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
         """What fills a memory bank, where the family can be retained by one.

@@ -16,7 +16,7 @@ ALL_FILES = sorted(
 )
 # Which files each test_<family>.py covers: folders, and files of configs/ itself.
 FAMILIES = {
-    "base_models": ("sdxl", "flux"),
+    "base_models": ("sdxl", "flux", "sd3"),
     "dit": ("ablations", "dit", "presets", "tuners"),
     "controlnet": ("controlnet",),
     "loggers": ("loggers",),

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from pipelines import FAMILIES
 from tiny import quiet_trainer
 
 from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
@@ -30,7 +31,6 @@ from lightning_difftune.retention_targets import OnlineTeacher
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
-FAMILIES = ("sdxl", "flux", "sd3")
 PROMPTS = ["a cat", "grey dog", "red"]
 ATTENTION = ("to_q", "to_v")
 

@@ -14,6 +14,7 @@ import numpy as np
 import pipelines
 import pytest
 import torch
+from pipelines import FAMILIES
 from test_ddp import finish, start
 from tiny import quiet_trainer
 
@@ -22,7 +23,6 @@ from lightning_difftune.modules.families import flux
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
-FAMILIES = ("sdxl", "flux")
 BANK_SIZE = 1030  # two shards, one for each process
 
 

@@ -6,6 +6,7 @@ import argparse
 import copy
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
-from lightning_difftune.cli.plan.speed import ACCELERATORS, UTILISATION, DataSheet, Measured, Setup, Speed
+from lightning_difftune.cli.plan.speed import ACCELERATORS, FLOAT, UTILISATION, DataSheet, Measured, Setup, Speed
 from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
@@ -69,7 +70,8 @@ def plan(argv: Sequence[str]) -> None:
         costs = count(module, shape, precision, mode)
         speed = timed or DataSheet(options.device, options.utilisation, precision, costs)
         found = phases(config, module, costs, *sizes(reader))
-    show(found, costs, speed, data.batch_size, num_devices(config.trainer), options)
+    memory = Memory.of(costs, data.batch_size, num_devices(config.trainer), data.latent_cache is not None)
+    show(found, costs, speed, memory, num_devices(config.trainer), options)
 
 
 CPU_BATCH = 16
@@ -96,8 +98,51 @@ def sizes(reader: ModelReader) -> tuple[int | None, int | None]:
     return len(data.target), len(data.val_target) if data.val_target is not None else 0
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device.
+
+    Attributes:
+        weights: All networks, from which bank and cache are made; what these compute with is not counted.
+        kept: In training: weights, gradients, Adam's moments and averages.
+        activations: Of a training step's samples.
+    """
+
+    weights: float
+    kept: float
+    activations: float
+
+    @classmethod
+    def of(cls, costs: Costs, batch_size: int, devices: int, caches_captions: bool) -> Memory:
+        """By what a sample costs; text encoders leave the device for the training where captions are cached."""
+        kept = Setup(costs.trained, devices=devices).memory + costs.frozen_bytes
+        return cls(
+            costs.trained * FLOAT + costs.frozen_bytes,
+            kept - (costs.text_bytes if caches_captions else 0),
+            costs.activation_bytes * batch_size,
+        )
+
+    @property
+    def most(self) -> float:
+        """The larger of the two."""
+        return max(self.weights, self.kept + self.activations)
+
+    def __str__(self) -> str:
+        step = self.kept + self.activations
+        words = (
+            f"about {size(step)} a device: {size(self.kept)} for weights, gradients, Adam and EMA, and "
+            f"{size(self.activations)} for the activations"
+        )
+        if step >= self.weights:
+            return f"Memory of a training step, {words}."
+        return (
+            f"Memory, about {size(self.weights)} a device, for all networks' weights while bank and cache are made. Then "
+            f"the text encoders leave. Memory of a training step, {words}."
+        )
+
+
 def show(
-    found: Sequence[Phase], costs: Costs, speed: Speed, batch_size: int, devices: int, options: argparse.Namespace
+    found: Sequence[Phase], costs: Costs, speed: Speed, memory: Memory, devices: int, options: argparse.Namespace
 ) -> None:
     """Print the table, and write it as JSON if asked to."""
     table = Table(title=f"{speed.name}, {devices} device{'s' if devices > 1 else ''}", title_justify="left")
@@ -113,12 +158,7 @@ def show(
     console = Console(highlight=False)
     console.soft_wrap = not console.is_terminal  # lines are for a program or a file there
     console.print(table)
-    kept = Setup(costs.trained, devices=devices).memory + costs.frozen_bytes
-    activations = costs.activation_bytes * batch_size
-    console.print(
-        f"Memory of a training step, about {size(kept + activations)} a device: {size(kept)} for weights, gradients, "
-        f"Adam and EMA, and {size(activations)} for the activations of {batch_size} samples."
-    )
+    console.print(str(memory))
     console.print(
         "Not counted: reading pictures, feature extractors, an annotator whose weights are not here, and what a device "
         "waits for. A named device's hours are as good as --utilisation is; --device measured times this machine."
@@ -127,7 +167,7 @@ def show(
         content = {
             "device": speed.name,
             "devices": devices,
-            "memory_bytes": kept + activations,
+            "memory_bytes": memory.most,
             "phases": {
                 phase.name: {
                     "what": phase.what,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jsonargparse import Namespace
@@ -84,6 +84,8 @@ def bank(data: Namespace, module: DiffTuningModule, costs: Costs) -> Phase:
         samples = {"encode": float(size) if has_encoder(module) else 0.0, "bank_columns": float(size)}
         return Phase("memory bank", f"{size:,} pictures", samples, size * costs.bank_bytes)
     sampler = module.bank_sampler
+    if not any(getattr(module, "bank_prompts", [True])):  # the empty prompt has nothing to be guided from
+        sampler = replace(sampler, guidance_scale=1.0)
     passes = forward_passes(sampler)
     guided = ", guided" if sampler.guidance_scale != 1 else ""
     words = f"{size:,} samples, {sampler.num_inference_steps} steps{guided}"

@@ -118,6 +118,7 @@ class Costs:
         cache_bytes: On disk, in a latent cache, without the mirror image.
         trained: Parameters that are trained.
         frozen_bytes: Parameters that are not, in the types that they are kept in.
+        text_bytes: Those of them that encode text.
     """
 
     flops: dict[str, float]
@@ -126,6 +127,7 @@ class Costs:
     cache_bytes: float
     trained: int
     frozen_bytes: float
+    text_bytes: float
 
 
 def count(
@@ -189,6 +191,7 @@ def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractC
     names = {id(parameter) for parameter in trained}
     frozen = [p for p in all_parameters(probe.module) if id(p) not in names]
     halves = {name: x for name, x in probe.encoded.items() if isinstance(x, Tensor)}
+    text: Any = getattr(probe.module, "text_encoder", None)
     return Costs(
         flops,
         saved_bytes(pair, mode) - saved_bytes(probe, mode),
@@ -196,6 +199,7 @@ def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractC
         sum(x.numel() * (2 if x.is_floating_point() else x.element_size()) for x in halves.values()),
         sum(p.numel() for p in trained),
         sum(p.nbytes for p in frozen),
+        sum(p.nbytes for p in text.network.parameters()) if text is not None else 0,
     )
 
 

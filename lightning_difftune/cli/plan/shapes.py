@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils import swap_tensors
 
 from lightning_difftune.cli.plan.probe import without_values
 from lightning_difftune.models import checkpoints, hub
@@ -162,9 +163,7 @@ def published(name: str) -> dict[str, dict[str, Any]] | None:
     return None
 
 
-def pipeline(
-    index: dict[str, Any], scheduler: dict[str, Any], **networks: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def pipeline(index: dict[str, Any], scheduler: dict[str, Any], **networks: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """JSON files of a pipeline: what ``model_index.json`` states, and the configs of the scheduler and networks."""
     parts = {"scheduler": ["diffusers", scheduler["_class_name"]]}
     files = {"scheduler/scheduler_config.json": scheduler}
@@ -238,8 +237,18 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
             mock.patch.object(checkpoints, "read_safetensors", dit_state),
             mock.patch.object(ModelMixin, "from_pretrained", classmethod(network)),
             mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(text_network)),
+            mock.patch.object(torch.utils, "swap_tensors", swap_what_differs),
         ):
             yield shapes
+
+
+def swap_what_differs(ours: Tensor, theirs: Tensor) -> None:
+    """What ``module.to`` does to a parameter without values: nothing where it is of that type and place already.
+
+    Some parameters without values cannot be swapped.
+    """
+    if (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
+        swap_tensors(ours, theirs)
 
 
 @contextmanager
