@@ -167,19 +167,23 @@ def test_the_readme_is_short() -> None:
 def test_the_readmes_table_is_what_plan_says(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)
-    lines = [
-        line for line in commands("docs/tasks/photos.md") if line.startswith("difftune plan --device h100 --config")
+    pages = "docs/tasks/photos.md", "docs/tasks/base-models.md"
+    lines = [line for page in pages for line in commands(page) if line.startswith("difftune plan --device h100 ")]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith("|") and " GB |" in line
     ]
-    rows = re.findall(
-        r"^\| ([^|]*\d\.\d[^|]*|DiT[^|]*) \| ([\d.]+ GB) \| .* \| (.*) \|$", (ROOT / "README.md").read_text(), re.M
-    )
-    assert len(rows) == len(lines) == 4
-    for line, (name, memory, training) in zip(lines, rows, strict=True):
+    assert len(rows) == len(lines) == 7
+    for line, (name, trained, config, memory, bank, training) in zip(lines, rows, strict=True):
+        assert set(re.findall(r"\((configs/[^)]*)\)", config)) <= set(shlex.split(line))
         assert main([*shlex.split(line)[1:], "--json", str(tmp_path / "plan.json")]) == 0
         plan = json.loads((tmp_path / "plan.json").read_text())
         shown = duration(plan["phases"]["training"]["seconds"])
-        assert f"{plan['memory_bytes'] / 1e9:.3g} GB" == memory, name
-        assert training.endswith(f", {shown}"), name
+        assert f"{plan['memory_bytes'] / 1e9:.3g} GB" == memory, (name, trained)
+        assert training.endswith(f", {shown}"), (name, trained)
+        shown = duration(plan["phases"]["memory bank"]["seconds"])
+        assert bank.endswith((f", {shown}", "the same")), (name, trained)
 
 
 def test_what_init_writes_for_a_gpu_is_what_its_module_takes(tmp_path, monkeypatch) -> None:
