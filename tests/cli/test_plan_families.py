@@ -11,7 +11,8 @@ from jsonargparse import Namespace
 
 from lightning_difftune import TextToImageDiffTuningModule
 from lightning_difftune.cli.lightning import ModelReader
-from lightning_difftune.cli.plan import Memory, phases, size
+from lightning_difftune.cli.plan import Memory, size
+from lightning_difftune.cli.plan.phases import bank
 from lightning_difftune.cli.plan.probe import PARTS, Costs, Probe, costs_of
 from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.sampling import Sampler
@@ -46,6 +47,7 @@ SAID = dict(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "folder"),
     [("Stable Diffusion XL", "sdxl"), ("FLUX.1-dev", "flux"), ("Stable Diffusion 3.5 medium", "sd3")],
@@ -82,6 +84,6 @@ def test_a_bank_under_no_prompt_is_not_guided_whatever_its_sampler_says(prompts:
     module = TextToImageDiffTuningModule("sd-nano-flowers", bank_prompts=prompts, bank_sampler=sampler)
     module.configure_model()
     costs = Costs(dict.fromkeys(PARTS, 1.0), 0, 0, 0, 0, 0, 0)
-    found = phases.bank(Namespace(bank_size=2, bank_source=None), module, costs)
+    found = bank(Namespace(bank_size=2, bank_source=None), module, costs)
     assert found.what == words
     assert found.flops(costs) == 2 * (6 if "guided" in words else 3) + 2

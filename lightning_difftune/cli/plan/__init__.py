@@ -136,8 +136,8 @@ class Memory:
         if step >= self.weights:
             return f"Memory of a training step, {words}."
         return (
-            f"Memory, about {size(self.weights)} a device for the weights alone, until the text encoders leave after bank "
-            f"and cache are made. Memory of a training step, {words}."
+            f"Memory, about {size(self.weights)} a device for the weights alone, until bank and cache are made and the "
+            f"text encoders leave. Memory of a training step, {words}."
         )
 
 

@@ -101,7 +101,7 @@ _SD35_TRANSFORMER = {
     "attention_head_dim": 64,
     "qk_norm": "rms_norm",
 }
-_SD35_SIZES = {
+_SD35_SIZES: dict[str, dict[str, Any]] = {
     "medium": {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384}
     | {"dual_attention_layers": list(range(13))},
     "large": {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192},
