@@ -124,7 +124,7 @@ class TrainingBatches(Dataset[DiffTuningBatch]):
     Args:
         read_target: Reads target samples by indices and flips.
         target: The target's order.
-        read_retention: Reads samples of the memory bank by indices; ``None`` leaves that stream out.
+        read_retention: Reads samples of the memory bank by indices; ``None`` omits that stream.
         retention: The bank's order.
         horizontal_flip: Whether half of the target samples are mirrored.
     """
@@ -175,17 +175,17 @@ class EvaluationBatches(Dataset[DiffTuningBatch]):
 
 
 class TrainingSteps(DistributedSampler[DiffTuningBatch]):
-    """Step numbers that count on from epoch to epoch, and start where a resumed run stands, also inside an epoch.
+    """Step numbers that count on from epoch to epoch and start where a resumed run is, also within an epoch.
 
     Every process takes every step, each with its share of the batch. It is a ``DistributedSampler`` so that Lightning
-    leaves it in place; the epoch's number, which Lightning sets differently after a resume, plays no part. The stream
-    has no end, and an epoch is one pass over the target, to the next whole window of accumulated batches: Lightning
-    would cut the last window short.
+    leaves it in place; the epoch's number, which Lightning sets differently after a resume, is not used. The stream
+    has no end. An epoch is one pass over the target, rounded up to whole windows of accumulated batches, since
+    Lightning would cut the last window short.
 
     Args:
         batches: The batches of one rank.
-        progress: Tells how many batches the run has taken in all, and in this epoch. Without it, as outside a
-            trainer, ``set_epoch`` says where an iteration starts.
+        progress: Returns how many batches the run has taken in all, and in this epoch. Without it, as outside a
+            trainer, ``set_epoch`` decides where an iteration starts.
         window: Batches whose gradients are accumulated.
     """
 
@@ -197,7 +197,7 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
 
     @classmethod
     def in_trainer(cls, batches: TrainingBatches, trainer: Any) -> TrainingSteps:
-        """Where a trainer stands in the stream; its epochs are whole windows of accumulated batches.
+        """The steps from where a trainer is in the stream; its epochs are whole windows of accumulated batches.
 
         Raises:
             ConfigError: If ``limit_train_batches`` would cut a window short.
@@ -229,7 +229,7 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
 
 
 def accumulated_batches(trainer: Any) -> int:
-    """Batches in a window of accumulated gradients; all of a schedule's windows fit into a number of several."""
+    """Batches in a window of accumulated gradients: a common multiple of all windows, where a schedule has several."""
     schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
     return math.lcm(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()))
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_difftune.data.shards.format import MANIFEST
 
-BATCH_SIZE = 64  # where nothing is to be built
-LARGEST = 512  # what is tried out is computed for nothing, and is twice this at most
+BATCH_SIZE = 64  # where nothing needs to be built
+LARGEST = 512  # a batch that is tried is computed in vain, so this also bounds the waste
 
 
 def build_batch(size: int | None, folder: Path, run: Callable[[int], object]) -> int:

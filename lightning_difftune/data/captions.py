@@ -1,4 +1,4 @@
-"""Captions for pictures that have labels alone, and captioned pictures as control similarity takes them."""
+"""Captions for pictures that only have labels, and captioned pictures as control similarity takes them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_difftune.errors import ConfigError, DataError
 class ClassCaptions(Relabelled):
     """Pictures of a labelled source with captions made from their classes' names.
 
-    Underscores in names are written as spaces. Which template a picture gets depends on (seed, its index) alone.
+    Underscores in names are written as spaces. Which template a picture gets depends only on (seed, its index).
 
     Args:
         source: A map-style data set of ``(image, label)`` that knows its labels without reading its pictures, such as
             those of :mod:`~lightning_difftune.data.image_files` and most of torchvision's.
-        templates: Texts with ``{}`` where the name goes; some may leave it out, as a default prompt does.
+        templates: Texts with ``{}`` where the name goes; some may omit it, as a default prompt does.
         class_names: Names in the order of the labels; ``None`` takes those of the source.
         seed: Seed of the choice among templates.
 

@@ -1,4 +1,4 @@
-"""The data module of Diff-Tuning: the target and the memory bank, interleaved in every batch."""
+"""The data module of Diff-Tuning: target and memory bank, interleaved in every batch."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class MemoryBankDataModule(RealPictures):
 
     A batch of B holds ``int(retention_share * B)`` bank samples and target samples for the rest (Algorithm 1; the
     authors' code has a share of 0.2, the paper 0.5). The batch of a step depends on the seed and the step's number
-    alone: not on workers, nor on how often the run was resumed. With several processes ``batch_size`` is that of one
-    process, and together they read what one process with the whole batch would.
+    alone, not on workers or on how often the run was resumed. With several processes ``batch_size`` is that of one
+    process, and together they read what one process with the whole batch would read.
 
-    A bank that is missing is built when ``fit`` starts, by all processes, and picked up where it was left if that was
-    interrupted; ``trainer.predict`` builds it on purpose. The same holds for the latent cache.
+    A missing bank is built by all processes when ``fit`` starts; an interrupted build is resumed.
+    ``trainer.predict`` builds it without training. The same holds for the latent cache.
 
     Args:
         target: Training pictures: any map-style data set of ``(image, label)``, such as torchvision's, or, for models
@@ -51,9 +51,9 @@ class MemoryBankDataModule(RealPictures):
         image_size: Side of the pictures in pixels.
         channels: 1 (grey) or 3 (RGB).
         bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
-        bank_size: Samples in the bank, if it has yet to be built (5K to 200K in Fig. 6d).
+        bank_size: Samples in the bank, if it still has to be built (5K to 200K in Fig. 6d).
         bank_source: Pictures that the bank is made of in place of samples: the pre-training set (the last bar of
-            Fig. 6d), or others that the model shall keep. ``bank_size`` of them are taken at random, without labels.
+            Fig. 6d), or others that the model should keep. ``bank_size`` of them are taken at random, without labels.
         retention_share: Share of a batch that comes from the bank.
         batch_size: Samples of one process and step, both streams together.
         val_target: Held-out pictures, for the validation loss and as the reference of FID. Their classes are joined
@@ -141,7 +141,7 @@ class MemoryBankDataModule(RealPictures):
                 "fine-tuning."
             )
         if self.batch_size - self.retention_batch_size < 1:
-            raise ConfigError(f"A batch_size of {self.batch_size} leaves no target sample in addition to the bank's.")
+            raise ConfigError(f"A batch_size of {self.batch_size} leaves no room for a target sample.")
         if self.bank_source is not None and len(self.bank_source) < self.bank_size:
             raise ConfigError(
                 f"bank_source has {len(self.bank_source):,} pictures, too few for a bank of {self.bank_size:,}. Set "
@@ -164,7 +164,7 @@ class MemoryBankDataModule(RealPictures):
         return self.trainer.world_size if self.trainer is not None else 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides which pictures are in the batch of a step, for a run that is resumed."""
+        """What decides which pictures are in the batch of a step, to be compared when the run is resumed."""
         return {
             "seed": self.seed,
             "pictures": len(self.target),
@@ -174,7 +174,7 @@ class MemoryBankDataModule(RealPictures):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Say what a change of it means for a run that is resumed."""
+        """Tell the user what changes of it mean for a resumed run."""
         now = self.state_dict()
         changed = [f"{key} {value} -> {now[key]}" for key, value in state_dict.items() if now.get(key, value) != value]
         batch = ("batch_size", "processes")
@@ -221,7 +221,7 @@ class MemoryBankDataModule(RealPictures):
         return bank
 
     def open_latent_cache(self) -> LatentCache | None:
-        """The target as the model encodes it, which is done first if it is missing; ``None`` without a cache."""
+        """The target as the model encodes it, encoded first if the cache is missing; ``None`` without a cache."""
         if self.latent_cache_path is None:
             return None
         module = self.trainer.lightning_module if self.trainer is not None else None
@@ -272,8 +272,9 @@ class MemoryBankDataModule(RealPictures):
         labels = self.target.labels()
         if labels is None:
             raise ConfigError(
-                "class_balanced needs to know the classes of all pictures without reading them, and this data set does "
-                "not tell. Use one with labels, such as lightning_difftune.data.ImageFolder, or class_balanced: false."
+                "class_balanced needs to know the classes of all pictures without reading them, which this data set "
+                "does not offer. Use one with labels, such as lightning_difftune.data.ImageFolder, or set "
+                "class_balanced: false."
             )
         return BalancedStream(labels.numpy(), batch_size, seed, rank, world_size)
 
@@ -286,7 +287,7 @@ class MemoryBankDataModule(RealPictures):
         if self.val_target is None:
             return []
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
-        # Neither batch_size nor the number of processes counts, so the loss is the same on one GPU and on eight.
+        # Independent of batch_size and the number of processes, so the loss is the same on one GPU and on eight.
         size = max(1, min(self.build_batch_size or BATCH_SIZE, len(self.val_target) // _FEWEST_EVALUATION_BATCHES))
         batches = EvaluationBatches(read, len(self.val_target), size)
         if len(batches) < self._world_size:
@@ -301,7 +302,7 @@ class MemoryBankDataModule(RealPictures):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> list[Any]:
-        """Nothing to predict: ``trainer.predict`` builds the memory bank, as ``fit`` would, and that is done here.
+        """Build the memory bank as ``fit`` would, which is all that ``trainer.predict`` does; nothing is predicted.
 
         Raises:
             StoreError: As :meth:`open_bank`.

@@ -1,4 +1,4 @@
-"""What lies in a folder of pictures: pictures, texts, and what phones, file servers and systems leave there."""
+"""What is in a folder of pictures: pictures, texts, and what phones, file servers and operating systems leave there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNREAD_PICTURES = frozenset(
     | {".raf", ".raw", ".rw2", ".svg"}
 ).difference(IMAGE_EXTENSIONS)
 CAPTION_EXTENSIONS = (".txt", ".caption")
-# Folders of Synology, QNAP, Windows, Linux, macOS and Android: thumbnails, waste and what was found by repairs.
+# Folders of Synology, QNAP, Windows, Linux, macOS and Android: thumbnails, trash and files recovered by repairs.
 _SYSTEM_FOLDERS = frozenset(
     {"#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx"}
     | {"lost+found", "lost.dir", "network trash folder", "recycled", "recycler", "system volume information"}
@@ -46,21 +46,21 @@ _PROBED_ROWS = 100
 
 
 def is_system(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that systems make for themselves."""
+    """Whether a file or folder is hidden or belongs to the operating system."""
     return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS or name.lower() in _SYSTEM_FILES
 
 
 class Folder:
-    """A folder of pictures, and what of it is left out.
+    """A folder of pictures, which counts what it leaves out.
 
-    Hidden files and folders are, and those of systems. A link to a folder is followed unless it leads to where the
-    pictures are found anyway: into this folder, to one that holds it, or to where another link leads.
+    Hidden and system files and folders are left out. A link to a folder is followed unless the pictures there are
+    found anyway: if it leads into this folder, to one that contains it, or to the target of another link.
 
     Args:
         root: The folder.
 
     Attributes:
-        left_out: How many files or links, by what they are.
+        left_out: How many files or links, by kind.
     """
 
     def __init__(self, root: Path) -> None:
@@ -69,7 +69,7 @@ class Folder:
         self._places = [os.path.realpath(root)]
 
     def subfolders(self, folder: Path | None = None) -> list[str]:
-        """Names of the folders in a folder that hold what belongs to it, sorted."""
+        """Sorted names of the folders in a folder, without hidden ones, those of systems, and links that lead back."""
         kept = []
         place = self.root if folder is None else folder
         for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -138,14 +138,14 @@ def captions_beside(pictures: Sequence[str], other: Sequence[str]) -> dict[str, 
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
-    """How many of what, the most frequent first."""
+    """Counts in words, the most frequent first."""
     return ", ".join(
         f"{count:,} {what}" for what, count in sorted(counts.items(), key=lambda entry: -entry[1]) if count
     )
 
 
 def describe_files(files: Sequence[str]) -> str:
-    """What to call files that are not pictures in a message."""
+    """A description, for messages, of files that are not pictures."""
     if not files:
         return "no files"
     suffixes = Counter(Path(file).suffix or "no extension" for file in files)
@@ -158,7 +158,7 @@ def shorten(names: Sequence[str], limit: int = 8) -> str:
 
 
 def paths_below(root: str | Path, names: Sequence[str], where: str) -> list[str]:
-    """Paths of listed pictures, in the Unicode form that their names have on the disk.
+    """Paths of listed pictures, in the Unicode form that their names have on disk.
 
     Raises:
         DataError: If none of the first hundred is there; ``where`` names the list.
@@ -181,7 +181,7 @@ def decode(data: bytes, where: str) -> str:
 
     Args:
         data: The bytes.
-        where: What to call their place in a message.
+        where: What to call their source in a message.
 
     Raises:
         DataError: If it is neither; the message has the line.
@@ -250,5 +250,5 @@ def _on_disk(folder: Path, name: str) -> str:
     path = str(folder / name.replace("\\", os.sep) if "\\" in name and not (folder / name).exists() else folder / name)
     if path.isascii() or os.path.exists(path):
         return path
-    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))  # macOS takes names apart, lists do not
+    forms = (unicodedata.normalize(form, path) for form in ("NFC", "NFD"))  # macOS decomposes names, lists do not
     return next((form for form in forms if os.path.exists(form)), path)

@@ -24,10 +24,10 @@ class HubImages(Dataset[tuple[Any, ...]]):
     ``ClassLabel``, whose names become the classes', or a column ``text``, ``caption`` or ``prompt``. Labels that are
     strings are numbered in the order of their sorted values. Pictures are decoded when they are read, one at a time.
 
-    **Streams.** Every step of a run reads samples by their numbers, so that it can be repeated, resumed and spread over
-    more processes; a stream has no numbers. ``keep`` therefore takes the first ``limit`` examples of the stream,
-    writes them to a folder once, as they are encoded, and reads that folder from then on. Nothing beyond them is
-    downloaded, and a latent cache or a second run does not touch the network again.
+    **Streams.** A run reads samples by number, so that it can be repeated, resumed and spread over more processes; a
+    stream has no numbers. So ``keep`` writes the first ``limit`` examples of the stream, as they are encoded, to a
+    folder once and reads that folder from then on. Nothing else is downloaded, and a latent cache or a second run
+    does not use the network again.
 
     Args:
         path: Folder written by ``save_to_disk``, a folder or name that ``load_dataset`` opens, such as
@@ -42,7 +42,7 @@ class HubImages(Dataset[tuple[Any, ...]]):
         limit: How many examples ``keep`` takes.
 
     Raises:
-        ConfigError: ``datasets`` is not installed, or the arguments do not go together.
+        ConfigError: ``datasets`` is not installed, or the arguments exclude each other.
         DataError: The data set cannot be opened, or a column is missing or of another type.
     """
 
@@ -78,8 +78,8 @@ class HubImages(Dataset[tuple[Any, ...]]):
             return
         if missing := [index for index, value in enumerate(column) if value is None]:
             raise DataError(
-                f"{self.path}: {target!r} has no value in {len(missing)} of {len(column)} examples, the first of them "
-                f"example {missing[0]}. Filter them out, or name another column."
+                f"{self.path}: {target!r} has no value in {len(missing)} of {len(column)} examples, the first of "
+                f"which is example {missing[0]}. Filter them out, or name another column."
             )
         if target is not None:
             self.class_names = getattr(dataset.features[target], "names", None)
@@ -144,7 +144,7 @@ def kept_stream(path: str, split: str, name: str | None, revision: str | None, f
                     stream = stream.cast_column(column, _undecoded())
             with atomic_path(folder, replace=False) as draft:
                 examples = datasets.Dataset.from_list(list(stream.take(limit))).cast(features)
-                # Where the stream only says where a picture is, it is fetched and stored, as push_to_hub does.
+                # A picture that the stream only links to is fetched and stored, as push_to_hub does.
                 whole = examples.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
                 whole.with_format(None).save_to_disk(draft)
         except Exception as error:  # as above

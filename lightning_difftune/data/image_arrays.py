@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lightning_difftune.errors import DataError
 from lightning_difftune.files import array_digest
 
-# What an archive may unpack to, and how often its own size it may be where that is more.
+# The largest size that an archive may unpack to and, where that is more, how many times its own size.
 _MOST_UNPACKED, _MOST_RATIO = 2**30, 100
 
 
@@ -55,7 +55,7 @@ class ArrayImages(Dataset[tuple[Any, int]]):
         self.images = images
         self.labels = np.zeros(len(images), np.int64) if labels is None else _integers(labels, "labels")
         if len(self.labels) != len(images):
-            raise DataError(f"{len(images)} images, but {len(self.labels)} labels; one per image is wanted.")
+            raise DataError(f"{len(images)} images, but {len(self.labels)} labels; expected one per image.")
         self.class_names = None if class_names is None else list(class_names)
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class NpzImages(Dataset[tuple[Any, int]]):
         self.class_names = None if names is None else [str(name) for name in names]
         labels = _integers(arrays.get("labels", np.zeros(count, np.int64)), f"labels in {self.path}")
         if len(labels) != count:
-            raise DataError(f"{self.path} holds {count} images, but {len(labels)} labels; one per image is wanted.")
+            raise DataError(f"{self.path} holds {count} images, but {len(labels)} labels; expected one per image.")
         self._rows = _rows_of_split(arrays.get("split"), split, count, self.path)
         self.labels = labels[self._rows]
 
@@ -159,7 +159,7 @@ def _load_npz(path: Path) -> Mapping[str, npt.NDArray[Any]]:
     except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{path} cannot be read as an .npz file ({error}); it is damaged, or holds Python objects, which are never "
-            "unpickled; write it again with numpy.savez."
+            "unpickled. Write it again with numpy.savez."
         ) from error
     raise DataError(f"{path} holds a single array (.npy); expected an .npz file with named arrays.")
 
@@ -170,7 +170,7 @@ def _refuse_bomb(path: Path) -> None:
     if unpacked > _MOST_UNPACKED and unpacked > _MOST_RATIO * path.stat().st_size:
         raise DataError(
             f"{path} would grow to {unpacked / 1e9:.1f} GB when it is unpacked, {unpacked / path.stat().st_size:.0f} "
-            "times its size, as pictures do not. Write it again with numpy.savez, uncompressed, if that is right."
+            "times its size, which pictures do not. If that is right, write it again with numpy.savez, uncompressed."
         )
 
 
@@ -212,5 +212,5 @@ def _rows_of_split(splits: npt.NDArray[Any] | None, split: str | None, count: in
 def _integers(values: Any, what: str) -> npt.NDArray[np.int64]:
     array = np.asarray(values)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"{what}: shape {array.shape}, type {array.dtype}; expected one integer an entry.")
+        raise DataError(f"{what}: shape {array.shape}, type {array.dtype}; expected one integer per entry.")
     return array.astype(np.int64)

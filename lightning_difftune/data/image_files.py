@@ -52,10 +52,10 @@ class ImageFolder(ImageFiles):
     :class:`~lightning_difftune.data.folders.Folder`. ``left_out`` counts them, and the files that are not read.
 
     Args:
-        root: The folder of the class folders, of one split.
+        root: The folder of the class folders of one split.
 
     Raises:
-        DataError: ``root`` is missing, is no folder, holds no pictures, holds a class without pictures, holds
+        DataError: ``root`` is missing, is not a folder, holds no pictures, holds a class without pictures, holds
             pictures next to its class folders, or is the parent of splits.
     """
 
@@ -70,7 +70,7 @@ class ImageFolder(ImageFiles):
         if folders and loose:
             raise DataError(
                 f"{self.root} holds {len(loose)} pictures (such as {Path(loose[0]).name}) next to its {len(folders)} "
-                "class folders, so their class is unknown; move them into a class folder or away."
+                "class folders, so their class is unknown; move them into a class folder or elsewhere."
             )
         if folders and _SPLIT_FOLDERS.issuperset(name.lower() for name in folders):
             raise DataError(
@@ -105,7 +105,7 @@ class ImageFolder(ImageFiles):
         if empty:
             raise DataError(
                 f"{len(empty)} of the {len(folders)} class folders in {self.root} hold no pictures: "
-                f"{shorten(empty)}; remove them or fill them, since every folder is a row of the label table."
+                f"{shorten(empty)}; remove them or fill them, since every folder has a row in the label table."
             )
 
 

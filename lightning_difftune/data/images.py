@@ -1,4 +1,4 @@
-"""Target images as the data module reads them: cropped, 8-bit, labelled, with a policy on damaged files."""
+"""Target images as the data module reads them: cropped, 8-bit and labelled, with a policy on damaged files."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from lightning_difftune.files import array_digest, text_digest
 from lightning_difftune.pictures import largest_value, to_pixel_values, to_pixels
 from lightning_difftune.protocols import TargetBatch
 
-# In a row; a disk that is not mounted is a quicker and clearer failure than a hundred thousand warnings.
+# In a row. If a disk is not mounted, one quick error is clearer than a hundred thousand warnings.
 _MAX_UNREADABLE_RUN = 100
-# Pictures to look at where a source tells nothing about its content without being read.
+# Pictures that are read where a source offers no other way to identify its content.
 _IDENTITY_SAMPLES = 64
-# Pictures of 16 bits to look at, and the most bits that are taken for a mistake: those of cameras and microscopes.
+# 16-bit pictures that are looked at, and the most bits that count as a mistake: as of cameras and microscopes.
 _DEPTH_SAMPLES = 16
 MOST_WRONG_BITS = 14
-# What an OSError says about one file; any other errno (too many open files, an unplugged disk) is about the machine.
+# Errors of one file; any other errno (too many open files, an unplugged disk) is about the machine.
 _ERRNOS_OF_A_FILE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
 
 
@@ -48,16 +48,16 @@ class TargetItem(NamedTuple):
 
     pixels: Tensor  # (C, H, W) uint8
     label: int | str  # class index or caption
-    source_index: int  # the picture that was read: another than asked for, where that one is damaged and skipped
+    source_index: int  # the picture that was read: a different one if the requested one is damaged and skipped
     control: Tensor | None = None  # (1 or 3, H, W) uint8, where the source has control maps of its own
 
 
 class ImageTargets:
-    """Pictures of an image source at the size the model is trained at.
+    """Pictures of an image source, at the size that the model is trained with.
 
     Cropping and colour are described at :func:`~lightning_difftune.pictures.to_pixels`. A picture that cannot be
-    decoded (truncated, empty, no picture at all, missing, larger than Pillow's bound on decompression bombs) raises an
-    error that names it, or, with ``on_corrupt="skip"``, is replaced by the next readable picture and that one's label:
+    decoded (truncated, empty, missing, not a picture, larger than Pillow's bound on decompression bombs) raises an
+    error that names it, or, with ``on_corrupt="skip"``, is replaced by the next readable picture and its label:
     always the same one, so that caches and runs agree. Each is warned about once per process.
 
     Args:
@@ -97,7 +97,7 @@ class ImageTargets:
         self.image_size = image_size
         self.channels = channels
         self.on_corrupt = on_corrupt
-        self.skipped: dict[int, str] = {}  # index => why, for the pictures this process has met
+        self.skipped: dict[int, str] = {}  # index => reason, for the pictures that this process has tried to read
         if len(self) == 0:
             raise DataError(f"the image source ({type(source).__name__}) is empty; expected at least one picture.")
 
@@ -173,25 +173,25 @@ class ImageTargets:
                 return item
         raise DataError(
             f"none of {min(len(self), _MAX_UNREADABLE_RUN)} pictures in a row from {self.describe(index)} could be "
-            f"read, the last because of: {list(self.skipped.values())[-1]}. Check that the disk is there and whole."
+            f"read, the last because of: {list(self.skipped.values())[-1]}. Check the disk."
         )
 
     def describe(self, index: int) -> str:
-        """What to call picture ``index`` in a message: its index and, where known, its file."""
+        """A name for picture ``index`` in messages: its index and, where known, its file."""
         location = location_of(self.source, index)
         return f"image {index}" if location is None else f"image {index} ({location})"
 
     def identity(self) -> str:
-        """A hash of what the pictures are: the source's content, labels, size, channels and crop.
+        """A hash of what decides the pictures: the source's content, labels, size, channels and crop.
 
-        It is the key of caches. A source of files counts by names, sizes and modification times, one of arrays by
-        its bytes. Any other source, and any with a ``transform`` of its own, is judged by its length, its labels and
-        64 of its pictures, so changes to others stay unnoticed there.
+        It is the key of caches. Files are identified by names, sizes and modification times, arrays by their bytes. Any
+        other source, and any with a ``transform`` of its own, is identified by its length, its labels and 64 of its
+        pictures, so changes to other pictures go unnoticed.
         """
         return self._identity
 
     def check_depth(self) -> None:
-        """Look at a few pictures of 16 bits: where no value is large, they hold fewer bits and would be nearly black.
+        """Look at a few 16-bit pictures: if no value is large, they hold fewer bits and would be nearly black.
 
         Raises:
             DataError: If all of them have values of 14 bits or fewer.
@@ -200,7 +200,7 @@ class ImageTargets:
         for index in np.unique(np.linspace(0, len(self) - 1, _DEPTH_SAMPLES).astype(int)).tolist():
             try:
                 found = largest_value(self.source[index][0])
-            except Exception:  # whoever reads it says so, by the policy on damaged pictures
+            except Exception:  # reported when it is read, by the policy on damaged pictures
                 continue
             if found is None:
                 return
@@ -214,9 +214,9 @@ class ImageTargets:
             )
 
     def picture_digests(self) -> Tensor | None:
-        """A number for every picture that changes with it and its label or caption, (N,) int64, 0 for none; or None.
+        """A number per picture, (N,) int64, that changes with the picture and its label or caption.
 
-        None where only reading the pictures would tell.
+        ``None`` where only reading the pictures would tell.
         """
         digests, labels, captions = picture_digests_of(self.source), self.labels(), captions_of(self.source)
         texts = captions if captions is not None else None if labels is None else labels.tolist()

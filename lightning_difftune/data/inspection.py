@@ -1,4 +1,4 @@
-"""What a path is opened as, and what its pictures are like, before anything is trained on them."""
+"""How a path is opened, and what its pictures are like, before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def open_images(path: str, split: str | None = None) -> Any:
 
     An ``.npz`` file is read by :class:`NpzImages`; ``.tar`` files by :class:`WebDatasetShards`; a folder with captions
     (a metadata file, or text files of its pictures) by :class:`CaptionedFolder`; one that ``save_to_disk`` wrote by
-    :class:`HubImages`, as is what is not a path at all; any other folder by :class:`ImageFolder`.
+    :class:`HubImages`, as is a name on the hub; any other folder by :class:`ImageFolder`.
 
     Args:
         path: File, folder, pattern of shards, or name of a data set on the Hugging Face hub.
         split: For data sets that have several.
 
     Raises:
-        DataError: If there is nothing, or it cannot be used.
+        DataError: If there is nothing, or nothing usable.
         ConfigError: If a package is missing.
     """
     place = Path(path).expanduser()
@@ -48,7 +48,7 @@ def open_images(path: str, split: str | None = None) -> Any:
     if place.suffix == ".tar" or any(place.glob("*.tar")):
         return WebDatasetShards(str(place))
     if not place.exists():
-        # What has the form of a name on the hub is one; all else is a folder that is not there.
+        # What looks like a name on the hub is one; anything else is a folder that does not exist.
         is_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
         return HubImages(path, split or "train") if is_name else ImageFolder(place)
     if any((place / name).exists() for name in _HUB_FILES):
@@ -94,7 +94,7 @@ class SourceFacts:
         self.readable = [picture for picture in self.pictures if picture.error is None]
 
     def name(self, index: int) -> str:
-        """What to call picture ``index``."""
+        """A name for picture ``index``."""
         return location_of(self.source, index) or f"image {index}"
 
     def counts(self) -> dict[str, int]:
@@ -118,7 +118,7 @@ class SourceFacts:
 
 
 def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] | None = None) -> SourceFacts:
-    """Decode every picture of a source and note what it is like.
+    """Decode every picture of a source and record what it is like.
 
     Args:
         source: A map-style data set of ``(image, label)`` or ``(image, caption)``.
@@ -126,7 +126,7 @@ def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] |
         progress: Called with the number of pictures that are done.
 
     Raises:
-        DataError: If the source yields something else than pictures.
+        DataError: If the source yields anything but pictures.
     """
     labels = labels_of(source) if captions_of(source) is None else None
     known = None if labels is None else labels.tolist()

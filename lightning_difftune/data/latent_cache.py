@@ -1,4 +1,4 @@
-"""The target set as the frozen networks of a model see it, encoded once: latents, embeddings, control maps."""
+"""The target set as a model's frozen networks encode it, stored once: latents, embeddings, control maps."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class LatentCache:
     Mean and standard deviation are stored, so that each epoch draws new latents; and, where training mirrors pictures,
     those of the mirror image too, since an autoencoder does not commute with mirroring. Each sample has what the
     model's ``encode`` makes of a picture, ``latent_mean`` and ``latent_std`` (c, h, w) among them; the same of its
-    mirror image under ``mirrored.`` names; ``source_index``, int64: the picture that was encoded, which is another than
-    i where a damaged file was skipped; and ``picture``, int64: a digest of the file or array it was, 0 if unknown. A
-    folder gets its manifest last and cannot be opened without, so a cache has every picture or is refused.
+    mirror image under ``mirrored.`` names; ``source_index``, int64: the picture that was encoded, not i
+    where a damaged file was skipped; and ``picture``, int64: a digest of the file or array it was, 0 if unknown. A
+    folder gets its manifest last and cannot be opened without it, so a cache is complete or refused.
 
     Args:
         path: A finished cache.
 
     Raises:
-        StoreError: The folder is missing, unfinished, no latent cache, or damaged.
+        StoreError: The folder is missing, unfinished, damaged, or not a latent cache.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -84,7 +84,7 @@ class LatentCache:
             encode: A batch as read, on the CPU => tensors to store, on any device: mean and standard deviation of the
                 scaled latents, (B, c, h, w) each, and whatever else is trained on.
             spec: What decides the result, as plain JSON values: the autoencoder's fingerprint and scale.
-            mirrored: Whether mirror images are stored, too.
+            mirrored: Whether mirror images are stored as well.
             of_caption: Columns of ``encode`` that depend on the caption alone. They are stored once for each distinct
                 caption, as bfloat16, and read back with each picture.
             batch_size: Pictures in one call of ``encode``.
@@ -116,11 +116,11 @@ class LatentCache:
                 "pictures": len(targets),
             },
         }
-        if not mirrored and (Path(path) / MANIFEST).exists():  # one with mirror images has all that is asked for
+        if not mirrored and (Path(path) / MANIFEST).exists():  # one with mirror images contains all that is needed
             full_spec["mirrored"] = mirrored = Manifest.load(Path(path) / MANIFEST).plan.spec == full_spec | {
                 "mirrored": True
             }
-        digests = cache(targets.picture_digests)  # asked for where something is to be encoded
+        digests = cache(targets.picture_digests)  # needed only where something is encoded
 
         def replaces(other: BuildPlan) -> bool:
             changes = {**other.spec, "targets": {**other.spec["targets"], **_of_pictures(full_spec)}}
@@ -132,7 +132,7 @@ class LatentCache:
         kept: dict[int, tuple[Path, int]] = {}
         captions = _caption_store(Path(path), full_spec)
 
-        def work() -> list[list[int]]:  # dealt out when the first batch is asked for, since other jobs may come before
+        def work() -> list[list[int]]:  # determined at the first batch, since other jobs may come first
             kept.update(_encoded(writer.folder.previous, digests()))
             batches = writer.work(batch_size, rank, world_size)
             return [[i for i in batch.indices.tolist() if i not in kept] for batch in batches]
@@ -274,7 +274,7 @@ def _read_ahead(targets: ImageTargets, work: Callable[[], list[list[int]]], num_
 
 
 def _caption_store(path: Path, spec: dict[str, Any]) -> CaptionStore:
-    """What this encoder makes of captions; a folder may have had an unfinished cache of another one."""
+    """Captions as this encoder encodes them; the folder may hold an unfinished cache of another encoder."""
     return CaptionStore(path / f"{_CAPTIONS}-{json_digest(spec['autoencoder'])[:12]}")
 
 

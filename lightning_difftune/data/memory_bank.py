@@ -48,8 +48,8 @@ class MemoryBank:
         self._num_samples = len(self._reader) if num_samples is None else num_samples
         if self._num_samples > len(self._reader):
             raise StoreError(
-                f"{self.path} has {len(self._reader):,} samples, fewer than the {self._num_samples:,} that are asked "
-                "for. Ask for fewer, or let a Diff-Tuning module build the rest."
+                f"{self.path} has {len(self._reader):,} samples, fewer than the {self._num_samples:,} that are "
+                "needed. Use fewer, or let a Diff-Tuning module build the rest."
             )
         if self._reader.dtypes.get("latents") not in _DTYPES.values():
             raise StoreError(
@@ -74,8 +74,8 @@ class MemoryBank:
     ) -> MemoryBank:
         """Open a bank, after generating what is still missing of it.
 
-        Sample i depends on the generator and i alone, so a bank of the same generator and settings that has fewer
-        samples grows, an interrupted one is resumed, and of one that has more the first ones are used.
+        Sample i depends on the generator and i alone, so a smaller bank of the same generator and
+        settings grows, an interrupted build is resumed, and of a larger bank the first samples are used.
 
         Args:
             path: The folder.

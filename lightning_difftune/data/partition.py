@@ -20,8 +20,8 @@ class Partition(Subset[Any]):
 
     The paper's SUN397 is ``Partition(SUN397(root), {"train": 76128, "val": 10875, "test": 21750}, "train")``, and five
     pictures of each flower are ``Partition(Flowers102(root), {"train": 5}, "train", per_class=True)``. The parts are
-    disjoint and depend on the seed alone: where the files' names are known, the pictures are numbered by sorted name
-    first, since some data sets list their files in the order of the file system, which differs between machines.
+    disjoint and depend only on the seed: where file names are known, pictures are first numbered by sorted name,
+    since some data sets list their files in the order of the file system, which differs between machines.
 
     Args:
         source: A map-style data set of ``(image, label)``.
@@ -32,7 +32,7 @@ class Partition(Subset[Any]):
 
     Raises:
         ConfigError: The sizes are neither counts nor shares, exceed the source or one of its classes, or have no such
-            part; or the classes are to be told apart of a source that has to read its pictures for that.
+            part; or ``per_class`` is set and the source does not know its labels without reading its pictures.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Partition(Subset[Any]):
         position = list(sizes).index(part)
         paths = paths_of(source)
         by_name = np.arange(count) if paths is None else np.asarray(sorted(range(count), key=paths.__getitem__))
-        # RandomState's streams are frozen for good; Generator's may change with NumPy's version.
+        # RandomState's streams never change; Generator's may change with NumPy's version.
         order = np.random.RandomState(seed).permutation(count)
         chosen = []
         for whole, members in _classes(source, by_name, order) if per_class else [("the source", order)]:

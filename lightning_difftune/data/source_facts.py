@@ -1,6 +1,6 @@
 """What can be known about an image source without decoding it: labels, file names, class names, a content hash.
 
-Sources say it in attributes. torchvision has no common name for them, so its names are looked up here, in one place.
+Sources offer it as attributes. torchvision has no common name for them, so its names are listed here, in one place.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _CLASS_NAME_ATTRIBUTES = ("class_names", "classes", "categories")
 
 
 class ImageSource(Protocol):
-    """What a data set of one's own is: pictures by number, each with a class index or a caption.
+    """What a data source of your own must be: pictures by number, each with a class index or a caption.
 
-    Any map-style data set is one, torchvision's among them. What it may offer in addition, as attributes or methods, is
-    asked for by name and may be missing; a page of the documentation has an example.
+    Any map-style data set is one, including torchvision's. The attributes and methods below are optional; a page of the
+    documentation has an example.
 
     - ``labels``: all class indices (N,), integers. Needed for ``class_balanced`` and few-shot partitions, and checked
       before a run starts.
     - ``class_names``: names in the order of the indices. Held-out pictures are joined with the target's by them.
     - ``captions``: all N captions, in place of labels.
-    - ``paths``: the N files. ``describe(index)``: what to call picture ``index`` in a message, where it has no file.
+    - ``paths``: the N files. ``describe(index)``: a name for picture ``index`` in messages, where it has no file.
     - ``content_digest()``: a text that changes whenever a picture does; a latent cache is compared with it. Without it,
       sources of files are judged by names, sizes and times, and others by 64 of their pictures.
     - ``picture_digests()``: N texts, each of which changes when that picture does. With them, a latent cache of other
@@ -57,7 +57,7 @@ class ImageSource(Protocol):
 
 
 class Relabelled(Dataset[tuple[Any, ...]]):
-    """A source with other labels or captions; all else is known of it as of the source that it is made of.
+    """A source with other labels or captions; everything else is that of the source that it wraps.
 
     Args:
         source: The source.
@@ -89,19 +89,19 @@ class Relabelled(Dataset[tuple[Any, ...]]):
 
 
 def require_source(source: Any) -> None:
-    """Raise :class:`DataError` unless pictures can be reached by number."""
+    """Raise :class:`DataError` unless pictures can be read by number."""
     if isinstance(source, DataLoader):
         wrong = "a DataLoader, whose batches are made already; pass its data set"
     elif isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         wrong = (
-            f"{type(source).__name__}, which can be walked through but has no picture number i; a run that can be "
-            "repeated and resumed needs it. Write the first examples to a folder (HubImages with keep and limit does), "
-            "or give it __len__ and __getitem__"
+            f"{type(source).__name__}, which can be iterated but has no picture number i; a run that can be "
+            "repeated and resumed needs one. Write the first examples to a folder, as HubImages does with keep and "
+            "limit, or give it __len__ and __getitem__"
         )
     else:
         return
     raise DataError(
-        f"the image source is {wrong}. Wanted is a map-style data set of (image, label) or (image, caption), such as "
+        f"the image source is {wrong}. Expected a map-style data set of (image, label) or (image, caption), such as "
         "lightning_difftune.data.ImageFolder or any of torchvision's."
     )
 
@@ -109,8 +109,8 @@ def require_source(source: Any) -> None:
 def labels_of(source: Any) -> torch.Tensor | None:
     """Class indices of all pictures, (N,) int64, or None where only reading the pictures would tell.
 
-    ``Subset`` and ``ConcatDataset`` are looked through. A source with a ``target_transform`` changes its labels while
-    it is read, so its are unknown.
+    ``Subset`` and ``ConcatDataset`` are looked through. The labels of a source with a ``target_transform``, which
+    changes them as it is read, are unknown.
     """
     if isinstance(source, Subset):
         inner = labels_of(source.dataset)
@@ -213,7 +213,7 @@ def content_digest_of(source: Any) -> str | None:
 def picture_digests_of(source: Any) -> list[str] | None:
     """A text for every picture that changes with what is stored of it, or None where only reading would tell.
 
-    A source's own ``picture_digests()`` go first. Of a file it is the name with that of its folder, the size and the
+    A source's own ``picture_digests()`` come first. Of a file it is the name with that of its folder, the size and the
     modification time in seconds; of an array the SHA-256 of its bytes.
     """
     if transforms_pictures(source):

@@ -43,9 +43,9 @@ class _Member(NamedTuple):
 class WebDatasetShards(Dataset[tuple[Any, ...]]):
     """Pictures in WebDataset's layout: tar files with ``key.jpg`` and, of the same key, ``key.cls`` or ``key.txt``.
 
-    The shards are read by position and not as a stream: their tables of contents are taken once, at a few microseconds
-    a picture, and then every picture can be reached by its number. So a run can be repeated, resumed and spread over
-    more processes like one of files. Shards must be local and uncompressed for that.
+    The shards are read by position, not as a stream: their tables of contents are read once, which takes a few
+    microseconds per picture, and then every picture can be read by number. So a run can be repeated, resumed and
+    spread over more processes, as with files. Shards must be local and uncompressed for that.
 
     Args:
         shards: A file, a folder of ``.tar`` files, a pattern such as ``"data/train-{000..011}.tar"`` or
@@ -132,7 +132,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
     def picture_digests(self) -> list[str]:
         """The name, size and modification time of every picture in its shard.
 
-        A shard whose pictures all have one time tells nothing by it, so the size and time of the shard are added.
+        Where all pictures of a shard have the same time, it says nothing, so the size and time of the shard are added.
         """
         times: dict[int, set[float]] = {}
         for picture in self._pictures:
@@ -143,10 +143,10 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
 
 
 def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
-    """The files that a path, pattern or list stands for.
+    """The files that a path, pattern or list means.
 
     Raises:
-        DataError: If there are none, or they are elsewhere.
+        DataError: If there are none, or they are not local.
 
     Example:
         >>> find_shards("data/{0..1}.tar")
@@ -175,7 +175,7 @@ def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a range in braces stands for.
+    """The names that a range in braces means.
 
     Example:
         >>> expand("a-{08..10}.tar")

@@ -138,7 +138,7 @@ class Lengthless(Dataset[Any]):
 def test_sources_without_numbers_get_a_sentence(wrong: Any, role: str) -> None:
     good = ArrayImages(np.zeros((3, 8, 8), np.uint8))
     given = {"target": good, "num_classes": 1, "image_size": 8, "channels": 1, "bank_size": 1}
-    with pytest.raises(DataError, match=r"Wanted is a map-style data set of \(image, label\)"):
+    with pytest.raises(DataError, match=r"Expected a map-style data set of \(image, label\)"):
         MemoryBankDataModule(**{**given, role: wrong})
 
 

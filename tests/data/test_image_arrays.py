@@ -51,7 +51,7 @@ def test_array_images_refuse_what_does_not_fit():
         ArrayImages(PICTURES[:0])
     with pytest.raises(DataError, match="5 images, but 2 labels"):
         ArrayImages(PICTURES, [0, 1])
-    with pytest.raises(DataError, match="expected one integer an entry"):
+    with pytest.raises(DataError, match="expected one integer per entry"):
         ArrayImages(PICTURES, LABELS / 2)
 
 
@@ -98,7 +98,7 @@ def test_damaged_entry_of_an_npz_is_named(tmp_path):
         ({"offsets": np.array([0, 1, 2, 3, 4, 10**9])}, "do not divide"),
         ({"offsets": np.zeros(0, np.int64)}, "do not divide"),
         ({"labels": LABELS[:3]}, "5 images, but 3 labels"),
-        ({"labels": np.array(["x"] * 5)}, "expected one integer an entry"),
+        ({"labels": np.array(["x"] * 5)}, "expected one integer per entry"),
         ({"split": SPLITS[:2]}, "2 entries in `split` for 5 images"),
         ({"split": None}, "has no array `split`"),
         ({"split": np.array(["val"] * 5)}, "has no split 'test'; found val"),

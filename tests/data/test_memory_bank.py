@@ -239,7 +239,7 @@ def test_a_larger_bank_serves_a_run_that_asks_for_less(finished: Path) -> None:
     with pytest.raises(IndexError, match="sample 10 of 10"):
         bank.read(torch.tensor([10]))
     assert len(every) == 23
-    with pytest.raises(StoreError, match="23 samples, fewer than the 24 that are asked for"):
+    with pytest.raises(StoreError, match="23 samples, fewer than the 24 that are needed"):
         MemoryBank(finished, 24)
 
 

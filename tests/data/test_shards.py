@@ -392,7 +392,7 @@ def test_unfinished_missing_and_other_kind(finished: Path, tmp_path: Path) -> No
     open_writer(tmp_path / "begun")
     with pytest.raises(StoreError, match=r"begun is unfinished.*Build it"):
         open_reader(tmp_path / "begun")
-    with pytest.raises(StoreError, match="that of a test-store, but a memory-bank is wanted"):
+    with pytest.raises(StoreError, match="that of a test-store, not of a memory-bank"):
         ShardReader(finished, kind="memory-bank")
 
 
@@ -543,7 +543,7 @@ def altered(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 1}, r"format version 1 is not 2.*Delete .*copy to build it anew"),
+        ({"format_version": 1}, r"format version 1 is not 2.*Delete .*copy to build it again"),
         ({"format_version": True}, "format version True"),
         ({"num_samples": "23"}, "num_samples must be an integer"),
         ({"num_samples": True}, "num_samples must be an integer"),

@@ -1,4 +1,4 @@
-"""Whose a folder of shards is while it is built: its plan, its lock, and which shards are there."""
+"""A folder of shards while it is built: the plan it belongs to, its lock, and which shards are there."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PREVIOUS = "previous-"
 
 
 class BuildFolder:
-    """A folder in which a plan is built; it stays unchanged if it holds another build.
+    """A folder in which a plan is built; a folder of another build stays unchanged.
 
     Args:
         path: The folder; made if it is missing.
         plan: What is built.
-        replaces: As of :class:`ShardWriter`.
+        replaces: See :class:`ShardWriter`.
 
     Raises:
         StoreError: The folder belongs to another build, is unreadable, or cannot be written to.
@@ -61,11 +61,11 @@ class BuildFolder:
         """Keep other jobs from building here until :meth:`unlock`; for one process of this one.
 
         Args:
-            waits: Wait for another job that builds here. Where several processes would wait for the one that does, it
+            waits: Wait for another job that builds here. Where several processes would wait at a barrier meanwhile, it
                 is better to refuse: they give up after half an hour.
 
         Raises:
-            StoreError: Another job builds here, and nobody waits; or it has made something else of the folder.
+            StoreError: Another job builds here and ``waits`` is not set; or it has built something else here.
         """
         if self.complete:
             return
@@ -96,7 +96,7 @@ class BuildFolder:
         """
         if self.complete:
             return []
-        # Listing the folder, unlike asking for each file, sees on a network file system what other nodes just wrote.
+        # On a network file system, listing the folder shows what other nodes just wrote; looking up each file may not.
         present = set(os.listdir(self.path)) if self.path.is_dir() else set()
         shards = range(rank, self.plan.num_shards, world_size)
         return [
@@ -106,7 +106,7 @@ class BuildFolder:
         ]
 
     def samples_in(self, shard: int) -> int:
-        """Samples in a shard's file; 0 if it is missing or damaged and the build makes it anew."""
+        """Samples in a shard's file; 0 if it is missing or damaged, so that it is built again."""
         path = self.path / shard_name(shard)
         try:
             header = ShardHeader.load(path)
@@ -151,7 +151,7 @@ class BuildFolder:
             raise StoreError(another_build(found[1], found[0].kind, changed))
 
     def _begin(self) -> None:
-        """Take the folder over from a shorter build of the same plan, or from one that is replaced."""
+        """Take over the folder from a shorter build of the same plan, or from one that is replaced."""
         self._open()  # again: another job may have finished it meanwhile
         found = self._found()
         if self.complete or found is None or found[0] == self.plan:
@@ -178,7 +178,7 @@ class BuildFolder:
         return None
 
     def _may_replace(self, plan: BuildPlan, source: Path) -> bool:
-        """Whether what another plan has made so far may go: nothing yet, or what the writer's maker said."""
+        """Whether the shards of another plan may be replaced: there are none, or ``replaces`` allows it."""
         if source.name == BUILDING and not self._shards():
             return True
         return self._replaces is not None and plan.kind == self.plan.kind and self._replaces(plan)

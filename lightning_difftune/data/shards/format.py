@@ -1,7 +1,7 @@
-"""What a folder of shards says about itself: the plan of a build, the manifest of a finished one, and a shard's header.
+"""The files that describe a folder of shards: the plan of a build, the manifest of a finished one, a shard's header.
 
-Everything read here is untrusted: JSON is checked field by field, names of files are derived and never read, sizes are
-bounded by what lies on the disk, and nothing is unpickled.
+Everything read here is untrusted: JSON is checked field by field, file names are derived and never read, sizes are
+bounded by what is on the disk, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class BuildPlan:
         spec: What decides the contents, as plain JSON values; brought to the form in which JSON gives them back.
         num_samples: Samples in the whole folder.
         shard_size: Consecutive samples in one shard; the last one may be shorter.
-        digest: The sha256 of all of this but ``num_samples``; each shard carries it. Plans of one digest have the same
-            samples, one more of them than the other.
+        digest: The sha256 of all of this except ``num_samples``; each shard carries it. Plans with the same digest have
+            the same samples, though one may have more of them.
     """
 
     kind: str
@@ -104,7 +104,7 @@ class BuildPlan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> BuildPlan:
-        """Check and take over what :meth:`to_json` made; a ``ValueError`` says what is wrong."""
+        """Check and read what :meth:`to_json` made; a ``ValueError`` says what is wrong."""
         version = value.get("format_version")
         if version != FORMAT_VERSION or type(version) is not int:
             raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}, the one this version reads")
@@ -150,7 +150,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Manifest:
-        """Check and take over what :meth:`to_bytes` wrote; a ``ValueError`` says what is wrong."""
+        """Check and read what :meth:`to_bytes` wrote; a ``ValueError`` says what is wrong."""
         plan = BuildPlan.from_json(value)
         if unknown := value.keys() - plan.to_json().keys() - {"tensors", "shards"}:
             raise ValueError(f"there is no field {min(unknown)!r}")
@@ -189,7 +189,7 @@ class ShardHeader:
         """Read the header alone.
 
         Raises:
-            StoreError: The file is missing, truncated, or no shard at all.
+            StoreError: The file is missing, truncated, or not a shard.
         """
         try:
             with safe_open(path, framework="np") as file:
@@ -225,7 +225,7 @@ def another_build(path: Path, kind: str, changed: list[str]) -> str:
     """What is wrong with a folder made by other settings, and what to do, as an error."""
     return (
         f"{path} belongs to another {kind} ({'; '.join(changed)}). Use the settings it was made with, name another "
-        f"folder, or delete {path.parent} to build it anew."
+        f"folder, or delete {path.parent} to build it again."
     )
 
 
@@ -252,12 +252,12 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
             raise ValueError(f"it is larger than {_MAX_JSON_BYTES // 2**20} MiB")
         value = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
         if type(value) is not dict:
-            raise ValueError(f"an object is wanted, found {type(value).__name__}")
+            raise ValueError(f"expected an object, found {type(value).__name__}")
         return parse(value)
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        fix = "Delete it and build again: it is made anew and finished shards are kept."
+        fix = "Delete it and build again: finished shards are kept."
         if re.match(r"format version \d", str(error)):
-            fix = f"Delete {path.parent} to build it anew."
+            fix = f"Delete {path.parent} to build it again."
         raise StoreError(f"{path} is not a valid file of this format: {error}. {fix}") from error
 
 

@@ -34,11 +34,11 @@ class ShardReader:
     """A finished folder of shards, read-only and memory-mapped.
 
     Opening it checks the manifest, and of each shard the size and the header; :meth:`verify` reads every byte. It may
-    be pickled: a worker process maps the shards for itself when it first reads them.
+    be pickled: a worker process maps the shards itself when it first reads them.
 
     Args:
         path: The folder.
-        kind: What it must hold.
+        kind: What kind it must be.
 
     Raises:
         StoreError: The folder is missing, unfinished, of another kind, or damaged.
@@ -53,7 +53,7 @@ class ShardReader:
             raise StoreError(f"{self.path} {state}: there is no {manifest}. Build it; finished shards are kept.")
         self._manifest = Manifest.load(manifest)
         if self.plan.kind != kind:
-            raise StoreError(f"{manifest} is that of a {self.plan.kind}, but a {kind} is wanted. Name another folder.")
+            raise StoreError(f"{manifest} is that of a {self.plan.kind}, not of a {kind}. Name another folder.")
         for shard in range(self.plan.num_shards):
             self._check(shard)
 
@@ -81,7 +81,7 @@ class ShardReader:
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What decided the contents."""
+        """What determines the contents."""
         return self.plan.spec
 
     @property

@@ -40,7 +40,7 @@ class ShardBatch(NamedTuple):
 
 
 class ShardWriter:
-    """Builds a folder of shards, or resumes where an earlier run was stopped.
+    """Builds a folder of shards, or resumes an unfinished build.
 
     Every rank of a job opens its own writer on the same folder. The folder stays unchanged if it holds another build.
     A finished folder of the same samples that has fewer grows; of one that has more, the first ones are used.
@@ -84,7 +84,7 @@ class ShardWriter:
         return torch.arange(samples.start, samples.stop)
 
     def work(self, batch_size: int, rank: int = 0, world_size: int = 1) -> list[ShardBatch]:
-        """Deal out what is left for one rank to do, in batches that never cross a shard's boundary.
+        """What is left for one rank to do, in batches that never cross a shard's boundary.
 
         Args:
             batch_size: Most samples in a batch.
@@ -192,7 +192,7 @@ def build(
     barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Generate what a folder still lacks, on every rank, and finish it; one job does so at a time.
+    """Generate what a folder still lacks, on every rank, and finish it; one job at a time.
 
     Args:
         writer: The folder.
@@ -201,7 +201,7 @@ def build(
         rank: This process.
         world_size: Number of processes; all must call this function.
         barrier: Waits for all processes.
-        progress: Called with the samples that this rank has done, and has to do in all.
+        progress: Called with the samples that this rank has done, and its total.
 
     Raises:
         StoreError: What was generated is not what was asked for; or see :meth:`ShardWriter.check`,
