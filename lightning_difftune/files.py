@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all and state their digests; one job at a time in a folder."""
+"""Files and folders that exist whole or not at all and state their digests; one job at a time in a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SUMS = "SHA256SUMS"  # in folders that we write
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which takes its place when the ``with`` block ends, and never does if that fails.
+    """A file to write to, which appears under its name when the ``with`` block ends, and only if it succeeds.
 
     Raises:
         OSError: The disk is full or refuses; nothing is left behind.
@@ -58,7 +58,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, whatever kills the process.
+    """Write a file so that it exists whole or not at all, whatever kills the process.
 
     Raises:
         OSError: The disk is full or refuses; nothing is left behind.
@@ -68,20 +68,20 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def discard_temporaries(folder: Path, name: str = "*") -> None:
-    """Delete what killed runs left of the file ``name``, or of any file, on the way to the disk."""
+    """Delete the temporary files that killed runs left of the file ``name``, or of any file."""
     for leftover in folder.glob(f".{name}.*-*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
-    """Where to write a file or folder, which takes the place of ``path`` when the block ends, and never if it fails.
+    """Where to write a file or folder, which takes the place of ``path`` when the block ends, and only if it succeeds.
 
-    For writers that want a path, such as ``save_pretrained``. It is on the disk of ``path`` and has its name. What
-    killed processes left of earlier ones is deleted.
+    For writers that need a path, such as ``save_pretrained``. It is on the same disk as ``path`` and has its name.
+    What killed processes left behind is deleted.
 
     Args:
-        path: Where it shall be.
+        path: Its final place.
         replace: Whether it takes the place of what is at ``path``; otherwise that stays, as when two processes make
             the same.
 
@@ -123,7 +123,7 @@ def _is_running(pid: str) -> bool:
         os.kill(int(pid), 0)
     except (ValueError, ProcessLookupError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's
         return True
     return True
 
@@ -136,7 +136,7 @@ class Taken(StoreError):
 
 
 class FolderLock:
-    """Held by the job that writes into a folder; the operating system takes it back from a job that is killed.
+    """Held by the job that writes into a folder; the operating system releases it when a job is killed.
 
     Args:
         folder: The folder; the lock is a file in it.
@@ -150,10 +150,10 @@ class FolderLock:
         """Take the lock.
 
         Args:
-            waits: Wait for a job that holds it, and say so; else refuse to begin.
+            waits: Wait for a job that holds it, and say so; otherwise refuse to start.
 
         Raises:
-            Taken: Another job holds it and nobody waits.
+            Taken: Another job holds it and ``waits`` is not set.
             StoreError: The folder cannot be written to.
         """
         try:
@@ -162,11 +162,11 @@ class FolderLock:
         except Timeout as error:
             if not waits:
                 raise Taken(
-                    f"Another job is at work in {self.folder}. Wait until it is done, or name another folder."
+                    f"Another job is working in {self.folder}. Wait until it is done, or name another folder."
                 ) from error
             from lightning.fabric.utilities.rank_zero import rank_zero_info  # the method needs torch alone
 
-            rank_zero_info(f"Another job is at work in {self.folder}; waiting for it.")
+            rank_zero_info(f"Another job is working in {self.folder}; waiting for it.")
             self._lock.acquire(poll_interval=0.5)
         except OSError as error:
             raise StoreError(
@@ -188,7 +188,7 @@ class FolderLock:
         self._lock.release()
 
     def discard(self) -> None:
-        """Delete the file: the folder is done, and nobody needs to take turns any more."""
+        """Delete the file: the folder is finished, so the lock is no longer needed."""
         (self.folder / LOCK).unlink(missing_ok=True)
 
 
@@ -212,7 +212,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that states its hash, and whose bytes depend on what is in it alone."""
+    """Write a safetensors file that states its hash, and whose bytes depend only on its contents."""
     save_file(dict(tensors), file, {**metadata, SHA256: tensor_digest(tensors, metadata)})
     order_metadata(file)
 
@@ -232,7 +232,7 @@ def order_metadata(file: Path) -> None:
 def write_sums(folder: Path) -> None:
     """State the SHA-256 of all files below a folder in its ``SHA256SUMS``, as ``sha256sum --check`` reads it.
 
-    A ``README.md`` is left out, which people edit.
+    A ``README.md`` is left out, since people edit it.
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (SUMS, "README.md"))
     lines = [f"{file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
@@ -297,8 +297,8 @@ def array_digest(*parts: npt.NDArray[Any] | str) -> str:
 def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Of tensors by name, with dtypes and shapes, and metadata; neither order nor device counts.
 
-    No more than one tensor is copied at a time. Tensors without values, as `difftune plan` has them, count by their
-    names, dtypes and shapes.
+    At most one tensor is copied at a time. Of tensors without values, as `difftune plan` has them, only names, dtypes
+    and shapes count.
 
     Example:
         >>> tensor_digest({"a": torch.zeros(2)}) == tensor_digest({"a": torch.zeros(2, 1)})
@@ -322,7 +322,7 @@ def stat_digest(paths: Sequence[str]) -> str:
         try:
             status = os.stat(path)
             facts = f"{status.st_size} {int(status.st_mtime)}"
-        except FileNotFoundError:  # whoever reads it says so
+        except FileNotFoundError:  # reported when it is read
             facts = "missing"
         digest.update(f"{name}\0{facts}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Pictures: 8-bit pixels of whatever a data set yields, values in [-1, 1] and back, what is checked, grids and PNG."""
+"""Pictures: 8-bit pixels of what a data set yields, values in [-1, 1] and back, checks, grids and PNG."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def check_pictures(pictures: Any, whose: str, count: int | None = None, channels
     """Check that these are pictures (B, C, H, W) uint8.
 
     Args:
-        pictures: What is checked.
-        whose: Subject and verb of the message, such as ``"Canny was given"``.
+        pictures: What to check.
+        whose: Subject and verb of the message, for example ``"Canny was given"``.
         count: How many there must be, if that is known.
         channels: What C may be.
 
@@ -88,8 +88,8 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
         (channels, image_size, image_size) uint8, a copy.
 
     Raises:
-        DataError: The data set yields something that is not a picture at all. Whatever Pillow raises on damaged bytes
-            comes out as it is.
+        DataError: The data set yields something that is not a picture. Errors that Pillow raises on damaged bytes are
+            passed on.
         ValueError: A picture without a defined white level (32-bit integer or floating point).
     """
     if isinstance(image, Tensor):
@@ -113,7 +113,7 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
 def largest_value(image: object) -> int | None:
     """The largest value of a picture of 16 bits, from 0 to 65,535; None for one of 8 bits.
 
-    Of colour pictures Pillow keeps the high bytes alone, so the largest value that fits them is given.
+    Pillow keeps only the high bytes of colour pictures, so the largest value that fits them is given.
     """
     if isinstance(image, Tensor):
         image = image.numpy()
@@ -172,8 +172,8 @@ def _eight_bit_array(array: npt.NDArray[np.generic]) -> UInt8Array:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # outside the next block: what that swallows must not be about the pixels
-    with contextlib.suppress(Exception):  # damaged EXIF data says nothing about the pixels
+    image.load()  # outside the next block, which must not hide errors about the pixels
+    with contextlib.suppress(Exception):  # damaged EXIF data does not affect the pixels
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = image.copy()  # the data set may own this one
             ImageOps.exif_transpose(image, in_place=True)
@@ -194,11 +194,11 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(_MODES[channels])
 
 
-# -- to look at -------------------------------------------------------------------------------------------------------
+# -- grids and PNG ----------------------------------------------------------------------------------------------------
 
 
 def grid_of(pictures: Tensor, columns: int, names: Sequence[str] | None = None) -> Tensor:
-    """Pictures in rows, small ones with larger pixels, and the name of each row at its left.
+    """Pictures in rows, small ones enlarged, with the name of each row at its left.
 
     Args:
         pictures: (N, 1 or 3, H, W) uint8.
@@ -231,7 +231,7 @@ def _labels(names: Sequence[str], height: int) -> Tensor:
 
 
 def pictures_of(grid: Path, rows: int, columns: int) -> Tensor:
-    """The pictures (rows, columns, 3, H, W) uint8 of a saved :func:`grid_of`, as large as they are shown there."""
+    """The pictures (rows, columns, 3, H, W) uint8 of a saved :func:`grid_of`, at the size they have there."""
     with Image.open(grid) as image:
         left = _GAP + (_LABEL if "rows" in image.info else 0)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, _GAP:, left:]

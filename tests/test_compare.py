@@ -460,7 +460,7 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
     told = capsys.readouterr()
     assert "1/2 broken-seed0: failed with exit status 2; difftune: the image folder nowhere does not exist" in told.out
     assert "2/2 whole-seed0: 4 steps" in told.out
-    assert "1 of 2 runs failed: broken-seed0. Why is at the end of out/runs/broken-seed0/log.txt" in told.err
+    assert "1 of 2 runs failed: broken-seed0. The reason is at the end of out/runs/broken-seed0/log.txt" in told.err
     assert [row["run"] for row in table()] == ["whole"]
 
 

@@ -156,7 +156,7 @@ def test_the_second_job_waits_and_generates_nothing_twice(tmp_path):
 def test_a_job_of_several_processes_says_so_instead_of_waiting(tmp_path):
     lock = FolderLock(tmp_path / "bank")
     lock.acquire(waits=False)
-    with pytest.raises(StoreError, match=r"Another job is at work in .*bank\. Wait until it is done"):
+    with pytest.raises(StoreError, match=r"Another job is working in .*bank\. Wait until it is done"):
         MemoryBank.build(tmp_path / "bank", stress.Numbers(), 40, rank=0, world_size=2)
     lock.release()
 

@@ -35,7 +35,7 @@ def write_artifact(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
     except OSError as error:
-        rank_zero_warn(f"{path} could not be saved: {error}. Training goes on.")
+        rank_zero_warn(f"{path} could not be saved: {error}. Training continues.")
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

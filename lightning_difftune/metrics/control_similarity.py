@@ -63,7 +63,7 @@ class MapSimilarity(Metric, ABC):
         """The mean score, a float64 scalar.
 
         Raises:
-            DataError: If there was no example.
+            DataError: If there was no example yet.
         """
         if self.count == 0:
             raise DataError(f"{type(self).__name__} has seen no maps. Call update(generated_maps, control_maps) first.")
@@ -83,7 +83,7 @@ class BlurredSSIM(MapSimilarity):
     are mirrored. Constant and empty maps have a similarity like any others, since L is given and not taken from the
     maps: two empty maps are at 1.
 
-    The paper states neither sigma nor L. Values compare only where these and the size of the maps are equal.
+    The paper states neither sigma nor L. Values are comparable only if these and the size of the maps are equal.
 
     Args:
         sigma: Standard deviation of the blur in pixels. 3 is that of the sketch annotator at 512 px; scale it with the
@@ -92,7 +92,7 @@ class BlurredSSIM(MapSimilarity):
         data_range: L, the range of the maps' values.
 
     Raises:
-        ConfigError: If an argument cannot work.
+        ConfigError: If an argument is out of range.
 
     Example:
         >>> edges = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
@@ -132,8 +132,8 @@ class BlurredSSIM(MapSimilarity):
         needed = max(self.kernel_size, 11) // 2 + 1  # a mirrored border must be narrower than the map
         if min(control_maps.shape[-2:]) < needed:
             raise DataError(
-                f"BlurredSSIM with a kernel of {self.kernel_size} needs maps of at least {needed} pixels a side, found "
-                f"{tuple(control_maps.shape[-2:])}. Use a smaller sigma, or larger pictures."
+                f"BlurredSSIM with a kernel of {self.kernel_size} needs maps of at least {needed} pixels per side, "
+                f"found {tuple(control_maps.shape[-2:])}. Use a smaller sigma, or larger pictures."
             )
         generated, wanted = (
             gaussian_blur(maps.double(), [self.kernel_size] * 2, [self.sigma] * 2)
@@ -176,7 +176,7 @@ class PixelAccuracy(MapSimilarity):
         palette: The colours (K, 3), 0 to 255; ``None`` is ADE20K's.
 
     Raises:
-        ConfigError: If the palette has another shape or values that are no colours.
+        ConfigError: If the palette has another shape or values that are not colours.
 
     Example:
         >>> accuracy = PixelAccuracy(palette=[[0, 0, 0], [255, 0, 0]])

@@ -55,7 +55,7 @@ class DigitClassifier(nn.Module):
 
 
 class RecognisedDigits:
-    """Share of generated digits that :class:`DigitClassifier` takes for the digit that was asked for.
+    """Share of generated digits that :class:`DigitClassifier` recognises as the digit that was asked for.
 
     Args:
         per_digit: Pictures of each digit.

@@ -23,7 +23,7 @@ class FrozenFeatures(nn.Module):
     """A feature extractor that stays in evaluation mode and needs no gradient; base of the two below.
 
     A subclass sets ``name``, ``num_features`` and :meth:`extract`. Any other ``nn.Module`` that maps pictures uint8 to
-    features (B, D) and has ``num_features`` will do as well, wherever an extractor is asked for.
+    features (B, D) and has ``num_features`` works as well, wherever an extractor is expected.
     """
 
     name: str
@@ -52,14 +52,14 @@ class InceptionV3Features(FrozenFeatures):
     """The 2048 pooled features of the TensorFlow Inception-v3 of 2015 that define FID (Heusel et al., 2017).
 
     Network, weights and the TensorFlow 1 resize to 299 x 299 are torch-fidelity's, which reproduce the original. The
-    weights (91 MB) come from the internet once and stay in the cache of ``torch.hub``.
+    weights (91 MB) are downloaded once and stay in the cache of ``torch.hub``.
 
     Args:
         weights: Weights already on disk (``weights-inception-2015-12-05-6726825d.pth``); ``None`` looks in the cache
-            and downloads them if need be.
+            and downloads them if necessary.
 
     Raises:
-        CheckpointError: If the weights can be neither found nor downloaded, or are not those of this network.
+        CheckpointError: If the weights cannot be found or downloaded, or are not those of this network.
     """
 
     name = "FID (Inception-v3)"
@@ -101,7 +101,7 @@ def torch_fidelity(part: str, what: str = "FID") -> Any:
 
 
 def inception_weights() -> Path:
-    """Where the Inception weights lie in the cache of ``torch.hub``, downloaded and verified if they were not there.
+    """Where the Inception weights are in the cache of ``torch.hub``, downloaded and verified if they were not there.
 
     Raises:
         CheckpointError: If they cannot be downloaded.
@@ -126,9 +126,9 @@ class EfficientNetLite0Features(FrozenFeatures):
     """The 1280 pooled features of EfficientNet-Lite0 (ImageNet), whose weights install from the package registry.
 
     A Fréchet distance that works offline, small (4.7 M parameters) and quick. Its numbers rank models of one data set
-    but **are not FID** and compare with no published table. Pictures are resized to 224 x 224 (bicubic, antialiased)
-    and scaled to [-1, 1], as the network was trained; the architecture is timm's ``tf_efficientnet_lite0``, since the
-    weights come from TensorFlow and count on its padding.
+    but **are not FID** and cannot be compared with published tables. Pictures are resized to 224 x 224 (bicubic,
+    antialiased) and scaled to [-1, 1], as the network was trained; the architecture is timm's
+    ``tf_efficientnet_lite0``, since the weights come from TensorFlow and rely on its padding.
 
     Raises:
         ConfigError: If the package with the weights is not installed.

@@ -17,11 +17,11 @@ class FrechetDistance(FrechetInceptionDistance):
 
     .. math:: d^2 = \|\mu_r - \mu_g\|^2 + \mathrm{tr}\bigl(\Sigma_r + \Sigma_g - 2 (\Sigma_r \Sigma_g)^{1/2}\bigr)
 
-    It is FID only through :class:`~lightning_difftune.metrics.InceptionV3Features`; :attr:`name` and :attr:`key` say
+    It is FID only with :class:`~lightning_difftune.metrics.InceptionV3Features`; :attr:`name` and :attr:`key` say
     what it is otherwise. torchmetrics' class supplies the states: sums in float64, which add up over processes, so the
-    distance does not depend on how many there were. Different from it, the extractor is always run in evaluation mode
-    and without autocast, the real sums outlive :meth:`reset` and can be taken out and put back, and the trace is
-    computed from factors of the covariances instead of eigenvalues of their product, which is several times faster and
+    distance does not depend on how many there were. Unlike there, the extractor always runs in evaluation mode and
+    without autocast, the real sums survive :meth:`reset` and can be saved and restored, and the trace is computed
+    from factors of the covariances instead of eigenvalues of their product, which is several times faster and
     stays exact where there are fewer pictures than features. The real factor is kept from one :meth:`compute` to the
     next.
 
@@ -58,7 +58,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
     @property
     def feature_extractor(self) -> nn.Module:
-        """The network that the pictures are looked at through."""
+        """The network that computes the features."""
         return self.inception
 
     @property
@@ -68,12 +68,12 @@ class FrechetDistance(FrechetInceptionDistance):
 
     @property
     def name(self) -> str:
-        """What the number is called in prose: the extractor's own ``name``, or FD and its class."""
+        """The name of the number in prose: the extractor's own ``name``, or FD and its class."""
         return getattr(self.inception, "name", f"FD-{type(self.inception).__name__}")
 
     @property
     def key(self) -> str:
-        """What the number is logged as: ``fid`` through Inception-v3 alone, ``fd_...`` through anything else."""
+        """The name under which the number is logged: ``fid`` with Inception-v3, ``fd_...`` with anything else."""
         if isinstance(self.inception, InceptionV3Features):
             return "fid"
         slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
@@ -123,7 +123,7 @@ class FrechetDistance(FrechetInceptionDistance):
                 )
         if self.real_features_num_samples < 2 or self.fake_features_num_samples < 2:
             raise DataError(
-                "A Fréchet distance needs two real and two generated pictures at least, found "
+                "A Fréchet distance needs at least two real and two generated pictures, found "
                 f"{int(self.real_features_num_samples)} real and {int(self.fake_features_num_samples)} generated. "
                 "Check the reference pictures and num_samples."
             )
@@ -216,7 +216,7 @@ def _trace_of_root(factor: Tensor, cov: Tensor) -> Tensor:
 
 
 def _factor(cov: Tensor) -> Tensor:
-    """A covariance (D, D) => F (D, rank) with F F^T = cov; directions that hold nothing but rounding are left out."""
+    """A covariance (D, D) => F (D, rank) with F F^T = cov; directions of rounding alone are left out."""
     triangle = _cholesky(cov)
     if triangle is not None:
         return triangle

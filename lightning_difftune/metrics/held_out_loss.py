@@ -1,4 +1,4 @@
-"""The loss by noise level on held-out pictures, beside the pre-trained model's."""
+"""The loss by noise level on held-out pictures, against the pre-trained model's."""
 
 from __future__ import annotations
 

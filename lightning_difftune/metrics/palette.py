@@ -45,12 +45,12 @@ def to_palette(colours: Sequence[Sequence[int]]) -> Tensor:
     Example:
         >>> to_palette([[0, 0, 0], [255, 0]])
         Traceback (most recent call last):
-        lightning_difftune.errors.ConfigError: A palette is one colour [r, g, b] of 0 to 255 a class; entry 1 ...
+        lightning_difftune.errors.ConfigError: A palette has one colour [r, g, b] of 0 to 255 per class; entry 1 ...
     """
     for index, colour in enumerate(colours):
         if len(colour) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in colour):
             raise ConfigError(
-                f"A palette is one colour [r, g, b] of 0 to 255 a class; entry {index} is {list(colour)}."
+                f"A palette has one colour [r, g, b] of 0 to 255 per class; entry {index} is {list(colour)}."
             )
     if not colours:
         raise ConfigError("A palette needs at least one colour, found none.")

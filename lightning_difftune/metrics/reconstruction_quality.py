@@ -17,8 +17,8 @@ from lightning_difftune.protocols import SupportsLabelledImages, SupportsReconst
 class ReconstructionQuality:
     """Fréchet distances of training pictures and of their reconstructions to the held-out pictures.
 
-    An evaluator of ``difftune compare``, for modules that can ``reconstruct`` pictures. It looks at no network but the
-    autoencoder, so a run of 0 steps is enough. Its figures say what part of a model's distance is none of its
+    An evaluator of ``difftune compare``, for modules that can ``reconstruct`` pictures. It uses no network but the
+    autoencoder, so a run of 0 steps is enough. Its figures say which part of a model's distance is not due to its
     denoising:
 
     - ``fd_..._real`` (``fid_real`` through Inception-v3): of training pictures as they are, which is what a perfect
@@ -29,8 +29,8 @@ class ReconstructionQuality:
 
     Args:
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features``.
-        every: Of the training pictures, every n-th. Distances are the higher the fewer pictures there are, so compare
-            with models of as many samples.
+        every: Of the training pictures, every n-th. Distances are higher with fewer pictures, so compare with
+            models of as many samples.
 
     Raises:
         ConfigError: If ``every`` is not positive.

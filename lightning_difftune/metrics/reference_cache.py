@@ -18,7 +18,7 @@ class ReferenceCache:
     """A folder of safetensors files, one for each pair of reference pictures and feature extractor.
 
     Args:
-        folder: Where the files lie; created when the first one is written.
+        folder: Where the files are; created when the first one is written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -45,13 +45,13 @@ class ReferenceCache:
         return state
 
     def store(self, key: str, state: dict[str, Tensor]) -> None:
-        """Write statistics in one piece; where that fails, warn and leave no file, since they can be had again."""
+        """Write statistics whole or not at all; on failure, only warn, since they can be computed again."""
         path = self.path(key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, save(state, {"format": FORMAT, "key": key, "sha256": tensor_digest(state)}))
         except OSError as error:
-            rank_zero_warn(f"The reference statistics could not be stored in {path}: {error}. Training goes on.")
+            rank_zero_warn(f"The reference statistics could not be stored in {path}: {error}. Training continues.")
 
 
 def reference_key(identity: str, feature_extractor: nn.Module) -> str:

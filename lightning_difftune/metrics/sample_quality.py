@@ -29,12 +29,12 @@ class SampleQuality:
     An evaluator of ``difftune compare``, for class-conditional modules whose data module has training and held-out
     pictures with classes. All four look at the same samples through the same features:
 
-    - the Fréchet distance to the held-out pictures, ``fid`` through Inception-v3 and ``fd_...`` through anything else,
-      and that to the training pictures, the same name with ``_train``;
+    - the Fréchet distance to the held-out pictures, ``fid`` with Inception-v3 and ``fd_...`` with anything else,
+      and to the training pictures, the same name with ``_train``;
     - ``precision`` and ``recall``, the shares of samples within the manifold of the held-out pictures and the reverse,
       by the k-th nearest neighbour (Kynkäänniemi et al., 2019), as torch-fidelity computes them;
-    - ``recognised``, the share of samples that a linear probe on the features of the training pictures takes for the
-      class that was asked for, and ``recognised_real``, the same probe's accuracy on the held-out pictures.
+    - ``recognised``, the share of samples that a linear probe on the features of the training pictures recognises as
+      the class that was asked for, and ``recognised_real``, the same probe's accuracy on the held-out pictures.
 
     Args:
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features``.
@@ -110,7 +110,7 @@ class SampleQuality:
         return Looks(torch.cat([self._look(batch) for batch in pictures]), labels)
 
     def real(self, data: SupportsLabelledImages, split: Literal["train", "val"]) -> Looks:
-        """The real pictures, from the cache where they are there."""
+        """The real pictures, from the cache if they are in it."""
         key = f"features {reference_key(data.images_identity(split), self.feature_extractor)}"
         stored = self.cache.load(key) if self.cache is not None else None
         if stored is None:
@@ -168,5 +168,5 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, weight_
 
 
 def accuracy(probe: LinearProbe, looks: Looks) -> float:
-    """The share of pictures that a probe takes for what they are labelled, between 0 and 1."""
+    """The share of pictures whose label a probe predicts, between 0 and 1."""
     return (probe.classify(looks.features) == looks.labels).float().mean().item()

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class FrozenAutoencoder(Frozen):
-    """A diffusers ``AutoencoderKL`` that is never trained, and whose weights are in nobody's checkpoint.
+    """A diffusers ``AutoencoderKL`` that is never trained, and whose weights are not in any checkpoint.
 
     Args:
-        source: Hub repository, local folder, or an ``AutoencoderKL``, which is taken over and frozen.
+        source: Hub repository, local folder, or an ``AutoencoderKL``, which is used as it is and frozen.
         scaling_factor: Multiplies raw latents so that they have about unit variance; by default what the autoencoder's
             ``config.json`` states, 0.18215 for Stable Diffusion's. Its ``shift_factor``, or ``latents_mean`` and
             ``latents_std``, are read from there, too.
@@ -50,7 +50,7 @@ class FrozenAutoencoder(Frozen):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         if scaling_factor is not None:
-            LatentScale(scaling_factor)  # refuses what is not positive before anything is opened
+            LatentScale(scaling_factor)  # refuses a factor that is not positive before anything is opened
         autoencoder = open_autoencoder(source, subfolder or "") if isinstance(source, str | Path) else source
         if autoencoder.dtype != getattr(torch, dtype):
             autoencoder.to(getattr(torch, dtype))
@@ -165,7 +165,7 @@ def scale_of(config: Mapping[str, Any], name: str) -> LatentScale:
 
     Raises:
         CheckpointError: If it has statistics of latents under names that this class does not know, as autoencoders of
-            other classes have, or as many means as it has no channels.
+            other classes have, or a number of means other than its channels.
     """
     from diffusers.models import AutoencoderKL as Autoencoder
 

@@ -65,7 +65,7 @@ def find_weights(names: Collection[str]) -> WeightFiles | None:
 
 
 def missing_shards(names: Collection[str]) -> list[str]:
-    """Shards that a folder lacks, of the first model of which it has some.
+    """Shards that a folder lacks, of the first model that it has some shards of.
 
     Example:
         >>> missing_shards(["model-00001-of-00002.safetensors"])
@@ -103,7 +103,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is no readable JSON: {error}") from error
+        raise CheckpointError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} must hold a JSON object, found {type(content).__name__}.")
     return content
@@ -116,7 +116,7 @@ def check_records(file: Path) -> None:
         CheckpointError: If one was altered.
     """
     try:
-        if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which whoever loads it will find out
+        if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which loading it will show
             return
         with zipfile.ZipFile(file) as archive:
             altered = archive.testzip()
@@ -131,18 +131,18 @@ def check_records(file: Path) -> None:
 def read_torch(file: Path) -> dict[str, Tensor]:
     """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights.
 
-    Trainers put them under ``"ema"``, ``"model"``, ``"state_dict"`` or ``"module"``, one in the other, or at the top.
+    Trainers put them under ``"ema"``, ``"model"``, ``"state_dict"`` or ``"module"``, nested, or at the top level.
     """
     try:
         with file.open("rb") as opened:
             zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 are not, and cannot be mapped
         check_records(file)
-        # The authors' training script saves its arguments beside the weights.
+        # The authors' training script saves its arguments next to the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error):
-            raise CheckpointError(f"{file} is no readable PyTorch file. Download it again.") from error
+            raise CheckpointError(f"{file} is not a readable PyTorch file. Download it again.") from error
         found = str(error).partition("GLOBAL ")[2].split(maxsplit=1)[0]
         raise CheckpointError(
             f"{file} holds more than tensors ({found}), and opening that could run code. If you trust it, save its "
@@ -152,7 +152,7 @@ def read_torch(file: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch raises a dozen types on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{file} is truncated or no PyTorch file ({reason}). Download it again.") from error
+        raise CheckpointError(f"{file} is truncated or not a PyTorch file ({reason}). Download it again.") from error
     if isinstance(content, dict) and "base_identity" in content:
         raise CheckpointError(
             f"{file} is a Lightning checkpoint of this package, which leaves the frozen weights out. Resume from it "

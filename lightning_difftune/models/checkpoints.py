@@ -18,7 +18,7 @@ from lightning_difftune.models.checkpoint_files import DIFFUSERS, find_weights, 
 from lightning_difftune.models.dit import SIZES, DiT
 
 BUNDLED = Path(__file__).parent / "weights"
-SAMPLING_FILE = "sampling.json"  # in an exported diffusers folder, beside model_index.json
+SAMPLING_FILE = "sampling.json"  # in an exported diffusers folder, next to model_index.json
 FORMAT_VERSION = 1  # of the safetensors that export_dit writes
 PUBLISHED_HEADS = {(hidden_size, depth): num_heads for hidden_size, depth, num_heads in SIZES.values()}
 WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}  # such a name is a path, not a repository
@@ -46,12 +46,12 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
             - a diffusers folder: a pipeline's, or its ``transformer`` folder;
             - a repository on the Hugging Face hub in that layout, ``"facebook/DiT-XL-2-256"`` or, at a branch, tag or
               commit, ``"facebook/DiT-XL-2-256@main"``.
-        num_heads: Attention heads. Weights do not tell them, so they are needed for a file that neither states its
+        num_heads: Attention heads. Weights do not show their number, so it is needed for a file that neither states its
             architecture (as exports do) nor has a published size.
         revision: Branch, tag or commit of a hub repository.
 
     Returns:
-        The model on the CPU, in float32 and train mode. It keeps no hold on the file.
+        The model on the CPU, in float32 and train mode. It does not depend on the file any more.
 
     Raises:
         CheckpointError: If the source is not found, unreadable, or holds another model.
@@ -77,7 +77,7 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The file or folder that a source stands for, downloaded if need be.
+    """The file or folder that a source means, downloaded if necessary.
 
     Raises:
         CheckpointError: If there is none.
@@ -145,7 +145,7 @@ def read_folder(folder: Path) -> Contents:
 
 
 def sampling_of(folder: Path) -> dict[str, Any] | None:
-    """How an export says that it is sampled; of a pipeline of others, the scheduler that it states; if anything."""
+    """How an export says that it is sampled; of other pipelines, their scheduler; ``None`` if neither is stated."""
     settings, stated = folder / SAMPLING_FILE, folder / "scheduler" / "scheduler_config.json"
     if settings.exists():
         return read_json(settings)
@@ -154,7 +154,7 @@ def sampling_of(folder: Path) -> dict[str, Any] | None:
 
 
 def unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """A DiT's tensors under their own names, out of whatever held it when it was saved.
+    """A DiT's tensors under their own names, without the prefixes of whatever held it when it was saved.
 
     DistributedDataParallel, ``torch.compile``, Lightning and other trainers put ``module.``, ``_orig_mod.`` or the
     name of an attribute before each name. Of several copies the one called an average (``ema``) is taken.
@@ -186,7 +186,7 @@ def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file:
     """The architecture that official weights imply by their shapes.
 
     Raises:
-        CheckpointError: If the weights are no DiT's, or its number of heads is neither given nor published.
+        CheckpointError: If the weights are not a DiT's, or its number of heads is neither given nor published.
     """
     try:
         hidden_size, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
@@ -201,13 +201,13 @@ def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file:
         ) from error
     if outputs not in {patch_size**2 * channels, 2 * patch_size**2 * channels} or math.isqrt(tokens) ** 2 != tokens:
         raise CheckpointError(
-            f"{file} is no DiT on square inputs: {tokens} positions and {outputs} outputs a token for patches of "
+            f"{file} is not a DiT on square inputs: {tokens} positions and {outputs} outputs per token for patches of "
             f"{patch_size} x {patch_size} x {channels}."
         )
     num_heads = num_heads or PUBLISHED_HEADS.get((hidden_size, depth))
     if num_heads is None:
         raise CheckpointError(
-            f"{file} has hidden size {hidden_size} and depth {depth}, which is no published size, so its number of "
+            f"{file} has hidden size {hidden_size} and depth {depth}, which is not a published size, so its number of "
             "attention heads cannot be known. Pass num_heads."
         )
     mlp_ratio = mlp_width / hidden_size

@@ -26,7 +26,7 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
     Bundled pipelines, such as ``"sd-nano-flowers"``, go by their names.
 
     Raises:
-        CheckpointError: If it is neither a folder nor a repository that can be had.
+        CheckpointError: If it is neither a folder nor a repository that can be reached.
     """
     bundled = BUNDLED / source
     folder = bundled if bundled.is_dir() else Path(source).expanduser()
@@ -34,7 +34,7 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
         return folder
     repository = hub.repository_of(source, revision) if isinstance(source, str) else None
     if repository is None:
-        raise CheckpointError(f"{str(source)!r} is no local folder; a hub repository is written 'owner/name'.")
+        raise CheckpointError(f"{str(source)!r} is not a local folder; a hub repository is written 'owner/name'.")
     return hub.fetch(repository[0], (subfolder,), repository[1])
 
 
@@ -66,7 +66,7 @@ def open_network(
         # Through a folder whose configuration has another class, diffusers would fill a default network at random.
         config: dict[str, Any] = diffusers_class.load_config(str(folder), local_files_only=True)
         if config.get("_class_name") != kind.__name__:
-            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not an {kind.__name__}.")
+            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, expected {kind.__name__}.")
         weights = find_weights([file.name for file in folder.iterdir()])
         if weights is None:
             raise CheckpointError(no_weights(folder))
@@ -97,7 +97,7 @@ def open_network(
 
 
 def no_weights(folder: Path) -> str:
-    """What to say of a folder without the whole weights of a model."""
+    """A message about a folder without the whole weights of a model."""
     names = sorted(file.name for file in folder.iterdir())
     missing = missing_shards(names)
     if missing:

@@ -1,4 +1,4 @@
-"""Writing a DiT for others to open: whole or not at all, and read back before it counts as written."""
+"""Writing a DiT for others to open: whole or not at all, and read back to check it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export_dit(
         CheckpointError: If ``path`` is taken or cannot be written, the model has layers beyond a plain DiT's or values
             that are not finite, or what was written does not read back as the same function. Nothing is left then, and
             what was at ``path`` stays.
-        ConfigError: If the format is none of the two.
+        ConfigError: If the format is neither of the two.
     """
     path = Path(path)
     if format not in ("safetensors", "diffusers"):
@@ -140,7 +140,7 @@ def write_json(file: Path, content: dict[str, object]) -> None:
 
 @torch.inference_mode()
 def verify(model: DiT, draft: Path) -> None:
-    """Read an export back and compare it with the model it was made of.
+    """Read an export back and compare it with the model that it was made from.
 
     Raises:
         CheckpointError: If a weight differs, or an output: at all for safetensors, by more than 1e-5 of the largest

@@ -1,4 +1,4 @@
-"""Networks that are used and never trained, and the type that what a network is given takes."""
+"""Networks that are used and never trained, and the casting of a network's inputs to its own type."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def cast(value: Any, dtype: torch.dtype, name: str = "") -> Any:
 
 
 class Frozen(nn.Module):
-    """Holds a network that is never trained, and whose weights are in nobody's checkpoint.
+    """Holds a network that is never trained, and whose weights are not in any checkpoint.
 
-    It follows its parent module to any device, but its weights are no parameters of the parent: they enter neither its
+    It follows its parent module to any device, but its weights are not parameters of the parent: they enter neither its
     state dict nor its optimizer, EMA or gradient synchronisation. Always in eval mode; gradients flow through it, not
     into it.
 
     Args:
-        network: Taken over and frozen.
+        network: The network; it is frozen.
 
     Example:
         >>> parent = nn.Sequential(nn.Linear(2, 2), Frozen(nn.Linear(2, 2)))
@@ -71,7 +71,7 @@ class Frozen(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         takes_its_own_type(network)
-        self.__dict__["network"] = network.requires_grad_(False).eval()  # past nn.Module's registration
+        self.__dict__["network"] = network.requires_grad_(False).eval()  # bypasses nn.Module's registration
         self.training = False
 
     def train(self, mode: bool = True) -> Self:
@@ -85,5 +85,5 @@ class Frozen(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the network says."""
+        """The network's output."""
         return self.network(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Folders of the Hugging Face hub: fetched once, cached, and missed with an error that says what to do."""
+"""Folders of the Hugging Face hub: fetched once, cached, or missed with an error that says what to do."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
 
 
 def fetch_file(repo_id: str, name: str, revision: str | None = None) -> Path:
-    """Download one file of a repository that is no model folder, or find it in the cache.
+    """Download one file of a repository that is not a model folder, or find it in the cache.
 
     Raises:
         CheckpointError: If the repository cannot be reached, does not exist, or holds no such file.
@@ -106,22 +106,22 @@ def fetch_file(repo_id: str, name: str, revision: str | None = None) -> Path:
 
 
 def _is_unknown(error: Exception) -> bool:
-    """Whether the hub has answered that there is no such repository or revision."""
+    """Whether the hub answered that there is no such repository or revision."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
 
 
 def _failure(repo_id: str, revision: str | None, error: Exception) -> CheckpointError:
-    """What to say of an error of the hub: offline mode, or whatever its HTTP library raises without a connection."""
+    """The message for an error of the hub: offline mode, or whatever its HTTP library raises without a connection."""
     if _is_unknown(error):
         return CheckpointError(
-            f"{repo_id!r} is no local folder, and the Hugging Face hub has no public model of that name"
+            f"{repo_id!r} is not a local folder, and the Hugging Face hub has no public model of that name"
             f"{f' at revision {revision!r}' if revision else ''}. Check the spelling, pass a local folder, or log in "
             "with `hf auth login` if it is private."
         )
     return CheckpointError(
-        f"{repo_id!r} is no local folder and not whole in the Hugging Face cache, and the hub cannot be reached "
+        f"{repo_id!r} is not a local folder and not complete in the Hugging Face cache, and the hub cannot be reached "
         f"({type(error).__name__}: {error}). Pass a local folder or file; or download it where there "
         "is a connection, copy the cache and set HF_HOME to it; or unset HF_HUB_OFFLINE if it is set."
     )

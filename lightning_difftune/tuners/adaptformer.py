@@ -1,4 +1,4 @@
-"""AdaptFormer (Chen et al., 2022): a bottleneck beside the MLP of every block."""
+"""AdaptFormer (Chen et al., 2022): a bottleneck parallel to the MLP of every block."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_adapter(mlp: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor
 
 
 class AdaptFormer(ParameterEfficientTuner):
-    """Train one adapter a block, with its biases, and the label table.
+    """Train one adapter per block, with its biases, and the label table.
 
     The adapter has the MLP's input, the modulated norm, and its output goes through the MLP's gate. 4,280,320
     parameters of DiT-XL/2 with 101 classes at bottleneck 64 (Table 1).
@@ -47,7 +47,7 @@ class AdaptFormer(ParameterEfficientTuner):
         self.scale = scale
 
     def insert(self, model: nn.Module) -> list[nn.Parameter]:
-        """Put an adapter beside the MLP of every block."""
+        """Put an adapter parallel to the MLP of every block."""
         blocks = find_blocks(model, "AdaptFormer")
         mlps = [find(block, "mlp", nn.Module, "AdaptFormer") for block in blocks]
         inputs = [find(mlp, "fc1", nn.Linear, "AdaptFormer") for mlp in mlps]

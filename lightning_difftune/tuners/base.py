@@ -30,7 +30,7 @@ class ParameterEfficientTuner(ABC):
         """
 
     def apply(self, model: nn.Module) -> None:
-        """Insert the method's layers and train them alone.
+        """Insert the method's layers and train only them.
 
         Args:
             model: The pre-trained network, changed in place.
@@ -42,7 +42,7 @@ class ParameterEfficientTuner(ABC):
         if previous is not None:
             raise ConfigError(
                 f"{type(self).__name__} cannot be applied to a model that {previous} was applied to. Load the "
-                "pre-trained model again, or go on from what merge returns."
+                "pre-trained model again, or continue with what merge returns."
             )
         trained = list(self.insert(model))
         table = getattr(model, "y_embedder", None)

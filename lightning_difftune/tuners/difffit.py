@@ -34,7 +34,7 @@ class BitFit(ParameterEfficientTuner):
 
 
 class Gamma(nn.Module):
-    """A factor per channel, starting at 1, on the output of the layer that it hangs on.
+    """A factor per channel, starting at 1, on the output of the layer that it is attached to.
 
     It works through a forward hook, so that the layer's own parameters keep their names.
     """
@@ -49,7 +49,7 @@ class Gamma(nn.Module):
         return output * self.weight.to(output.dtype)
 
     def fold_into(self, linear: nn.Linear) -> None:
-        """Scale the rows of the linear layer that makes the output, and be gone."""
+        """Scale the rows of the linear layer that makes the output, and remove the hook."""
         with torch.no_grad():
             linear.weight.mul_(self.weight[:, None])
             if linear.bias is not None:
@@ -89,7 +89,7 @@ class DiffFit(ParameterEfficientTuner):
         self.num_blocks = num_blocks
 
     def insert(self, model: nn.Module) -> list[nn.Parameter]:
-        """Hang the factors on the sites."""
+        """Attach the factors to the sites."""
         blocks = find_blocks(model, "DiffFit")
         count = len(blocks) if self.num_blocks is None else self.num_blocks
         if not 0 < count <= len(blocks):

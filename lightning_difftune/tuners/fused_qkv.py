@@ -47,7 +47,7 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def fused_names(model: nn.Module) -> list[str]:
-    """Names of a model's fused layers: linear ones called ``qkv`` with three outputs an input."""
+    """Names of a model's fused layers: linear ones called ``qkv`` with three outputs per input."""
     return [
         name
         for name, layer in model.named_modules()

@@ -19,7 +19,7 @@ def prepend_prompt(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def drop_prompt(block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook of a block: take what has become of its prompt away again."""
+    """Forward hook of a block: remove its prompt's tokens again."""
     return output[:, block.get_parameter("prompt").shape[0] :]
 
 

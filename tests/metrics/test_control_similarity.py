@@ -182,7 +182,7 @@ def test_maps_that_cannot_be_compared(generated: Tensor, control: Tensor, messag
 
 
 def test_maps_too_small_for_the_blur_and_grey_segmentations() -> None:
-    with pytest.raises(DataError, match=r"kernel of 19 needs maps of at least 10 pixels a side, found \(8, 30\)"):
+    with pytest.raises(DataError, match=r"kernel of 19 needs maps of at least 10 pixels per side, found \(8, 30\)"):
         BlurredSSIM().update(maps(size=(8, 30)), maps(size=(8, 30)))
     with pytest.raises(DataError, match=r"needs maps of at least 6 pixels"):
         BlurredSSIM(0.5).update(maps(size=(5, 5)), maps(size=(5, 5)))

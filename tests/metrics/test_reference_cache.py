@@ -52,7 +52,7 @@ def test_a_damaged_file_is_not_loaded(tmp_path: Path, damage: str) -> None:
 def test_a_folder_that_cannot_be_written_costs_nothing_but_the_cache(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     cache = ReferenceCache(tmp_path / "file")
-    with pytest.warns(UserWarning, match="Training goes on"):
+    with pytest.warns(UserWarning, match="Training continues"):
         cache.store("flowers", statistics())
 
 

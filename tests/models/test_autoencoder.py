@@ -176,9 +176,9 @@ def test_folders_that_hold_no_autoencoder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be opened.*needs config.json"):
         FrozenAutoencoder(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(CheckpointError, match="holds a UNet2DModel, not an AutoencoderKL"):
+    with pytest.raises(CheckpointError, match="holds a UNet2DModel, expected AutoencoderKL"):
         FrozenAutoencoder(tmp_path)
-    with pytest.raises(CheckpointError, match="is no local folder"):
+    with pytest.raises(CheckpointError, match="is not a local folder"):
         FrozenAutoencoder(tmp_path / "nowhere")
 
 

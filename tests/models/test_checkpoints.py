@@ -100,7 +100,7 @@ def test_architecture_of_other_sizes_is_known_but_for_the_heads(sizes: dict[str,
     assert {k: v for k, v in inferred.items() if k != "mlp_ratio"} == {
         k: v for k, v in model.architecture.items() if k != "mlp_ratio"
     }
-    with pytest.raises(CheckpointError, match=r"x\.pt has hidden size .* no published size.*Pass num_heads"):
+    with pytest.raises(CheckpointError, match=r"x\.pt has hidden size .* not a published size.*Pass num_heads"):
         infer_architecture(model.state_dict(), None, Path("x.pt"))
 
 
@@ -116,7 +116,7 @@ def test_published_width_at_another_depth_does_not_tell_the_heads() -> None:
     [
         (lambda s: s.pop("x_embedder.proj.weight"), "no DiT under the official key names.*x_embedder.proj.weight"),
         (lambda s: s.update(pos_embed=torch.zeros(16, 48)), "no DiT under the official key names"),
-        (lambda s: s.update(pos_embed=torch.zeros(1, 15, 48)), "no DiT on square inputs: 15 positions"),
+        (lambda s: s.update(pos_embed=torch.zeros(1, 15, 48)), "not a DiT on square inputs: 15 positions"),
         (lambda s: s.pop("blocks.1.attn.qkv.bias"), r"1 missing \(blocks\.1\.attn\.qkv\.bias\)"),
         (lambda s: s.update(extra=torch.zeros(1)), r"1 unexpected \(extra\)"),
         (

@@ -57,7 +57,7 @@ def test_cached_model_opens_without_a_connection(
     with pytest.raises(CheckpointError, match="'owner/name@v2' and revision='main' name two revisions"):
         load_dit("owner/name@v2", revision="main")
     (repository / "snapshots" / ("a" * 40) / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="not whole in the Hugging Face cache"):
+    with pytest.raises(CheckpointError, match="not complete in the Hugging Face cache"):
         load_dit("owner/name")
 
 
@@ -186,7 +186,7 @@ def test_a_sharded_network_is_downloaded_cached_and_opened(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fingerprint(open_network(kind, "owner/name", "unet")) == fingerprint(opened)
     next(no_connection.rglob("*00001-of-*")).unlink()
-    with pytest.raises(CheckpointError, match="not whole in the Hugging Face cache"):
+    with pytest.raises(CheckpointError, match="not complete in the Hugging Face cache"):
         open_network(kind, "owner/name", "unet")
     local = served / "unet"
     next(local.glob("*00002-of-*")).unlink()

@@ -57,7 +57,7 @@ def compare(argv: Sequence[str]) -> None:
     output, kept = (study.output, study.kept) if options.output is None else (options.output, options.output)
     if options.report:
         if options.only or options.seeds:
-            raise ConfigError("--report is of all results. Leave out --only and --seeds.")
+            raise ConfigError("--report shows all results. Leave out --only and --seeds.")
         report(study, [], output, kept, console)
         return
     runs = [(run, seed) for seed in seeds for run in chosen(study, options.only)]
@@ -83,8 +83,8 @@ def compare(argv: Sequence[str]) -> None:
         console.print(f"Nothing was started. Add --run to start {count}, one after the other, in {output}.")
     if failed:
         raise ConfigError(
-            f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.name for job in failed)}. Why is at the end of "
-            f"{failed[0].folder / 'log.txt'}; the same command tries them again."
+            f"{len(failed)} of {len(jobs)} runs failed: {', '.join(job.name for job in failed)}. The reason is at the "
+            f"end of {failed[0].folder / 'log.txt'}; the same command tries them again."
         )
 
 
@@ -101,7 +101,7 @@ def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
 
 
 def list_jobs(jobs: Sequence[Job], console: Console) -> None:
-    """Say of each run whether it is finished, begun or yet to do."""
+    """Print for each run whether it is finished, started or to do."""
     for job in jobs:
         changed = job.differences()
         if changed:
@@ -118,8 +118,8 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
     """Forget results and unfinished runs of another config if asked to, else refuse to add to them.
 
     Raises:
-        ConfigError: If there are some, and nobody asked.
-        StoreError: If they are to be forgotten and another process is at one of them.
+        ConfigError: If there are some, and ``rerun`` is not set.
+        StoreError: If ``rerun`` is set and another process is doing one of them.
     """
     for job in jobs:
         differences = job.differences()
@@ -150,7 +150,7 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
             console.print(f"{count}: another process is doing it")
             continue
         try:
-            if job.result() is None:  # nor has it been finished since
+            if job.result() is None:  # nor was it finished in the meantime
                 failed += [] if run_job(job, count, console) else [job]
         finally:
             lock.release()
@@ -190,7 +190,7 @@ def prepare(job: Job, checkpoint: Path | None) -> None:
 
 
 def start_process(folder: Path) -> int:
-    """Do a run in a fresh process, whose memory and crash are its own; returns its exit status.
+    """Do a run in a process of its own, so that its memory is freed and a crash does no harm; returns its exit status.
 
     The run's standard input is a pipe that nothing is written to. However this process ends, the pipe ends with it,
     and the run saves and stops: see :func:`~lightning_difftune.cli.compare.work.stop_with_parent`.
@@ -204,7 +204,7 @@ def start_process(folder: Path) -> int:
 
 
 def last_line(log: Path) -> str:
-    """The last thing that a run said."""
+    """The last line that a run printed."""
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no word")
 
 

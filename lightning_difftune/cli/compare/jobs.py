@@ -77,7 +77,7 @@ class Job:
         """The result, if the run is finished.
 
         Raises:
-            StoreError: If the file is not one that a run has written.
+            StoreError: If a run did not write the file.
         """
         return _read(self.result_path, "result")
 

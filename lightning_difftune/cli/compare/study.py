@@ -148,7 +148,7 @@ def shared_with(keys: Keys, like: str) -> dict[str, Any]:
     """The keys of another study file in the same folder, which count where this one has none of its own.
 
     Raises:
-        ConfigError: If there is no such file, or it is like yet another.
+        ConfigError: If there is no such file, or it is itself ``like`` another.
     """
     path = keys.path.parent / like
     if Path(like).name != like or not path.is_file():

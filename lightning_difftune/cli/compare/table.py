@@ -132,7 +132,7 @@ def spread(values: Sequence[float]) -> float | None:
 
 
 def shown(values: Sequence[float]) -> str:
-    """Mean and spread, in four digits and two, or as many as there are before the point."""
+    """Mean and spread, with four and two digits, or as many as are before the point."""
     deviation = spread(values)
     return rounded(statistics.fmean(values), 4) + ("" if deviation is None else f" ± {rounded(deviation, 2)}")
 

@@ -76,7 +76,7 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
     """The objects that are named by ``class_path`` and ``init_args``.
 
     Raises:
-        ConfigError: If there is no such class, or it is not made like this.
+        ConfigError: If there is no such class, or it takes other arguments.
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--evaluate", type=list[Evaluator])
@@ -93,7 +93,7 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
 
 
 def sudden_convergence(cli: DiffTuneCLI) -> list[dict[str, Any]]:
-    """The answers of each callback that watches for convergence."""
+    """What each callback that watches for convergence has found."""
     return [
         {"monitor": c.monitor, "threshold": c.threshold, "step": c.convergence_step, "leap": c.leap}
         for c in callbacks_of(cli, FindsConvergence)

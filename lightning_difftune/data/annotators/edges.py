@@ -117,7 +117,7 @@ class HED(nn.Module):
             DataError: If a side is shorter than 16 pixels.
         """
         if min(pixels.shape[-2:]) < 16:
-            raise DataError(f"HED looks at pictures of at least 16 pixels a side, found {tuple(pixels.shape[-2:])}.")
+            raise DataError(f"HED looks at pictures of at least 16 pixels per side, found {tuple(pixels.shape[-2:])}.")
         h, side = self.block1(pixels * 255 - self.norm)
         total = side
         for stage in (self.block2, self.block3, self.block4, self.block5):

@@ -263,7 +263,7 @@ def test_of_a_list_of_edges_the_last_is_taken() -> None:
 def test_edges_of_another_shape_and_pictures_too_small_are_refused() -> None:
     with pytest.raises(DataError, match=r"gave edges \(3, 3, 48, 48\) for pictures \(3, 3, 48, 48\)"):
         HEDSketch(nn.Identity())(pictures())
-    with pytest.raises(DataError, match=r"at least 16 pixels a side, found \(8, 8\)"):
+    with pytest.raises(DataError, match=r"at least 16 pixels per side, found \(8, 8\)"):
         HEDSketch(hed())(pictures(size=8))
     with pytest.raises(DataError, match="expected pictures uint8"):
         MidasDepth(dpt())(pictures().float())
