@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from lightning_difftune.data.folders import Folder, captions_beside, describe_files, paths_below, read_csv, shorten
 from lightning_difftune.errors import DataError
 
-_SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _FOLDER_LAYOUT = (
     "expected one sub-folder per class with pictures in it, such as root/daisy/001.jpg (or pictures alone, without "
     "sub-folders, for a single class)."
@@ -72,7 +72,7 @@ class ImageFolder(ImageFiles):
                 f"{self.root} holds {len(loose)} pictures (such as {Path(loose[0]).name}) next to its {len(folders)} "
                 "class folders, so their class is unknown; move them into a class folder or elsewhere."
             )
-        if folders and _SPLIT_FOLDERS.issuperset(name.lower() for name in folders):
+        if folders and SPLIT_FOLDERS.issuperset(name.lower() for name in folders):
             raise DataError(
                 f"the sub-folders of {self.root} are the splits {', '.join(folders)}, not classes; "
                 f"give one of them as root, such as {self.root / folders[0]}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 import yaml
@@ -13,7 +14,7 @@ from PIL import Image
 from lightning_difftune.cli import main
 from lightning_difftune.cli.init import rounded
 from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES
-from lightning_difftune.cli.lightning import ConfigReader
+from lightning_difftune.cli.lightning import ConfigReader, run_lightning
 
 
 def picture(file: Path, seed: int) -> None:
@@ -169,3 +170,56 @@ def test_two_configs_for_one_folder_do_not_share_what_a_run_keeps(folder) -> Non
         places.append(config["trainer"]["default_root_dir"])
         assert config["data"]["init_args"]["latent_cache"] == f"{places[-1]}/latents"
     assert places == ["runs/photos-captions", "runs/photos-canny", "runs/photos", "runs/other"]
+
+
+def test_a_folder_with_train_and_val_holds_out_its_own_part(folder, tmp_path, capsys) -> None:
+    for part, count in (("train", 12), ("Val", 2)):
+        for name in ("rose", "lily"):
+            for index in range(count):
+                picture(Path("whole", part, name, f"{index}.png"), 5000 + index)
+    data = written("whole")["data"]["init_args"]
+    assert data["target"]["init_args"] == {"root": "whole/train"}
+    assert data["val_target"]["init_args"] == {"root": "whole/Val"}
+    assert "24 pictures of 2 classes in whole, and 4 in its held-out part" in capsys.readouterr().out
+    captions = written("whole", "--captions", "--overwrite")["data"]["init_args"]
+    assert captions["val_target"]["init_args"]["source"]["init_args"] == {"root": "whole/Val"}
+    picture(Path("whole", "Val", "daisy", "0.png"), 1)
+    assert main(["init", "whole", "--overwrite"]) == 2
+    assert "classes that whole/train does not have: daisy" in capsys.readouterr().err
+
+
+def test_classes_called_train_and_plane_are_classes(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in range(12):
+        picture(Path("vehicles", ("train", "plane")[index % 2], f"{index}.png"), index)
+    assert written("vehicles")["data"]["init_args"]["num_classes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "keys"),
+    [
+        ("stabilityai/stable-diffusion-xl-base-1.0", 1024, {"frozen_dtype": "bfloat16"}),
+        ("somebody/my-sdxl", 1024, {"frozen_dtype": "bfloat16"}),
+        ("black-forest-labs/FLUX.1-dev", 1024, {"distilled_guidance": 3.5, "prompt_dropout": 0.0}),
+        ("stabilityai/stable-diffusion-3.5-medium", 1024, {"frozen_dtype": "bfloat16"}),
+        ("somebody/a-stable-diffusion", 512, {"gradient_checkpointing": True}),
+    ],
+)
+def test_other_families_by_their_name(model, size, keys, captioned) -> None:
+    config = written("pairs", "--model", model)
+    module = config["model"]["init_args"]
+    assert (module["model"], config["data"]["init_args"]["image_size"]) == (model, size)
+    assert {key: module[key] for key in keys} == keys
+    assert module["objective"]["init_args"].get("diffusion") is None, "the noise is the pipeline's"
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux", "sd3"])
+def test_a_pipeline_in_a_folder_is_known_by_its_class_and_is_built(family, captioned, tmp_path) -> None:
+    """As far as the network; a run of each family is in tests/configs."""
+    folder = getattr(pipelines, family)(tmp_path / "pipeline")
+    config = written("pairs", "--model", str(folder))
+    assert config["data"]["init_args"]["image_size"] == 1024
+    args = "--config my.yaml --data.image_size 32 --model.image_size 32 --model.tuner.rank 4 --trainer.accelerator cpu"
+    module = run_lightning([*args.split(), "--trainer.precision", "32-true"], run=False).model
+    module.configure_model()
+    assert any(p.requires_grad for p in module.parameters())

@@ -11,9 +11,10 @@ from rich.console import Console
 
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.data_check import HELD_OUT, facts_at
-from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, Base, Plan, Seen
+from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, Base, Plan, Seen, alike
 from lightning_difftune.cli.init.config import config_text, described, indented, quoted
 from lightning_difftune.data.classes import FEW_PICTURES
+from lightning_difftune.data.image_files import SPLIT_FOLDERS
 from lightning_difftune.data.partition import Partition
 from lightning_difftune.errors import ConfigError, DataError
 
@@ -26,7 +27,9 @@ DESCRIPTION = """Look at a folder of pictures and write a commented config that 
   difftune init photos --control canny   a ControlNet that follows edges
 
 The base model fits the machine: a bundled one for 32 px without a GPU; DiT-XL/2 or Stable Diffusion 1.5 with one, whose
-weights the run downloads. A tenth of the pictures is held out. What it will cost is printed as by `difftune plan`."""
+weights the run downloads. Another one goes by --model: SDXL, FLUX.1, Stable Diffusion 3.5, or a folder of such a
+pipeline. A tenth of the pictures is held out, unless the folder has the parts train and val. What it will cost is
+printed as by `difftune plan`."""
 
 
 def init(argv: Sequence[str]) -> None:
@@ -81,23 +84,42 @@ def look(path: str, wants_captions: bool) -> Seen:
     Raises:
         DataError: If fewer than two pictures can be read.
     """
-    facts = facts_at(path, None, 0)
+    parts = parts_of(path)
+    facts = facts_at(parts["train"], None, 0)
     if len(facts.readable) < 2:
         raise DataError(f"{path} holds {len(facts.readable)} pictures that can be read; a model needs two at least.")
-    source, captions = source_of(facts.source, path), []
+    source, captions = source_of(facts.source, parts["train"]), []
+    held = facts_at(parts["val"], None, 0) if "val" in parts else None
+    val_source = source_of(held.source, parts["val"]) if held is not None else ""
     has_classes = bool(facts.counts())
+    if unknown := [] if held is None else [name for name in held.counts() if name not in facts.counts()]:
+        raise DataError(f"{parts['val']} has classes that {parts['train']} does not have: {', '.join(unknown[:5])}.")
     if wants_captions and has_classes:
-        source = f"class_path: lightning_difftune.data.ClassCaptions\ninit_args:\n  source:\n{indented(source, 4)}"
+        named = "class_path: lightning_difftune.data.ClassCaptions\ninit_args:\n  source:\n"
+        source, val_source = named + indented(source, 4), val_source and named + indented(val_source, 4)
         captions = [f"a photo of a {name.replace('_', ' ')}" for name in facts.counts()]
     elif not has_classes:
         from lightning_difftune.data.source_facts import captions_of
 
         captions = list(dict.fromkeys(captions_of(facts.source) or [""]))
+    if held is not None:
+        return Seen(path, facts, source, val_source, captions[:8], len(facts.pictures), len(held.pictures))
     try:
         held_out = len(Partition(facts.source, HELD_OUT, "val"))
     except ConfigError:
         held_out = 0
-    return Seen(path, facts, source, captions[:8], len(facts.pictures) - held_out, held_out)
+    return Seen(path, facts, source, "", captions[:8], len(facts.pictures) - held_out, held_out)
+
+
+def parts_of(path: str) -> dict[str, str]:
+    """``train`` and, if it is there, ``val`` of a folder that is divided so; else all of it as ``train``."""
+    place = Path(path).expanduser()
+    names = {folder.name.lower(): folder for folder in place.iterdir() if folder.is_dir()} if place.is_dir() else {}
+    train = next((names[name] for name in ("train", "training") if name in names), None)
+    if train is None or not SPLIT_FOLDERS.issuperset(name for name in names if not name.startswith(".")):
+        return {"train": path}
+    held = next((names[name] for name in ("val", "valid", "validation", "test", "testing") if name in names), None)
+    return {"train": str(train)} | ({} if held is None else {"val": str(held)})
 
 
 def source_of(source: Any, path: str) -> str:
@@ -122,14 +144,15 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     has_gpu = torch.cuda.is_available()
     if model is None:
         base = next(base for base in reversed(known.values()) if base.is_large == has_gpu and base.channels == 3)
+    elif model in known and task in CONTROLS and known[model].image_size > 512:
+        raise ConfigError(f"There are no ControlNets of {model} here. Take a Stable Diffusion 1.x or 2.x.")
     elif model in known:
         base = known[model]
     elif model in CLASSES | CAPTIONS:
         wanted = "captions: pass --captions" if model in CAPTIONS else "classes: leave --captions and --control out"
         raise ConfigError(f"{model} takes {wanted}. For these pictures there is {', '.join(known)}.")
-    else:  # another one of the same family and size
-        large = next(base for base in known.values() if base.is_large)
-        base = Base(**{**vars(large), "name": model})
+    else:
+        base = Base(**{**vars(alike(model, known)), "name": model})
     asked = "" if task == "classes" else f"-{task}" if task in CONTROLS or seen.facts.counts() else ""
     plan = Plan(base, task, f"{Path(seen.path).expanduser().resolve().name or 'run'}{asked}", seen)
     of_target = base.batch_size - int(base.share * base.batch_size)
@@ -145,7 +168,7 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     if few := [name for name, count in counts.items() if 0 < count < FEW_PICTURES]:
         plan.notes.append(f"{len(few)} classes have fewer than {FEW_PICTURES} pictures: so few are learned by heart.")
     if model is None and not has_gpu:
-        large = next(base for base in known.values() if base.is_large)
+        large = next(base for base in reversed(known.values()) if base.is_large)
         plan.notes.append(
             f"There is no GPU here, so the base is the bundled {base.name}, for {base.image_size} px; with one it is "
             f"{large.name} (--model)."

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from lightning_difftune.data.inspection import SourceFacts
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.models.checkpoint_files import read_json
 
 CONTROLS = {  # annotator, metric of control similarity, threshold and mode (the paper's, at 512 px)
     "canny": ("Canny", "BlurredSSIM", "control/ssim", 0.55, "max"),
@@ -32,6 +35,7 @@ class Base:
         is_large: Whether it wants a GPU.
         channels: Of the pictures.
         autoencoder: Of a latent DiT, as YAML.
+        extras: Other arguments of the module, as YAML.
     """
 
     name: str
@@ -46,10 +50,21 @@ class Base:
     is_large: bool
     channels: int = 3
     autoencoder: str = ""
+    extras: str = ""
 
 
 _DDIM = "{num_inference_steps: %d, guidance_scale: 1.5, guidance_channels: 3}"
 _SD = "{num_inference_steps: %d, guidance_scale: %g, guidance_channels: null}"
+_DPM = "{scheduler: diffusers.DPMSolverMultistepScheduler, " + _SD[1:]
+_KEPT = """    bank_prompts:  # what is retained; a distilled model has no empty prompt
+      - a photo of a person in a street
+      - a photo of a dog on a beach
+      - a painting of a landscape
+      - an illustration of a city at night
+    prompt_dropout: 0.0
+    distilled_guidance: 3.5  # the bank is drawn at it
+    target_guidance: 1.0  # your pictures are trained at it
+"""
 CLASSES = {
     base.name: base
     for base in (
@@ -70,13 +85,54 @@ CLASSES = {
 CAPTIONS = {
     base.name: base
     for base in (
-        Base("sd-nano-flowers", 32, 3e-4, 20, 0.2, 100, (400, 1500), (200, 1000), _SD % (12, 3), False),
+        Base("sd-nano-flowers", 32, 3e-4, 20, 0.2, 100, (400, 1500), (200, 1000), _DPM % (12, 3), False),
+        Base(
+            "stabilityai/stable-diffusion-3.5-medium", 1024, 1e-4, 4, 0.25, 100, (500, 4000), (500, 2000),
+            _SD % (28, 7), True, extras="    frozen_dtype: bfloat16\n",
+        ),
+        Base(
+            "black-forest-labs/FLUX.1-dev", 1024, 1e-4, 4, 0.25, 100, (500, 4000), (500, 2000),
+            _SD % (28, 1), True, extras=f"{_KEPT}    frozen_dtype: bfloat16\n",
+        ),
+        Base(
+            "stabilityai/stable-diffusion-xl-base-1.0", 1024, 1e-4, 4, 0.25, 100, (500, 4000), (500, 2000),
+            _DPM % (30, 5), True, extras="    frozen_dtype: bfloat16\n",
+        ),
         Base(
             "stable-diffusion-v1-5/stable-diffusion-v1-5", 512, 1e-4, 4, 0.25, 100, (500, 4000), (500, 2000),
-            _SD % (20, 7.5), True,
+            _DPM % (20, 7.5), True,
         ),
     )
 }  # fmt: skip
+ALIKE = {  # by the pipeline's class, or by what is in a name on the hub: the base whose settings it gets
+    "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3.5-medium",
+    "FluxPipeline": "black-forest-labs/FLUX.1-dev",
+    "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
+    "StableDiffusionPipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "stable-diffusion-3": "stabilityai/stable-diffusion-3.5-medium",
+    "flux": "black-forest-labs/FLUX.1-dev",
+    "xl": "stabilityai/stable-diffusion-xl-base-1.0",
+}
+
+
+def alike(model: str, known: dict[str, Base]) -> Base:
+    """The base whose settings another model gets: of the class in its ``model_index.json``, or what its name says.
+
+    Raises:
+        ConfigError: If the folder is of another class.
+    """
+    large = next(base for base in reversed(known.values()) if base.is_large)
+    if known is not CAPTIONS:
+        return large
+    index = Path(model).expanduser() / "model_index.json"
+    if index.is_file():
+        kind = str(read_json(index).get("_class_name"))
+        if kind not in ALIKE:
+            raise ConfigError(
+                f"{model} is a {kind}; expected one of {', '.join(name for name in ALIKE if name[0].isupper())}."
+            )
+        return CAPTIONS[ALIKE[kind]]
+    return next((CAPTIONS[base] for part, base in ALIKE.items() if part in model.lower()), large)
 
 
 class Seen(NamedTuple):
@@ -85,6 +141,7 @@ class Seen(NamedTuple):
     path: str
     facts: SourceFacts
     source: str  # the data set, as YAML
+    val_source: str  # that of a folder's own held-out part, as YAML; empty where a tenth is held out
     captions: list[str]  # a few of them; empty for classes
     trained: int  # pictures
     held_out: int

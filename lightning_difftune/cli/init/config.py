@@ -35,9 +35,8 @@ _REST = """    objective:
         schedule:
           class_path: lightning_difftune.MirroredPowerSchedule
           init_args: {{tau: 1.0}}  # how much less is learned near the data; 0 is plain fine-tuning
-        loss: lightning_difftune.losses.{loss}
-        retention_weight: 0.1  # what the memory bank's samples count
-{process}    optimizer:
+{loss}        retention_weight: 0.1  # what the memory bank's samples count
+    optimizer:
       class_path: torch.optim.AdamW
       init_args: {{lr: {lr}, weight_decay: 0.0}}
     lr_scheduler:
@@ -46,14 +45,7 @@ _REST = """    objective:
 {samplers}data:
   class_path: lightning_difftune.MemoryBankDataModule
   init_args:
-    target:
-      class_path: lightning_difftune.data.Partition
-      init_args: &pictures
-        source:
-{source}
-        sizes: {{train: {train}, val: {val}}}  # at random, and always the same ones
-        part: train
-{val_target}{num_classes}    image_size: {image_size}  # the shorter side is scaled to it, and the centre cropped
+{target}{num_classes}    image_size: {image_size}  # the shorter side is scaled to it, and the centre cropped
 {channels}    horizontal_flip: {flip}  # half of the pictures are mirrored; false where left and right matter
 {corrupt}    batch_size: {batch_size}  # both streams: {retained} of the memory bank, {of_target} of your pictures
     retention_share: {share}
@@ -79,7 +71,18 @@ trainer:
 """
 
 _REFERENCE = "    reference: train  # FID's; few held-out pictures mislead it\n"
-_BETAS = "{beta_start: 0.00085, beta_end: 0.012, beta_schedule: scaled_linear}"
+_PARTITION = """    target:
+      class_path: lightning_difftune.data.Partition
+      init_args: &pictures
+        source:
+{source}
+        sizes: {{train: {train}, val: {val}}}  # at random, and always the same ones
+        part: train
+"""
+_HELD_OUT = """    val_target:
+      class_path: lightning_difftune.data.Partition
+      init_args: {<<: *pictures, part: val}
+"""
 
 
 def config_text(plan: Plan, file: Path) -> str:
@@ -99,20 +102,12 @@ def config_text(plan: Plan, file: Path) -> str:
         model=quoted(base.name) if " " in base.name else base.name,
     )
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    partition = "class_path: lightning_difftune.data.Partition\ninit_args: {<<: *pictures, part: val}"
     rest = _REST.format(
-        loss="hybrid_loss" if is_classes else "eps_mse_loss",
-        process=""
-        if is_classes
-        else "        diffusion:\n          class_path: lightning_difftune.diffusion.GaussianDiffusion\n"
-        f"          init_args: {_BETAS}\n",
+        loss="        loss: lightning_difftune.losses.hybrid_loss\n" if is_classes else "",  # else the pipeline's
         lr=f"{base.lr if task not in CONTROLS else 1e-5 if base.is_large else 5e-4:.1e}".replace("e-0", "e-"),
         steps=plan.steps,
         samplers=samplers(plan),
-        source=indented(seen.source, 10),
-        train=HELD_OUT["train"],
-        val=HELD_OUT["val"],
-        val_target=f"    val_target:\n{indented(partition, 6)}\n" if seen.held_out else "",
+        target=target(seen),
         num_classes=f"    num_classes: {max(1, len(counts))}\n{_REFERENCE}" if is_classes else "",
         image_size=base.image_size,
         channels="" if base.channels == 3 else f"    channels: {base.channels}\n",
@@ -153,6 +148,9 @@ def particulars(plan: Plan) -> str:
     text = f"    prompts:  # of the pictures in samples/\n{prompts}"
     if task in CONTROLS:
         text = f"    annotator:\n      class_path: lightning_difftune.data.annotators.{CONTROLS[task][0]}\n"
+    if base.image_size != 512 and base.is_large:
+        text += f"    image_size: {base.image_size}\n"
+    text += base.extras
     if not base.is_large:
         return text
     text += "    gradient_checkpointing: true  # fits 512 px into 16 GB; false is about a third quicker\n"
@@ -166,17 +164,18 @@ def samplers(plan: Plan) -> str:
     """How pictures and the memory bank are drawn."""
     if plan.task == "classes":
         return f"    sampler: &sampler {plan.base.sampler}\n    bank_sampler: *sampler\n"
-    scheduler = "diffusers.DPMSolverMultistepScheduler"
-    inner = plan.base.sampler.strip("{}").split(", ")
-    lines = "".join(f"      {entry}\n" for entry in inner)
     bank = ""
     if plan.task == "captions":
         bank = "      guidance_scale: 1.0  # the empty prompt has nothing to be guided from\n"
-    return (
-        f"    sampler: &sampler\n      scheduler:\n        class_path: {scheduler}\n        init_args: {_BETAS}\n"
-        f"{lines}"
-        f"    bank_sampler:\n      <<: *sampler\n{bank}"
-    )
+    return f"    sampler: &sampler {plan.base.sampler}\n    bank_sampler:\n      <<: *sampler\n{bank}"
+
+
+def target(seen: Seen) -> str:
+    """Training and held-out pictures: the folder's own parts, or a tenth of it held out."""
+    if seen.val_source:
+        parts = {"target": seen.source, "val_target": seen.val_source}
+        return "".join(f"    {name}:\n{indented(source, 6)}\n" for name, source in parts.items())
+    return _PARTITION.format(source=indented(seen.source, 10), **HELD_OUT) + (_HELD_OUT if seen.held_out else "")
 
 
 def callbacks(plan: Plan) -> str:
@@ -245,7 +244,10 @@ def described(seen: Seen) -> str:
     """The pictures in one line."""
     counts = seen.facts.counts()
     kind = f"of {len(counts)} class{'es' if len(counts) > 1 else ''}" if counts else "with captions"
-    return f"{len(seen.facts.pictures):,} pictures {kind} in {seen.path}, {seen.held_out:,} of them held out"
+    count, own = len(seen.facts.pictures), bool(seen.val_source)
+    return f"{count:,} pictures {kind} in {seen.path}, " + (
+        f"and {seen.held_out:,} in its held-out part" if own else f"{seen.held_out:,} of them held out"
+    )
 
 
 def quoted(text: str) -> str:

@@ -83,7 +83,9 @@ class Measured:
     def __init__(self, of_training: Probe, of_building: Probe, least: float = 1.0) -> None:
         module = of_training.module
         device = module.device
-        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}"
+        self.name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"this {device.type.upper()}, alone"
+        )
         optimizer = module.optimizer(of_training.parameters)
 
         def step() -> None:
@@ -104,21 +106,23 @@ class Measured:
 def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
     """Seconds of one call after a first: the least of as many as fit into the time, and of three unless they are slow.
 
-    What else a machine is doing only adds to a time, so that the least is nearest to what an idle one takes.
+    What else a machine is doing only adds to a time, so that the least is nearest to what an idle one takes; on a CPU
+    the time that others have it is not counted at all.
     """
     times: list[float] = []
-    first = True
-    while not times or sum(times) < (least if len(times) >= 3 else 2 * least):
+    run()
+    begun = time.perf_counter()
+    while not times or time.perf_counter() - begun < (least if len(times) >= 3 else 2 * least):
         start = now(device)
         run()
-        if not first:
-            times.append(now(device) - start)
-        first = False
+        times.append(now(device) - start)
     return min(times)
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has nothing left to do."""
+    """Seconds, once the device has nothing left to do; on a CPU those that this thread has computed."""
+    if device.type == "cpu":
+        return time.thread_time()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -184,8 +184,6 @@ def print_summary(output: Path, export: Path, tuned: dict[str, Tuned]) -> None:
         f"Look at      {output / 'report.png'}\n"
         f"Figures      {output / 'metrics.json'}\n"
         f"ControlNet   {export}   (diffusers' ControlNetModel.from_pretrained opens it)\n"
-        "Next         the whole run: difftune fit --config configs/controlnet/flowers.yaml\n"
-        "             Stable Diffusion 1.5: difftune fit --config configs/controlnet/base.yaml \\\n"
-        "                                   --config configs/controlnet/edge.yaml",
+        "Next         difftune init FOLDER --control canny, of your own pictures",
         highlight=False,
     )

@@ -160,8 +160,6 @@ def print_summary(output: Path, export: Path, tuned: dict[str, Tuned], accuracy:
         f"Figures      {output / 'metrics.json'}\n"
         f"Tuned model  {export}   (load_dit opens it)\n"
         f"A run's page difftune report {output / 'diff-tuning'}\n"
-        "Next         tune a DiT to your own pictures:\n"
-        "             name their folder in configs/dit/folder.yaml, then\n"
-        "             difftune fit --config configs/dit/base.yaml --config configs/dit/folder.yaml",
+        "Next         difftune init FOLDER, of your own pictures in one folder for each class",
         highlight=False,
     )
