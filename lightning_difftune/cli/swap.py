@@ -39,14 +39,20 @@ with --config, that config stands for all runs."""
 class MeasuresSwaps(Protocol):
     """A callback that measures pictures whose last steps are done by another network, for several parts of them."""
 
-    monitor: str
-    percents: Sequence[float]
+    percents: list[float]
     num_samples: int
     dirpath: Any
     generate: Any
-    distance: Any
     history: list[tuple[int, Any]]
     strip: Tensor
+
+    @property
+    def monitor(self) -> str:
+        """The logged name."""
+
+    @property
+    def distance(self) -> Any:
+        """The metric."""
 
 
 def swap(argv: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.controlnet import ControlNetDiffTuningModule
 from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.modules.dit import DiTDiffTuningModule
+from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
 
@@ -12,6 +13,7 @@ __all__ = [
     "DiTDiffTuningModule",
     "DiffTuningModule",
     "DiffusionModel",
+    "ModelFamily",
     "TextPipelineModule",
     "TextToImageDiffTuningModule",
 ]

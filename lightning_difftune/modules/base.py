@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
-from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, float32_by_default
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.models.frozen import takes_its_own_type
 from lightning_difftune.models.weight_casts import WeightCasts
@@ -48,7 +47,7 @@ Model = TypeVar("Model", bound=nn.Module)
 class DiffTuningModule(DiffusionModel):
     """Base of the Diff-Tuning modules: subclass it for a model family of your own.
 
-    What a family supplies is listed by :class:`~lightning_difftune.modules.DiffusionModel`. The training (both streams
+    What a family supplies is listed by :class:`~lightning_difftune.modules.ModelFamily`. The training (both streams
     in one forward pass, the objective, the memory bank, validation on fixed draws, optimizers, lean checkpoints) is
     here.
 
@@ -138,36 +137,6 @@ class DiffTuningModule(DiffusionModel):
     """How GPUs multiply float32 matrices, for torch.set_float32_matmul_precision: TF32, as in the authors' code."""
     resize_hint = "Set image_size and channels of the data to fit it."
     """What to do where pictures do not fit the model."""
-
-    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Any, Tensor]:
-        """One batch of both streams: x0 (B, c, h, w), its condition, and which samples are retained, (B,) bool.
-
-        A target sample is drawn from its latents' posterior and, in training, loses its condition with probability
-        ``condition_dropout``. A retained one is as the bank has it, under :meth:`retention_condition`.
-        """
-        if not isinstance(batch, Mapping) or not isinstance(batch.get("target"), Mapping):
-            found = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-            raise DataError(
-                'A batch is {"target": {"pixel_values": (B, C, H, W), "class_labels": (B,)}, "retention": ...}; found '
-                f"{found}. Pass your data set to lightning_difftune.MemoryBankDataModule, which makes them, or return "
-                "such dicts from the collate_fn of your loader."
-            )
-        target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
-        x0, std = target["latent_mean"].float(), target.get("latent_std")
-        if std is not None:
-            x0 = x0 + std.float() * draws.normal(*x0.shape)
-        condition = self.target_condition(target)
-        if self.training and condition is not None:
-            dropped = draws.uniform(len(x0)) < self.condition_dropout
-            condition = where(dropped, self.null_condition(condition), condition)
-        retained = batch.get("retention")
-        is_retention = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
-        if retained is not None:
-            latents = retained["latents"].to(x0)
-            x0 = torch.cat([x0, latents])
-            condition = concatenate(condition, self.retention_condition(retained))
-            is_retention = torch.cat([is_retention, is_retention.new_ones(len(latents))])
-        return x0, condition, is_retention
 
     @property
     def uses_retention(self) -> bool:

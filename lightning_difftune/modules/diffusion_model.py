@@ -1,236 +1,53 @@
-"""A pre-trained diffusion model: what a family supplies, and how pictures are drawn with it."""
+"""A pre-trained diffusion model: its samplers, what a batch becomes, and how pictures are drawn with it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_difftune.draws import float32_by_default, noise_of
-from lightning_difftune.errors import ConfigError
-from lightning_difftune.models import FrozenAutoencoder, export_network
-from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.conditions import concatenate, where
+from lightning_difftune.draws import Draws, float32_by_default, noise_of
+from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models.frozen import takes_its_own_type
-from lightning_difftune.models.usage import usage_of_network
-from lightning_difftune.models.weight_casts import WeightCasts, weight_casts_of
-from lightning_difftune.modules.subjects import Subject, refuse
+from lightning_difftune.models.weight_casts import weight_casts_of
+from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.pictures import to_uint8
-from lightning_difftune.protocols import (
-    Denoiser,
-    RetentionBatch,
-    TargetBatch,
-)
+from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch
 from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for, scheduler_named
 from lightning_difftune.source import SourceFacts, check_scheduler
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class DiffusionModel(L.LightningModule, ABC):
-    """A pre-trained diffusion model: what a family says of its own, and how pictures are drawn with it.
+class DiffusionModel(ModelFamily):
+    """A pre-trained diffusion model, which encodes pictures and draws them.
 
-    A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`denoise`, :attr:`sample_shape` and
-    :meth:`pretrained`; one of latents sets :attr:`autoencoder`, or has :meth:`encode_pixels`, :meth:`decode` and
-    :meth:`encoder_identity` of its own; and a conditional one :meth:`target_condition`, :meth:`null_condition`,
-    :meth:`retention_condition`, :meth:`conditions`, :meth:`source_conditions` and :meth:`source_condition`.
     :class:`~lightning_difftune.modules.DiffTuningModule` adds the training.
 
     Args:
-        sampler: How pictures are generated for FID and grids; what it leaves out is as :meth:`default_sampler` has it,
-            and the scheduler is made for the model.
-        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it.
+        sampler: How pictures are generated for FID and grids; without a scheduler it gets one for the model.
+        bank_sampler: How the memory bank is generated; like ``sampler`` by default.
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Attributes:
         source_facts: What the pre-trained model is, once it is built.
-        autoencoder: Turns pictures into latents and back; ``None`` for a model of pixels.
     """
 
     source_facts: SourceFacts
-    _weight_casts: WeightCasts
-    autoencoder: FrozenAutoencoder | None
 
     def __init__(self, sampler: Sampler | None = None, bank_sampler: Sampler | None = None, seed: int = 0) -> None:
         super().__init__()
-        self.autoencoder = None
         self.sampler = sampler if sampler is not None else Sampler()
         self.bank_sampler = bank_sampler if bank_sampler is not None else Sampler()
         self.seed = seed
         # In a tuple, where nn.Module does not register it: it is not a part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
-
-    # -- what a model family supplies ----------------------------------------------------------------------------
-
-    float32_matmul_precision = "high"
-    """How GPUs multiply float32 matrices, for torch.set_float32_matmul_precision: TF32, as in the authors' code."""
-    resize_hint = "Set image_size and channels of the data to fit it."
-    """What to do where pictures do not fit the model."""
-
-    @abstractmethod
-    def build(self) -> SourceFacts | dict[str, Any]:
-        """Create the networks with their pre-trained weights and return the facts of the pre-trained model.
-
-        Called once, before the tuner is applied. Checkpoints carry the facts, and a checkpoint of another model is
-        refused. A dict with ``name`` and ``fingerprint`` stands for facts that state nothing else.
-        """
-
-    @abstractmethod
-    def denoise(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """Raw network output (B, c or 2c, h, w) for x_t (B, c, h, w) at t (B,) int64."""
-
-    @abstractmethod
-    def trainable_modules(self) -> list[nn.Module]:
-        """The networks that are trained, or that the tuner is applied to."""
-
-    def denoising_modules(self) -> list[nn.Module]:
-        """The networks that :meth:`denoise` calls; the trained ones by default."""
-        return self.trainable_modules()
-
-    @property
-    @abstractmethod
-    def sample_shape(self) -> tuple[int, ...]:
-        """(c, h, w) of what is denoised."""
-
-    @abstractmethod
-    def pretrained(self) -> Denoiser:
-        """A frozen copy of the network as it was before tuning, on this module's device.
-
-        It takes the conditions that it was pre-trained with, which may not be this module's; see
-        :meth:`source_condition`.
-        """
-
-    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; themselves and none without any."""
-        return (
-            (pixel_values, None) if self.autoencoder is None else self.autoencoder.encode(pixel_values.to(self.device))
-        )
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; a model of pixels clamps."""
-        return latents.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(latents)
-
-    def encoder_identity(self) -> str | None:
-        """What decides the result of :meth:`encode`; ``None`` for a model of pixels, which has nothing to cache."""
-        return None if self.autoencoder is None else self.autoencoder.identity()
-
-    @property
-    def condition_dropout(self) -> float:
-        """Probability that a target sample is trained under :meth:`null_condition`; 0 by default."""
-        return 0.0
-
-    def target_condition(self, target: TargetBatch) -> Any:
-        """The condition of an encoded target batch: ``None``, a tensor of B rows, or (nested) dicts of such tensors."""
-        return None
-
-    def null_condition(self, condition: Any) -> Any:
-        """The same condition with that dropped which guidance drops, such as the null class or the empty prompt."""
-        return None
-
-    def conditions(self, indices: Tensor) -> tuple[Any, Any]:
-        """Condition and null condition of the generated pictures ``indices`` (B,); ``None`` twice if there are none."""
-        return None, None
-
-    def names_of(self, indices: Sequence[int]) -> list[str] | None:
-        """What the generated pictures ``indices`` show, in words; ``None`` without a condition."""
-        return None
-
-    def source_conditions(self, indices: Tensor) -> tuple[Any, Any]:
-        """Condition and null condition of the bank's samples ``indices`` (B,), for the pre-trained network."""
-        return None, None
-
-    def source_condition(self, condition: Any) -> Any:
-        """What the pre-trained network understands of a condition of this module; all of it by default."""
-        return condition
-
-    def retention_condition(self, retention: RetentionBatch) -> Any:
-        """The condition that retained samples are trained under, as :meth:`prepare` gives it; none by default."""
-        return None
-
-    def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
-        """What the bank keeps of the samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
-        return {}
-
-    def bank_spec(self) -> dict[str, Any]:
-        """What decides :meth:`source_conditions` and :meth:`bank_columns`, as plain JSON values."""
-        return {}
-
-    # -- what people ask a family for, and how its network is handed on --------------------------------------------
-
-    pipeline_tag: ClassVar[str] = "unconditional-image-generation"
-    """The hub's word for what it does, on model cards."""
-    card_tags: ClassVar[tuple[str, ...]] = ()
-    """Its further tags there."""
-
-    def subjects(
-        self,
-        classes: Sequence[str] | None = None,
-        prompts: Sequence[str] | None = None,
-        controls: Sequence[str] | None = None,
-    ) -> list[Subject]:
-        """The rows of pictures that people ask for; what a family can be asked for is what it does not refuse.
-
-        Args:
-            classes: Names or numbers of classes.
-            prompts: Texts.
-            controls: Files of pictures that control maps are taken from.
-
-        Raises:
-            ConfigError: If something is asked for that the model does not take.
-            DataError: If a picture cannot be read.
-        """
-        asked = (("--classes", classes), ("--prompts", prompts), ("--controls", controls))
-        refuse(asked, "its pictures have no condition.")
-        return [Subject("samples")]
-
-    def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:
-        """Condition and null condition of one picture of each subject, for :meth:`generate`."""
-        return self.conditions(torch.arange(len(subjects)))
-
-    @property
-    def lacks_class_names(self) -> bool:
-        """Whether its classes could have names and have none."""
-        return False
-
-    def name_classes(self, names: Sequence[str]) -> None:
-        """Name the first classes."""
-
-    def write_export(self, network: Any, path: Path) -> nn.Module:
-        """Write its plain network for others to open, and return what is read back; by default a network of diffusers.
-
-        Args:
-            network: The trained network, with a tuner's layers merged.
-            path: A file ending in ``.safetensors``, or a folder.
-
-        Raises:
-            ConfigError: If nothing says how the network is written.
-            CheckpointError: If it cannot be written.
-        """
-        if not hasattr(network, "save_pretrained"):
-            raise ConfigError(
-                f"{type(self).__name__} does not say how its {type(network).__name__} is written. Give it a method "
-                "write_export(network, path) that returns what it reads back."
-            )
-        if path.suffix == ".safetensors":
-            raise ConfigError(f"A network of diffusers is a folder: give --output {path.stem} in place of {path.name}.")
-        return open_network(type(network), export_network(network, path))
-
-    def usage(self, network: Any, path: Path, base: str) -> str:
-        """The section of a model card that says how an export is opened, as Markdown.
-
-        Args:
-            network: What was exported.
-            path: Where.
-            base: Name of the pre-trained model.
-        """
-        return usage_of_network(network, base)
 
     # -- the model and its samplers --------------------------------------------------------------------------------
 
@@ -321,6 +138,36 @@ class DiffusionModel(L.LightningModule, ABC):
         others = {k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "pixel_values"}
         deviation = {} if std is None else {"latent_std": std}
         return cast("TargetBatch", {"latent_mean": mean, **deviation, **others})
+
+    def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Any, Tensor]:
+        """One batch of both streams: x0 (B, c, h, w), its condition, and which samples are retained, (B,) bool.
+
+        A target sample is drawn from its latents' posterior and, in training, loses its condition with probability
+        ``condition_dropout``. A retained one is as the bank has it, under :meth:`retention_condition`.
+        """
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("target"), Mapping):
+            found = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise DataError(
+                'A batch is {"target": {"pixel_values": (B, C, H, W), "class_labels": (B,)}, "retention": ...}; found '
+                f"{found}. Pass your data set to lightning_difftune.MemoryBankDataModule, which makes them, or return "
+                "such dicts from the collate_fn of your loader."
+            )
+        target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
+        x0, std = target["latent_mean"].float(), target.get("latent_std")
+        if std is not None:
+            x0 = x0 + std.float() * draws.normal(*x0.shape)
+        condition = self.target_condition(target)
+        if self.training and condition is not None:
+            dropped = draws.uniform(len(x0)) < self.condition_dropout
+            condition = where(dropped, self.null_condition(condition), condition)
+        retained = batch.get("retention")
+        is_retention = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
+        if retained is not None:
+            latents = retained["latents"].to(x0)
+            x0 = torch.cat([x0, latents])
+            condition = concatenate(condition, self.retention_condition(retained))
+            is_retention = torch.cat([is_retention, is_retention.new_ones(len(latents))])
+        return x0, condition, is_retention
 
     def frozen(self, network: Model) -> Model:
         """A network that stays as it is, on this module's device and at its precision, for :meth:`pretrained`."""

@@ -1,0 +1,206 @@
+"""What a family of models supplies: its networks, its conditions, and what people may ask it for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.models import FrozenAutoencoder, export_network
+from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.usage import usage_of_network
+from lightning_difftune.modules.subjects import Subject, refuse
+from lightning_difftune.protocols import (
+    Denoiser,
+    RetentionBatch,
+    TargetBatch,
+)
+from lightning_difftune.source import SourceFacts
+
+
+class ModelFamily(L.LightningModule, ABC):
+    """What a family of diffusion models says of its own; the rest, with defaults, follows from it.
+
+    A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`denoise`, :attr:`sample_shape` and
+    :meth:`pretrained`; one of latents sets :attr:`autoencoder`, or has :meth:`encode_pixels`, :meth:`decode` and
+    :meth:`encoder_identity` of its own; and a conditional one :meth:`target_condition`, :meth:`null_condition`,
+    :meth:`retention_condition`, :meth:`conditions`, :meth:`source_conditions` and :meth:`source_condition`.
+
+    Attributes:
+        autoencoder: Turns pictures into latents and back; ``None`` for a model of pixels.
+    """
+
+    autoencoder: FrozenAutoencoder | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autoencoder = None
+
+    float32_matmul_precision = "high"
+    """How GPUs multiply float32 matrices, for torch.set_float32_matmul_precision: TF32, as in the authors' code."""
+    resize_hint = "Set image_size and channels of the data to fit it."
+    """What to do where pictures do not fit the model."""
+
+    @abstractmethod
+    def build(self) -> SourceFacts | dict[str, Any]:
+        """Create the networks with their pre-trained weights and return the facts of the pre-trained model.
+
+        Called once, before the tuner is applied. Checkpoints carry the facts, and a checkpoint of another model is
+        refused. A dict with ``name`` and ``fingerprint`` stands for facts that state nothing else.
+        """
+
+    @abstractmethod
+    def denoise(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
+        """Raw network output (B, c or 2c, h, w) for x_t (B, c, h, w) at t (B,) int64."""
+
+    @abstractmethod
+    def trainable_modules(self) -> list[nn.Module]:
+        """The networks that are trained, or that the tuner is applied to."""
+
+    def denoising_modules(self) -> list[nn.Module]:
+        """The networks that :meth:`denoise` calls; the trained ones by default."""
+        return self.trainable_modules()
+
+    @property
+    @abstractmethod
+    def sample_shape(self) -> tuple[int, ...]:
+        """(c, h, w) of what is denoised."""
+
+    @abstractmethod
+    def pretrained(self) -> Denoiser:
+        """A frozen copy of the network as it was before tuning, on this module's device.
+
+        It takes the conditions that it was pre-trained with, which may not be this module's; see
+        :meth:`source_condition`.
+        """
+
+    def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; themselves and none without any."""
+        return (
+            (pixel_values, None) if self.autoencoder is None else self.autoencoder.encode(pixel_values.to(self.device))
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; a model of pixels clamps."""
+        return latents.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(latents)
+
+    def encoder_identity(self) -> str | None:
+        """What decides the result of :meth:`encode`; ``None`` for a model of pixels, which has nothing to cache."""
+        return None if self.autoencoder is None else self.autoencoder.identity()
+
+    @property
+    def condition_dropout(self) -> float:
+        """Probability that a target sample is trained under :meth:`null_condition`; 0 by default."""
+        return 0.0
+
+    def target_condition(self, target: TargetBatch) -> Any:
+        """The condition of an encoded target batch: ``None``, a tensor of B rows, or (nested) dicts of such tensors."""
+        return None
+
+    def null_condition(self, condition: Any) -> Any:
+        """The same condition with that dropped which guidance drops, such as the null class or the empty prompt."""
+        return None
+
+    def conditions(self, indices: Tensor) -> tuple[Any, Any]:
+        """Condition and null condition of the generated pictures ``indices`` (B,); ``None`` twice if there are none."""
+        return None, None
+
+    def names_of(self, indices: Sequence[int]) -> list[str] | None:
+        """What the generated pictures ``indices`` show, in words; ``None`` without a condition."""
+        return None
+
+    def source_conditions(self, indices: Tensor) -> tuple[Any, Any]:
+        """Condition and null condition of the bank's samples ``indices`` (B,), for the pre-trained network."""
+        return None, None
+
+    def source_condition(self, condition: Any) -> Any:
+        """What the pre-trained network understands of a condition of this module; all of it by default."""
+        return condition
+
+    def retention_condition(self, retention: RetentionBatch) -> Any:
+        """The condition that retained samples are trained under, as :meth:`prepare` gives it; none by default."""
+        return None
+
+    def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """What the bank keeps of the samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
+        return {}
+
+    def bank_spec(self) -> dict[str, Any]:
+        """What decides :meth:`source_conditions` and :meth:`bank_columns`, as plain JSON values."""
+        return {}
+
+    # -- what people ask a family for, and how its network is handed on --------------------------------------------
+
+    pipeline_tag: ClassVar[str] = "unconditional-image-generation"
+    """The hub's word for what it does, on model cards."""
+    card_tags: ClassVar[tuple[str, ...]] = ()
+    """Its further tags there."""
+
+    def subjects(
+        self,
+        classes: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        controls: Sequence[str] | None = None,
+    ) -> list[Subject]:
+        """The rows of pictures that people ask for; what a family can be asked for is what it does not refuse.
+
+        Args:
+            classes: Names or numbers of classes.
+            prompts: Texts.
+            controls: Files of pictures that control maps are taken from.
+
+        Raises:
+            ConfigError: If something is asked for that the model does not take.
+            DataError: If a picture cannot be read.
+        """
+        asked = (("--classes", classes), ("--prompts", prompts), ("--controls", controls))
+        refuse(asked, "its pictures have no condition.")
+        return [Subject("samples")]
+
+    def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:
+        """Condition and null condition of one picture of each subject, for :meth:`generate`."""
+        return self.conditions(torch.arange(len(subjects)))
+
+    @property
+    def lacks_class_names(self) -> bool:
+        """Whether its classes could have names and have none."""
+        return False
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Name the first classes."""
+
+    def write_export(self, network: Any, path: Path) -> nn.Module:
+        """Write its plain network for others to open, and return what is read back; by default a network of diffusers.
+
+        Args:
+            network: The trained network, with a tuner's layers merged.
+            path: A file ending in ``.safetensors``, or a folder.
+
+        Raises:
+            ConfigError: If nothing says how the network is written.
+            CheckpointError: If it cannot be written.
+        """
+        if not hasattr(network, "save_pretrained"):
+            raise ConfigError(
+                f"{type(self).__name__} does not say how its {type(network).__name__} is written. Give it a method "
+                "write_export(network, path) that returns what it reads back."
+            )
+        if path.suffix == ".safetensors":
+            raise ConfigError(f"A network of diffusers is a folder: give --output {path.stem} in place of {path.name}.")
+        return open_network(type(network), export_network(network, path))
+
+    def usage(self, network: Any, path: Path, base: str) -> str:
+        """The section of a model card that says how an export is opened, as Markdown.
+
+        Args:
+            network: What was exported.
+            path: Where.
+            base: Name of the pre-trained model.
+        """
+        return usage_of_network(network, base)
