@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from tiny_data import make_small_photos, make_small_source, make_tiny_imagenet
 from lightning_difftune.cli import main
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
+from lightning_difftune.cli.compare.table import comparison
 from lightning_difftune.cli.compare.work import evaluators
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.models import export_dit, load_dit
@@ -75,3 +78,19 @@ def test_the_kept_table_of_a_study_is_of_all_its_kept_results(name: str) -> None
     with (folder / "table.csv").open() as file:
         listed = {f"{row['run']}-seed{seed}" for row in csv.DictReader(file) for seed in row["seeds"].split()}
     assert listed == {path.stem for path in (folder / "results").glob("*.json")}
+
+
+def test_the_page_of_the_study_has_the_figures_of_the_kept_results() -> None:
+    page = (CONFIGS.parent / "docs/study.md").read_text()
+    study = read_study(CONFIGS / "studies/digits_forgetting.yaml")
+    files = [CONFIGS.parent / study.kept / f"results/{run}-seed{seed}.json" for run in study.runs for seed in range(4)]
+    results = [(study.runs[path.stem[:-6]], json.loads(path.read_text())) for path in files if path.exists()]
+    for line in comparison(study, results):
+        bins = (0, 100, 200, 300, 500, 700, 800, 900)
+        gaps = [100 * fmean(line.values[f"held_out_gap/t{first:03d}"]) for first in bins]
+        told = [f"{gap:+.0f} %" if first == 900 else f"{gap:+.1f} %" for first, gap in zip(bins, gaps, strict=True)]
+        distances = line.values["fd_digit_classifier"]
+        told.append(f"{fmean(distances):.2f}" + (f" ± {stdev(distances):.2f}" if len(distances) > 1 else ""))
+        told[-1] += "" if line.change is None else f" ({100 * line.change:+.0f} %)"
+        name = f"{line.run.group}: Full" if line.run.method == "Full" else line.run.method
+        assert f"| {name} | {' | '.join(told)} |" in page.replace("*", ""), line.run.name
