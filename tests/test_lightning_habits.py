@@ -12,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from tiny import quiet_trainer, tiny_pictures, tiny_weights, write_pictures
 
@@ -227,3 +228,34 @@ def test_a_key_that_is_there_twice_is_said(project, capsys):
     (project / "twice.yaml").write_text("trainer:\n  max_steps: 3\n  devices: 1\n  max_steps: 4\n")
     assert main(["fit", "--config", "run.yaml", "--config", "twice.yaml"]) == 2
     assert "the key 'max_steps' is there twice, in lines 2 and 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["{}", "={}"])
+@pytest.mark.parametrize(
+    ("name", "key"), [("CosineAnnealingLR", "T_max"), ("OneCycleLR", "total_steps"), ("PolynomialLR", "total_iters")]
+)
+def test_a_scheduler_of_the_command_line_follows_the_run(project, name, key, written):
+    """jsonargparse wants `T_max` and `max_lr`, and has 5 for `total_iters`."""
+    path = f"torch.optim.lr_scheduler.{name}"
+    option = ["--model.lr_scheduler", path] if written == "{}" else [f"--model.lr_scheduler={path}"]
+    cli = run_lightning(["fit", "--config", "run.yaml", *option])
+    (config,) = cli.trainer.lr_scheduler_configs
+    assert (type(config.scheduler).__name__, getattr(config.scheduler, key)) == (name, 2)
+    with pytest.raises(ConfigError, match=rf"ends at step 9 \({key}\), but the run has 2 steps"):
+        run_lightning(["fit", "--config", "run.yaml", *option, f"--model.lr_scheduler.{key}", "9"])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_clipping_of_a_fused_optimizer_under_fp16_is_refused(weights, tmp_path, fused):
+    module = DiTDiffTuningModule(
+        str(weights), num_classes=3, optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=fused)
+    )
+    data = MemoryBankDataModule(tiny_pictures(), num_classes=3, image_size=8, channels=1, batch_size=4)
+    scaled = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    trainer = quiet_trainer(tmp_path, 2, gradient_clip_val=1.0, plugins=[scaled])
+    if fused:
+        with pytest.raises(ConfigError, match=r"clip_val is 1\.0.*Set fused: false of the optimizer, or .*bf16-m"):
+            trainer.fit(module, data)
+    else:
+        trainer.fit(module, data)
+        assert trainer.global_step == 2

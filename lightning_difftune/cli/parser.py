@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from jsonargparse._parameter_resolvers import get_signature_parameters  # follows **kwargs
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_difftune.cli.yaml_files import filled
 from lightning_difftune.errors import ConfigError
 
 A_CLASS = "the path of a class"
@@ -33,6 +34,8 @@ class DiffTuneParser(LightningArgumentParser):
         """
         given = args[0] if args else options.get("args")
         self._command = str(given[0]) if given else ""
+        if isinstance(given, list | tuple):
+            args, options = (filled(given), *args[1:]), {key: options[key] for key in options if key != "args"}
         try:
             return super().parse_args(*args, **options)
         except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:

@@ -1,8 +1,8 @@
-"""How configs are read: a key that is there twice is said, and what a scheduler takes from the run may be left out."""
+"""How configs and options are read: a key twice is said, and what a scheduler takes from the run may be left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -65,6 +65,23 @@ def _fill(content: Any, seen: set[int]) -> None:
     elif isinstance(content, list):
         for value in content:
             _fill(value, seen)
+
+
+def filled(args: Sequence[str]) -> list[str]:
+    """A command line in which what is left out of an ``lr_scheduler`` follows its class; what is given counts more.
+
+    Example:
+        >>> filled(["fit", "--model.lr_scheduler", "CosineAnnealingLR"])
+        ['fit', '--model.lr_scheduler', 'CosineAnnealingLR', '--model.lr_scheduler.T_max=-1']
+    """
+    found: list[str] = []
+    for before, arg in zip(["", *args], args, strict=False):
+        found.append(arg)
+        option, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        if option.endswith(".lr_scheduler"):
+            left_out = _LEFT_OUT.get(value.rpartition(".")[2], {})
+            found += [f"{option}.{key}={number}" for key, number in left_out.items()]
+    return found
 
 
 def resolved(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lightning_difftune.source import SourceFacts
 class TextToImageDiffTuningModule(TextPipelineModule):
     """Diff-Tuning of a text-to-image pipeline's network on pictures with captions, whole or by a tuner such as LoRA.
 
-    ``LoRA(target_modules=("to_q", "to_v"))`` fits the attention layers of diffusers' networks. Arguments as those of
+    Arguments as those of
     :class:`~lightning_difftune.modules.TextPipelineModule`.
 
     Example:

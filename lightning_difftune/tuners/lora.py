@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # of every name in peft's files
 TABLE = "y_embedder.embedding_table"
+PROJECTIONS = ("q", "v"), ("to_q", "to_v")  # of timm's attention once it is split, and of diffusers'
 
 
 class LoRA(ParameterEfficientTuner):
@@ -29,24 +30,26 @@ class LoRA(ParameterEfficientTuner):
     timm's attention fuses query, key and value; they are split into three layers of the same function, and
     :meth:`merge` fuses them again. 1,149,696 parameters of DiT-XL/2 with 101 classes at rank 8 (Table 1).
 
-    ``target_modules`` are names as ``peft`` has them, so ``LoRA(target_modules=("to_q", "to_v"))`` is for the
-    attention of diffusers' networks.
+    Networks of diffusers have these projections under other names; see ``target_modules``.
 
     Args:
         rank: Rank r of the updates.
-        alpha: Updates are scaled by alpha / r. The value of Table 1 is not public; the default scales by 1.
-        target_modules: Names, or last parts of names, of the linear layers that are updated.
+        alpha: Updates are scaled by alpha / r. The value of Table 1 is not public; the default, r, scales by 1.
+        target_modules: Names, or last parts of names, of the linear layers that are updated, as ``peft`` has them. By
+            default the network's query and value projections: ``q`` and ``v`` of a DiT, ``to_q`` and ``to_v`` of
+            diffusers' networks.
 
     Raises:
         ConfigError: If the rank is not positive.
     """
 
-    def __init__(self, rank: int = 8, alpha: int = 8, target_modules: tuple[str, ...] = ("q", "v")) -> None:
+    def __init__(self, rank: int = 8, alpha: int | None = None, target_modules: tuple[str, ...] | None = None) -> None:
         if rank < 1:
             raise ConfigError(f"LoRA needs a rank of at least 1, got {rank}.")
         self.rank = rank
-        self.alpha = alpha
-        self.target_modules = tuple(target_modules)
+        self.alpha = rank if alpha is None else alpha
+        self._follows_model = target_modules is None
+        self.target_modules = PROJECTIONS[0] if target_modules is None else tuple(target_modules)
 
     def insert(self, model: nn.Module) -> list[nn.Parameter]:
         """Split the fused layers if a target is part of one, and let ``peft`` insert its layers."""
@@ -56,6 +59,9 @@ class LoRA(ParameterEfficientTuner):
         widths = {name: min(layer.in_features, layer.out_features) for name, layer in linears.items()}
         parts = {f"{name}.{part}": widths[name] for name in fused_names(model) for part in PARTS}
         widths |= parts
+        if self._follows_model:
+            known = {name.rpartition(".")[2] for name in widths}
+            self.target_modules = next((names for names in PROJECTIONS if known.issuperset(names)), PROJECTIONS[0])
         targets = [name for name in widths if any(f".{name}".endswith(f".{end}") for end in self.target_modules)]
         missing = [end for end in self.target_modules if not any(f".{name}".endswith(f".{end}") for name in targets)]
         if missing or not targets:

@@ -21,6 +21,7 @@ from lightning_difftune.models import load_dit
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
 from lightning_difftune.sampling import Sampler
+from lightning_difftune.tuners import LoRA
 
 SD = (20, 7.5, None, "DPMSolverMultistepScheduler")
 OWN: dict[str, tuple[Any, ...]] = {  # steps, guidance, its channels and the scheduler of each family
@@ -168,6 +169,17 @@ def test_what_is_not_a_scheduler_is_refused_where_it_is_given() -> None:
             Sampler(guidance_channels=channels)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="guidance_scale must be a number"):
         Sampler(guidance_scale=float("nan"))
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_lora_updates_the_familys_query_and_value_projections(family: str, make: Callable[..., Any]) -> None:
+    module = make(family, tuner=LoRA(rank=2))
+    names = {
+        name.rpartition(".lora_A")[0].rpartition(".")[2] for name, _ in module.named_parameters() if ".lora_A" in name
+    }
+    assert names == ({"q", "v"} if family == "DiT" else {"to_q", "to_v"})
+    layers = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+    assert {layer.scaling["default"] for layer in layers} == {1.0}
 
 
 # -- YAML, the command line and what they leave behind -----------------------------------------------------------------

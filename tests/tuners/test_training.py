@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_tuner_is_refused(weights: Path, tmp_path: Path)
         ("BitFit", {}),
         ("DiffFit --model.init_args.tuner.init_args.num_blocks 2", {"num_blocks": 2}),
         ("DiffFit --model.init_args.tuner.init_args.sites [attn,mlp]", {"sites": ("attn", "mlp"), "num_blocks": None}),
-        ("LoRA --model.init_args.tuner.init_args.rank 4", {"rank": 4, "alpha": 8, "target_modules": ("q", "v")}),
+        ("LoRA --model.init_args.tuner.init_args.rank 4", {"rank": 4, "alpha": 4, "target_modules": ("q", "v")}),
         ("AdaptFormer --model.init_args.tuner.init_args.scale 0.5", {"bottleneck": 64, "scale": 0.5}),
         ("VPTDeep --model.init_args.tuner.init_args.blocks [0,2]", {"blocks": (0, 2), "num_tokens": 1}),
     ],
