@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -309,20 +309,4 @@ def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         if not isinstance(tensor, FakeTensor):
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def stat_digest(paths: Sequence[str]) -> str:
-    """Of files by their names below the common folder, sizes and modification times in seconds."""
-    absolute = [os.path.abspath(path) for path in paths]
-    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
-    digest = hashlib.sha256()
-    for path in absolute:
-        name = path[len(folder) :].lstrip(os.sep).replace(os.sep, "/")
-        try:
-            status = os.stat(path)
-            facts = f"{status.st_size} {int(status.st_mtime)}"
-        except FileNotFoundError:  # reported when it is read
-            facts = "missing"
-        digest.update(f"{name}\0{facts}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -1,16 +1,20 @@
-"""What building a store takes: how many samples a device computes at once, and a progress bar."""
+"""What building a store takes: how much a device computes at once, pictures read ahead, processes and a bar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_difftune.data.shards.format import MANIFEST
+from lightning_difftune.errors import DataError
+
+T = TypeVar("T")
 
 BATCH_SIZE = 64  # where nothing needs to be built
 LARGEST = 512  # a batch that is tried is computed in vain, so this also bounds the waste
@@ -66,6 +70,36 @@ def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> 
             if size == limit:
                 return fits
             size = min(2 * size, limit)
+
+
+class _Reads(Dataset[Any]):
+    """Item i is ``read(i)``, or the :class:`DataError` that it raised."""
+
+    def __init__(self, read: Callable[[int], Any], count: int) -> None:
+        self.read, self.count = read, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.read(index)
+        except DataError as error:  # raised in a worker, its message would be inside a printed traceback
+            return error
+
+
+def read_ahead(read: Callable[[int], T], count: int, num_workers: int) -> Iterator[T]:
+    """``read(0)``, ``read(1)`` and so on, read ahead by worker processes.
+
+    Args:
+        read: Can be pickled; its :class:`DataError` is raised here.
+        count: How many calls.
+        num_workers: Worker processes; 0 reads in this one.
+    """
+    for found in DataLoader(_Reads(read, count), batch_size=None, num_workers=num_workers):
+        if isinstance(found, DataError):
+            raise found
+        yield found
 
 
 class BuildOptions(TypedDict):

@@ -20,8 +20,9 @@ from lightning_difftune.data.folders import (
     read_text,
     shorten,
 )
+from lightning_difftune.data.source_facts import stat_digest
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.files import array_digest, stat_digest
+from lightning_difftune.files import array_digest
 
 _FOLDER_LAYOUT = (
     'expected metadata.jsonl with lines such as {"file_name": "1.png", "text": "a red house"}, or a text file of '

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lightning_difftune.data.source_facts import stat_digest
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.files import atomic_path, bytes_digest, stat_digest
+from lightning_difftune.files import atomic_path, bytes_digest
 
 _CAPTION_COLUMNS = ("text", "caption", "prompt")
 

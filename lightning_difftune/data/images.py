@@ -29,16 +29,13 @@ from lightning_difftune.data.source_facts import (
 )
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest, text_digest
-from lightning_difftune.pictures import largest_value, to_pixel_values, to_pixels
+from lightning_difftune.pictures import to_pixel_values, to_pixels
 from lightning_difftune.protocols import TargetBatch
 
 # In a row. If a disk is not mounted, one quick error is clearer than a hundred thousand warnings.
 _MAX_UNREADABLE_RUN = 100
 # Pictures that are read where a source offers no other way to identify its content.
 _IDENTITY_SAMPLES = 64
-# 16-bit pictures that are looked at, and the most bits that count as a mistake: as of cameras and microscopes.
-_DEPTH_SAMPLES = 16
-MOST_WRONG_BITS = 14
 # Errors of one file; any other errno (too many open files, an unplugged disk) is about the machine.
 _ERRNOS_OF_A_FILE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
 
@@ -189,29 +186,6 @@ class ImageTargets:
         pictures, so changes to other pictures go unnoticed.
         """
         return self._identity
-
-    def check_depth(self) -> None:
-        """Look at a few 16-bit pictures: if no value is large, they hold fewer bits and would be nearly black.
-
-        Raises:
-            DataError: If all of them have values of 14 bits or fewer.
-        """
-        largest, count = 0, 0
-        for index in np.unique(np.linspace(0, len(self) - 1, _DEPTH_SAMPLES).astype(int)).tolist():
-            try:
-                found = largest_value(self.source[index][0])
-            except Exception:  # reported when it is read, by the policy on damaged pictures
-                continue
-            if found is None:
-                return
-            largest, count = max(largest, found), count + 1
-        bits = largest.bit_length()
-        if count and bits <= MOST_WRONG_BITS:
-            raise DataError(
-                f"{self.describe(0)} and others are 16-bit pictures with values up to {largest:,} of 65,535: they hold "
-                f"{max(bits, 8)} bits and would be trained on as nearly black. Multiply their values by "
-                f"{2 ** (16 - max(bits, 8))}, or save them with 8 bits."
-            )
 
     def picture_digests(self) -> Tensor | None:
         """A number per picture, (N,) int64, that changes with the picture and its label or caption.

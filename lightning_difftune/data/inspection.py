@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from lightning_difftune.data.building import read_ahead
 from lightning_difftune.data.captioned_files import CaptionedFolder
 from lightning_difftune.data.folders import Folder, captions_beside
 from lightning_difftune.data.hub_images import HubImages
@@ -130,37 +131,25 @@ def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] |
     """
     labels = labels_of(source) if captions_of(source) is None else None
     known = None if labels is None else labels.tolist()
-    loader = DataLoader(_Facts(source, known), batch_size=None, num_workers=num_workers)
     pictures = []
-    for facts in loader:
-        if isinstance(facts, DataError):
-            raise facts
+    for facts in read_ahead(partial(_facts_at, source, known), len(source), num_workers):
         pictures.append(facts)
         if progress is not None:
             progress(len(pictures))
     return SourceFacts(source, pictures)
 
 
-class _Facts(Dataset[PictureFacts | DataError]):
-    """Item i is what is known of picture i."""
-
-    def __init__(self, source: Any, labels: list[int] | None) -> None:
-        self.source, self.labels = source, labels
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> PictureFacts | DataError:
-        known = None if self.labels is None else self.labels[index]
-        try:
-            image, label, *_ = self.source[index]
-            if known is None and not isinstance(label, str):
-                known = int(label)
-            return facts_of(image, known)
-        except DataError as error:  # raised in a worker, its message would arrive inside a printed traceback
-            return error
-        except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes
-            return PictureFacts(known, error=f"{type(error).__name__}: {error}")
+def _facts_at(source: Any, labels: list[int] | None, index: int) -> PictureFacts:
+    known = None if labels is None else labels[index]
+    try:
+        image, label, *_ = source[index]
+        if known is None and not isinstance(label, str):
+            known = int(label)
+        return facts_of(image, known)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes
+        return PictureFacts(known, error=f"{type(error).__name__}: {error}")
 
 
 def facts_of(image: Any, label: int | None) -> PictureFacts:

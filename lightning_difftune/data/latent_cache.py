@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -12,13 +12,13 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
+from lightning_difftune.data.building import read_ahead
 from lightning_difftune.data.caption_store import CaptionStore
 from lightning_difftune.data.images import ImageTargets, as_batch, mirror
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
 from lightning_difftune.data.shards.format import MANIFEST, BuildPlan, Manifest, shard_name
-from lightning_difftune.errors import ConfigError, DataError, StoreError
+from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import json_digest
 from lightning_difftune.protocols import TargetBatch
 
@@ -132,12 +132,13 @@ class LatentCache:
         kept: dict[int, tuple[Path, int]] = {}
         captions = _caption_store(Path(path), full_spec)
 
-        def work() -> list[list[int]]:  # determined at the first batch, since other jobs may come first
+        def read() -> Iterator[_Pictures]:  # begins at the first batch, since other jobs may come first
             kept.update(_encoded(writer.folder.previous, digests()))
             batches = writer.work(batch_size, rank, world_size)
-            return [[i for i in batch.indices.tolist() if i not in kept] for batch in batches]
+            work = [[i for i in batch.indices.tolist() if i not in kept] for batch in batches]
+            yield from read_ahead(partial(_pictures_at, targets, work), len(work), num_workers)
 
-        pictures = _read_ahead(targets, work, num_workers)
+        pictures = read()
 
         def generate(indices: Tensor) -> dict[str, Tensor]:
             found = next(pictures)  # of the same work, in the same order; fills `kept` when it is dealt out
@@ -246,31 +247,12 @@ class LatentCache:
 _Pictures = tuple[TargetBatch, Tensor] | None
 
 
-class _PicturesOfWork(Dataset[_Pictures | DataError]):
-    """Item k is the pictures at the k-th list of indices, and which ones were read, (B,) int64."""
-
-    def __init__(self, targets: ImageTargets, work: list[list[int]]) -> None:
-        self.targets, self.work = targets, work
-
-    def __len__(self) -> int:
-        return len(self.work)
-
-    def __getitem__(self, position: int) -> _Pictures | DataError:
-        try:
-            items = [self.targets.read(index) for index in self.work[position]]
-            if not items:
-                return None
-            return as_batch(items, [False] * len(items)), torch.tensor([item.source_index for item in items])
-        except DataError as error:  # raised in a worker, its message would arrive inside a printed traceback
-            return error
-
-
-def _read_ahead(targets: ImageTargets, work: Callable[[], list[list[int]]], num_workers: int) -> Iterator[_Pictures]:
-    loader = DataLoader(_PicturesOfWork(targets, work()), batch_size=None, num_workers=num_workers)
-    for pictures in loader:
-        if isinstance(pictures, DataError):
-            raise pictures
-        yield pictures
+def _pictures_at(targets: ImageTargets, work: list[list[int]], position: int) -> _Pictures:
+    """The pictures at one list of indices, and which ones were read, (B,) int64; ``None`` of an empty list."""
+    items = [targets.read(index) for index in work[position]]
+    if not items:
+        return None
+    return as_batch(items, [False] * len(items)), torch.tensor([item.source_index for item in items])
 
 
 def _caption_store(path: Path, spec: dict[str, Any]) -> CaptionStore:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -16,6 +17,11 @@ from lightning_difftune.data.classes import check_labels, describe_small_classes
 from lightning_difftune.data.images import ImageTargets, TargetItem
 from lightning_difftune.data.source_facts import require_source
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.pictures import largest_value
+
+# 16-bit pictures that are looked at, and the most bits that count as a mistake: as of cameras and microscopes.
+_DEPTH_SAMPLES = 16
+MOST_WRONG_BITS = 14
 
 
 class RealPictures(L.LightningDataModule):
@@ -78,7 +84,7 @@ class RealPictures(L.LightningDataModule):
         """Warn of classes that are too small to be learned, and refuse pictures that would come out black."""
         if stage != "fit":
             return
-        self.target.check_depth()
+        check_depth(self.target)
         labels = self.target.labels()
         if self.num_classes is not None and labels is not None:
             said = describe_small_classes(labels, self.num_classes, self.class_names)
@@ -148,3 +154,27 @@ class RealPictures(L.LightningDataModule):
         targets, size = self._targets_of(split), self.build_batch_size or BATCH_SIZE
         for start in range(0, len(targets), size):
             yield [targets.read(index) for index in range(start, min(len(targets), start + size))]
+
+
+def check_depth(targets: ImageTargets) -> None:
+    """Look at a few 16-bit pictures: if no value is large, they hold fewer bits and would be nearly black.
+
+    Raises:
+        DataError: If all of them have values of 14 bits or fewer.
+    """
+    largest, count = 0, 0
+    for index in np.unique(np.linspace(0, len(targets) - 1, _DEPTH_SAMPLES).astype(int)).tolist():
+        try:
+            found = largest_value(targets.source[index][0])
+        except Exception:  # reported when it is read, by the policy on damaged pictures
+            continue
+        if found is None:
+            return
+        largest, count = max(largest, found), count + 1
+    bits = largest.bit_length()
+    if count and bits <= MOST_WRONG_BITS:
+        raise DataError(
+            f"{targets.describe(0)} and others are 16-bit pictures with values up to {largest:,} of 65,535: they hold "
+            f"{max(bits, 8)} bits and would be trained on as nearly black. Multiply their values by "
+            f"{2 ** (16 - max(bits, 8))}, or save them with 8 bits."
+        )

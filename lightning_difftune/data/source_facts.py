@@ -5,6 +5,8 @@ Sources offer it as attributes. torchvision has no common name for them, so its 
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -15,7 +17,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_difftune.errors import DataError
-from lightning_difftune.files import array_digest, stat_digest
+from lightning_difftune.files import array_digest
 
 # torchvision: CIFAR, MNIST, ImageFolder; SVHN, STL10; Food101, Flowers102, SUN397, DTD, Aircraft, Pets; Caltech101.
 _LABEL_ATTRIBUTES = ("labels", "targets", "_labels", "y")
@@ -232,6 +234,22 @@ def picture_digests_of(source: Any) -> list[str] | None:
         if isinstance(stored, np.ndarray | torch.Tensor) and len(stored) == len(source):
             return [array_digest(np.asarray(picture)) for picture in stored]
     return None
+
+
+def stat_digest(paths: Sequence[str]) -> str:
+    """Of files by their names below the common folder, sizes and modification times in seconds."""
+    absolute = [os.path.abspath(path) for path in paths]
+    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    digest = hashlib.sha256()
+    for path in absolute:
+        name = path[len(folder) :].lstrip(os.sep).replace(os.sep, "/")
+        try:
+            status = os.stat(path)
+            facts = f"{status.st_size} {int(status.st_mtime)}"
+        except FileNotFoundError:  # reported when it is read
+            facts = "missing"
+        digest.update(f"{name}\0{facts}\0".encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
 
 
 def transforms_pictures(source: Any) -> bool:

@@ -23,8 +23,9 @@ from lightning_difftune.data.folders import (
     is_system,
     shorten,
 )
+from lightning_difftune.data.source_facts import stat_digest
 from lightning_difftune.errors import DataError
-from lightning_difftune.files import array_digest, stat_digest
+from lightning_difftune.files import array_digest
 
 # WebDataset's rule: the key of a sample is its path up to the first dot of the file's name.
 _KEY = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$")
