@@ -85,10 +85,10 @@ _CONTROLNET = """\
 ## Use
 
 ```python
-from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
+from diffusers import AutoPipelineForText2Image, ControlNetModel
 
 controlnet = ControlNetModel.from_pretrained("path/to/this/folder")
-pipeline = StableDiffusionControlNetPipeline.from_pretrained("{base}", controlnet=controlnet)
+pipeline = AutoPipelineForText2Image.from_pretrained("{base}", controlnet=controlnet)
 ```
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -16,7 +16,6 @@ from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import open_network
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
-from lightning_difftune.modules.families import stable_diffusion
 from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.pictures import to_pixels, to_uint8
@@ -94,13 +93,13 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         """Open the pipeline's networks and put a ControlNet beside them.
 
         Raises:
-            CheckpointError: If the pipeline's network is not the UNet of Stable Diffusion 1.x or 2.x.
+            CheckpointError: If the pipeline's network is not a UNet, that of Stable Diffusion 1.x, 2.x or XL.
         """
         unet = self.open_pipeline()
-        if self.family is not stable_diffusion.FAMILY:
+        if not hasattr(self.family, "unet_inputs"):
             raise CheckpointError(
-                f"{self.model}: ControlNets are trained beside Stable Diffusion 1.x and 2.x, and this pipeline has a "
-                f"{type(unet).__name__} under other conditions."
+                f"{self.model}: ControlNets are trained beside the UNets of Stable Diffusion 1.x, 2.x and XL, and this "
+                f"pipeline has a {type(unet).__name__}, whose ControlNets are built otherwise."
             )
         self.controlnet = self.new_controlnet(unet)
         for network in (unet, self.controlnet):  # gradients flow through both
@@ -133,6 +132,12 @@ class ControlNetDiffTuningModule(TextPipelineModule):
                     conditioning_embedding_out_channels=tuple(widths),
                     conditioning_channels=self.annotator.channels,
                 )
+        if controlnet.config.cross_attention_dim != unet.config.cross_attention_dim:
+            raise ConfigError(
+                f"The ControlNet takes text of width {controlnet.config.cross_attention_dim}, the pipeline's UNet of "
+                f"width {unet.config.cross_attention_dim}: it is another model's. Give one that was trained beside "
+                f"{self.model}."
+            )
         if controlnet.config.conditioning_channels != self.annotator.channels:
             raise ConfigError(
                 f"The ControlNet takes control maps of {controlnet.config.conditioning_channels} channels, but "
@@ -158,12 +163,12 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return [self.controlnet, self.unet.network]
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """Network output (B, c, h, w) under embeddings (B, L, D) and control maps (B, C, H, W) in [0, 1]."""
-        embeddings = condition["prompt_embeds"]
+        """Network output (B, c, h, w) under a prompt's conditions and control maps (B, C, H, W) in [0, 1]."""
+        given = cast("Any", self.family).unet_inputs(condition)
         down, middle = self.controlnet(
             x_t,
             t,
-            encoder_hidden_states=embeddings,
+            **given,
             controlnet_cond=condition["conditioning_pixel_values"],
             conditioning_scale=1.0 if self.training else self.conditioning_scale,
             return_dict=False,
@@ -171,7 +176,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return self.unet(
             x_t,
             t,
-            encoder_hidden_states=embeddings,
+            **given,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
         ).sample

@@ -20,7 +20,7 @@ from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_folder import folder_of, open_network
 from lightning_difftune.modules.base import DiffTuningModule
-from lightning_difftune.modules.families import Family, family_of
+from lightning_difftune.modules.families import Family, family_of, few_step_name
 from lightning_difftune.modules.optimization import adamw
 from lightning_difftune.modules.prompts import PromptConditions
 from lightning_difftune.modules.subjects import Subject, refuse
@@ -48,6 +48,8 @@ class TextPipelineModule(DiffTuningModule, ABC):
         distilled_guidance: What a guidance-distilled network, such as FLUX.1-dev, is told in sampling and for the bank;
             the bank keeps it as a column. 3.5 for those, ``None`` for the others, which are not told any.
         target_guidance: What such a network is told for target samples; 1 for those.
+        is_step_distilled: Whether the pipeline was distilled to a few steps, so that replay of its samples is refused.
+            By default as its files say: schedulers of few steps, and names such as Turbo.
         frozen_dtype: Precision of the frozen networks: text encoders, and the pre-trained network where it stays as it
             is: under adapters (LoRA), and as the source of the bank. What is trained is float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
@@ -81,6 +83,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         prompt_dropout: float = 0.1,
         distilled_guidance: float | None = None,
         target_guidance: float | None = None,
+        is_step_distilled: bool | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         channels_last: bool = False,
@@ -109,6 +112,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         self.prompts, self.bank_prompts = tuple(prompts), tuple(bank_prompts)
         self.prompt_dropout = prompt_dropout
         self.distilled_guidance, self.target_guidance = distilled_guidance, target_guidance
+        self.is_step_distilled = is_step_distilled
         self.frozen_dtype: torch.dtype = getattr(torch, frozen_dtype)
         self.gradient_checkpointing = gradient_checkpointing
         self.channels_last = channels_last
@@ -205,14 +209,13 @@ class TextPipelineModule(DiffTuningModule, ABC):
             ConfigError: If the network was distilled to a few steps and the bank's samples would be replayed as data,
                 or has no unconditional branch and the bank is to be drawn under the empty prompt.
         """
-        scheduler = dict(self.source_facts.scheduler or {})
         network: Any = self.trainable_modules()[0]
         is_replay = self.uses_retention and self.objective.retention_target is None
-        if is_replay and self.family.is_step_distilled(network, scheduler):
+        if is_replay and (sign := self._sign_of_few_steps(network)) is not None:
             raise ConfigError(
-                f"{self.model} was distilled to a few steps. Training on its samples as data (replay) undoes that. "
-                "Retain by the network's own predictions: set the objective's retention_target to OnlineTeacher, or "
-                "tune the model that it was distilled from."
+                f"{self.model} was distilled to a few steps, by {sign}. Training on its samples as data (replay) undoes "
+                "that. Retain by the network's own predictions: set the objective's retention_target to OnlineTeacher, "
+                "or tune the model that it was distilled from. If it was not, set is_step_distilled to false."
             )
         if is_replay and self.family.takes_guidance(network) and not all(self.bank_prompts):
             raise ConfigError(
@@ -220,6 +223,18 @@ class TextPipelineModule(DiffTuningModule, ABC):
                 "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it shall keep."
             )
         return super().bank_generator(pictures)
+
+    def _sign_of_few_steps(self, network: Any) -> str | None:
+        """What says that the pipeline was distilled to a few steps; ``None`` if nothing does."""
+        if self.is_step_distilled is not None:
+            return "what is_step_distilled says" if self.is_step_distilled else None
+        if self.family.is_step_distilled(network, dict(self.source_facts.scheduler or {})):
+            return "what its network and its scheduler are"
+        folder = folder_of(self.model, self.family.network_folder, self.revision)
+        files = (folder / "model_index.json", folder / self.family.network_folder / "config.json")
+        stated = [str(read_json(file).get("_name_or_path", "")) for file in files if file.exists()]
+        name = few_step_name([self.model, *stated])
+        return None if name is None else f"its name {name}"
 
     def on_fit_start(self) -> None:
         """Say aloud that guided samples of the bank are replayed as if they were plain ones."""

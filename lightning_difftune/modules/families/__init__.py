@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -88,12 +89,29 @@ class Family(Protocol):
         ...
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
-        """Whether the network was distilled to a few steps, which training on samples as data would undo."""
+        """Whether network and scheduler are those of one distilled to a few steps, which replay would undo."""
         ...
 
     def takes_guidance(self, network: Any) -> bool:
         """Whether the network is told its guidance as a number, ``guidance`` (B,), in place of a second branch."""
         ...
+
+
+_FEW_STEPS = {"turbo", "lightning", "schnell", "lcm", "hyper", "flash", "tcd", "dmd", "dmd2"}
+
+
+def few_step_name(names: Sequence[str]) -> str | None:
+    """The first name with a word that models distilled to a few steps are called by, such as ``sdxl-turbo``.
+
+    Of a path or a repository the last part counts.
+
+    Example:
+        >>> few_step_name(["models/base", "stabilityai/stable-diffusion-3.5-large-turbo"])
+        'stabilityai/stable-diffusion-3.5-large-turbo'
+        >>> few_step_name(["lightning_runs/sdxl", "turboprop"])
+    """
+    words = ({*re.split(r"[^a-z0-9]+", Path(name).name.lower())} for name in names)
+    return next((name for name, found in zip(names, words, strict=True) if found & _FEW_STEPS), None)
 
 
 def family_of(model: str | Path, revision: str | None = None) -> Family:

@@ -83,7 +83,7 @@ class StableDiffusion3:
         return Uniform(3.0)
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
-        """Not told by anything in the folder; Turbo's transformer and scheduler are as the others'."""
+        """Not told by these; Turbo's transformer and scheduler are as the others', and only its name differs."""
         return False
 
     def takes_guidance(self, network: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.modules.families.stable_diffusion import has_few_steps
+from lightning_difftune.modules.families.stable_diffusion import FURTHER_INPUTS, has_few_steps
 from lightning_difftune.modules.families.text import PipelineText
 from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts, betas_of
@@ -64,13 +64,21 @@ class StableDiffusionXL:
                 f"numbers of text and size; SDXL's text encoders and autoencoder go with {wanted} and {pooled}. The "
                 "refiner and pipelines for inpainting are not supported."
             )
+        further = [name for name in FURTHER_INPUTS if name != "addition_embed_type" and config.get(name) is not None]
+        if further:
+            raise CheckpointError(
+                f"{model}: its UNet takes inputs beyond noisy latents, text and sizes ({', '.join(further)}), as those "
+                "of consistency models (LCM) and IP adapters do. They are not supported."
+            )
+
+    def unet_inputs(self, condition: dict[str, Tensor]) -> dict[str, Any]:
+        """Text and sizes, as the UNet and a ControlNet beside it take them."""
+        added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]}
+        return {"encoder_hidden_states": condition["prompt_embeds"], "added_cond_kwargs": added}
 
     def call(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """The UNet under text and sizes."""
-        added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]}
-        output: Tensor = network(
-            x_t, t, encoder_hidden_states=condition["prompt_embeds"], added_cond_kwargs=added
-        ).sample
+        output: Tensor = network(x_t, t, **self.unet_inputs(condition)).sample
         return output
 
     def sampler(self) -> Sampler:

@@ -74,9 +74,13 @@ class StableDiffusion:
                 f"{text.shape[1]}. The parts are not of one pipeline."
             )
 
+    def unet_inputs(self, condition: dict[str, Tensor]) -> dict[str, Any]:
+        """``prompt_embeds`` (B, L, D), as the UNet and a ControlNet beside it take them."""
+        return {"encoder_hidden_states": condition["prompt_embeds"]}
+
     def call(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The UNet under ``prompt_embeds`` (B, L, D)."""
-        output: Tensor = network(x_t, t, encoder_hidden_states=condition["prompt_embeds"]).sample
+        """The UNet under text."""
+        output: Tensor = network(x_t, t, **self.unet_inputs(condition)).sample
         return output
 
     def sampler(self) -> Sampler:
