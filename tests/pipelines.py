@@ -6,9 +6,14 @@ import string
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from lightning_difftune import MemoryBankDataModule, TextToImageDiffTuningModule
+
 FAMILIES = ("sdxl", "flux", "sd3")  # each has a function here that makes its pipeline
+PROMPTS = ["a cat", "grey dog", "red"]
+ATTENTION = ("to_q", "to_v")
 
 
 def clip_tokenizer() -> Any:
@@ -36,7 +41,7 @@ def clip_encoder(projects: bool) -> Any:
         **ids,
     )
     encoder = (CLIPTextModelWithProjection if projects else CLIPTextModel)(config)
-    torch.nn.init.normal_(encoder.get_input_embeddings().weight.data)
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
     return encoder
 
 
@@ -59,7 +64,7 @@ def t5(width: int = 32) -> tuple[Any, Any]:
         feed_forward_proj="gated-gelu",
     )
     encoder = T5EncoderModel(config)
-    torch.nn.init.normal_(encoder.get_input_embeddings().weight.data)
+    torch.nn.init.normal_(encoder.get_input_embeddings().weight)
     return encoder, tokenizer
 
 
@@ -191,3 +196,29 @@ def sd3(folder: Path) -> Path:
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+def module_of(folder: str, **settings: Any) -> TextToImageDiffTuningModule:
+    defaults = {"image_size": 32, "prompts": PROMPTS, "bank_prompts": PROMPTS[:2]}
+    return TextToImageDiffTuningModule(folder, **{**defaults, **settings})
+
+
+def built(folder: str, **settings: Any) -> TextToImageDiffTuningModule:
+    module = module_of(folder, **settings)
+    module.configure_model()
+    return module.eval()
+
+
+def pipeline_of(folder: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def data_of(tmp_path: Path, **settings: Any) -> MemoryBankDataModule:
+    rng = np.random.default_rng(0)
+    source: Any = [(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), PROMPTS[i % 3]) for i in range(6)]
+    defaults = {"bank": tmp_path / "bank", "bank_size": 4, "batch_size": 5, "image_size": 32}
+    return MemoryBankDataModule(source, **{**defaults, **settings})

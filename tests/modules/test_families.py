@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from pipelines import FAMILIES
+from pipelines import ATTENTION, FAMILIES, PROMPTS, built, data_of, module_of, pipeline_of
 from tiny import quiet_trainer
 
-from lightning_difftune import DiffTuningObjective, MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
+from lightning_difftune import DiffTuningObjective, MemoryBank, TextToImageDiffTuningModule
 from lightning_difftune.cli import main
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.data import LatentCache
@@ -30,35 +30,6 @@ from lightning_difftune.modules import families
 from lightning_difftune.retention_targets import OnlineTeacher
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
-
-PROMPTS = ["a cat", "grey dog", "red"]
-ATTENTION = ("to_q", "to_v")
-
-
-def module_of(folder: str, **settings: Any) -> TextToImageDiffTuningModule:
-    defaults = {"image_size": 32, "prompts": PROMPTS, "bank_prompts": PROMPTS[:2]}
-    return TextToImageDiffTuningModule(folder, **{**defaults, **settings})
-
-
-def built(folder: str, **settings: Any) -> TextToImageDiffTuningModule:
-    module = module_of(folder, **settings)
-    module.configure_model()
-    return module.eval()
-
-
-def pipeline_of(folder: str) -> Any:
-    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def data_of(tmp_path: Path, **settings: Any) -> MemoryBankDataModule:
-    rng = np.random.default_rng(0)
-    source: Any = [(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), PROMPTS[i % 3]) for i in range(6)]
-    defaults = {"bank": tmp_path / "bank", "bank_size": 4, "batch_size": 5, "image_size": 32}
-    return MemoryBankDataModule(source, **{**defaults, **settings})
 
 
 def latents_of(pipeline: Any, family: str, noise: torch.Tensor, steps: int, guidance: float) -> torch.Tensor:
