@@ -214,8 +214,9 @@ class TextPipelineModule(DiffTuningModule, ABC):
         if is_replay and (sign := self._sign_of_few_steps(network)) is not None:
             raise ConfigError(
                 f"{self.model} was distilled to a few steps, by {sign}. Training on its samples as data (replay) "
-                "undoes that. Retain by the network's own predictions: set the objective's retention_target to OnlineTeacher, "
-                "or tune the model that it was distilled from. If it was not, set is_step_distilled to false."
+                "undoes that. Retain by the network's own predictions: set the objective's retention_target to "
+                "OnlineTeacher, or tune the model that it was distilled from. If it was not, set is_step_distilled to "
+                "false."
             )
         if is_replay and self.family.takes_guidance(network) and not all(self.bank_prompts):
             raise ConfigError(
