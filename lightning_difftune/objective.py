@@ -67,7 +67,7 @@ class DiffTuningObjective(Tables):
         retention_target: What retained samples are compared with: see :mod:`~lightning_difftune.retention_targets`.
             Their noise by default, which is replay (Eq. 3).
         density: The model family's own training density p0, see :mod:`~lightning_difftune.densities`: t is drawn from
-            p0 psi and p0 xi. Uniform by default.
+            p0 psi and p0 xi. By default that of the model's family, which is uniform where it has none.
 
     Raises:
         ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, both terms have no
@@ -84,6 +84,7 @@ class DiffTuningObjective(Tables):
 
     loss: Loss
     _derived: Loss
+    _derived_density: TimestepDensity | None
     psi: Tensor
     xi: Tensor
     reconsolidation_cdf: Tensor
@@ -112,9 +113,10 @@ class DiffTuningObjective(Tables):
         self.reconsolidation_weight = reconsolidation_weight
         self.weighting = weighting
         self.retention_target = retention_target
-        self.density = density
+        self._derived_density = self.density = density
         self._said: set[str] = set()
         self._given = loss, diffusion
+        self._given_density = density
         self.bind(SourceFacts("The model", "", learned_variance=True))
 
     def bind(self, source: SourceFacts) -> SourceFacts:
@@ -164,6 +166,8 @@ class DiffTuningObjective(Tables):
                 f"hybrid_loss trains a variance, and {source.name} predicts none. Leave the loss out, or set it to "
                 "eps_mse_loss."
             )
+        given = self._given_density if self.density is self._derived_density else self.density  # assigned since
+        self._derived_density = self.density = given if given is not None else source.density
         self.prediction_type: PredictionType = prediction
         self._derived = self.loss = loss if loss is not None else loss_for(prediction, source.learned_variance)
         device = next((table.device for table in self.buffers()), torch.device("cpu"))

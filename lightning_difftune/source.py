@@ -116,6 +116,8 @@ class SourceFacts:
         latents: The scale of the latents that it denoises; ``None`` for a model of pixels.
         condition: What conditions it, such as ``"classes"`` or ``"text"``.
         scheduler: Class (``_class_name``) and settings of the scheduler that it was published with.
+        density: At which noise levels its family is trained, see :mod:`~lightning_difftune.densities`; ``None`` is
+            uniformly.
         identity: More of what identifies it, as plain values; checkpoints carry it with name and fingerprint.
     """
 
@@ -127,6 +129,7 @@ class SourceFacts:
     latents: LatentScale | None = None
     condition: str | None = None
     scheduler: Mapping[str, Any] | None = None
+    density: Any = None
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -258,6 +261,11 @@ def check_scheduler(scheduler: Any, source: SourceFacts, role: str = "the sample
         raise ConfigError(
             f"{source.name} predicts {wanted!r}, but {role} integrates with {kind}, which {takes}. {fix}, or leave the "
             "scheduler out: it is then made for the model."
+        )
+    if config.get("timestep_type") == "continuous":
+        raise ConfigError(
+            f"{role}: {kind} has timestep_type 'continuous', which tells the network logarithms of its noise, and "
+            f"{source.name} knows timesteps. Set the scheduler's timestep_type to 'discrete'."
         )
     uses_flow = config.get("use_flow_sigmas")
     if uses_flow is not None and bool(uses_flow) != (wanted == "flow_prediction"):

@@ -9,12 +9,14 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from tiny import tiny_dit
+from tiny import quiet_trainer, tiny_dit, tiny_pictures
 
 from lightning_difftune import (
     ControlNetDiffTuningModule,
     DiffTuningObjective,
     DiTDiffTuningModule,
+    MemoryBankDataModule,
+    PowerSchedule,
     TextToImageDiffTuningModule,
 )
 from lightning_difftune.data.annotators import Canny
@@ -280,6 +282,7 @@ def test_processes_are_compared_by_their_levels():
         # It takes the velocities of a sine of t in [0, 1], not noise at T timesteps.
         (diffusers.IPNDMScheduler(), "IPNDMScheduler, which does not say what it takes.*Take one of a Gaussian diff"),
         (diffusers.EDMEulerScheduler(), "has no alphas_cumprod.*Take one with betas, such as diffusers.DDIM"),
+        (diffusers.EulerDiscreteScheduler(**DIT, timestep_type="continuous"), "timestep_type to 'discrete'"),
         (diffusers.DDIMScheduler(prediction_type="flow_prediction"), "DDIMScheduler, which does not say what it takes"),
         (diffusers.DDPMScheduler(**DIT, clip_sample=False, variance_type="learned_range"), "predicts no variance"),
         (diffusers.DDIMScheduler(**DIT, clip_sample=True, clip_sample_range=0.5), "clip_sample_range to 1.0"),
@@ -407,6 +410,31 @@ def test_a_folder_of_others_says_what_it_was_trained_with(tmp_path):
     assert module.objective.loss is v_mse_loss
     assert module.sampler.scheduler.config.prediction_type == "v_prediction"
     assert module.objective.diffusion.levels()[0, 500] == pytest.approx(0.702, abs=0.01)  # cos(pi/2 * (0.5 + ..))
+
+
+def test_an_objective_or_loss_that_comes_later_is_compared_too(tmp_path):
+    module = DiTDiffTuningModule(tiny_dit(num_classes=3))
+    module.configure_model()
+    with pytest.raises(ConfigError, match="predicts 'epsilon', but the objective's loss is v_mse_loss"):
+        module.objective = DiffTuningObjective(loss=v_mse_loss)
+    module.objective = DiffTuningObjective(PowerSchedule(0.5))
+    assert module.objective.loss is hybrid_loss
+    module.objective.schedule = PowerSchedule(1.0)
+    data = MemoryBankDataModule(tiny_pictures(), num_classes=3, image_size=8, channels=1, batch_size=4)
+    quiet_trainer(tmp_path, 1).fit(module, data)
+    torch.testing.assert_close(module.objective.psi, torch.arange(1, 1001) / 1000, msg="psi is of the new schedule")
+    module.objective.loss = v_mse_loss
+    with pytest.raises(ConfigError, match="predicts 'epsilon', but the objective's loss is v_mse_loss"):
+        quiet_trainer(tmp_path, 2).fit(module, data)
+
+
+def test_an_objective_that_two_modules_get_has_the_density_of_each(pipeline_folder, folder_of):
+    objective = DiffTuningObjective()
+    flux = TextToImageDiffTuningModule(folder_of("flux"), image_size=32, objective=objective)
+    flux.configure_model()
+    assert objective.density is not None
+    TextToImageDiffTuningModule(pipeline_folder, objective=objective).configure_model()
+    assert objective.density is None
 
 
 class Latents(DiTDiffTuningModule):

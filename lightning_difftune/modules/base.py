@@ -167,6 +167,12 @@ class DiffTuningModule(DiffusionModel):
         self._weight_casts = WeightCasts(self.denoising_modules())
         self._is_built = True
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Bind an objective that comes after the model to it."""
+        if name == "objective" and hasattr(self, "source_facts"):
+            self.source_facts = value.bind(self.source_facts)
+        super().__setattr__(name, value)
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """All parameters; the module is built if it is not yet, since an optimizer may be made before a fit."""
         self.configure_model()
@@ -227,6 +233,7 @@ class DiffTuningModule(DiffusionModel):
     def on_fit_start(self) -> None:
         """Say what is about to be trained and which preset that is, and warn of a precision that the CPU emulates."""
         self._finite = FiniteLoss()
+        self.source_facts = self.objective.bind(self.source_facts)  # its loss or schedule may have been assigned since
         trained = sum(p.numel() for p in self.trainable_parameters())
         rank_zero_info(f"Training {trained:,} parameters of {self.base_identity.get('name', 'the model')}.")
         rank_zero_info(describe_preset(self, getattr(self.trainer, "datamodule", None)))

@@ -134,8 +134,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
         self._text = PromptConditions(self.text_encoder)
         self.family.check(self.model, network, self.text_encoder, self._sample_shape[0])
         self._set_guidance(self.family.takes_guidance(network))
-        if self.objective.density is None:
-            self.objective.density = self.family.density(self._sample_shape[1] * self._sample_shape[2] // 4)
         return network
 
     def _set_guidance(self, is_told: bool) -> None:
@@ -176,6 +174,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
             read_json(folder / "scheduler" / "scheduler_config.json"),
             latents=self.autoencoder.scale,
             condition="text",
+            density=self.family.density(self._sample_shape[1] * self._sample_shape[2] // 4),
             identity=identity,
         )
 
