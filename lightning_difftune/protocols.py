@@ -79,24 +79,6 @@ class GeneratesClasses(Protocol):
 
 
 @runtime_checkable
-class SupportsSwap(Protocol):
-    """A model whose last reverse steps can be left to the network that it was tuned from."""
-
-    def generate_swapped(self, indices: Tensor, fractions: Sequence[float]) -> Tensor:
-        """Indices (B,) int64 and P fractions of the steps in [0, 1] => pictures (P, B, 1 or 3, H, W) uint8."""
-        ...
-
-
-@runtime_checkable
-class SupportsReconstruct(Protocol):
-    """A model of latents, whose autoencoder loses a part of every picture."""
-
-    def reconstruct(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) uint8 => what encoding and decoding makes of them, of the same shape and type."""
-        ...
-
-
-@runtime_checkable
 class SupportsDenoisingLosses(Protocol):
     """A module whose denoising can be compared with that of the network it was tuned from."""
 
@@ -244,28 +226,6 @@ class Annotator(Protocol):
 
     def identity(self) -> str:
         """What decides the maps: name, constants and, for networks, the weights' fingerprint; a key of stores."""
-        ...
-
-
-@runtime_checkable
-class SupportsControl(Protocol):
-    """A module whose pictures follow control maps."""
-
-    def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
-        """Generate one picture for each control map; sample i's noise depends on the seed and i alone.
-
-        Args:
-            indices: Sample indices (B,) int64.
-            conditioning: Control maps (B, c, H, W) uint8, on any device.
-            captions: B captions.
-
-        Returns:
-            Pictures (B, 3, H, W) uint8.
-        """
-        ...
-
-    def annotate(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) uint8 on any device => their control maps (B, c, H, W) uint8."""
         ...
 
 

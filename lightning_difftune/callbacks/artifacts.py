@@ -1,4 +1,4 @@
-"""Files that callbacks leave beside the logs: pictures, tables, figures."""
+"""Files that callbacks write next to the logs: pictures, tables, figures."""
 
 from __future__ import annotations
 

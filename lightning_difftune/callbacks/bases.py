@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.pictures import check_pictures
@@ -22,11 +23,11 @@ class GenerationCallback(Callback, ABC):
     """Base of callbacks that have pictures generated at the end of a validation, by the weights it was run with.
 
     Subclass it to look at pictures in a way of your own: :meth:`evaluate` is called when it is time, on every process,
-    and asks for pictures as it likes, in the batches that :meth:`batches` gives. With :class:`EMA` among the callbacks,
+    and generates what it needs, in the batches that :meth:`batches` gives. With :class:`EMA` among the callbacks,
     the weights are the averaged ones. It is not called in Lightning's sanity check or ``fast_dev_run``. The global
     random state is the same afterwards, so looking at samples more or less often does not change the training. For a
     value that is to be in checkpoints and in the report, derive from
-    :class:`~lightning_difftune.callbacks.MeasuringCallback`, too.
+    :class:`~lightning_difftune.callbacks.MeasuringCallback` as well.
 
     Args:
         num_samples: How many pictures are generated: indices 0 .. num_samples - 1.
@@ -186,3 +187,15 @@ class MeasuringCallback(Callback):
             )
         self.history = [(int(step), value) for step, value in state_dict["history"]]
         self._latest_step = self.history[-1][0] if self.history else None
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A ``with`` block in which a module is in evaluation mode; afterwards each part has the mode that it had."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

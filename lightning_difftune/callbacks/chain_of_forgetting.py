@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -15,7 +16,15 @@ from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.metrics import FrechetDistance
 from lightning_difftune.pictures import check_pictures
 from lightning_difftune.plots import swap_figure
-from lightning_difftune.protocols import SupportsSwap
+
+
+@runtime_checkable
+class SupportsSwap(Protocol):
+    """A model whose last reverse steps can be left to the network that it was tuned from."""
+
+    def generate_swapped(self, indices: Tensor, fractions: Sequence[float]) -> Tensor:
+        """Indices (B,) int64 and P fractions of the steps in [0, 1] => pictures (P, B, 1 or 3, H, W) uint8."""
+        ...
 
 
 class ChainOfForgetting(DistanceCallback):
@@ -32,7 +41,7 @@ class ChainOfForgetting(DistanceCallback):
         num_samples: Generated pictures for each p.
         percents: The p, each in [0, 100].
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features`` = D and, if it
-            likes, ``name``. ``None`` is :class:`~lightning_difftune.metrics.InceptionV3Features`.
+            has one, a ``name``. ``None`` is :class:`~lightning_difftune.metrics.InceptionV3Features`.
         every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
         batch_size: Samples generated at a time.
         shown: Samples in the strip.
@@ -91,14 +100,14 @@ class ChainOfForgetting(DistanceCallback):
         with self.on_device(pl_module) as distance, self.progress(trainer) as progress:
             self.measure_reference(trainer, progress)
             distances = [FrechetDistance(distance.feature_extractor) for _ in self.percents]
-            for one in distances:
-                one.to(distance.device).load_real_state(distance.real_state())
+            for swapped_distance in distances:
+                swapped_distance.to(distance.device).load_real_state(distance.real_state())
             for batch in progress.track(self.share(trainer), description=f"{self.monitor}: swapped pictures"):
                 swapped = self.swapped_pictures(trainer, pl_module, batch)
-                for one, pictures in zip(distances, swapped, strict=True):
-                    one.update(pictures.to(distance.device), real=False)
+                for swapped_distance, pictures in zip(distances, swapped, strict=True):
+                    swapped_distance.update(pictures.to(distance.device), real=False)
                 strip.append(swapped[:, : max(0, self.shown - batch.start)].cpu())
-            values = trainer.strategy.broadcast([one.compute().item() for one in distances])
+            values = trainer.strategy.broadcast([swapped_distance.compute().item() for swapped_distance in distances])
         result = dict(zip(self.percents, values, strict=True))
         self.history.append((step, result))
         for percent, value in result.items():

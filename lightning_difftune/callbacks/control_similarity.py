@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -17,9 +18,31 @@ from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import check_pictures, grid_of
-from lightning_difftune.protocols import SupportsControl, SupportsControlExamples
+from lightning_difftune.protocols import SupportsControlExamples
 
 ROWS = ("control map", "drawn after it", "map found in what was drawn")  # of the pictures that are saved
+
+
+@runtime_checkable
+class SupportsControl(Protocol):
+    """A module whose pictures follow control maps."""
+
+    def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
+        """Generate one picture for each control map; sample i's noise depends on the seed and i alone.
+
+        Args:
+            indices: Sample indices (B,) int64.
+            conditioning: Control maps (B, c, H, W) uint8, on any device.
+            captions: B captions.
+
+        Returns:
+            Pictures (B, 3, H, W) uint8.
+        """
+        ...
+
+    def annotate(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 on any device => their control maps (B, c, H, W) uint8."""
+        ...
 
 
 class ControlSimilarity(MeasuringCallback, GenerationCallback):
@@ -216,7 +239,7 @@ def _controlled(pl_module: L.LightningModule) -> SupportsControl:
     raise ConfigError(
         f"ControlSimilarity needs a module whose pictures follow control maps, but {type(pl_module).__name__} has not "
         "both `generate_controlled(indices, conditioning, captions)` and `annotate(pictures)`. Add the methods; "
-        "lightning_difftune.protocols.SupportsControl says what they take and return."
+        "lightning_difftune.callbacks.control_similarity.SupportsControl says what they take and return."
     )
 
 

@@ -24,7 +24,7 @@ class EWC(Callback):
     :math:`\theta^0` are the values of the parameters that require a gradient when ``fit`` starts, so factors and
     adapters that a tuner has inserted count from their initial values, though the pre-trained network has none. The
     layers of ``peft`` that state their update of a weight, as LoRA's do, count by that update: merged minus original
-    weight, alpha / r included, whatever the factors are. (DoRA's magnitudes are no such update and do not count.)
+    weight, alpha / r included, whatever the factors are. (DoRA's magnitudes are not such an update and do not count.)
 
     Nothing is synchronized: under DDP all processes hold the same weights. A second ``fit`` of the same module, and a
     resumed one, measure from where the first began.

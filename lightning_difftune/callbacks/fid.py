@@ -24,7 +24,7 @@ class FID(DistanceCallback):
     Args:
         num_samples: Generated pictures; the paper has 10,000.
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features`` = D and, if it
-            likes, ``name``. ``None`` is :class:`~lightning_difftune.metrics.InceptionV3Features`.
+            has one, a ``name``. ``None`` is :class:`~lightning_difftune.metrics.InceptionV3Features`.
         every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
         batch_size: Pictures generated at a time.
         reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` asks

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
+from lightning_difftune.callbacks.bases import evaluating
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.plots import forgetting_figure
@@ -99,7 +100,7 @@ class ForgettingMeter(Callback):
         step = self._latest_step = trainer.global_step
         self._probe = None
         self.history = [(s, losses) for s, losses in self.history if s <= step] if step > 0 else []
-        if not self.history:  # a new run, not one that goes on
+        if not self.history:  # a new run, not a resumed one
             self._bank, self.pretrained = None, {}
         if not trainer.is_global_zero:
             return
@@ -138,7 +139,7 @@ class ForgettingMeter(Callback):
             self._record(trainer, pl_module, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write table, heat map and proposed schedule, and let the samples go."""
+        """Write table, heat map and proposed schedule, and free the samples."""
         self._target = self._probe = None
         if not trainer.is_global_zero or not self.history:
             return
@@ -168,7 +169,7 @@ class ForgettingMeter(Callback):
         if self._bank is not None:
             self._bank = batch["retention"] = move_data_to_device(self._bank, pl_module.device)
         self.edges = [round(k * pl_module.num_timesteps / self.num_bins) for k in range(self.num_bins + 1)]
-        with evaluating(trainer, pl_module):
+        with measuring(trainer, pl_module):
             self._probe = pl_module.prepare(batch, Draws(self.seed, 0, pl_module.device))
             if self.interval is None:
                 passes = self.num_bins * len(self._probe[0])
@@ -200,7 +201,7 @@ class ForgettingMeter(Callback):
     def _record(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         """Measure the weights of this step, and log."""
         assert self._probe is not None
-        with evaluating(trainer, pl_module):
+        with measuring(trainer, pl_module):
             losses = self._losses(pl_module, pl_module.denoise, self._probe[1])
         self.history.append((step, losses))
         digits = len(str(self.edges[-1] - 1))
@@ -234,16 +235,10 @@ class ForgettingMeter(Callback):
 
 
 @contextmanager
-def evaluating(trainer: L.Trainer, module: nn.Module) -> Iterator[None]:
-    """A ``with`` block in eval mode, without gradients, at the trainer's precision; each part's mode comes back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        for part in training:
-            part.training = True
+def measuring(trainer: L.Trainer, module: nn.Module) -> Iterator[None]:
+    """A ``with`` block in evaluation mode, without gradients, at the trainer's precision."""
+    with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+        yield
 
 
 def first_of(samples: dict[str, Any], count: int) -> dict[str, Any]:
@@ -255,8 +250,8 @@ def spread_over(loader: Any, count: int) -> dict[str, Any] | None:
     """At most ``count`` target samples, evenly spaced over all batches of a loader; ``None`` of an empty loader."""
     found: dict[str, Any] | None = None
     for batch in loader:
-        some = evenly(batch["target"], -(-count // len(loader)))
-        found = some if found is None else joined(found, some)
+        chosen = evenly(batch["target"], -(-count // len(loader)))
+        found = chosen if found is None else joined(found, chosen)
     return None if found is None else evenly(found, count)
 
 

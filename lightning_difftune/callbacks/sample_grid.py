@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import PictureLog
-from lightning_difftune.callbacks.bases import SampleCallback
+from lightning_difftune.callbacks.bases import SampleCallback, evaluating
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.pictures import grid_of
 from lightning_difftune.protocols import SupportsReferenceImages
@@ -155,15 +154,3 @@ def first_of(batches: Iterable[Tensor], count: int) -> Tensor:
         if sum(map(len, found)) == count:
             break
     return torch.cat(found)
-
-
-@contextmanager
-def evaluating(module: L.LightningModule) -> Iterator[None]:
-    """A ``with`` block in which a module and its parts are in evaluation mode."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -43,7 +43,7 @@ for message in (
     "Total length of .* across ranks is zero",  # no held-out pictures, or the bank is complete
     "ReduceLROnPlateau conditioned on metric .* which is not available but strict",  # the module steps it
     r"Found \d module\(s\) in eval mode",  # the frozen networks
-    "You're resuming from a checkpoint that ended before the epoch ended",  # MemoryBankDataModule goes on exactly there
+    "You're resuming from a checkpoint that ended before the epoch ended",  # our batches continue exactly there
 ):
     warnings.filterwarnings("ignore", message=message)
 for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
@@ -156,7 +156,7 @@ def loggers_of(given: Any, folder: str | None) -> Any:
     """What a run logs to: a CSV file and, if installed, TensorBoard in a new ``version_N``; or what the config says.
 
     Loggers of services, such as Weights & Biases and MLflow, have no folder that is the run's alone, where its config,
-    checkpoints and pictures could go: the CSV file is then kept beside them.
+    checkpoints and pictures could go: the CSV file is then kept in addition.
 
     Args:
         given: The trainer's ``logger``: None or True, False, a logger or several.

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics.frechet import FrechetDistance
-from lightning_difftune.protocols import SupportsLabelledImages, SupportsReconstruct
+from lightning_difftune.protocols import SupportsLabelledImages
+
+
+@runtime_checkable
+class SupportsReconstruct(Protocol):
+    """A model of latents, whose autoencoder loses a part of every picture."""
+
+    def reconstruct(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) uint8 => what encoding and decoding makes of them, of the same shape and type."""
+        ...
 
 
 class ReconstructionQuality:

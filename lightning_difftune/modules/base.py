@@ -219,7 +219,7 @@ class DiffTuningModule(DiffusionModel):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip gradients, with fused optimizers under bf16-mixed, too.
+        """Clip gradients, also with fused optimizers under bf16-mixed.
 
         Lightning refuses these for the sake of fp16, whose scaled gradients a fused step unscales itself.
         """

@@ -19,9 +19,12 @@ def describe(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> dict[str, 
     """How optimizers and schedulers that have not stepped are configured, in plain values."""
     return {
         "optimizers": [
-            {"class": _name(one), "groups": _groups(one), "defaults": _plain(one.defaults)} for one in optimizers
+            {"class": _name(optimizer), "groups": _groups(optimizer), "defaults": _plain(optimizer.defaults)}
+            for optimizer in optimizers
         ],
-        "schedulers": [{"class": _name(one), "state": _plain(one.state_dict())} for one in schedulers],
+        "schedulers": [
+            {"class": _name(scheduler), "state": _plain(scheduler.state_dict())} for scheduler in schedulers
+        ],
     }
 
 
@@ -56,19 +59,25 @@ def carry_settings(checkpoint: dict[str, Any], optimizers: Sequence[Any], schedu
     new_schedule = _schedule_changes(record, now, changes)
     if schedulers and not new_schedule:
         _refuse_unused_rate(record, now, schedulers)
-    managed = {key for one in optimizers for group in one.param_groups for key in group if key not in one.defaults}
+    managed = {
+        key
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for key in group
+        if key not in optimizer.defaults
+    }
     if new_schedule:
-        before = [[dict(group) for group in one.param_groups] for one in optimizers]
+        before = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
         _advance(schedulers, checkpoint)
-        checkpoint["lr_schedulers"] = [one.state_dict() for one in schedulers]
+        checkpoint["lr_schedulers"] = [scheduler.state_dict() for scheduler in schedulers]
         managed |= {
             key
-            for one, groups in zip(optimizers, before, strict=True)
-            for group, old in zip(one.param_groups, groups, strict=True)
+            for optimizer, groups in zip(optimizers, before, strict=True)
+            for group, old in zip(optimizer.param_groups, groups, strict=True)
             for key in group
             if key != "params" and _plain(group[key]) != _plain(old.get(key))
         }
-        if any(not isinstance(one, ReduceLROnPlateau) for one in schedulers) or not schedulers:
+        if any(not isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers) or not schedulers:
             managed.add("lr")
     for number, (optimizer, state) in enumerate(zip(optimizers, states, strict=True)):
         old_groups, new_groups = record["optimizers"][number]["groups"], now["optimizers"][number]["groups"]
@@ -83,7 +92,7 @@ def carry_settings(checkpoint: dict[str, Any], optimizers: Sequence[Any], schedu
             if new_schedule:
                 for key in [key for key in target if key not in current and key != "params"]:
                     del target[key]  # of a scheduler that is no longer there
-    if schedulers and all(isinstance(one, ReduceLROnPlateau) for one in schedulers):
+    if schedulers and all(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
         _carry_plateau(record, now, checkpoint, schedulers, changes)
     return list(dict.fromkeys(changes))
 
@@ -109,11 +118,13 @@ def _check_kind(saved: str | None, optimizer: Any, state: dict[str, Any]) -> Non
 def _schedule_changes(record: dict[str, Any], now: dict[str, Any], changes: list[str]) -> bool:
     """Whether the rates of the steps to come are no longer those that the run was started with."""
     old, new = record["schedulers"], now["schedulers"]
-    if [one["class"] for one in old] != [one["class"] for one in new]:
-        names = [", ".join(one["class"].rpartition(".")[2] for one in side) or "none" for side in (old, new)]
+    if [scheduler["class"] for scheduler in old] != [scheduler["class"] for scheduler in new]:
+        names = [
+            ", ".join(scheduler["class"].rpartition(".")[2] for scheduler in side) or "none" for side in (old, new)
+        ]
         changes.append(f"scheduler {names[0]} -> {names[1]}")
         return True
-    if not new or all(one["class"].endswith("ReduceLROnPlateau") for one in new):
+    if not new or all(scheduler["class"].endswith("ReduceLROnPlateau") for scheduler in new):
         return False  # which has no schedule
     for before, after in zip(old, new, strict=True):
         if before["state"] != after["state"]:
@@ -124,18 +135,18 @@ def _schedule_changes(record: dict[str, Any], now: dict[str, Any], changes: list
                 changes.append("the scheduler's settings")
             return True
     managed = ("lr", "initial_lr", "max_lr", "min_lr")
-    groups = [[g for one in side["optimizers"] for g in one["groups"]] for side in (record, now)]
+    groups = [[g for optimizer in side["optimizers"] for g in optimizer["groups"]] for side in (record, now)]
     return any(a.get(key) != b.get(key) for a, b in zip(*groups, strict=True) for key in managed)
 
 
 def _refuse_unused_rate(record: dict[str, Any], now: dict[str, Any], schedulers: Sequence[Any]) -> None:
     """Say that a new rate is of no effect where the scheduler has one of its own."""
-    for old, new, one in zip(record["optimizers"], now["optimizers"], schedulers, strict=False):
+    for old, new, scheduler in zip(record["optimizers"], now["optimizers"], schedulers, strict=False):
         rates = [side.get("defaults", {}).get("lr") for side in (old, new)]
         if rates[0] != rates[1] and old["groups"][0].get("lr") == new["groups"][0].get("lr"):
             raise ConfigError(
                 f"The optimizer's lr was {_shown(rates[0])} and is {_shown(rates[1])}, which has no effect: "
-                f"{type(one).__name__} has a rate of its own, max_lr = {_shown(new['groups'][0].get('max_lr'))}. "
+                f"{type(scheduler).__name__} has a rate of its own, max_lr = {_shown(new['groups'][0].get('max_lr'))}. "
                 "Change that one, or set it to -1 to have it follow lr."
             )
 
@@ -167,12 +178,12 @@ def _carry_plateau(
     changes: list[str],
 ) -> None:
     """Set what was changed of schedulers that go by a metric; what they have seen of it stays."""
-    for old, new, state, one in zip(
+    for old, new, state, scheduler in zip(
         record["schedulers"], now["schedulers"], checkpoint["lr_schedulers"], schedulers, strict=True
     ):
         for key, value in new["state"].items():
             if old["state"].get(key) != value and not key.startswith("_"):
-                state[key] = one.state_dict()[key]
+                state[key] = scheduler.state_dict()[key]
                 changes.append(f"{key} {_shown(old['state'].get(key))} -> {_shown(value)}")
 
 
@@ -182,8 +193,8 @@ def say_changes(changes: Sequence[str], step: int) -> None:
         rank_zero_info(f"Changed since the checkpoint, from step {step:,} on: {', '.join(changes)}.")
 
 
-def _name(one: Any) -> str:
-    return f"{type(one).__module__}.{type(one).__qualname__}"
+def _name(instance: Any) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
@@ -203,7 +214,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): inner for key in value if (inner := _plain(value[key])) is not _SKIPPED}
     if isinstance(value, list | tuple):
-        return [inner for one in value if (inner := _plain(one)) is not _SKIPPED]
+        return [inner for entry in value if (inner := _plain(entry)) is not _SKIPPED]
     return value if value is None or type(value) in (bool, int, float, str) else _SKIPPED
 
 

@@ -40,7 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_file(file) as opened:
                 torch.save(checkpoint, opened)
         except (OSError, RuntimeError) as error:  # torch's writer may put an error of its own before the disk's
-            cause = next((one for one in (error, error.__context__) if isinstance(one, OSError)), error)
+            cause = next((cause for cause in (error, error.__context__) if isinstance(cause, OSError)), error)
             state = "the one that was there is as it was" if file.exists() else "none is there"
             raise CheckpointError(
                 f"The checkpoint {file} cannot be written ({cause}); {state}. Free some space or make the folder "

@@ -30,7 +30,7 @@ from lightning_difftune.source import SourceFacts
 
 
 class ControlNetDiffTuningModule(TextPipelineModule):
-    """Diff-Tuning of a ControlNet beside the frozen UNet of a Stable Diffusion pipeline.
+    """Diff-Tuning of a ControlNet for the frozen UNet of a Stable Diffusion pipeline.
 
     The ControlNet starts as a copy of the UNet's encoder, whose outputs are zero at first. The memory bank holds
     pictures that the pipeline draws with the default prompt, and the control maps that ``annotator`` finds in these
@@ -90,7 +90,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
     # -- networks -------------------------------------------------------------------------------------------------
 
     def build(self) -> SourceFacts:
-        """Open the pipeline's networks and put a ControlNet beside them.
+        """Open the pipeline's networks and make a ControlNet for them.
 
         Raises:
             CheckpointError: If the pipeline's network is not a UNet, that of Stable Diffusion 1.x, 2.x or XL.
@@ -98,7 +98,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         unet = self.open_pipeline()
         if not hasattr(self.family, "unet_inputs"):
             raise CheckpointError(
-                f"{self.model}: ControlNets are trained beside the UNets of Stable Diffusion 1.x, 2.x and XL, and this "
+                f"{self.model}: ControlNets are trained for the UNets of Stable Diffusion 1.x, 2.x and XL, and this "
                 f"pipeline has a {type(unet).__name__}, whose ControlNets are built otherwise."
             )
         self.controlnet = self.new_controlnet(unet)

@@ -39,7 +39,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         num_classes: Classes K of the target; by default those of the model.
         class_names: Names of the target's classes, saved with checkpoints and exports; those of the data by default.
         label_table: ``"keep"`` reuses rows 0..K-1 of the pre-trained table and its null row, as the authors' code
-            does; ``"resize"`` starts K fresh rows beside the copied null row, as Table 1 counts them.
+            does; ``"resize"`` starts K fresh rows next to the copied null row, as Table 1 counts them.
         retention_labels: ``"null"`` retains samples under the null class, as the paper does; ``"source"`` under the
             source class that a sample was drawn for, if its row is not one of the target's, else under the null class.
         label_dropout: Probability that a target sample is shown without its label.
@@ -198,7 +198,7 @@ class DiTDiffTuningModule(DiffTuningModule):
             self.name_classes(names[: self.num_classes])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the names of the classes, too."""
+        """Keep the names of the classes as well."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["class_names"] = self.dit.class_names
 

@@ -65,7 +65,7 @@ class FiniteLoss:
         if distributed.is_available() and distributed.is_initialized():
             everyone = [torch.empty_like(found) for _ in range(distributed.get_world_size())]
             distributed.all_gather(everyone, found)
-            found = min(everyone, key=lambda one: (int(one[0]) == 0, int(one[1])))
+            found = min(everyone, key=lambda record: (int(record[0]) == 0, int(record[1])))
         bad, step, timestep, stream = found.tolist()
         if not bad:
             return

@@ -100,7 +100,7 @@ class RunKeeper(Callback):
     def _check_clipping(self, trainer: L.Trainer) -> None:
         plugin = trainer.precision_plugin
         scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
-        fused = any(getattr(one, "_step_supports_amp_scaling", False) for one in trainer.optimizers)
+        fused = any(getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers)
         if scaled and fused and trainer.gradient_clip_val:
             raise ConfigError(
                 f"trainer.gradient_clip_val is {trainer.gradient_clip_val}, but under {trainer.precision} a fused "

@@ -220,7 +220,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         if is_replay and self.family.takes_guidance(network) and not all(self.bank_prompts):
             raise ConfigError(
                 f"{self.model} is told its guidance and has no unconditional branch that sampling would use, so there "
-                "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it shall keep."
+                "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it is to keep."
             )
         return super().bank_generator(pictures)
 
@@ -237,7 +237,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return None if name is None else f"its name {name}"
 
     def on_fit_start(self) -> None:
-        """Say aloud that guided samples of the bank are replayed as if they were plain ones."""
+        """Warn if guided samples of the bank would be replayed as if they were plain ones."""
         super().on_fit_start()
         scale = self.bank_sampler.guidance_scale
         if self.uses_retention and scale != 1 and any(self.bank_prompts):

@@ -8,13 +8,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import tiny_dit
 
 from lightning_difftune import DiTDiffTuningModule
+from lightning_difftune.callbacks.chain_of_forgetting import SupportsSwap
 from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import velocity_mse_loss
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_uint8
-from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsSwap
+from lightning_difftune.protocols import SupportsDenoisingLosses
 from lightning_difftune.sampling import Sampler, ddim, sample
 
 STEPS = 6

@@ -103,7 +103,7 @@ class Probe:
 
     @torch.no_grad()
     def bank_columns(self) -> dict[str, Tensor]:
-        """What the bank keeps beside latents, such as control maps of the decoded samples."""
+        """What the bank keeps in addition to latents, such as control maps of the decoded samples."""
         return self.module.bank_columns(self.indices, self.latents)
 
 

@@ -145,8 +145,8 @@ class Setup:
 
     Example:
         >>> xl = Setup(trained=673_799_072, devices=8)
-        >>> f"{xl.memory / 1e9:.1f} GB, {xl.communication / 1e9:.1f} GB a step"
-        '13.5 GB, 4.7 GB a step'
+        >>> f"{xl.memory / 1e9:.1f} GB, {xl.communication / 1e9:.1f} GB per step"
+        '13.5 GB, 4.7 GB per step'
     """
 
     trained: int

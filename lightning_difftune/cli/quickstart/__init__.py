@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lightning_difftune.cli.arguments import CommandParser
 
-DESCRIPTION = """Diff-Tune a bundled model, beside full fine-tuning, and draw a report: the Omniglot DiT to handwritten
-digits in about four minutes, or a Canny ControlNet for 32 px flowers."""
+DESCRIPTION = """Diff-Tune a bundled model, compare with full fine-tuning, and draw a report: the Omniglot DiT to
+handwritten digits in about four minutes, or a Canny ControlNet for 32 px flowers."""
 
 
 def quickstart(argv: Sequence[str]) -> None:
-    """Diff-Tune a bundled model beside full fine-tuning and draw the report.
+    """Diff-Tune a bundled model, compare with full fine-tuning and draw the report.
 
     Args:
         argv: The command line after ``quickstart``.

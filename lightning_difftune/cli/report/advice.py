@@ -130,7 +130,7 @@ def stop_earlier(run: Run) -> Advice | None:
 
 
 def few_validations(run: Run) -> Advice | None:
-    """One or two values of a score are no curve."""
+    """One or two values of a score are not a curve."""
     counts = {name: len(run.finite(name)) for name in (*run.scores, "val/loss")}
     most = max(counts.values())
     if run.stopped_early or not 0 < most < 3 or run.max_steps is None:
