@@ -29,6 +29,7 @@ def takes_its_own_type(network: Network) -> Network:
     return network
 
 
+@torch.compiler.disable  # a graph of its own otherwise, where the network is compiled
 def cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """The hook: arguments of a call => those that the network sees."""
     weights = (p for p in network.parameters() if isinstance(p, nn.Parameter))  # and not copies, of WeightCasts

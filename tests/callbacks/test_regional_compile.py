@@ -9,8 +9,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
+from tiny import quiet_trainer, tiny_dit
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from lightning_difftune import DiTDiffTuningModule
 from lightning_difftune.callbacks import EMA, RegionalCompile
 from lightning_difftune.callbacks.regional_compile import repeated_blocks
 from lightning_difftune.errors import ConfigError
@@ -119,3 +122,21 @@ def test_whole_networks_are_compiled_on_demand(tmp_path: Path) -> None:
         torch.testing.assert_close(compiled.state_dict()[name], tensor)
     with pytest.raises(ConfigError, match="either whole networks or blocks"):
         RegionalCompile(["Block"], whole=True)
+
+
+def test_a_whole_network_is_one_graph_in_all_steps(tmp_path: Path) -> None:
+    """Weights that are cast together included, and the hook that casts its inputs."""
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    module = DiTDiffTuningModule(tiny_dit(depth=2))
+    labels = torch.zeros(4, dtype=torch.int64)
+    batch = {"target": {"pixel_values": torch.zeros(4, 1, 8, 8), "class_labels": labels}}
+    compiled = RegionalCompile(devices=["cpu"], backend=backend, whole=True)
+    trainer = quiet_trainer(tmp_path, 4, compiled, precision="bf16-mixed")
+    trainer.fit(module, DataLoader([batch] * 4, batch_size=None))
+    assert len(graphs) == 1
