@@ -1,23 +1,29 @@
 """Everything that a GPU is asked about, in at most four minutes on one card.
 
-    python benchmarks/gpu.py --output runs/gpu                  # all parts
+    python benchmarks/gpu.py --output runs/gpu                  # all parts, as far as four minutes go
     python benchmarks/gpu.py --output runs/gpu --parts xl small # some of them
     python benchmarks/gpu.py --output runs/gpu --tiny           # the same on tiny shapes, also on a CPU
 
 Each part runs in a process of its own under its own time limit, so that neither an error nor a part that is stuck loses
 the others. Every figure is written to a file of its part as soon as it is known (`PART.jsonl`), and everything together
-to `gpu.json` and `gpu.md`. Weights are random and nothing is downloaded. `--budget` is the limit of all parts together:
-those that no time is left for are left out, and the table says so.
+to `gpu.json` and `gpu.md`; each has its peak of memory. Weights are random and nothing is downloaded. `--budget` is the
+limit of all parts together: those that no time is left for are left out, and the table says so.
 
-| part | what is measured |
-|---|---|
-| xl | training steps of DiT-XL/2-256 in bf16-mixed: eager and RegionalCompile, each as a bare loop, too; profiles |
-| sampling | DiT-XL/2's memory bank and FID samples, without and with guidance, at the trainer's precision and in TF32 |
-| small | a pixel DiT of 22.7 M parameters at batch 512, its sampling, and DiT-B/4 |
-| whole | DiT-XL/2 and the pixel DiT compiled as a whole, and with CUDA graphs |
-| text | text-to-image and ControlNet on Stable Diffusion 1.5's shapes |
-| data | training steps fed by the data module: pixels in memory and cached latents |
-| authors | DiT-XL/2 in the authors' way: TF32, unfused AdamW, averages in a Python loop |
+Parts that have never been measured come first; the others have figures in docs/performance.md, of before weights were
+cast together.
+
+| part | what is measured | so far |
+|---|---|---|
+| casts | DiT-XL/2 with weights cast together and by autocast, eager and compiled; EMA every 8 steps | never |
+| graphs | the pixel DiT of 22.7 M parameters compiled as a whole, with CUDA graphs | never |
+| authors | DiT-XL/2 in the authors' way: TF32, unfused AdamW, averages in a Python loop | never |
+| text, controlnet | text-to-image and ControlNet on Stable Diffusion 1.5's shapes | never |
+| data | training steps fed by the data module: pixels in memory and cached latents | never |
+| whole | the pixel DiT and DiT-XL/2 compiled as a whole, which takes minutes; DiT-XL/2 with CUDA graphs | never |
+| xl | training steps of DiT-XL/2-256 in bf16-mixed: eager and RegionalCompile, each as a bare loop, too | H100 |
+| sampling | DiT-XL/2's memory bank and FID samples, without and with guidance, in bf16 and in TF32 | H100 |
+| profile | where the time of a step of DiT-XL/2 is: kernels by family, gaps, host waits | H100 |
+| small | the pixel DiT at batch 512, its sampling, and DiT-B/4 | H100 |
 """
 
 from __future__ import annotations
@@ -42,7 +48,8 @@ from harness import parser_of
 from rich.console import Console
 from rich.table import Table
 
-LIMITS = {"xl": 100, "sampling": 60, "small": 60, "text": 60, "data": 40, "authors": 30, "whole": 110}  # seconds
+SHORT = dict.fromkeys(("authors", "text", "controlnet", "data"), 40)
+LIMITS = {**dict.fromkeys(PARTS, 60), **SHORT, "graphs": 70, "whole": 110, "xl": 80}  # seconds
 NO_CUDA_HERE = 77  # exit status of a forked process in which CUDA does not start
 
 

@@ -144,14 +144,28 @@ def cleared() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def fit(module: Any, batch: Any, size: Size, *callbacks: Callback, pictures: int, flops: float = 0.0) -> Figures:
-    """Our training step on a batch that is there, under the Trainer with EMA."""
+def fit(
+    module: Any,
+    batch: Any,
+    size: Size,
+    *callbacks: Callback,
+    pictures: int,
+    flops: float = 0.0,
+    ema: EMA | None = None,
+    together: bool = True,
+) -> Figures:
+    """Our training step on a batch that is there, under the Trainer with EMA; weights are cast together or each."""
     cleared()
     clock = Clock(size.warm_up)
     steps = size.warm_up + size.steps
-    trainer = quiet_trainer(steps, clock, EMA(), *callbacks, precision=BF16, accelerator="auto")
+    trainer = quiet_trainer(steps, clock, ema or EMA(), *callbacks, precision=BF16, accelerator="auto")
     setattr(trainer.strategy, "teardown", lambda: None)  # noqa: B010  # which would move weights and moments to the host
-    trainer.fit(module, DataLoader(cast("Any", [batch] * steps), batch_size=None))
+    if not together:
+        module.weights_cast = lambda denoise: contextlib.nullcontext()
+    try:
+        trainer.fit(module, DataLoader(cast("Any", [batch] * steps), batch_size=None))
+    finally:
+        vars(module).pop("weights_cast", None)
     module._trainer = None
     return rate(clock.seconds, pictures, flops)
 
@@ -161,7 +175,7 @@ def bare_step(model: DiT, batch: Any, *, authors: bool = False, compiled: Any = 
     where = device()
     model.to(where).train()
     run = compiled if compiled is not None else model
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in trained]
     how: dict[str, Any] = {"foreach": False, "fused": False} if authors else {"fused": True}
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, **how)

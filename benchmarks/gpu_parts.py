@@ -30,6 +30,7 @@ from gpu_profile import profiled_fit
 from torch import Tensor
 
 from lightning_difftune import ControlNetDiffTuningModule, MemoryBankDataModule, TextToImageDiffTuningModule
+from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.models import FrozenAutoencoder
 
@@ -62,27 +63,53 @@ SIZES = {
 }
 
 
+def fewer_steps(size: Size) -> Size:
+    """For what is slow."""
+    return Size(**{**vars(size), "warm_up": min(2, size.warm_up), "steps": max(2, size.steps // 2)})
+
+
 def xl(size: Size) -> Rows:
-    """DiT-XL/2: eager, regional, bare, profiles."""
+    """DiT-XL/2: eager, regional, bare."""
     model = network(size.xl)
     flops = 3 * forward_flops(model)
     module, shape = module_of(model), model.sample_shape
     small, large = (batch_of(shape, count) for count in (size.batch, size.large_batch))
-    one, many = size.batch, size.large_batch
-    yield f"eager, batch {one}", partial(fit, module, small, size, pictures=one, flops=flops * one)
+    one, many, fewer = size.batch, size.large_batch, fewer_steps(size)
+    work: dict[str, Any] = {"pictures": one, "flops": flops * one}
+    yield f"eager, batch {one}", partial(fit, module, small, size, **work)
     yield f"bare loop, eager, batch {one}", partial(bare, model, small, size, one, flops * one)
-    yield f"profile, eager, batch {one}", partial(profiled_fit, module, small)
-    fewer = Size(**{**vars(size), "steps": max(2, size.steps // 2)})
-    work = flops * many
-    yield (
-        f"RegionalCompile, batch {one}",
-        partial(fit, module, small, size, regional(size), pictures=one, flops=flops * one),
-    )
+    yield f"RegionalCompile, batch {one}", partial(fit, module, small, size, regional(size), **work)
     yield f"bare loop, the same blocks compiled, batch {one}", partial(bare, model, small, size, one, flops * one)
-    yield f"profile, RegionalCompile, batch {one}", partial(profiled_fit, module, small)
-    yield f"RegionalCompile, batch {many}", partial(fit, module, large, fewer, pictures=many, flops=work)
-    yield f"bare loop, the same blocks compiled, batch {many}", partial(bare, model, large, fewer, many, work)
-    yield f"profile, RegionalCompile, batch {many}", partial(profiled_fit, module, large)
+    work = {"pictures": many, "flops": flops * many}
+    yield f"RegionalCompile, batch {many}", partial(fit, module, large, fewer, regional(size), **work)
+    yield f"bare loop, the same blocks compiled, batch {many}", partial(bare, model, large, fewer, many, flops * many)
+
+
+def profile(size: Size) -> Rows:
+    """Where the time of a step of DiT-XL/2 is."""
+    model = network(size.xl)
+    module, shape = module_of(model), model.sample_shape
+    small, large = (batch_of(shape, count) for count in (size.batch, size.large_batch))
+    module.configure_model()
+    yield f"eager, batch {size.batch}", partial(profiled_fit, module, small)
+    yield "compiling blocks for what follows", partial(compile_blocks, module, size)
+    yield f"compiled blocks, batch {size.batch}", partial(profiled_fit, module, small)
+    yield f"compiled blocks, batch {size.large_batch}", partial(profiled_fit, module, large)
+
+
+def casts(size: Size) -> Rows:
+    """What casting weights together gains, and averages every eight steps."""
+    model = network(size.xl)
+    module, batch = module_of(model), batch_of(model.sample_shape, size.batch)
+    work: dict[str, Any] = {"pictures": size.batch, "flops": 3 * forward_flops(model) * size.batch}
+    for compiled in ([], [regional(size)]):
+        how = f"{'RegionalCompile' if compiled else 'eager'}, batch {size.batch}"
+        yield f"{how}, weights cast together", partial(fit, module, batch, size, *compiled, **work)
+        yield f"{how}, cast by autocast", partial(fit, module, batch, size, *compiled, together=False, **work)
+    yield (
+        f"{how}, cast together, EMA every 8 steps",
+        partial(fit, module, batch, size, ema=EMA(every_n_steps=8), **work),
+    )
 
 
 def sampling(size: Size) -> Rows:
@@ -122,18 +149,29 @@ def small(size: Size) -> Rows:
             )
 
 
+def graphs(size: Size) -> Rows:
+    """The pixel DiT compiled as a whole and replayed from CUDA graphs: where the host is what a step waits for."""
+    yield from of_whole(size, "pixel DiT", size.pixel, size.pixel_batch, "reduce-overhead")
+
+
 def whole(size: Size) -> Rows:
-    """Compiled as a whole, and with CUDA graphs: where the host is what a step waits for."""
-    for name, architecture, count in (("DiT-XL/2", size.xl, size.batch), ("pixel DiT", size.pixel, size.pixel_batch)):
-        module = module_of(network(architecture))
-        model = network(architecture)
-        batch, flops = batch_of(model.sample_shape, count), 3 * forward_flops(model) * count
-        ours = partial(fit, module, batch, size, regional(size, whole=True), pictures=count, flops=flops)
-        yield f"{name}, batch {count}, whole network", ours
-        yield f"{name}, batch {count}, whole network, profile", partial(profiled_fit, module, batch)
-        if size.backend == "inductor":  # by now from its cache
-            loop = partial(bare, model, batch, size, count, flops, whole=True, options={"mode": "reduce-overhead"})
-            yield f"{name}, batch {count}, bare loop, whole network, CUDA graphs", loop
+    """The pixel DiT and DiT-XL/2 compiled as a whole, the latter with CUDA graphs, too."""
+    yield from of_whole(size, "pixel DiT", size.pixel, size.pixel_batch, None)
+    yield from of_whole(size, "DiT-XL/2", size.xl, size.batch, None)
+    yield from of_whole(size, "DiT-XL/2", size.xl, size.batch, "reduce-overhead")
+
+
+def of_whole(size: Size, name: str, architecture: dict[str, Any], count: int, mode: str | None) -> Rows:
+    """Our step, the same with weights cast by autocast, and a bare loop."""
+    model = network(architecture)
+    module, batch = module_of(network(architecture)), batch_of(model.sample_shape, count)
+    flops = 3 * forward_flops(model) * count
+    of = f"{name}, batch {count}, whole network{', CUDA graphs' if mode else ''}"
+    mode = mode if size.backend == "inductor" else None
+    ours = partial(fit, module, batch, size, regional(size, whole=True, mode=mode), pictures=count, flops=flops)
+    yield of, ours
+    yield f"{of}, weights cast by autocast", partial(ours, together=False)
+    yield f"{of}, bare loop", partial(bare, model, batch, size, count, flops, whole=True, options={"mode": mode})
 
 
 def data(size: Size) -> Rows:
@@ -168,51 +206,63 @@ def authors(size: Size) -> Rows:
     """DiT-XL/2 as the authors train it, on cached latents."""
     model = network(size.xl)
     batch, flops = batch_of(model.sample_shape, size.batch), 3 * forward_flops(model) * size.batch
-    fewer = Size(**{**vars(size), "warm_up": 2, "steps": max(2, size.steps // 4)})
-    yield f"batch {size.batch}", partial(bare, model, batch, fewer, size.batch, flops, authors=True)
+    yield f"batch {size.batch}", partial(bare, model, batch, fewer_steps(size), size.batch, flops, authors=True)
 
 
 def text(size: Size) -> Rows:
-    """Text-to-image and ControlNet."""
-    from gpu_pipeline import grey_maps, write_pipeline
+    """Text-to-image."""
+    yield from of_pipeline(size, "text-to-image", TextToImageDiffTuningModule)
+
+
+def controlnet(size: Size) -> Rows:
+    """ControlNet."""
+    from gpu_pipeline import grey_maps
+
+    yield from of_pipeline(size, "ControlNet", partial(ControlNetDiffTuningModule, grey_maps()))
+
+
+def of_pipeline(size: Size, label: str, make: Callable[..., Any]) -> Rows:
+    """Steps on Stable Diffusion 1.5's shapes."""
+    from gpu_pipeline import write_pipeline
 
     count, side = size.text_batch, 8 * size.latent
     with tempfile.TemporaryDirectory() as name:
         folder = write_pipeline(Path(name), size.unet, size.latent, size.context, device())
-        optimizer = partial(torch.optim.AdamW, lr=1e-5, fused=True)
-        for label, make in (
-            ("text-to-image", TextToImageDiffTuningModule),
-            ("ControlNet", partial(ControlNetDiffTuningModule, grey_maps())),
-        ):
-            module: Any = make(model=folder, optimizer=optimizer)
-            module.configure_model()
-            pixels = torch.rand(count - 1, 3, side, side) * 2 - 1
-            maps = torch.zeros(count, 1, side, side, dtype=torch.uint8)
-            target = {"pixel_values": pixels, "captions": ["a cat"] * len(pixels)}
-            if label == "ControlNet":
-                target["conditioning_pixel_values"] = maps[1:]
-            encoded = module.encode(target)
-            retention: dict[str, Tensor] = {
-                "latents": torch.randn(1, *module.sample_shape),
-                "class_labels": torch.zeros(1, dtype=torch.int64),
-                "conditioning_pixel_values": maps[:1],
-            }
-            encoded |= {"conditioning_pixel_values": maps[1:]}
-            batch = {"target": encoded, "retention": retention}
-            yield f"{label}, batch {count}", partial(fit, module, batch, size, pictures=count)
-            yield (
-                f"{label}, batch {count}, RegionalCompile",
-                partial(fit, module, batch, size, regional(size), pictures=count),
-            )
-            del module
+        module = make(model=folder, optimizer=partial(torch.optim.AdamW, lr=1e-5, fused=True))
+        module.configure_model()
+        pixels = torch.rand(count - 1, 3, side, side) * 2 - 1
+        maps = torch.zeros(count, 1, side, side, dtype=torch.uint8)
+        target = {"pixel_values": pixels, "captions": ["a cat"] * len(pixels)}
+        if label == "ControlNet":
+            target["conditioning_pixel_values"] = maps[1:]
+        encoded = module.encode(target)
+        retention: dict[str, Tensor] = {
+            "latents": torch.randn(1, *module.sample_shape),
+            "class_labels": torch.zeros(1, dtype=torch.int64),
+            "conditioning_pixel_values": maps[:1],
+        }
+        encoded |= {"conditioning_pixel_values": maps[1:]}
+        batch = {"target": encoded, "retention": retention}
+        yield f"{label}, batch {count}", partial(fit, module, batch, size, pictures=count)
+        yield (
+            f"{label}, batch {count}, cast by autocast",
+            partial(fit, module, batch, size, pictures=count, together=False),
+        )
+        compiled = partial(fit, module, batch, size, regional(size), pictures=count)
+        yield f"{label}, batch {count}, RegionalCompile", compiled
 
 
+# Those that have never been measured come first.
 PARTS: dict[str, Callable[[Size], Rows]] = {
+    "casts": casts,
+    "graphs": graphs,
+    "authors": authors,
+    "text": text,
+    "controlnet": controlnet,
+    "data": data,
+    "whole": whole,
     "xl": xl,
     "sampling": sampling,
+    "profile": profile,
     "small": small,
-    "whole": whole,
-    "text": text,
-    "data": data,
-    "authors": authors,
 }

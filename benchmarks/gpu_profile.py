@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from gpu_measure import BF16, Figures, device
 from harness import device_name, now, quiet_trainer
-from lightning.pytorch.callbacks import Callback
 
 FAMILIES = {
     "matrix products": r"gemm|cutlass|nvjet|s16816|sm90_xmma|splitK|cublas",
@@ -65,17 +64,17 @@ def profile(step: Callable[[], None], steps: int = 3) -> Figures:
     }
 
 
-def profiled_fit(module: Any, batch: Any, *callbacks: Callback) -> Figures:
+def profiled_fit(module: Any, batch: Any) -> Figures:
     """A profile of our step, without the Trainer's own loop around it."""
     where = torch.device(device())
     optimizer = module.to(where).configure_optimizers()
-    trainer = quiet_trainer(10**6, *callbacks, precision=BF16)
+    trainer = quiet_trainer(10**6, precision=BF16)
     module.trainer = trainer
     trainer.strategy.connect(module)
     on_device = {name: {key: x.to(where) for key, x in part.items()} for name, part in batch.items()}
 
     def step() -> None:
-        with torch.autocast(where.type, torch.bfloat16):
+        with torch.autocast(where.type, torch.bfloat16), module.weights_cast(module.denoise):
             prepared = module.prepare(on_device, draws := module.draws(0))
             loss = module.objective(module.denoise, *prepared, draws, on_device["retention"], module.teacher).loss
         loss.backward()

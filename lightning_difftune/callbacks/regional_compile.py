@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
@@ -26,12 +28,14 @@ class RegionalCompile(Callback):
         devices: Device types to compile on.
         backend: As for ``torch.compile``.
         mode: As for ``torch.compile``, such as ``max-autotune-no-cudagraphs``.
-        whole: Compile the trained networks as a whole. That takes minutes in place of seconds, and spares the host the
-            work between the blocks, which is what small batches wait for. With ``mode="reduce-overhead"`` the step is
-            replayed from CUDA graphs, too.
+        whole: Compile the trained networks as a whole, each as one graph. That takes minutes in place of seconds, and
+            spares the host the work between the blocks, which is what small batches wait for. With
+            ``mode="reduce-overhead"`` the graph is replayed from CUDA graphs, too: batches have one size then, and
+            gradients are not accumulated.
 
     Raises:
-        ConfigError: If blocks are named together with ``whole`` or, when training starts, nothing is to be compiled.
+        ConfigError: If blocks are named together with ``whole`` or, when training starts, nothing is to be compiled, or
+            gradients are to be accumulated over CUDA graphs, whose memory the next batch overwrites.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[RegionalCompile()], logger=False)
@@ -57,6 +61,11 @@ class RegionalCompile(Callback):
         """Compile, once the module is built and where it trains."""
         if pl_module.device.type not in self.devices:
             return
+        if self.has_cuda_graphs and trainer.accumulate_grad_batches > 1:
+            raise ConfigError(
+                f"RegionalCompile replays CUDA graphs in mode {self.mode!r}, and trainer.accumulate_grad_batches is "
+                f"{trainer.accumulate_grad_batches}: the next batch would overwrite the gradients. Leave the mode out."
+            )
         found = trained(pl_module) if self.whole else list(repeated_blocks(pl_module, self.blocks))
         if not found:
             raise ConfigError(
@@ -68,6 +77,18 @@ class RegionalCompile(Callback):
         kinds = sorted({type(block).__name__ for block in found})
         what = "networks" if self.whole else "blocks"
         rank_zero_info(f"RegionalCompile: {len(found)} {what} ({', '.join(kinds)}); the first steps compile them.")
+
+    @property
+    def has_cuda_graphs(self) -> bool:
+        """Whether the mode replays CUDA graphs."""
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Say that the memory of the step before is free to be replayed into."""
+        if self.has_cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
 
 def trained(module: nn.Module) -> list[nn.Module]:

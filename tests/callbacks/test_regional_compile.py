@@ -140,3 +140,19 @@ def test_a_whole_network_is_one_graph_in_all_steps(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, 4, compiled, precision="bf16-mixed")
     trainer.fit(module, DataLoader([batch] * 4, batch_size=None))
     assert len(graphs) == 1
+
+
+def test_cuda_graphs_are_told_of_each_step_and_refuse_accumulated_gradients(tmp_path: Path, monkeypatch: Any) -> None:
+    """As far as a CPU goes: the mode reaches torch.compile, here with a backend that knows modes and no graphs."""
+    begun, modes = [], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, backend, mode: modes.append((backend, mode)))
+    fitted(tmp_path, RegionalCompile(devices=["cpu"], whole=True, mode="reduce-overhead"))
+    assert len(begun) == 4
+    assert modes == [("inductor", "reduce-overhead")] * len(modes) != []
+    fitted(tmp_path, RegionalCompile(devices=["cpu"]))
+    assert len(begun) == 4
+    accumulated = {"accumulate_grad_batches": 2, "limit_val_batches": 0}
+    trainer = quiet_trainer(tmp_path, 2, RegionalCompile(devices=["cpu"], mode="reduce-overhead"), **accumulated)
+    with pytest.raises(ConfigError, match="accumulate_grad_batches is 2: the next batch would overwrite"):
+        trainer.fit(Stacked())
