@@ -217,7 +217,7 @@ def test_mistakes_are_refused(tmp_path, pipeline_folder):
         built(pipeline_folder, sampler=Sampler(ddim()))
     with pytest.raises(ConfigError, match="Set the model's image_size"):
         quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, image_size=32, bank=None))
-    with pytest.raises(CheckpointError, match="no local folder"):
+    with pytest.raises(CheckpointError, match="is not a local folder"):
         built(str(tmp_path / "nothing"))
     broken = tmp_path / "broken"
     shutil.copytree(pipeline_folder, broken)
