@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,6 +193,7 @@ def test_what_init_writes_for_a_gpu_is_what_its_module_takes(tmp_path, monkeypat
     make_pictures("photos")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     for task in ([], ["--captions"], ["--control", "canny"]):
         assert main(["init", "photos", *task, "--overwrite", "--no_plan"]) == 0
         config = yaml.safe_load(Path("my.yaml").read_text())

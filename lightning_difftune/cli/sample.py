@@ -24,7 +24,8 @@ from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.pictures import grid_of, to_png
 from lightning_difftune.sampling import Sampler, adds_noise, scheduler_named
 
-DESCRIPTION = """Draw pictures with a model as PNG files, one per picture and all in grid.png, a row per class.
+DESCRIPTION = """Draw pictures with a model as PNG files, one per picture and all in grid.png, a row per class or
+prompt; a row of a ControlNet begins with its map.
 
   difftune sample runs/flowers --classes sunflower rose --num_samples 8
   difftune sample tuned.safetensors --classes 3 17 --solver UniPCMultistep
@@ -188,8 +189,14 @@ def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters
     """Write ``grid.png`` and one file for each of the pictures, with the parameters in their text chunks."""
     output.mkdir(parents=True, exist_ok=True)
     columns = len(pictures) // len(subjects)
-    names = [row.name for row in subjects]
-    write_png(grid_of(pictures, columns, names), output / "grid.png", {"rows": names, **parameters})
+    controls = [row.control for row in subjects if row.control is not None]
+    names = [f"{row.name}: map, then drawn" if controls else row.name for row in subjects]
+    shown = pictures
+    if controls:  # each row begins with its map
+        maps = torch.stack([control.expand(pictures.shape[1:]) for control in controls])
+        shown = torch.cat([maps[:, None], pictures.unflatten(0, (-1, columns))], 1).flatten(0, 1)
+    grid = grid_of(shown, columns + len(controls[:1]), names)
+    write_png(grid, output / "grid.png", {"rows": names, **parameters}, rows=", ".join(names))
     for row, subject in enumerate(subjects):
         slug = re.sub(r"[^a-z0-9]+", "-", subject.name.lower()).strip("-")[:40].rstrip("-") or "unconditional"
         place = f"{row:02d}-{slug}"
@@ -203,7 +210,7 @@ def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters
             write_png(subject.control, output / f"{place}-control.png", {"control": subject.name})
 
 
-def write_png(picture: Tensor, file: Path, parameters: dict[str, Any]) -> None:
-    """Write a picture (1 or 3, H, W) uint8 with its parameters, as JSON."""
+def write_png(picture: Tensor, file: Path, parameters: dict[str, Any], **texts: str) -> None:
+    """Write a picture (1 or 3, H, W) uint8 with its parameters, as JSON, and other texts."""
     software = f"lightning_difftune {__version__}"
-    atomic_write(file, to_png(picture, Software=software, parameters=json.dumps(parameters)))
+    atomic_write(file, to_png(picture, Software=software, parameters=json.dumps(parameters), **texts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pipelines
@@ -84,6 +85,7 @@ def test_a_controlnet_needs_pictures_alone(data, request) -> None:
     path = str(request.getfixturevalue(data))
     config = written(path, "--control", "canny")
     assert config["model"]["init_args"]["annotator"]["class_path"] == "lightning_difftune.data.annotators.Canny"
+    assert config["model"]["init_args"]["bank_sampler"]["guidance_scale"] == 1.0, "else the run warns of it"
     watched = {
         entry["class_path"].rpartition(".")[2]: entry.get("init_args") for entry in config["trainer"]["callbacks"]
     }
@@ -103,6 +105,7 @@ def test_a_controlnet_needs_pictures_alone(data, request) -> None:
 def test_a_gpu_gets_a_large_model(args, model, folder, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     config = written("photos", *args)
     assert config["model"]["init_args"]["model"] == model
     assert config["trainer"]["precision"] == "bf16-mixed"
@@ -223,3 +226,14 @@ def test_a_pipeline_in_a_folder_is_known_by_its_class_and_is_built(family, capti
     module = run_lightning([*args.split(), "--trainer.precision", "32-true"], run=False).model
     module.configure_model()
     assert any(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize(("gigabytes", "tuner"), [(24, "lightning_difftune.tuners.DiffFit"), (80, None)])
+def test_a_small_gpu_gets_few_parameters(gigabytes, tuner, folder, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    device = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device_: device)
+    model = written("photos")["model"]["init_args"]
+    assert (model.get("tuner") or {}).get("class_path") == tuner
+    assert model["optimizer"]["init_args"]["lr"] == (1e-3 if tuner else 1e-4)

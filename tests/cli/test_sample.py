@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lightning_difftune.data import Canny
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit
 from lightning_difftune.modules.subjects import class_number, class_subjects
-from lightning_difftune.pictures import to_pixels
+from lightning_difftune.pictures import pictures_of, to_pixels
 from lightning_difftune.sampling import Sampler
 
 
@@ -203,6 +204,9 @@ def test_a_controlnet_follows_pictures(pipeline_folder, tmp_path, monkeypatch, c
     assert expected.any()
     assert (np.asarray(Image.open("out/01-steps-control.png")) == expected).all()
     assert not np.asarray(Image.open("out/00-plain-control.png")).any()
+    (maps, drawn) = pictures_of(Path("out/grid.png"), 2, 2)[1]
+    assert (maps[0, ::6, ::6].numpy() == expected).all(), "a row of the grid begins with its map"
+    assert not torch.equal(maps, drawn)
     for wrong, message in (
         (["control.ckpt"], "name pictures for them, --controls FILE"),
         ([*args, "--prompts", "a", "b", "c"], "3 prompts for 2 control pictures"),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.data_check import HELD_OUT, facts_at
-from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, Base, Plan, Seen, alike
+from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, FULL_DIT, Base, Plan, Seen, alike
 from lightning_difftune.cli.init.config import config_text, described, indented, quoted
 from lightning_difftune.data.classes import FEW_PICTURES
 from lightning_difftune.data.image_files import SPLIT_FOLDERS
@@ -155,6 +155,11 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
         base = Base(**{**vars(alike(model, known)), "name": model})
     asked = "" if task == "classes" else f"-{task}" if task in CONTROLS or seen.facts.counts() else ""
     plan = Plan(base, task, f"{Path(seen.path).expanduser().resolve().name or 'run'}{asked}", seen)
+    if task == "classes" and base.is_large and has_gpu:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        plan.is_tight = memory < FULL_DIT
+        if plan.is_tight:
+            plan.notes.append(f"The GPU has {memory / 1e9:.0f} GB, too few for all weights of {base.name}: DiffFit.")
     of_target = base.batch_size - int(base.share * base.batch_size)
     plan.steps = rounded(min(max(base.passes * seen.trained // of_target, base.steps[0]), base.steps[1]))
     if task in CONTROLS and base.is_large:

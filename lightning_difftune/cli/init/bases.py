@@ -18,6 +18,9 @@ CONTROLS = {  # annotator, metric of control similarity, threshold and mode (the
 }
 
 
+FULL_DIT = 30e9  # bytes of GPU memory that training all weights of DiT-XL/2 wants, by `difftune plan`; DiffFit 17e9
+
+
 @dataclass(frozen=True)
 class Base:
     """A pre-trained model, and how long and how finely one tunes it.
@@ -157,4 +160,5 @@ class Plan:
     seen: Seen
     steps: int = 0
     bank_size: int = 0
+    is_tight: bool = False  # all weights of the base would not fit into the GPU's memory
     notes: list[str] = field(default_factory=list)

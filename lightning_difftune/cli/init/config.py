@@ -90,6 +90,9 @@ def config_text(plan: Plan, file: Path) -> str:
     base, seen, task = plan.base, plan.seen, plan.task
     counts, is_classes = seen.facts.counts(), plan.task == "classes"
     retained = int(base.share * base.batch_size)
+    lr = 10 * base.lr if plan.is_tight else base.lr
+    if task in CONTROLS:
+        lr = 1e-5 if base.is_large else 5e-4
     interval = max(1, plan.steps // (8 if base.is_large else 4))
     kinds = {"classes": "DiTDiffTuningModule", "captions": "TextToImageDiffTuningModule"}
     asked = {"classes": f" --classes {shell_word(next(iter(counts), '0'))}", "captions": ""}
@@ -104,7 +107,7 @@ def config_text(plan: Plan, file: Path) -> str:
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     rest = _REST.format(
         loss="        loss: lightning_difftune.losses.hybrid_loss\n" if is_classes else "",  # else the pipeline's
-        lr=f"{base.lr if task not in CONTROLS else 1e-5 if base.is_large else 5e-4:.1e}".replace("e-0", "e-"),
+        lr=f"{lr:.1e}".replace("e-0", "e-"),
         steps=plan.steps,
         samplers=samplers(plan),
         target=target(seen),
@@ -140,6 +143,8 @@ def particulars(plan: Plan) -> str:
             text = "    label_table: keep  # your classes take the first rows of the pre-trained table\n"
         else:
             text = "    label_table: resize  # a new row for each class\n"
+        if plan.is_tight:
+            text += "    tuner:\n      class_path: lightning_difftune.tuners.DiffFit  # null trains all weights\n"
         if base.autoencoder:
             text += "    autoencoder:\n      class_path: lightning_difftune.models.FrozenAutoencoder\n"
             text += f"      init_args: {base.autoencoder}\n"
@@ -164,10 +169,9 @@ def samplers(plan: Plan) -> str:
     """How pictures and the memory bank are drawn."""
     if plan.task == "classes":
         return f"    sampler: &sampler {plan.base.sampler}\n    bank_sampler: *sampler\n"
-    bank = ""
-    if plan.task == "captions":
-        bank = "      guidance_scale: 1.0  # the empty prompt has nothing to be guided from\n"
-    return f"    sampler: &sampler {plan.base.sampler}\n    bank_sampler:\n      <<: *sampler\n{bank}"
+    why = "the empty prompt has nothing to be guided from" if plan.task == "captions" else "retained as the model draws"
+    bank = f"    bank_sampler:\n      <<: *sampler\n      guidance_scale: 1.0  # {why}\n"
+    return f"    sampler: &sampler {plan.base.sampler}\n{bank}"
 
 
 def target(seen: Seen) -> str:
