@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pipelines
 import pytest
@@ -62,6 +64,26 @@ def test_folders_for_classes_become_a_dit(folder, capsys) -> None:
     said = capsys.readouterr().out
     assert "36 pictures of 3 classes in photos, 4 of them held out" in said
     assert "Next: difftune fit --config my.yaml" in said
+
+
+def test_shards_and_saved_data_sets(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for index in range(20):
+        picture(Path("loose", f"{index}.png"), index)
+    Path("shards").mkdir()
+    with tarfile.open("shards/0.tar", "w") as archive:
+        for index in range(20):
+            Path("loose", f"{index}.cls").write_text(str(index % 2))
+            for suffix in ("png", "cls"):
+                archive.add(f"loose/{index}.{suffix}", f"{index}.{suffix}")
+    columns = {"image": [f"loose/{index}.png" for index in range(20)], "label": [index % 3 for index in range(20)]}
+    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "fly"])}
+    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk("hub")
+    for path, key, name, classes in (("shards", "shards", "WebDatasetShards", 2), ("hub", "path", "HubImages", 3)):
+        data = written(path, "--overwrite")["data"]["init_args"]
+        source = data["target"]["init_args"]["source"]
+        assert source["class_path"] == f"lightning_difftune.data.{name}"
+        assert (source["init_args"][key], data["num_classes"]) == (path, classes)
 
 
 def test_names_of_classes_become_captions(folder) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -141,26 +139,6 @@ def make_cars(data: Path, save: Save) -> None:
 def make_folder(data: Path, save: Save) -> None:
     for number in range(20):
         save(data / "pictures" / ("daisy", "rose")[number % 2] / f"{number}.jpg")
-
-
-def make_hub(data: Path, save: Save) -> None:
-    files = [data / f"hub-pictures/{number}.png" for number in range(20)]
-    for file in files:
-        save(file)
-    kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["daisy", "rose"])}
-    columns = {"image": [str(file) for file in files], "label": [number % 2 for number in range(20)]}
-    datasets.Dataset.from_dict(columns, features=datasets.Features(kinds)).save_to_disk(data / "hub")
-
-
-def make_shards(data: Path, save: Save) -> None:
-    (data / "shards").mkdir()
-    for shard in range(2):
-        with tarfile.open(data / f"shards/{shard}.tar", "w") as archive:
-            for number in range(10):
-                save(data / "shard-pictures" / f"{shard}-{number}.jpg")
-                (data / "shard-pictures" / f"{shard}-{number}.cls").write_text(str(number % 2))
-                for suffix in ("jpg", "cls"):
-                    archive.add(data / f"shard-pictures/{shard}-{number}.{suffix}", f"{shard}-{number}.{suffix}")
 
 
 def make_omniglot(data: Path) -> None:
