@@ -31,7 +31,7 @@ class EMA(Callback):
         decay: d. Diff-Tuning's official code has 0.9999 and draws its samples from the average.
         warmup: Use min(d, (1 + n) / (10 + n)) after n steps, so that short runs forget where they started.
         every_n_steps: k, update after every k-th optimizer step, with d^k in place of d: the averages are read and
-            written k times less often, 12 bytes a parameter each time, and are up to k - 1 steps old.
+            written k times less often, 12 bytes per parameter each time, and are up to k - 1 steps old.
 
     Raises:
         ConfigError: If the decay is outside [0, 1), or ``every_n_steps`` is below 1.
