@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable
 from importlib import import_module
 from typing import Any, NoReturn
 
-from jsonargparse._parameter_resolvers import get_signature_parameters  # follows **kwargs
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_difftune.cli.yaml_files import filled
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.modules.checkpoints import parameter_names
 
 A_CLASS = "the path of a class"
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
@@ -140,8 +140,6 @@ def parameters_of(path: str) -> set[str]:
     """Arguments of a class by its path; none if they cannot be had."""
     module, _, name = path.rpartition(".")
     try:
-        return {
-            parameter.name for parameter in get_signature_parameters(getattr(import_module(module), name), "__init__")
-        }
+        return parameter_names(getattr(import_module(module), name))
     except (ImportError, AttributeError, ValueError, TypeError):
         return set()

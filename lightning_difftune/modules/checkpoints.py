@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -85,7 +86,7 @@ def _from_config(kind: type, text: str, path: str, trusted: Sequence[str], optio
     found = _import(model["class_path"])
     if not inspect.isclass(found) or not issubclass(found, kind):
         raise ConfigError(f"The config in {path} has a {model['class_path']}, which is not a {kind.__name__}.")
-    names = inspect.signature(found).parameters
+    names = parameter_names(found)
     for name, part in LINKED.items():
         linked = ((settings.get(part) or {}).get("init_args") or {}).get(name)
         if name in names and name not in options and linked is not None:
@@ -99,6 +100,11 @@ def _from_config(kind: type, text: str, path: str, trusted: Sequence[str], optio
     except Exception as error:  # jsonargparse's, about each type that an argument could have had
         raise ConfigError(f"The config in {path} cannot be used: {error}") from error
     return found(**vars(arguments), **options)
+
+
+def parameter_names(kind: type) -> set[str]:
+    """The arguments of a class, those that it passes on by ``**kwargs`` included."""
+    return {parameter.name for parameter in get_signature_parameters(kind, "__init__")}
 
 
 def _import(name: str) -> Any:

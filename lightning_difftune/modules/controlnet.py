@@ -77,7 +77,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
             revision=revision,
             prompts=prompts,
             bank_prompts=bank_prompts,
-            frozen_dtype="float32",  # the UNet's gradients are the ControlNet's
+            frozen_dtype="float32",  # gradients flow through the UNet
             distilled_guidance=None,
             target_guidance=None,
             **kwargs,

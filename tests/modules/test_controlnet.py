@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny import quiet_trainer
 
 from lightning_difftune import ControlNetDiffTuningModule, DiffTuningObjective, MemoryBank, MemoryBankDataModule
@@ -14,6 +15,7 @@ from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
 from lightning_difftune.models import export_network
 from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.modules.checkpoints import rebuild
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.retention_targets import OnlineTeacher, StoredPredictions
 from lightning_difftune.sampling import Sampler
@@ -260,3 +262,25 @@ def test_the_scale_of_control_is_of_pictures_and_not_of_training(pipeline_folder
                 outputs[scale, training] = module.denoise(x_t, t, condition)
     assert torch.equal(outputs[1.0, True], outputs[0.25, True])
     assert not torch.equal(outputs[1.0, False], outputs[0.25, False])
+
+
+def test_a_checkpoint_of_the_command_line_knows_what_the_data_say():
+    settings = {
+        "seed_everything": 3,
+        "model": {
+            "class_path": "lightning_difftune.ControlNetDiffTuningModule",
+            "init_args": {
+                "annotator": {"class_path": "lightning_difftune.data.annotators.Canny"},
+                "prompt_dropout": 0.5,
+            },
+        },
+        "data": {"class_path": "lightning_difftune.MemoryBankDataModule", "init_args": {"image_size": 16}},
+    }
+    again = rebuild(ControlNetDiffTuningModule, {"config": yaml.safe_dump(settings)}, "run.ckpt", [], {})
+    assert (again.image_size, again.seed, again.prompt_dropout) == (16, 3, 0.5)
+
+
+@pytest.mark.parametrize("name", ["frozen_dtype", "distilled_guidance", "nonsense"])
+def test_an_argument_that_it_would_not_use_is_refused(name):
+    with pytest.raises(TypeError, match=name):
+        ControlNetDiffTuningModule(Bright(), **{name: None})
