@@ -126,7 +126,8 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
         if differences and not rerun:
             raise ConfigError(
                 f"{job.name} in {job.output} was made with another config: {'; '.join(differences[:5])}. Undo the "
-                f"change in {study.path} or its configs, choose another --output, or pass --rerun_changed to repeat it."
+                f"change in {study.path} or its configs, choose another --output, pass --rerun_changed to repeat it, "
+                "or --report to see it."
             )
         if differences:
             lock = FolderLock(job.folder)
