@@ -1,21 +1,26 @@
-"""The README and the tasks' pages, walked through as a stranger would: every command, from the first to the last.
+"""The README and every page of the documentation, walked through as a stranger would: all commands, first to last.
 
-Each page's commands run in a folder of their own with a few small photos, on the CPU with the bundled models. After
-``difftune init`` the config that it wrote is made short: a few steps, samples and pictures.
+Pages that continue each other share a folder with a few small photos, on the CPU with the bundled models. What is put
+behind a command so that it takes seconds is in :data:`SHORTER`; what cannot be here, why, and what is run in its place
+is in :data:`INSTEAD` and :data:`ELSEWHERE`. The code of the pages runs in the same folders.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pipelines
 import pytest
 import torch
 import yaml
@@ -23,18 +28,30 @@ from PIL import Image
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.plan import duration
+from lightning_difftune.data import NpzImages
+from lightning_difftune.schedules import fit_schedule
 
 ROOT = Path(__file__).parents[1]
-PAGES = {  # what each page's commands find in their folder
-    "README.md": "photos",
-    "docs/tasks/photos.md": "photos",
-    "docs/tasks/captions.md": "captioned",
-    "docs/tasks/controlnet.md": "photos",
-    "docs/tasks/several-gpus.md": "photos",
-    "docs/tasks/after-the-run.md": "photos",
+WALKS = {  # pages that are read one after the other, in one folder
+    "readme": ("README.md",),
+    "photos": (
+        *("docs/tasks/photos.md", "docs/tasks/after-the-run.md", "docs/tasks/several-gpus.md"),
+        *("docs/reliability.md", "docs/migration.md"),
+    ),
+    "captions": ("docs/tasks/captions.md",),
+    "controlnet": ("docs/tasks/controlnet.md",),
+    "base models": ("docs/tasks/base-models.md",),
+    "quickstart": ("docs/index.md", "docs/tasks/look-inside.md", "docs/performance.md"),
+    "study": ("docs/study.md",),
+    "code": ("docs/api/index.md", "docs/tasks/own-data.md", "docs/tasks/own-family.md", "docs/tasks/own-model.md"),
 }
-NEEDS_A_RUN = {"docs/tasks/several-gpus.md": 1, "docs/tasks/after-the-run.md": 2}  # commands of photos.md before it
-ELSEWHERE = {"git", "pip", "make"}  # what installs; CI runs them
+ELSEWHERE = {  # programs that are not run here
+    "git": "there is no repository to clone",
+    "pip": "installs; tests/test_packaging.py installs the wheel",
+    "make": "runs these tests",
+    "pre-commit": "installs a hook into the repository",
+}
+OF_THE_TABLE = "difftune plan --device h100 "  # test_the_readmes_table_is_what_plan_says runs these
 SHORT = {  # values in the configs that init writes
     r"max_steps: \d+": "max_steps: 4\n  enable_progress_bar: false",
     r"val_check_interval: \d+": "val_check_interval: 2",
@@ -45,27 +62,109 @@ SHORT = {  # values in the configs that init writes
     r"num_samples: \d\d+": "num_samples: 8",
     r"batch_size: (20|32) ": "batch_size: 10 ",
 }
+DIGITS = """
+trainer:
+  max_steps: 4
+  val_check_interval: 4
+  log_every_n_steps: 1
+  limit_val_batches: 2
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lightning_difftune.callbacks.EMA
+      init_args: {decay: 0.98, warmup: true}
+    - class_path: lightning_difftune.callbacks.FID
+      init_args: {num_samples: 20, feature_extractor: lightning_difftune.metrics.DigitClassifier}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {save_last: true, save_top_k: 0}
+data: {init_args: {bank_size: 100, build_batch_size: 100, batch_size: 20}}
+model:
+  init_args:
+    sampler: {init_args: {num_inference_steps: 2}}
+    bank_sampler: {init_args: {num_inference_steps: 2}}
+"""
+TINY = (
+    "--trainer.max_steps 2 --trainer.val_check_interval 2 --trainer.log_every_n_steps 1 --trainer.precision 32-true "
+    "--trainer.num_sanity_val_steps 0 --trainer.enable_progress_bar false --trainer.callbacks null "
+    "--data.image_size 32 --data.bank_size 4 --data.build_batch_size 4 --data.num_workers 0 "
+    "--model.sampler.num_inference_steps 2 --model.bank_sampler.num_inference_steps 2"
+)
+NANO_DIT = (
+    f"--config configs/dit/folder.yaml {TINY} --model.model dit-nano-imagenet --model.autoencoder.source "
+    "sd-nano-flowers --model.autoencoder.subfolder vae --model.autoencoder.scaling_factor 0.633"
+)
+FAMILY = f"{TINY} --model.image_size 32 --model.tuner.rank 4"
+SHORTER = {  # commands, and what comes behind them (or in place of a config) here
+    r"^difftune quickstart$": ("$", " --steps 4"),
+    r"^difftune sample (?!.*--steps)": ("$", " --steps 2"),
+    r"^difftune fit --config configs/quickstart.yaml": (r"(quickstart\.yaml)", r"\1 --config digits.yaml"),
+}
+INSTEAD = {  # what cannot be here, why, and what is run in its place
+    r"^difftune fit --config configs/dit/base.yaml(?!.*--print_config)": (
+        *("DiT-XL/2 and data sets: a bundled DiT on the photos", "$", f" {NANO_DIT}"),
+    ),
+    r"^difftune fit --config configs/controlnet/base.yaml": (
+        *("Stable Diffusion: the bundled pipeline", "$", f" {TINY} --model.model sd-nano-flowers"),
+    ),
+    r"^difftune fit --config configs/sdxl/base.yaml": (
+        *("Stable Diffusion XL: a small pipeline of its class with random weights", "$"),
+        f" {FAMILY} --model.model sdxl --trainer.default_root_dir runs/captioned --data.latent_cache sdxl-cache",
+    ),
+    r"^difftune fit --config configs/sd3/base.yaml": (
+        *("Stable Diffusion 3.5: a small pipeline of its class with random weights", "$"),
+        f" {FAMILY} --model.model sd3 --trainer.default_root_dir runs/sd3 --data.latent_cache sd3-cache",
+    ),
+    r"^difftune fit --config configs/flux/base.yaml": (
+        *("FLUX.1: a small pipeline of its class with random weights", "$"),
+        f" {FAMILY} --model.model flux --trainer.default_root_dir runs/flux --data.latent_cache flux-cache",
+    ),
+    r"^python benchmarks/": ("minutes to hours, or a GPU: its help", "$", " --help"),
+    r"^difftune compare configs/studies/": (
+        *("hours, and results of the repository: one of its runs is composed", r"--(run|report)\b", "--dry_run"),
+    ),
+}
+HUB = {  # names on the hub in the pages' code, and settings of theirs: what is here in their place
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": str(ROOT / "lightning_difftune/models/weights/sd-nano-flowers"),
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "facebook/DiT-XL-2-256": "dit-nano-imagenet",
+    "FrozenAutoencoder()": 'FrozenAutoencoder("sd-nano-flowers", subfolder="vae", scaling_factor=0.633)',
+    "num_classes=12,\n": "num_classes=12, image_size=32, bank_size=10, batch_size=10,\n",
+    "max_steps=24_000": "max_steps=2",
+    'precision="bf16-mixed"': 'precision="32-true"',
+    "SampleGrid()": "SampleGrid(8, at_start=False)",
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The blocks of code of a page."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [textwrap.dedent(text) for _, text in found]
 
 
 def commands(page: str) -> list[str]:
     """The lines of the page's bash blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [re.sub(r" +", " ", line.partition(" #")[0].strip()) for line in lines if line and not line.startswith("#")]
 
 
-def make_pictures(name: str) -> None:
-    """Three classes of twelve JPEGs, or twenty pictures with captions."""
+def make_pictures() -> None:
+    """Three classes of twelve JPEGs, the same divided, and twenty pictures with captions."""
     random = np.random.RandomState(0)
     names = ("lily", "oxeye_daisy", "rose")
-    for number in range(36 if name == "photos" else 20):
-        folder = Path(name, names[number // 12]) if name == "photos" else Path(name)
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{number % 12 if name == 'photos' else number}.jpg"
+    for number in range(36 + 20):
         colours = random.randint(256, size=(4, 5, 3), dtype=np.uint8)
-        Image.fromarray(colours).resize((50, 40), Image.Resampling.BICUBIC).save(file)
-        if name == "captioned":
+        picture = Image.fromarray(colours).resize((50, 40), Image.Resampling.BICUBIC)
+        file = (
+            Path("photos", names[number % 3], f"{number // 3}.jpg")
+            if number < 36
+            else Path("captioned", f"{number}.jpg")
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+        if number >= 36:
             file.with_suffix(".txt").write_text(f"a photo of a {names[number % 3]}")
+    Path("data").mkdir()
+    for place, target in (("pictures", "photos"), ("captioned", "captioned")):
+        Path("data", place).symlink_to(Path(target).resolve())
 
 
 def shorten(file: Path) -> None:
@@ -76,14 +175,40 @@ def shorten(file: Path) -> None:
     file.write_text(text)
 
 
-def run(line: str) -> None:
-    """One command, as it stands on the page."""
-    program, *args = shlex.split(line, comments=True)
-    if program in ELSEWHERE:
+def here(line: str) -> str:
+    """A command as it is run here."""
+    for pattern, (_, place, instead) in INSTEAD.items():
+        if re.search(pattern, line):
+            line = re.sub(place, instead, line, count=1)
+    for pattern, (place, longer) in SHORTER.items():
+        if re.search(pattern, line):
+            line = re.sub(place, longer, line, count=1)
+    if " --dry_run" in line and "--only" not in line:
+        study = yaml.safe_load(Path(line.split()[2]).read_text())
+        line += f" --only {next(iter(study['runs']))} --seeds 0"
+    return line
+
+
+def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One command of a page."""
+    program, *args = shlex.split(here(line))
+    if program in ELSEWHERE or line.startswith(OF_THE_TABLE):
+        return
+    if program == "cp":
+        shutil.copy(*args)
+        return
+    if program == "python":
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", args)
+            patch.syspath_prepend(str(ROOT / "benchmarks"))
+            if args[0] == "-c":
+                exec(args[1], {})
+                return
+            with pytest.raises(SystemExit) as left:
+                runpy.run_path(str(ROOT / args[0]), run_name="__main__")
+            assert left.value.code == 0, line
         return
     assert program == "difftune", line
-    if args[0] == "sample":
-        args += ["--steps", "2"] if "--steps" not in args else []
     if "--trainer.devices" in args:  # Lightning starts the second process by this one's command line
         entry = [sys.executable, "-m", "lightning_difftune", *args]
         done = subprocess.run(entry, capture_output=True, text=True, timeout=300, check=False)
@@ -100,36 +225,120 @@ def run(line: str) -> None:
             shorten(Path(output))
 
 
+def run_code(code: str) -> dict[str, Any]:
+    """A block of Python, with what is here in place of what is on the hub; gives its names."""
+    for section in re.findall(r'^--8<-- "(.*)"$', code, re.MULTILINE):
+        file, _, part = section.rpartition(":")
+        inside = re.search(
+            rf"^# --8<-- \[start:{part}\]\n(.*?)^# --8<-- \[end:{part}\]", (ROOT / file).read_text(), re.M | re.S
+        )
+        code = code.replace(f'--8<-- "{section}"', inside[1])
+    for name, instead in HUB.items():
+        code = code.replace(name, instead)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, "page", "exec", dont_inherit=True), names)
+    return names
+
+
 @pytest.fixture
 def walk(tmp_path, monkeypatch, capsys):
-    """Runs a page's commands in order, and gives what each printed."""
+    """Runs the commands and the code of pages in order, and gives what each command printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.stdin", None)  # nothing asks
     monkeypatch.setattr("lightning_difftune.cli.plan.speed.timed", lambda run, device, least: 0.01)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for folder in ("configs", "benchmarks"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    make_pictures()
 
-    def through(page: str) -> dict[str, str]:
-        make_pictures(PAGES[page])
+    def through(*pages: str) -> dict[str, str]:
         printed = {}
-        for line in commands("docs/tasks/photos.md")[1 : 1 + NEEDS_A_RUN.get(page, 0)] + commands(page):
-            run(line)
-            said = capsys.readouterr()
-            printed[line] = said.out + said.err
+        for page in pages:
+            for line in commands(page):
+                run(line, monkeypatch)
+                said = capsys.readouterr()
+                printed[line] = said.out + said.err
         return printed
 
     return through
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/tasks/photos.md"])
-def test_every_command_of_a_page_runs(page: str, walk) -> None:
-    printed = walk(page)
-    assert printed
+def test_no_page_is_left_out() -> None:
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    told = {str(page.relative_to(ROOT)) for page in pages if re.search(r"^ *```(bash|python)", page.read_text(), re.M)}
+    assert told == {page for pages in WALKS.values() for page in pages}
+    lines = [line for pages in WALKS.values() for page in pages for line in commands(page)]
+    for pattern in (*INSTEAD, *SHORTER):
+        assert any(re.search(pattern, line) for line in lines), f"{pattern} is on no page"
+
+
+def test_the_readme(walk) -> None:
+    assert walk(*WALKS["readme"])
+
+
+def test_captions(walk) -> None:
+    walk(*WALKS["captions"])
+    (code,) = blocks("docs/tasks/captions.md", "python")
+    names = run_code(code)
+    assert names["pipeline"].unet is names["unet"]
+
+
+def test_a_controlnet(walk) -> None:
+    walk(*WALKS["controlnet"])
+    (code,) = blocks("docs/tasks/controlnet.md", "python")
+    names = run_code(code)
+    assert names["pipeline"].controlnet is names["controlnet"]
+
+
+def test_base_models(walk, tmp_path) -> None:
+    for family in ("sdxl", "flux", "sd3"):
+        getattr(pipelines, family)(tmp_path / family)
+    walk(*WALKS["base models"])
+    (code,) = blocks("docs/tasks/base-models.md", "python")
+    assert run_code(code)["pipeline"].get_active_adapters()
+
+
+def test_the_quickstart_and_a_look_inside(walk, monkeypatch) -> None:
+    from lightning_difftune.cli.quickstart import digits, methods
+
+    Path("digits.yaml").write_text(DIGITS)
+    monkeypatch.setattr(digits, "COLUMNS", 10)
+    whole = methods.run_lightning
+
+    def shorter(args):
+        config = args.index("--config") + 2
+        return whole([*args[:config], "--config", "digits.yaml", *args[config:]])
+
+    monkeypatch.setattr(methods, "run_lightning", shorter)
+    Path("runs/forgetting").mkdir(parents=True)  # four steps improve nothing: the meter proposes no schedule
+    fit_schedule("runs/forgetting/schedule.json", [0.25, 0.5, 1.0], [1.0, 1.0, 1.0], [1.0, 0.9, 0.5])
+    walk(*WALKS["quickstart"])
+    assert Path("runs/quickstart/report.png").is_file()
+    assert Path("runs/swap/swap.png").is_file()
+    (code,) = blocks("docs/tasks/look-inside.md", "python")
+    assert torch.isfinite(run_code(code)["near_data"]).all()
+
+
+def test_the_study(walk) -> None:
+    """Its code packs other pictures than those of the downloads."""
+    (code,) = [code for code in blocks("docs/study.md", "python") if "def pack" in code]
+    pack = run_code(code.partition("flowers = ")[0])["pack"]  # the rest downloads both data sets
+    photos = [(Image.new("RGB", (9, 8), (2 * label, 0, 90)), label) for label in range(102)]
+    pack("data/oxford_flowers102_64.npz", photos, photos[:40], [str(label) for label in range(102)])
+    assert len(NpzImages("data/oxford_flowers102_64.npz", "test")) == 40
+    walk(*WALKS["study"])
+
+
+def test_the_code_of_the_other_pages(walk, tmp_path) -> None:
+    walk(*WALKS["code"])
+    for page in WALKS["code"]:
+        for code in blocks(page, "python"):
+            run_code(code)
 
 
 def test_my_photos_from_a_folder_to_a_page_in_a_browser(walk, tmp_path) -> None:
-    printed = walk("docs/tasks/photos.md")
-    said = {line.split("#")[0].strip(): text for line, text in printed.items()}
+    printed = walk(*WALKS["photos"])
+    said = printed
     assert "Next: difftune fit --config my.yaml" in said["difftune init photos"]
     last = said["difftune fit --config my.yaml"].strip().splitlines()
     assert [line.split()[0] for line in last[-7:-3]] == ["Run", "Checkpoint", "Metrics", "Pictures"]
@@ -139,6 +348,11 @@ def test_my_photos_from_a_folder_to_a_page_in_a_browser(walk, tmp_path) -> None:
     assert {"model_index.json", "README.md"} <= {file.name for file in Path("my-dit").iterdir()}
     grid = Image.open("runs/samples/grid.png")
     assert grid.width > 8 * 96
+    run_code(blocks("docs/tasks/after-the-run.md", "python")[0])
+    for part in ("train", "val"):
+        shutil.copytree("photos", f"whole/{part}")
+    (code,) = blocks("docs/tasks/photos.md", "python")
+    run_code(code.replace("photos/", "whole/"))
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if browser is None:
         pytest.skip("there is no chromium here (apt-get install chromium); all but the look at the page was tested")
@@ -152,7 +366,7 @@ def test_my_photos_from_a_folder_to_a_page_in_a_browser(walk, tmp_path) -> None:
 
 
 def test_the_ten_lines_run_as_they_stand(tmp_path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (code,) = blocks("README.md", "python")
     assert len([line for line in code.splitlines() if line]) <= 12
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -169,7 +383,7 @@ def test_the_readmes_table_is_what_plan_says(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)
     pages = "docs/tasks/photos.md", "docs/tasks/base-models.md"
-    lines = [line for page in pages for line in commands(page) if line.startswith("difftune plan --device h100 ")]
+    lines = [line for page in pages for line in commands(page) if line.startswith(OF_THE_TABLE)]
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in (ROOT / "README.md").read_text().splitlines()
@@ -190,7 +404,7 @@ def test_the_readmes_table_is_what_plan_says(tmp_path, monkeypatch) -> None:
 def test_what_init_writes_for_a_gpu_is_what_its_module_takes(tmp_path, monkeypatch) -> None:
     """All values have a meaning: nothing is left that only the short runs above would have hidden."""
     monkeypatch.chdir(tmp_path)
-    make_pictures("photos")
+    make_pictures()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
