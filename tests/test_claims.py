@@ -9,7 +9,13 @@ import pytest
 import torch
 from tiny import quiet_trainer, tiny_dit, tiny_pictures, tiny_weights
 
-from lightning_difftune import DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule, SNRSchedule
+from lightning_difftune import (
+    ControlNetDiffTuningModule,
+    DiffTuningObjective,
+    DiTDiffTuningModule,
+    MemoryBankDataModule,
+    SNRSchedule,
+)
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ImageTargets
 from lightning_difftune.diffusion import GaussianDiffusion
@@ -32,6 +38,8 @@ def test_the_defaults_are_those_of_the_authors():
     assert default(MemoryBankDataModule, "retention_share") == 0.2
     assert default(DiffTuningObjective, "retention_weight") == DiffTuningObjective().retention_weight == 0.1
     assert default(DiTDiffTuningModule, "label_dropout") == 0.1
+    for kind in (TextToImageDiffTuningModule, ControlNetDiffTuningModule):
+        assert default(kind, "prompt_dropout") == 0.1
     assert default(EMA, "decay") == EMA().decay == 0.9999
     module = DiTDiffTuningModule(tiny_dit())
     module.configure_model()
