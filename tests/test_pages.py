@@ -35,8 +35,8 @@ ROOT = Path(__file__).parents[1]
 WALKS = {  # pages that are read one after the other, in one folder
     "readme": ("README.md",),
     "photos": (
-        *("docs/tasks/photos.md", "docs/tasks/after-the-run.md", "docs/tasks/several-gpus.md"),
-        *("docs/reliability.md", "docs/migration.md"),
+        *("docs/tasks/photos.md", "docs/tasks/after-the-run.md", "docs/reliability.md", "docs/migration.md"),
+        "docs/tasks/several-gpus.md",  # last: what is resumed after it would be on two processes
     ),
     "captions": ("docs/tasks/captions.md",),
     "controlnet": ("docs/tasks/controlnet.md",),
