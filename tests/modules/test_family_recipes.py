@@ -67,10 +67,10 @@ def test_the_scripts_noise_levels_are_a_density_here(
 
     torch.manual_seed(0)
     u = compute_density_for_timestep_sampling(
-        scheme, 100_000, settings.get("logit_mean"), settings.get("logit_std"), 1.29
+        scheme, 100_000, settings.get("logit_mean", 0.0), settings.get("logit_std", 1.0), 1.29
     )
-    timesteps = FlowMatchEulerDiscreteScheduler(shift=shift).timesteps
-    drawn = timesteps[(u * 1000).long()] / 1000
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=shift)
+    drawn = scheduler.timesteps[(u * 1000).long()] / 1000
     cumulated = masses(density, 1000).cumsum(0) / 1000
     for s in (0.1, 0.3, 0.5, 0.7, 0.9):
         assert float((drawn <= s).double().mean()) == pytest.approx(float(cumulated[round(1000 * s) - 1]), abs=6e-3)

@@ -60,7 +60,8 @@ class PixArtSigma:
         return Sampler(num_inference_steps=20, guidance_scale=4.5, guidance_channels=None)
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
-        scheduler: NoiseScheduler = scheduler_from(source.scheduler["_class_name"], source.scheduler)  # type: ignore[index]
+        stated: Any = source.scheduler
+        scheduler: NoiseScheduler = scheduler_from(stated["_class_name"], stated)
         return scheduler
 
     def density(self, num_tokens: int) -> None:

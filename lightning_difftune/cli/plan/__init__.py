@@ -62,7 +62,7 @@ def plan(argv: Sequence[str]) -> None:
         config = reader.composed
         data, precision = config.data.init_args, str(config.trainer.precision or "32-true")
         if hasattr(module, "channels_last"):  # an order of numbers in memory, which changes no count
-            module.channels_last = False  # type: ignore[assignment]
+            module.channels_last = False
         module.configure_model()
         module.train()
         shape = (data.channels, data.image_size, data.image_size)

@@ -147,7 +147,7 @@ def count(
     annotator: Any = getattr(module, "annotator", None)
     maps = 0.0 if annotator is None else annotator_flops(annotator, picture_shape)
     if annotator is not None:
-        module.annotator = Unseen(annotator.channels)  # type: ignore[assignment]
+        module.annotator = Unseen(annotator.channels)
     probe, pair = (Probe(module, picture_shape, batch_size, precision) for batch_size in (1, 2))
     flops = {}
     for part in PARTS:
