@@ -18,6 +18,7 @@ from lightning_difftune import (
 )
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ImageTargets
+from lightning_difftune.data.annotators import Canny
 from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.draws import Draws
 from lightning_difftune.modules.optimization import adamw
@@ -38,8 +39,8 @@ def test_the_defaults_are_those_of_the_authors():
     assert default(MemoryBankDataModule, "retention_share") == 0.2
     assert default(DiffTuningObjective, "retention_weight") == DiffTuningObjective().retention_weight == 0.1
     assert default(DiTDiffTuningModule, "label_dropout") == 0.1
-    for kind in (TextToImageDiffTuningModule, ControlNetDiffTuningModule):
-        assert default(kind, "prompt_dropout") == 0.1
+    assert TextToImageDiffTuningModule().condition_dropout == 0.1
+    assert ControlNetDiffTuningModule(Canny()).condition_dropout == 0.1
     assert default(EMA, "decay") == EMA().decay == 0.9999
     module = DiTDiffTuningModule(tiny_dit())
     module.configure_model()
