@@ -107,7 +107,7 @@ def test_a_sampler_that_is_assigned_before_the_model_is_built_counts(pipeline_fo
     module.sampler = Sampler(num_inference_steps=3)
     module.configure_model()
     assert said(module.sampler) == (3, 7.5, None, "DPMSolverMultistepScheduler")
-    assert said(module.bank_sampler) == (3, 7.5, None, "DPMSolverMultistepScheduler")
+    assert said(module.bank_sampler) == (3, 1.0, None, "DPMSolverMultistepScheduler")
 
 
 class OfOnesOwn(DiTDiffTuningModule):
