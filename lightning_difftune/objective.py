@@ -83,8 +83,7 @@ class DiffTuningObjective(Tables):
     """
 
     loss: Loss
-    _derived: Loss
-    _derived_density: TimestepDensity | None
+    density: TimestepDensity | None
     psi: Tensor
     xi: Tensor
     reconsolidation_cdf: Tensor
@@ -113,10 +112,9 @@ class DiffTuningObjective(Tables):
         self.reconsolidation_weight = reconsolidation_weight
         self.weighting = weighting
         self.retention_target = retention_target
-        self._derived_density = self.density = density
         self._said: set[str] = set()
-        self._given = loss, diffusion
-        self._given_density = density
+        self._given: dict[str, Any] = {"loss": loss, "diffusion": diffusion, "density": density}
+        self._bound: dict[str, Any] = {}
         self.bind(SourceFacts("The model", "", learned_variance=True))
 
     def bind(self, source: SourceFacts) -> SourceFacts:
@@ -131,9 +129,10 @@ class DiffTuningObjective(Tables):
             ConfigError: If a given loss or process contradicts the model or the other, or the noise loss is asked for
                 where the last step is pure noise.
         """
-        loss, process = self._given
-        if hasattr(self, "loss") and self.loss is not self._derived:  # assigned since
-            loss = self.loss
+        for name, value in self._bound.items():
+            if getattr(self, name) is not value:  # assigned since, which counts from now on
+                self._given[name] = getattr(self, name)
+        loss, process, density = self._given.values()
         said = prediction_type_of(loss) if loss is not None else None
         prediction = source.prediction_type or said or _prediction_of(process)
         if process is None:
@@ -166,12 +165,12 @@ class DiffTuningObjective(Tables):
                 f"hybrid_loss trains a variance, and {source.name} predicts none. Leave the loss out, or set it to "
                 "eps_mse_loss."
             )
-        given = self._given_density if self.density is self._derived_density else self.density  # assigned since
-        self._derived_density = self.density = given if given is not None else source.density
+        self.density = density if density is not None else source.density
         self.prediction_type: PredictionType = prediction
-        self._derived = self.loss = loss if loss is not None else loss_for(prediction, source.learned_variance)
+        self.loss = loss if loss is not None else loss_for(prediction, source.learned_variance)
         device = next((table.device for table in self.buffers()), torch.device("cpu"))
         self.diffusion: ForwardProcess = process.to(device)
+        self._bound = {name: getattr(self, name) for name in self._given}
         if hasattr(self.schedule, "bind"):
             self.schedule.bind(process)
         self._tabulate(device)
