@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import signal
-from datetime import timedelta
 from functools import partial
 
 import lightning as L
@@ -421,25 +420,3 @@ def test_a_signal_in_an_open_window_stops_at_its_end(weights, tmp_path, batches)
     assert "open_window" not in content
     again, _, same = run(weights, tmp_path, 4, ckpt_path=tmp_path / "saved/last.ckpt", **options)
     assert_equal(state_of(trainer, module), state_of(again, same))
-
-
-@pytest.mark.parametrize(
-    "period",
-    [
-        {},
-        {"every_n_train_steps": 50},
-        {"every_n_train_steps": 2},
-        {"every_n_train_steps": 50, "monitor": "val/loss"},
-        {"every_n_epochs": 5},
-        {"train_time_interval": timedelta(hours=1)},
-    ],
-    ids=str,
-)
-def test_the_last_step_is_saved_however_often_checkpoints_are_due(weights, tmp_path, period):
-    checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, **period)
-    module = DiTDiffTuningModule(str(weights), num_classes=3, sampler=Sampler(num_inference_steps=2))
-    data = MemoryBankDataModule(tiny_pictures(8), 3, 8, 1, val_target=tiny_pictures(4), batch_size=4)
-    quiet_trainer(tmp_path, 3, checkpoint).fit(module, data)
-    steps = {torch.load(file, weights_only=True)["global_step"] for file in tmp_path.glob("*.ckpt")}
-    assert max(steps, default=0) == 3
-    assert checkpoint._every_n_train_steps == period.get("every_n_train_steps", 0)

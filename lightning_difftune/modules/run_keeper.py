@@ -25,7 +25,7 @@ class RunKeeper(Callback):
       patience of ``EarlyStopping``; what cannot is refused. What was not changed is restored to the bit.
     - Batches are float32 at any precision: bf16-true would round pictures, cached latents and the bank's. What a
       network is given is cast in one place, :func:`~lightning_difftune.models.precision.takes_its_own_type`.
-    - The last step is validated, however often validation is due, unless it is off; and saved, however often that is.
+    - The last step is validated, however often validation is due, unless it is off.
     - A checkpoint in the middle of a window of accumulated gradients holds them, and a resumed run does not save a
       second time what it was resumed from.
     """
@@ -36,7 +36,6 @@ class RunKeeper(Callback):
         self._gradients: dict[str, torch.Tensor] | None = None
         self._check_val_every_n_epoch: Any = None
         self._forced = False
-        self._periods: list[tuple[ModelCheckpoint, int]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take over the files, before a checkpoint is read, and keep batches as the data module made them."""
@@ -142,32 +141,13 @@ class RunKeeper(Callback):
         """Have the last step validated: a trainer that is asked to stop validates first."""
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
         is_last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
-        if is_last:
-            self._save_at_the_end(trainer)
         if is_last and has_validation(trainer):
             self._check_val_every_n_epoch, self._forced = trainer.check_val_every_n_epoch, True
             trainer.check_val_every_n_epoch = None
             trainer.should_stop = True
 
-    def _save_at_the_end(self, trainer: L.Trainer) -> None:
-        """Have checkpoints of a period that does not end with the run saved at its last step, too."""
-        for callback in trainer.checkpoint_callbacks:
-            if not isinstance(callback, ModelCheckpoint):
-                continue
-            epochs = callback._every_n_epochs
-            if epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0:
-                continue  # it is saved after the last validation
-            if callback.monitor is not None:
-                callback._defer_save_until_validation = True  # which says how good it is
-            elif trainer.global_step:
-                self._periods.append((callback, callback._every_n_train_steps))
-                callback._every_n_train_steps = trainer.global_step
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the trainer as it was."""
-        for callback, period in self._periods:
-            callback._every_n_train_steps = period
-        self._periods = []
         if self._forced:
             trainer.check_val_every_n_epoch, trainer.should_stop = self._check_val_every_n_epoch, False
             self._forced = False
