@@ -504,7 +504,7 @@ def test_mistakes_in_a_study_file(project, capsys, changes, message):
         (["none.yaml"], "There is no study file none.yaml"),
         (["base.yaml"], "base.yaml: data is not a key of a study file"),
         (["study.yaml", "--only", "full"], "study.yaml has no run 'full'; its runs are plain, tuned"),
-        (["study.yaml", "--report", "--only", "plain"], "--report is of all results. Leave out --only and --seeds."),
+        (["study.yaml", "--report", "--only", "plain"], "--report shows all results. Leave out --only and --seeds."),
         (["study.yaml", "--report"], "out/results has no result of study.yaml to report"),
     ],
 )

@@ -20,6 +20,7 @@ from lightning_difftune import (
     TextToImageDiffTuningModule,
 )
 from lightning_difftune.data.annotators import Canny
+from lightning_difftune.densities import LogitNormal
 from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow, same_process
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss, v_mse_loss, velocity_mse_loss, x0_mse_loss
@@ -495,3 +496,13 @@ def test_an_export_knows_the_whole_scale_of_its_latents(scale, kind, tmp_path):
             other = autoencoder_of(tmp_path / "other", **others)
             with pytest.raises(ConfigError, match=r"denoises latents with a scaling_factor of .*, but the autoencoder"):
                 opened(other)
+
+
+def test_what_is_assigned_to_an_objective_stays_however_often_it_is_bound() -> None:
+    objective = DiffTuningObjective()
+    process, density = GaussianDiffusion(), LogitNormal()
+    objective.loss, objective.diffusion, objective.density = eps_mse_loss, process, density
+    facts = SourceFacts("model", "", prediction_type="epsilon")
+    for _ in range(3):
+        objective.bind(facts)
+        assert (objective.loss, objective.diffusion, objective.density) == (eps_mse_loss, process, density)

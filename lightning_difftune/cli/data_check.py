@@ -25,11 +25,11 @@ from lightning_difftune.errors import ConfigError
 
 DESCRIPTION = """Look at every picture of a data set before training on it.
 
-  difftune data check photos                     folders for classes, or captions
+  difftune data check photos                        folders or captions
   difftune data check photos/train --val photos/test
-  difftune data check pictures.npz --split train      arrays
-  difftune data check "data/train-{000..011}.tar"     WebDataset shards
-  difftune data check owner/flowers --json     of the hub, for a program to read
+  difftune data check pictures.npz --split train    arrays
+  difftune data check "data/train-{000..011}.tar"   WebDataset shards
+  difftune data check owner/flowers --json          of the hub, for a program
 
 Shown are pictures by class (those with fewer than ten are marked), sizes, grey and transparent pictures, those turned
 by their EXIF orientation, unreadable ones by name, exact duplicates, what is left out (thumbnails, system files, types

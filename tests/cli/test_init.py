@@ -176,7 +176,7 @@ def test_mistakes(args, message, folder, capsys) -> None:
 def test_the_cost_and_the_next_command_are_printed(folder, capsys) -> None:
     assert main(["init", "photos"]) == 0
     said = capsys.readouterr().out
-    assert said.index("this CPU, 1 device") < said.index("Next: difftune fit")
+    assert said.index("this CPU, alone, 1 device") < said.index("Next: difftune fit")
 
 
 def test_sizes_lie_within_what_the_base_allows() -> None:

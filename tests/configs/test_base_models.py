@@ -39,7 +39,7 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
     assert isinstance(module.tuner, LoRA)
     assert module.frozen_dtype == torch.bfloat16
-    assert module.bank_sampler.guidance_scale == 1
+    assert module.default_bank_sampler().guidance_scale == 1
     whole = run_lightning([*composition(file), "--config", WHOLE, *tiny(file)], run=False).model
     assert (whole.tuner, whole.bank_prompts) == (None, module.bank_prompts)
 

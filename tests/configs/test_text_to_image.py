@@ -43,7 +43,7 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     assert (data.batch_size, data.retention_batch_size) == (4, 1)
     assert data.bank_size == cli.trainer.max_steps * data.retention_batch_size, "each sample of the bank is read once"
     assert module.bank_prompts == ("",)
-    assert (module.sampler.guidance_scale, module.bank_sampler.guidance_scale) == (7.5, 1.0)
+    assert (module.sampler.guidance_scale, module.default_bank_sampler().guidance_scale) == (7.5, 1.0)
     assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
     train, held_out = (set(part.source.indices) for part in (data.target, data.val_target))
     assert not train & held_out

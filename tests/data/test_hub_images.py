@@ -129,5 +129,7 @@ def test_missing_values_are_empty_captions_and_no_labels(tmp_path):
         if column == "text":
             assert HubImages(made).captions == ["a", "", "b"]
             continue
-        with pytest.raises(DataError, match=f"'{column}' has no value in 1 of 3 examples, of which is example 1"):
+        with pytest.raises(
+            DataError, match=f"'{column}' has no value in 1 of 3 examples, the first of which is example 1"
+        ):
             HubImages(made, label_column=column)
