@@ -62,6 +62,7 @@ def measure(part: str, size: str, file: Path) -> None:
             traceback.print_exc()
             sys.exit(NO_CUDA_HERE)
     torch.set_float32_matmul_precision("high")  # as the command line does
+    torch._dynamo.config.automatic_dynamic_shapes = False  # two batch sizes are two programs here
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")
 
