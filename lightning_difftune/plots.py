@@ -241,7 +241,7 @@ def forgetting_figure(
     pretrained: Mapping[str, Sequence[float]],
     edges: Sequence[int],
 ) -> Figure:
-    """Heat maps of log2(loss / the pre-trained model's) over training step and timestep: one a kind of data.
+    """Heat maps of log2(loss / the pre-trained model's) over training step and timestep, one per kind of data.
 
     Args:
         history: (step, losses by bin for each kind) of the measurements.

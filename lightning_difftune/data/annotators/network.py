@@ -19,9 +19,9 @@ from lightning_difftune.pictures import check_pictures
 class NetworkAnnotator(ABC):
     """Base of annotators that look through a network.
 
-    It is no ``nn.Module``, so a module that holds one neither trains its network nor saves it. The network is opened
-    when the first map or the identity is asked for, follows the pictures to their device, and computes in float32
-    whatever autocast is active around it.
+    It is not an ``nn.Module``, so a module that holds one neither trains its network nor saves it. The network is
+    opened when the first map or the identity is asked for, follows the pictures to their device, and computes in
+    float32 whatever autocast is active around it.
 
     Args:
         source: The network, which is taken over and frozen; or the local folder or hub repository to open it from.
