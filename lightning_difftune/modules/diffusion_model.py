@@ -190,6 +190,8 @@ class DiffusionModel(ModelFamily):
 
     def weights_cast(self, denoise: Denoiser) -> AbstractContextManager[None]:
         """Under autocast, the weights of a network are cast in few operations (:class:`WeightCasts`)."""
+        if not self.denoising_modules():
+            return nullcontext()
         if isinstance(denoise, nn.Module):
             return weight_casts_of(denoise).active()
         plugin = None if self._trainer is None else self._trainer.precision_plugin

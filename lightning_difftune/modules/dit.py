@@ -212,6 +212,10 @@ class DiTDiffTuningModule(DiffTuningModule):
         """The transformer."""
         return [self.dit]
 
+    def denoising_modules(self) -> list[nn.Module]:
+        """The transformer, too."""
+        return [self.dit]
+
     def reconstruct(self, pictures: Tensor) -> Tensor:
         """Pictures (B, C, H, W) uint8 => what the autoencoder makes of them, uint8; pixel models lose nothing."""
         if self.autoencoder is None:

@@ -64,11 +64,11 @@ class ModelFamily(L.LightningModule, ABC):
         """The networks that are trained, or that the tuner is applied to."""
 
     def denoising_modules(self) -> list[nn.Module]:
-        """The networks that :meth:`denoise` calls, whose weights are cast together; the trained ones by default.
+        """The networks that :meth:`denoise` calls whose weights can be cast together under autocast; none by default.
 
-        A network that switches autocast off for some of its layers does not belong here.
+        One that switches autocast off for some of its layers does not belong here.
         """
-        return self.trainable_modules()
+        return []
 
     @property
     @abstractmethod

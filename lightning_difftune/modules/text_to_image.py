@@ -44,6 +44,10 @@ class TextToImageDiffTuningModule(TextPipelineModule):
         """The network that denoises."""
         return [self.network]
 
+    def denoising_modules(self) -> list[nn.Module]:
+        """The same, where its family says that autocast is on throughout."""
+        return [self.network] if getattr(self.family, "is_autocast_throughout", False) else []
+
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Network output (B, c, h, w) under the family's conditions, such as ``prompt_embeds`` (B, L, D)."""
         return self.run(self.network, x_t, t, condition)

@@ -141,3 +141,8 @@ def test_it_trains_with_a_bank_and_a_cache_and_is_swapped(folder: str, tmp_path:
     assert set(module.caption_columns) == {"prompt_embeds", "prompt_mask"}
     with torch.no_grad():
         assert len(module.eval().generate_swapped(torch.arange(1), [0.0, 0.5])) == 2
+
+
+def test_weights_are_cast_together_only_where_a_family_says_that_it_fits(folder: str) -> None:
+    """A network may switch autocast off for some of its layers, as diffusers' ZImage does."""
+    assert built(folder).denoising_modules() == []

@@ -48,6 +48,8 @@ class Family(Protocol):
     """What one class of pipelines has of its own. No base class is needed."""
 
     network_folder: str  # of the network that denoises, such as "unet"; the module's attribute has the same name
+    # Optional: is_autocast_throughout, true where no layer of the network switches autocast off. Weights are then cast
+    # together, see WeightCasts.
 
     def network_class(self) -> Any:
         """Class of diffusers that the network has; imported here, since diffusers is slow to import."""

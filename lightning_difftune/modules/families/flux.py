@@ -27,6 +27,7 @@ class Flux:
     """
 
     network_folder = "transformer"
+    is_autocast_throughout = True
 
     def network_class(self) -> Any:
         """``FluxTransformer2DModel``."""

@@ -23,6 +23,7 @@ class StableDiffusion3:
     """
 
     network_folder = "transformer"
+    is_autocast_throughout = True
 
     def network_class(self) -> Any:
         """``SD3Transformer2DModel``."""

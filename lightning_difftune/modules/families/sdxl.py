@@ -26,6 +26,7 @@ class StableDiffusionXL:
     """
 
     network_folder = "unet"
+    is_autocast_throughout = True
 
     def network_class(self) -> Any:
         """``UNet2DConditionModel``."""

@@ -27,6 +27,7 @@ class StableDiffusion:
     """The family of diffusers' ``StableDiffusionPipeline``, whatever it predicts."""
 
     network_folder = "unet"
+    is_autocast_throughout = True
 
     def network_class(self) -> Any:
         """``UNet2DConditionModel``."""
