@@ -115,7 +115,9 @@ def is_checkpointed(part: nn.Module) -> bool:
 
 def weight_casts_of(network: nn.Module) -> WeightCasts:
     """Those of one network, made once."""
-    casts: WeightCasts = vars(network).setdefault("_weight_casts", WeightCasts([network]))
+    if "_weight_casts" not in vars(network):
+        vars(network)["_weight_casts"] = WeightCasts([network])
+    casts: WeightCasts = vars(network)["_weight_casts"]
     return casts
 
 
