@@ -121,9 +121,9 @@ def start(args: list[str]) -> int:
     args = ["--help" if arg == "--help_all" else arg for arg in args]
     trainer: Any = run_lightning(args).trainer
     if command == "fit" and not trainer.fast_dev_run:
-        from lightning_difftune.cli.next_steps import summary
+        from lightning_difftune.cli.facts import after_fit
 
-        told = summary(trainer)  # on all processes, since it asks for the logger's folder
+        told = after_fit(trainer)  # on all processes, since it asks for the logger's folder
         if trainer.is_global_zero:
             print(f"\n{told}")
     return 0

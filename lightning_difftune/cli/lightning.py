@@ -21,11 +21,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_difftune.callbacks.runs import with_defaults
-from lightning_difftune.cli.parser import DiffTuneParser, part_parser
-from lightning_difftune.cli.resume import SavedConfig, completed, is_file_name, is_requeued
+from lightning_difftune.cli.parser import DiffTuneParser, load, part_parser
+from lightning_difftune.cli.record import SavedConfig, completed, is_file_name, is_requeued
 from lightning_difftune.cli.run import Run, newest_checkpoint
 from lightning_difftune.cli.run_files import check_checkpoint
-from lightning_difftune.cli.yaml_files import load
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.modules.checkpoint_io import write_whole

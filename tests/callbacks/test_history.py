@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_difftune.callbacks import FID, ChainOfForgetting, ControlSimilarity, SuddenConvergence
-from lightning_difftune.cli.environment import scores
+from lightning_difftune.cli.record import scores
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.metrics import BlurredSSIM, ControlMSE, DigitClassifier
 

@@ -10,7 +10,7 @@ import yaml
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.resume import completed
+from lightning_difftune.cli.record import completed
 from lightning_difftune.cli.run import Run
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 

@@ -14,7 +14,7 @@ import yaml
 from lightning_difftune import draws
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
-from lightning_difftune.cli.yaml_files import resolved
+from lightning_difftune.cli.parser import resolved
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import discard_temporaries, json_digest
 

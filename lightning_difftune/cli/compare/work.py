@@ -18,8 +18,8 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_difftune.cli import STOPPED
-from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.cli.record import circumstances
 from lightning_difftune.cli.tuned import FindsConvergence, RunRecord, averaged_weights, callbacks_of, count_trainable
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write

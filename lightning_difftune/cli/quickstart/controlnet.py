@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
+from lightning_difftune.cli.record import circumstances
 from lightning_difftune.cli.tuned import FindsConvergence, callbacks_of, count_trainable, scoring
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_network

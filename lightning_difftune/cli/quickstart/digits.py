@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_difftune.cli.environment import circumstances
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, tune
+from lightning_difftune.cli.record import circumstances
 from lightning_difftune.cli.tuned import averaged_weights, count_trainable, scoring
 from lightning_difftune.data import HandwrittenDigits, ImageTargets, MemoryBank
 from lightning_difftune.metrics import RecognisedDigits

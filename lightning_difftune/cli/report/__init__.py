@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.next_steps import sample_command
+from lightning_difftune.cli.facts import sample_command
 from lightning_difftune.cli.report.page import page
 from lightning_difftune.cli.run import Run
 from lightning_difftune.errors import DataError

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_difftune.cli.next_steps import name_of
+from lightning_difftune.cli.facts import name_of
 from lightning_difftune.cli.run import Run, Series
 
 FEWEST_OF_A_CLASS = 10

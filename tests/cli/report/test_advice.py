@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lightning_difftune.cli.facts import summary
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.report.advice import RULES, advise
-from lightning_difftune.cli.report.facts import summary
-from lightning_difftune.cli.report.figures import panels
-from lightning_difftune.cli.report.page import page
+from lightning_difftune.cli.report.page import page, panels
 from lightning_difftune.cli.run import Run
 
 

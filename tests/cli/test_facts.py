@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_difftune.cli.next_steps import export_command, name_of, sample_command, summary
+from lightning_difftune.cli.facts import after_fit, export_command, name_of, sample_command
 from lightning_difftune.cli.run import Run
 
 
@@ -44,7 +44,7 @@ def test_a_run_goes_by_its_root_as_long_as_that_means_this_launch(run) -> None:
 
 
 def test_the_summary_says_what_is_where_and_what_comes_next(run) -> None:
-    said = summary(SimpleNamespace(log_dir=str(run.path), default_root_dir=None, global_step=4)).splitlines()
+    said = after_fit(SimpleNamespace(log_dir=str(run.path), default_root_dir=None, global_step=4)).splitlines()
     assert said == [
         f"Run         {run.path}, 4 steps",
         f"Checkpoint  {run.path}/checkpoints/last.ckpt",
