@@ -31,7 +31,7 @@ from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.errors import DiffTuneError
 from lightning_difftune.models import load_dit
 from lightning_difftune.models.checkpoint_files import read_torch
-from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.sampling import Sampler
 
 

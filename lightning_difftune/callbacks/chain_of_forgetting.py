@@ -8,10 +8,11 @@ from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
-from lightning_difftune.callbacks.distance import DistanceCallback
+from lightning_difftune.callbacks.fid import DistanceCallback
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.metrics import FrechetDistance
 from lightning_difftune.pictures import check_pictures
@@ -144,3 +145,25 @@ class ChainOfForgetting(DistanceCallback):
             "`generate_swapped(indices, fractions)` and the callback was given none. Add the method, or pass "
             "`generate=`: a function of indices (B,) and P fractions that returns pictures (P, B, 1 or 3, H, W) uint8."
         )
+
+
+def swap_meter(callbacks: Iterable[Callback]) -> ChainOfForgetting:
+    """What measures swapped pictures: the run's own callback, or one that measures as a Fréchet distance of it does.
+
+    Raises:
+        ConfigError: If there is neither.
+    """
+    distances = [callback for callback in callbacks if isinstance(callback, DistanceCallback)]
+    if not distances:
+        raise ConfigError(
+            "The config has neither a ChainOfForgetting nor a FID callback that says how pictures are measured. Add "
+            "one of them to trainer.callbacks."
+        )
+    own = next((callback for callback in distances if isinstance(callback, ChainOfForgetting)), None)
+    if own is not None:
+        return own
+    like = distances[0]
+    extractor = like.distance.feature_extractor
+    chain = ChainOfForgetting(like.num_samples, feature_extractor=extractor, batch_size=like.batch_size)
+    chain.reference, chain.cache = like.reference, like.cache
+    return chain

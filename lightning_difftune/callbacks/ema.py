@@ -222,6 +222,17 @@ class EMA(Callback):
         self._restored = True
 
 
+def averages_in(checkpoint: Mapping[str, Any]) -> EMA | None:
+    """The averaged weights that a checkpoint holds; ``None`` if there are none."""
+    states = checkpoint.get("callbacks", {}).values()
+    state = next((state for state in states if "averages" in state), None)
+    if state is None:
+        return None
+    averages = EMA()
+    averages.load_state_dict(state)
+    return averages
+
+
 def _same_objects(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> bool:
     return ours.keys() == theirs.keys() and all(p is theirs[name] for name, p in ours.items())
 

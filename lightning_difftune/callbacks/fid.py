@@ -2,15 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.distance import DistanceCallback
-from lightning_difftune.metrics import InceptionV3Features
+from lightning_difftune.callbacks.bases import MeasuringCallback, SampleCallback
+from lightning_difftune.errors import ConfigError
+from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
+from lightning_difftune.metrics.reference_cache import reference_key
+from lightning_difftune.pictures import check_pictures
+from lightning_difftune.protocols import SupportsReferenceImages
+
+
+class DistanceCallback(MeasuringCallback, SampleCallback):
+    """Base of callbacks that measure Fréchet distances of generated to real pictures.
+
+    The sums over the real pictures are measured once, or come from the cache. The extractor is on the accelerator
+    during an evaluation only, and never in a checkpoint.
+
+    Args:
+        num_samples: Generated pictures.
+        feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); ``None`` is
+            :class:`~lightning_difftune.metrics.InceptionV3Features`.
+        every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
+        batch_size: Pictures generated at a time.
+        reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` asks
+            the data module for its ``reference_images()``.
+        generate: What generates pictures; ``None`` asks the module.
+        cache_dir: Folder where statistics of the real pictures are kept between runs.
+
+    Raises:
+        ConfigError: If a number is not positive or, when the trainer starts, if there is nothing to generate pictures
+            or to compare them with.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        feature_extractor: nn.Module | None,
+        every_n_steps: int | None,
+        batch_size: int,
+        reference: Iterable[Tensor] | None,
+        generate: Callable[..., Tensor] | None,
+        cache_dir: str | Path | None,
+    ) -> None:
+        super().__init__(num_samples, batch_size, every_n_steps, generate)
+        self.history = []
+        self.reference = reference
+        self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
+        self._distance = FrechetDistance(feature_extractor) if feature_extractor is not None else None
+        self._reference_key: str | None = None  # of what the real sums are to be of
+        self._ready: str | None = None  # of what they are
+
+    @property
+    def distance(self) -> FrechetDistance:
+        """The metric, made when first asked for if it needs the weights of Inception-v3."""
+        if self._distance is None:
+            self._distance = FrechetDistance(InceptionV3Features())
+        return self._distance
+
+    @property
+    def monitor(self) -> str:
+        """The logged name, for ``ModelCheckpoint(monitor=...)``."""
+        return "fid" if self._distance is None else self._distance.key
+
+    @property
+    def state_key(self) -> str:
+        """Several of these may stand side by side, with different extractors."""
+        return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find extractor and reference, and say through what the pictures will be looked at."""
+        super().setup(trainer, pl_module, stage)
+        if stage not in ("fit", "validate"):
+            return
+        source = self._source(trainer)
+        name, is_fid = self.distance.name, self.monitor == "fid"
+        rank_zero_info(
+            f"Every value logged as '{self.monitor}' is a Fréchet distance through {name}, "
+            f"{self.num_samples:,} generated pictures."
+            + ("" if is_fid else " It is not FID: compare it with itself, at the same number of pictures.")
+        )
+        if is_fid and self.num_samples < self.distance.num_features:
+            rank_zero_warn(
+                f"{self.num_samples:,} pictures are too few to estimate the covariance of {name}'s "
+                f"{self.distance.num_features:,} features: the distance comes out too large, and values compare only "
+                f"at equal num_samples. Raise num_samples above {self.distance.num_features:,}."
+            )
+        if isinstance(source, SupportsReferenceImages):
+            self._reference_key = reference_key(source.reference_identity(), self.distance.feature_extractor)
+        else:
+            self._reference_key = "the reference given"
+            if self.cache is not None:
+                rank_zero_warn("The reference has no reference_identity(), so its statistics are not kept on disk.")
+
+    @contextmanager
+    def on_device(self, pl_module: L.LightningModule) -> Iterator[FrechetDistance]:
+        """The metric, on the module's device inside a ``with`` block."""
+        try:
+            yield self.distance.to("cpu" if pl_module.device.type == "mps" else pl_module.device)  # MPS has no float64
+        finally:
+            self.distance.to("cpu")
+
+    def share(self, trainer: L.Trainer) -> list[range]:
+        """The batches of sample indices that this process looks at."""
+        return self.batches()[trainer.global_rank :: trainer.world_size]
+
+    def _source(self, trainer: L.Trainer) -> Iterable[Tensor] | SupportsReferenceImages:
+        if self.reference is not None:
+            return self.reference
+        datamodule = getattr(trainer, "datamodule", None)
+        if isinstance(datamodule, SupportsReferenceImages):
+            return datamodule
+        raise ConfigError(
+            f"{type(self).__name__} has no real pictures to compare with: the trainer's data module has no "
+            "reference_images() and reference_identity(), and the callback was given no reference. Pass `reference=`: "
+            "batches of pictures (B, 1 or 3, H, W) uint8, such as a list of tensors."
+        )
+
+    def measure_reference(self, trainer: L.Trainer, progress: Progress) -> None:
+        """Fill the real sums if they are not yet, from the cache on the first process or together from the pictures."""
+        if self._ready == self._reference_key:
+            return
+        source, distance = self._source(trainer), self.distance
+        cache = self.cache if isinstance(source, SupportsReferenceImages) else None
+        key = str(self._reference_key)
+        distance.reset_real()
+        self._ready = None
+        state = cache.load(key) if cache is not None and trainer.is_global_zero else None
+        if trainer.strategy.broadcast(state is not None):
+            if state is not None:
+                distance.load_real_state(state)
+        else:
+            images = source.reference_images() if isinstance(source, SupportsReferenceImages) else source
+            for number, pictures in enumerate(progress.track(images, description=f"{self.monitor}: real pictures")):
+                if number % trainer.world_size == trainer.global_rank:
+                    check_pictures(pictures, "The reference gave")
+                    distance.update(pictures.to(distance.device), real=True)
+            with distance.sync_context():
+                if cache is not None and trainer.is_global_zero:
+                    cache.store(key, distance.real_state())
+        self._ready = self._reference_key
+
+    @staticmethod
+    def progress(trainer: L.Trainer) -> Progress:
+        """A bar for what takes long, where the trainer shows bars."""
+        shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        # A console of its own: Lightning's bar is live on the global one.
+        console = Console()
+        return Progress(console=console, transient=True, disable=not shown or not console.is_terminal)
 
 
 class FID(DistanceCallback):

@@ -7,16 +7,20 @@ import re
 import signal
 import subprocess
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
 from torch import distributed
+
+from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 
 
 class Preemption(Callback):
@@ -133,3 +137,12 @@ def requeue() -> None:
         rank_zero_info(f"Requeued SLURM job {job}.")
     except (OSError, subprocess.CalledProcessError) as error:
         rank_zero_warn(f"SLURM job {job} could not be requeued ({error}); the checkpoint is saved.")
+
+
+def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:
+    """The callbacks of a run with what each run has: progress that counts its steps, and leaving in good order."""
+    progress = StepProgressBar if Console().is_terminal or Console().is_jupyter else StepLines
+    callbacks = [progress() if type(callback) is RichProgressBar else callback for callback in callbacks]
+    if any(isinstance(callback, Preemption) for callback in callbacks):
+        return callbacks
+    return [*callbacks, Preemption()]  # the last one: it saves what the others have made of a step

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lightning_difftune.callbacks.runs import with_defaults
+from lightning_difftune.callbacks.preemption import with_defaults
 from lightning_difftune.cli.parser import DiffTuneParser, load, part_parser
 from lightning_difftune.cli.record import SavedConfig, completed, is_file_name, is_requeued
 from lightning_difftune.cli.run import Run, newest_checkpoint

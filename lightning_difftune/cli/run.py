@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lightning_difftune.callbacks.runs import averages_in
+from lightning_difftune.callbacks.ema import averages_in
 from lightning_difftune.cli.run_files import Series, mapping_of, read_checkpoint, read_metrics, text_of
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.trust import check_trust

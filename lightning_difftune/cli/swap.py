@@ -14,7 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
 from lightning_difftune.callbacks import GenerationCallback
-from lightning_difftune.callbacks.runs import swap_meter
+from lightning_difftune.callbacks.chain_of_forgetting import swap_meter
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.run import Run

@@ -2,9 +2,8 @@
 
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
 from lightning_difftune.models.checkpoints import load_dit
-from lightning_difftune.models.diffusers_folder import export_network
 from lightning_difftune.models.dit import DiT
-from lightning_difftune.models.export import export_dit
+from lightning_difftune.models.export import export_dit, export_network
 from lightning_difftune.models.text_encoder import FrozenTextEncoder
 
 __all__ = ["DiT", "FrozenAutoencoder", "FrozenTextEncoder", "export_dit", "export_network", "load_dit"]

@@ -15,8 +15,9 @@ from torch import Tensor
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_folder import folder_of, open_network
+from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.models.hub import folder_of
 from lightning_difftune.source import LatentScale
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from lightning_difftune.models import diffusers_layout, hub
 from lightning_difftune.models.checkpoint_files import DIFFUSERS, find_weights, missing_shards, read_json, read_torch
 from lightning_difftune.models.dit import SIZES, DiT
 
-BUNDLED = Path(__file__).parent / "weights"
 SAMPLING_FILE = "sampling.json"  # in an exported diffusers folder, next to model_index.json
 FORMAT_VERSION = 1  # of the safetensors that export_dit writes
 PUBLISHED_HEADS = {(hidden_size, depth): num_heads for hidden_size, depth, num_heads in SIZES.values()}
@@ -82,7 +81,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: If there is none.
     """
-    bundled = {file.stem: file for file in sorted(BUNDLED.glob("*.safetensors"))}
+    bundled = {file.stem: file for file in sorted(hub.BUNDLED.glob("*.safetensors"))}
     if isinstance(source, str) and source in bundled:
         return bundled[source]
     path = Path(source).expanduser()

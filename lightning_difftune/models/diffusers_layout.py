@@ -8,18 +8,23 @@ class also computes another function unless :func:`make_exact` is applied.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import check_sums
+from lightning_difftune.models.checkpoint_files import DIFFUSERS, find_weights, missing_shards
 from lightning_difftune.models.dit import sincos_2d
+from lightning_difftune.models.hub import folder_of
 
 if TYPE_CHECKING:
     from diffusers.models import DiTTransformer2DModel
+
+Model = TypeVar("Model")
 
 
 def targets(depth: int) -> Iterator[tuple[str, list[str]]]:
@@ -179,3 +184,87 @@ def load_exact_transformer(folder: str | Path) -> DiTTransformer2DModel:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{inner} cannot be opened as diffusers' DiTTransformer2DModel: {error}") from error
     return make_exact(transformer).eval()
+
+
+def open_network(
+    kind: type[Model],
+    source: str | Path,
+    subfolder: str = "",
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Open a network of one class, refusing weights that do not fill it.
+
+    Weights may be in shards. Where a folder has no full precision, its bfloat16 or float16 is read.
+
+    Args:
+        kind: diffusers' class, such as ``UNet2DConditionModel``.
+        source: Local folder or hub repository.
+        subfolder: Folder of the network in ``source``, such as ``"unet"`` of a pipeline.
+        revision: Branch, tag or commit of a hub repository.
+        dtype: What the weights become.
+
+    Raises:
+        CheckpointError: If the source is not found, unreadable, or of another class.
+    """
+    folder = folder_of(source, subfolder, revision) / subfolder
+    diffusers_class: Any = kind
+    check_sums(folder)
+    try:
+        # Through a folder whose configuration has another class, diffusers would fill a default network at random.
+        config: dict[str, Any] = diffusers_class.load_config(str(folder), local_files_only=True)
+        if config.get("_class_name") != kind.__name__:
+            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, expected {kind.__name__}.")
+        weights = find_weights([file.name for file in folder.iterdir()])
+        if weights is None:
+            raise CheckpointError(no_weights(folder))
+        with without_bars():
+            network, info = diffusers_class.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+                variant=weights.variant,
+                use_safetensors=weights.is_safe,
+                torch_dtype=dtype,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be opened as diffusers' {kind.__name__}: {error}. It needs config.json and "
+            f"{DIFFUSERS[0]}; name the subfolder if they lie in one."
+        ) from error
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(map(str, info[problem]))[:3]
+            raise CheckpointError(
+                f"{folder}: the weights do not fit config.json; {problem.replace('_', ' ')}: {names}."
+            )
+    if any(parameter.dtype != dtype for parameter in network.parameters()):  # diffusers leaves parts in float32
+        network.to(dtype)
+    return network
+
+
+def no_weights(folder: Path) -> str:
+    """A message about a folder without the whole weights of a model."""
+    names = sorted(file.name for file in folder.iterdir())
+    missing = missing_shards(names)
+    if missing:
+        return f"{folder} lacks {len(missing)} shards of the weights, the first is {missing[0]}. Download it again."
+    return (
+        f"{folder} has no weights: it needs {DIFFUSERS[0]}, or its shards with their index, also of the variants bf16 "
+        f"and fp16; found {names[:8]}."
+    )
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Leave out diffusers' progress bars over shards, which take the screen for files that are read in a moment."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Writing a DiT for others to open: whole or not at all, and read back to check it."""
+"""Writing models for others to open: whole or not at all, and read back to check them."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_difftune import __version__
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.files import write_safetensors, write_sums
+from lightning_difftune.files import atomic_path, write_safetensors, write_sums
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
-from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, load_dit
-from lightning_difftune.models.diffusers_folder import exported
-from lightning_difftune.models.diffusers_layout import load_exact_transformer, to_config, to_diffusers
+from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, fingerprint, load_dit
+from lightning_difftune.models.diffusers_layout import load_exact_transformer, open_network, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
 from lightning_difftune.models.usage import usage_of_dit
 
@@ -69,6 +69,55 @@ def export_dit(
             write_sums(draft)
         verify(model, draft)
     return path
+
+
+def export_network(network: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a UNet or a ControlNet as a folder that diffusers opens.
+
+    A tuner's layers must have been merged first. What is read back has the same weights to the bit, so pipelines draw
+    the same pictures with it.
+
+    Args:
+        network: A diffusers model in float32, on any device.
+        folder: The folder; ``ControlNetModel.from_pretrained(folder)`` opens it for diffusers' pipelines.
+        overwrite: Replace what is there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: If the folder is taken or cannot be written, the network holds a tuner's layers or values that
+            are not finite, or does not read back as it was. Nothing is left then, and what was there stays.
+    """
+    folder = Path(folder)
+    tuner = getattr(network, "tuned_by", None)
+    if tuner is not None:
+        raise CheckpointError(f"Not exported: the layers of {tuner} are in the network. Export what its merge returns.")
+    with exported(network, folder, overwrite) as draft:
+        network.save_pretrained(draft)
+        write_sums(draft)
+        if fingerprint(open_network(type(network), draft)) != fingerprint(network):
+            raise CheckpointError("Not exported: what was written does not read back as the same weights.")
+    return folder
+
+
+@contextmanager
+def exported(network: nn.Module, path: Path, overwrite: bool) -> Iterator[Path]:
+    """Where to write an export of a network, which takes the place of ``path`` when the block ends without an error.
+
+    Raises:
+        CheckpointError: If ``path`` is taken or cannot be written, or the network has values that are not finite.
+    """
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} exists. Choose another path, or pass overwrite=True.")
+    broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise CheckpointError(f"Not exported: NaN or infinity in {len(broken)} tensors, {broken[:3]}.")
+    try:
+        with atomic_path(path) as draft:
+            yield draft
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"Cannot write {path}: {error}. Is the disk full, or the folder protected?") from error
 
 
 def plain_state(model: DiT) -> dict[str, Tensor]:

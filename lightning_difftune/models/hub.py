@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.checkpoint_files import DIFFUSERS, TRANSFORMERS, find_weights
 
+BUNDLED = Path(__file__).parent / "weights"
 COMPANIONS = {  # small folders of pipelines that a part goes with
     "text_encoder": "tokenizer/",
     "text_encoder_2": "tokenizer_2/",
@@ -43,6 +44,24 @@ def repository_of(source: str, revision: str | None = None) -> tuple[str, str | 
     if at and revision not in (None, stated):
         raise CheckpointError(f"{source!r} and revision={revision!r} name two revisions. Leave one of them out.")
     return repo_id, stated or revision
+
+
+def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -> Path:
+    """The local folder of a pipeline or of a network, fetched from the hub if ``source`` is a repository.
+
+    Bundled pipelines, such as ``"sd-nano-flowers"``, go by their names.
+
+    Raises:
+        CheckpointError: If it is neither a folder nor a repository that can be reached.
+    """
+    bundled = BUNDLED / source
+    folder = bundled if bundled.is_dir() else Path(source).expanduser()
+    if folder.exists():
+        return folder
+    repository = repository_of(source, revision) if isinstance(source, str) else None
+    if repository is None:
+        raise CheckpointError(f"{str(source)!r} is not a local folder; a hub repository is written 'owner/name'.")
+    return fetch(repository[0], (subfolder,), repository[1])
 
 
 def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None) -> Path:

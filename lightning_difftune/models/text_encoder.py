@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import text_digest
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_folder import folder_of
 from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.models.hub import folder_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import FrozenAutoencoder, export_network
-from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.usage import usage_of_network
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.protocols import (

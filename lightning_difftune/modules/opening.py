@@ -8,8 +8,8 @@ from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoint_files import read_json
-from lightning_difftune.models.checkpoints import BUNDLED
-from lightning_difftune.models.diffusers_folder import open_network
+from lightning_difftune.models.diffusers_layout import open_network
+from lightning_difftune.models.hub import BUNDLED
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.dit import DiTDiffTuningModule
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule

@@ -18,7 +18,8 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import FrozenAutoencoder
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_folder import folder_of, open_network
+from lightning_difftune.models.diffusers_layout import open_network
+from lightning_difftune.models.hub import folder_of
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.families import Family, family_of, few_step_name
 from lightning_difftune.modules.optimization import adamw

@@ -11,8 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 
-from lightning_difftune.callbacks.progress_bar import PicturesColumn, StepLines, StepProgressBar
-from lightning_difftune.callbacks.throughput import Throughput
+from lightning_difftune.callbacks.progress_bar import PicturesColumn, StepLines, StepProgressBar, Throughput
 
 
 class Seen(L.Callback):

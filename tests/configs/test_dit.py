@@ -316,7 +316,7 @@ class TinyFeatures(nn.Module):
     ],
 )
 def test_two_steps_of_training(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_difftune.callbacks.distance.InceptionV3Features", TinyFeatures)
+    monkeypatch.setattr("lightning_difftune.callbacks.fid.InceptionV3Features", TinyFeatures)
     smaller = smaller_callbacks(
         BASE,
         tmp_path,

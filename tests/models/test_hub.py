@@ -166,7 +166,7 @@ def test_a_sharded_network_is_downloaded_cached_and_opened(
 ) -> None:
     from diffusers import UNet2DConditionModel
 
-    from lightning_difftune.models.diffusers_folder import open_network
+    from lightning_difftune.models.diffusers_layout import open_network
 
     small: dict[str, Any] = {
         "block_out_channels": (8,),

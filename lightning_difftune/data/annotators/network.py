@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_folder import folder_of
+from lightning_difftune.models.hub import folder_of
 from lightning_difftune.pictures import check_pictures
 
 

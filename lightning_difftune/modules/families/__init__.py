@@ -15,7 +15,7 @@ from lightning_difftune.densities import TimestepDensity
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoint_files import read_json
-from lightning_difftune.models.checkpoints import BUNDLED
+from lightning_difftune.models.hub import BUNDLED
 from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts
 

@@ -13,8 +13,8 @@ from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import json_digest
 from lightning_difftune.models.checkpoint_files import find_weights, read_json
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_folder import folder_of
 from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.models.hub import folder_of
 from lightning_difftune.models.text_encoder import without_bars
 
 Encode = Callable[[Any, list[str]], dict[str, Tensor]]
