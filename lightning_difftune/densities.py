@@ -21,7 +21,6 @@ class TimestepDensity(Protocol):
 
     def density(self, s: Tensor) -> Tensor:
         """Non-negative values of s's shape."""
-        ...
 
 
 class Uniform:

@@ -49,7 +49,6 @@ class Denoiser(Protocol):
 
         Training has whole timesteps, int64; many schedulers sample at fractions, float32.
         """
-        ...
 
 
 @runtime_checkable
@@ -58,7 +57,6 @@ class SupportsGenerate(Protocol):
 
     def generate(self, indices: Tensor) -> Tensor:
         """Indices (B,) int64 => pictures (B, 1 or 3, H, W) uint8."""
-        ...
 
 
 class GeneratesClasses(Protocol):
@@ -67,15 +65,12 @@ class GeneratesClasses(Protocol):
     @property
     def num_classes(self) -> int:
         """Classes K."""
-        ...
 
     def class_conditions(self, class_labels: Tensor) -> tuple[Any, Any]:
         """Condition and null condition for classes (B,) int64."""
-        ...
 
     def generate(self, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
         """Sample indices (B,) and their conditions => pictures (B, 1 or 3, H, W) uint8."""
-        ...
 
 
 @runtime_checkable
@@ -85,27 +80,21 @@ class SupportsDenoisingLosses(Protocol):
     @property
     def num_timesteps(self) -> int:
         """T of the forward process."""
-        ...
 
     def prepare(self, batch: Any, draws: Any) -> tuple[Tensor, Any, Tensor]:
         """A batch of its data => x0 (B, c, h, w), condition, is_retention (B,) bool; eval mode drops no condition."""
-        ...
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """Output of the network as it is now; see :class:`Denoiser`."""
-        ...
 
     def pretrained(self) -> Denoiser:
         """The network as it was before tuning, frozen, on this module's device."""
-        ...
 
     def source_condition(self, condition: Any) -> Any:
         """What the pre-trained network understands of a condition of this module."""
-        ...
 
     def denoising_losses(self, denoise: Denoiser, x0: Tensor, condition: Any, t: Tensor, noise: Tensor) -> Tensor:
         """Simple losses (B,) of a network on x0 (B, c, h, w) under noise of that shape at t (B,) int64."""
-        ...
 
 
 @runtime_checkable
@@ -114,11 +103,9 @@ class SupportsReferenceImages(Protocol):
 
     def reference_images(self) -> Iterator[Tensor]:
         """Batches (B, 1 or 3, H, W) uint8 in a fixed order."""
-        ...
 
     def reference_identity(self) -> str:
         """A string that changes when the reference pictures do; the key of cached statistics."""
-        ...
 
 
 @runtime_checkable
@@ -127,11 +114,9 @@ class SupportsLabelledImages(Protocol):
 
     def labelled_images(self, split: Literal["train", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of pictures (B, 1 or 3, H, W) uint8 and their classes (B,) int64, in a fixed order."""
-        ...
 
     def images_identity(self, split: Literal["train", "val"]) -> str:
         """A string that changes when these pictures do; a key of caches."""
-        ...
 
 
 @runtime_checkable
@@ -141,7 +126,6 @@ class SupportsClassNames(Protocol):
     @property
     def class_names(self) -> list[str] | None:
         """Names in the order of the labels, if there are any."""
-        ...
 
 
 @runtime_checkable
@@ -150,11 +134,9 @@ class BankGenerator(Protocol):
 
     def bank_spec(self) -> dict[str, Any]:
         """What decides a bank's bytes (weights' fingerprint, sampler, guidance, seed), as plain JSON values."""
-        ...
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
         """Indices (B,) int64 => ``{"latents": (B, c, h, w) float32, ...}`` on the CPU, other columns as they please."""
-        ...
 
 
 class BankPictures(Protocol):
@@ -162,15 +144,12 @@ class BankPictures(Protocol):
 
     def __len__(self) -> int:
         """How many there are."""
-        ...
 
     def identity(self) -> str:
         """Digest of what decides them."""
-        ...
 
     def pixels(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
         """Those at ``indices``, B, mirrored where ``flips``: ``pixel_values`` (B, C, H, W) in [-1, 1] and more."""
-        ...
 
 
 @runtime_checkable
@@ -180,11 +159,9 @@ class SupportsBankGeneration(Protocol):
     @property
     def uses_retention(self) -> bool:
         """Whether training gives the bank any weight."""
-        ...
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
         """The pre-trained model, untouched by training, or pictures in place of its samples."""
-        ...
 
 
 @runtime_checkable
@@ -193,11 +170,9 @@ class SupportsEncode(Protocol):
 
     def encode(self, batch: TargetBatch) -> TargetBatch:
         """A target batch as read => tensors as trained on, ``latent_mean`` and ``latent_std`` among them."""
-        ...
 
     def encoder_identity(self) -> str | None:
         """What decides the result of :meth:`encode`; ``None`` if the model denoises pixels and there is none."""
-        ...
 
 
 @runtime_checkable
@@ -207,7 +182,6 @@ class SupportsCaptions(Protocol):
     @property
     def caption_columns(self) -> Sequence[str]:
         """Their names, such as ``prompt_embeds``; a latent cache stores them once for each distinct caption."""
-        ...
 
 
 @runtime_checkable
@@ -222,11 +196,9 @@ class Annotator(Protocol):
 
         A picture's map depends on that picture alone.
         """
-        ...
 
     def identity(self) -> str:
         """What decides the maps: name, constants and, for networks, the weights' fingerprint; a key of stores."""
-        ...
 
 
 @runtime_checkable
@@ -236,14 +208,12 @@ class SupportsControlExamples(Protocol):
     @property
     def num_control_examples(self) -> int:
         """How many there are."""
-        ...
 
     def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Positions below :attr:`num_control_examples` => pictures (B, 3, H, W) uint8 and their captions.
 
         The same on every process.
         """
-        ...
 
 
 @runtime_checkable
@@ -252,7 +222,6 @@ class Tuner(Protocol):
 
     def apply(self, model: nn.Module) -> None:
         """Insert the method's layers and set ``requires_grad``; the function computed stays the same."""
-        ...
 
 
 class Evaluator(Protocol):
@@ -260,4 +229,3 @@ class Evaluator(Protocol):
 
     def evaluate(self, module: Any) -> dict[str, float]:
         """Figures by name, of the LightningModule ``module`` with the weights it has now."""
-        ...

@@ -24,7 +24,6 @@ class DrawsTimesteps(Protocol):
 
     def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
         """Uniform numbers (B,) in [0, 1), and which of them are for retained samples => timesteps (B,) int64."""
-        ...
 
 
 @runtime_checkable
@@ -33,23 +32,19 @@ class RetentionTarget(Protocol):
 
     def draws(self, retained: RetentionBatch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps (K,) and noise (K, c, h, w) of K retained samples: those drawn for this step, or the bank's."""
-        ...
 
     def predictions(
         self, retained: RetentionBatch, x_t: Tensor, t: Tensor, condition: Any, teacher: Denoiser | None
     ) -> Tensor:
         """What the network's outputs at x_t (K, c, h, w) and t (K,) are compared with (K, c, h, w)."""
-        ...
 
     def bank_columns(
         self, objective: DrawsTimesteps, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
     ) -> dict[str, Tensor]:
         """What the bank keeps in addition of its samples ``indices`` (B,), latents (B, c, h, w)."""
-        ...
 
     def bank_spec(self, objective: DrawsTimesteps) -> dict[str, Any]:
         """What decides :meth:`bank_columns`, as plain JSON values."""
-        ...
 
 
 class OnlineTeacher:

@@ -27,11 +27,9 @@ class ForgettingSchedule(Protocol):
 
     def reconsolidation(self, s: Tensor) -> Tensor:
         """Psi(s), the weight of learning the target (Eq. 4)."""
-        ...
 
     def retention(self, s: Tensor) -> Tensor:
         """Xi(s), the weight of replaying the memory bank (Eq. 3)."""
-        ...
 
 
 class PowerSchedule:

@@ -21,7 +21,6 @@ class LossWeighting(Protocol):
 
     def weights(self, snr: Tensor) -> Tensor:
         """SNR (B,), at least 0 => weights (B,), at least 0."""
-        ...
 
 
 class MinSNRWeighting:

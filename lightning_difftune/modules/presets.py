@@ -18,12 +18,10 @@ class Configured(Protocol):
     @property
     def sampler(self) -> Sampler:
         """How it draws."""
-        ...
 
     @property
     def uses_retention(self) -> bool:
         """Whether the memory bank has any weight."""
-        ...
 
 
 @dataclass(frozen=True)

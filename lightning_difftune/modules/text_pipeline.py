@@ -22,8 +22,8 @@ from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.hub import folder_of
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.families import Family, family_of, few_step_name
+from lightning_difftune.modules.families.text import PromptConditions
 from lightning_difftune.modules.optimization import adamw
-from lightning_difftune.modules.prompts import PromptConditions
 from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankGenerator, BankPictures, RetentionBatch, TargetBatch, Tuner

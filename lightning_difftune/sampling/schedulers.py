@@ -45,11 +45,9 @@ class NoiseScheduler(Protocol):
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         """Choose the grid of timesteps, noisiest first."""
-        ...
 
     def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> Any:
         """One reverse step; the result has ``prev_sample``."""
-        ...
 
 
 def ddim() -> NoiseScheduler:

@@ -19,7 +19,7 @@ from test_ddp import finish, start
 from tiny import quiet_trainer
 
 from lightning_difftune import MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
-from lightning_difftune.modules.families import flux
+from lightning_difftune.modules.families import flow_matching
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
@@ -27,7 +27,7 @@ BANK_SIZE = 1030  # two shards, one for each process
 
 
 def draw_and_train(weights: Path, folder: Path, world_size: int) -> None:
-    flux.TOKENS = 8  # 512 words of text would take most of the time
+    flow_matching.T5_TOKENS = 8  # 512 words of text would take most of the time
     source: Any = [(np.full((8, 8, 3), 9 * i, dtype=np.uint8), "a") for i in range(8)]
     for family in FAMILIES:
         torch.manual_seed(0)  # of the LoRA's first factors

@@ -37,9 +37,7 @@ class PixArtSigma:
     def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> PipelineText:
         from diffusers import PixArtSigmaPipeline
 
-        return PipelineText(
-            PixArtSigmaPipeline, model, revision, encode, lambda pipeline: encode(pipeline, [""]), dtype
-        )
+        return PipelineText(PixArtSigmaPipeline, model, revision, encode, dtype)
 
     def check(self, model: str, network: Any, text: Any, latent_channels: int) -> None:
         pass
@@ -79,9 +77,6 @@ def encode(pipeline: Any, prompts: list[str]) -> dict[str, torch.Tensor]:
     return {"prompt_embeds": embeds, "prompt_mask": mask}
 
 
-FAMILY = PixArtSigma()
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[str]:
     """Pictures of 32 px, latents (4, 16, 16)."""
@@ -108,7 +103,7 @@ def folder(tmp_path: Path) -> Iterator[str]:
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
     )
     pipeline.save_pretrained(tmp_path / "pixart")
-    FAMILIES["PixArtSigmaPipeline"] = __name__
+    FAMILIES["PixArtSigmaPipeline"] = PixArtSigma()
     yield str(tmp_path / "pixart")
     del FAMILIES["PixArtSigmaPipeline"]
 

@@ -1,12 +1,11 @@
-"""The text-to-image families: one file each, which says what to open, how text becomes conditions, and how to call."""
+"""The text-to-image families: what each opens, how text becomes conditions, and how its network is called."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,32 +15,10 @@ from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.hub import BUNDLED
+from lightning_difftune.modules.families.flow_matching import Flux, StableDiffusion3
+from lightning_difftune.modules.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_difftune.sampling import NoiseScheduler, Sampler
 from lightning_difftune.source import SourceFacts
-
-FAMILIES = {
-    "StableDiffusionPipeline": f"{__name__}.stable_diffusion",
-    "StableDiffusionXLPipeline": f"{__name__}.sdxl",
-    "FluxPipeline": f"{__name__}.flux",
-    "StableDiffusion3Pipeline": f"{__name__}.sd3",
-}
-"""The module of each class that ``model_index.json`` may state, here or anywhere; its ``FAMILY`` is the object."""
-
-
-class TextConditions(Protocol):
-    """Frozen text encoders, as a module that follows its parent to any device."""
-
-    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """B prompts => tensors of B rows by name, float32; their names are columns of cached targets, too."""
-        ...
-
-    def null(self) -> dict[str, Tensor]:
-        """The condition of the unconditional branch, which guidance and dropped captions have: one row."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Identity of weights and vocabularies."""
-        ...
 
 
 class Family(Protocol):
@@ -53,15 +30,12 @@ class Family(Protocol):
 
     def network_class(self) -> Any:
         """Class of diffusers that the network has; imported here, since diffusers is slow to import."""
-        ...
 
     def sample_size(self, network: Any) -> int:
         """Latents per side of the pictures that the network was made for."""
-        ...
 
     def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> Any:
-        """The :class:`TextConditions` of a pipeline; :class:`~.text.PipelineText` makes them of a pipeline's class."""
-        ...
+        """The text encoders of a pipeline; :class:`~.text.PipelineText` makes them of a pipeline's class."""
 
     def check(self, model: str, network: Any, text: Any, latent_channels: int) -> None:
         """Refuse networks that need more than they are given here.
@@ -69,35 +43,36 @@ class Family(Protocol):
         Raises:
             CheckpointError: If the parts do not fit, or the network takes further inputs.
         """
-        ...
 
     def call(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """x_t (B, c, h, w), t (B,) index or, in sampling, the scheduler's float => output (B, c, h, w).
 
         The only place for packing, ids, the network's own scale of time, and signs.
         """
-        ...
 
     def sampler(self) -> Sampler:
         """How pictures are drawn by default: steps and guidance, without a scheduler."""
-        ...
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
         """The default scheduler over a model's process and for what it predicts."""
-        ...
 
     def density(self, num_tokens: int) -> TimestepDensity | None:
         """At which noise levels the family is trained, for pictures of 2 x 2 latents' tokens; ``None`` is uniform."""
-        ...
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
         """Whether network and scheduler are those of one distilled to a few steps, which replay would undo."""
-        ...
 
     def takes_guidance(self, network: Any) -> bool:
         """Whether the network is told its guidance as a number, ``guidance`` (B,), in place of a second branch."""
-        ...
 
+
+FAMILIES: dict[str, Family] = {
+    "StableDiffusionPipeline": StableDiffusion(),
+    "StableDiffusionXLPipeline": StableDiffusionXL(),
+    "FluxPipeline": Flux(),
+    "StableDiffusion3Pipeline": StableDiffusion3(),
+}
+"""The family of each class that ``model_index.json`` may state; add your own."""
 
 _FEW_STEPS = {"turbo", "lightning", "schnell", "lcm", "hyper", "flash", "tcd", "dmd", "dmd2"}
 
@@ -128,7 +103,7 @@ def family_of(model: str | Path, revision: str | None = None) -> Family:
             f"{model} is a {stated}, which is not supported. Supported are pipelines of the class "
             f"{' or '.join(FAMILIES)}."
         )
-    return cast("Family", import_module(FAMILIES[stated]).FAMILY)
+    return FAMILIES[stated]
 
 
 def pipeline_class(model: str | Path, revision: str | None = None) -> str:

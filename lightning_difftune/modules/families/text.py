@@ -1,14 +1,15 @@
-"""A pipeline's text encoders, asked as the pipeline itself asks them."""
+"""A pipeline's text encoders, asked as the pipeline itself asks them, and what is kept of their answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lightning_difftune import conditions
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import json_digest
 from lightning_difftune.models.checkpoint_files import find_weights, read_json
@@ -17,7 +18,20 @@ from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.models.hub import folder_of
 from lightning_difftune.models.text_encoder import without_bars
 
-Encode = Callable[[Any, list[str]], dict[str, Tensor]]
+RECENT_CAPTIONS = 64  # whose conditions are kept while a cache is made, or a validation repeats them
+
+
+class TextConditions(Protocol):
+    """Frozen text encoders, as a module that follows its parent to any device."""
+
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """B prompts => tensors of B rows by name, float32; their names are columns of cached targets, too."""
+
+    def null(self) -> dict[str, Tensor]:
+        """The condition of the unconditional branch, which guidance and dropped captions have: one row."""
+
+    def fingerprint(self) -> str:
+        """Identity of weights and vocabularies."""
 
 
 class PipelineText(Frozen):
@@ -28,9 +42,9 @@ class PipelineText(Frozen):
         model: Pipeline: hub repository or local folder.
         revision: Branch, tag or commit of a hub repository.
         encode: Given the pipeline (without its other parts) and B prompts, returns tensors of B rows by name.
-        null: Given the pipeline, returns the condition of the unconditional branch in one row. That is also what the
-            empty prompt means.
         dtype: Of the weights.
+        null: Given the pipeline, returns the condition of the unconditional branch in one row, which is then also what
+            the empty prompt means; by default what ``encode`` makes of that.
 
     Raises:
         CheckpointError: If the text encoders are not found or cannot be opened.
@@ -43,15 +57,16 @@ class PipelineText(Frozen):
         pipeline_class: Any,
         model: str | Path,
         revision: str | None,
-        encode: Encode,
-        null: Callable[[Any], dict[str, Tensor]],
+        encode: Callable[[Any, list[str]], dict[str, Tensor]],
         dtype: torch.dtype,
+        null: Callable[[Any], dict[str, Tensor]] | None = None,
     ) -> None:
         self.pipeline = open_text_parts(pipeline_class, model, revision, dtype)
         names = sorted(name for name in self.pipeline.components if name.startswith("text_encoder"))
         networks = [getattr(self.pipeline, name) for name in names]
         super().__init__(nn.ModuleList(network for network in networks if network is not None))
-        self._encode, self._null = encode, null
+        self._encode = encode
+        self._null = null if null is not None else lambda pipeline: encode(pipeline, [""])
 
     def fingerprint(self) -> str:
         """Identity of weights, vocabularies and settings."""
@@ -117,3 +132,41 @@ def open_text_parts(pipeline_class: Any, model: str | Path, revision: str | None
         if isinstance(network, nn.Module) and any(p.dtype != dtype for p in network.parameters()):
             network.to(dtype)
     return opened
+
+
+class PromptConditions:
+    """Conditions of prompts and captions, as tensors of one row per prompt by name, such as ``prompt_embeds``.
+
+    Args:
+        encoder: The frozen text encoders.
+    """
+
+    def __init__(self, encoder: TextConditions) -> None:
+        self.encoder = encoder
+        self._tables: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._recent: dict[str, dict[str, Tensor]] = {}
+
+    def table(self, prompts: tuple[str, ...], device: torch.device) -> dict[str, Tensor]:
+        """Conditions of a fixed list of n prompts, n rows, made once; the null condition, one row, without prompts."""
+        if prompts not in self._tables:
+            rows = [self.encoder.encode([prompt]) for prompt in prompts] or [self.encoder.null()]
+            self._tables[prompts] = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        table = self._tables[prompts] = conditions.to(self._tables[prompts], device)
+        return table
+
+    def captions(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+        """Conditions of B captions for a cache: encoded one by one, so that a batch does not change how one is rounded.
+
+        Those seen last are kept, since pictures of a class, mirror images and validations repeat them.
+        """
+        for caption in dict.fromkeys(captions):
+            if caption not in self._recent:
+                self._recent[caption] = self.encoder.encode([caption])
+        rows = [self._recent[caption] for caption in captions]
+        for caption in list(self._recent)[:-RECENT_CAPTIONS]:
+            del self._recent[caption]
+        return {name: torch.cat([row[name].to(device) for row in rows]) for name in rows[0]}
+
+    def forget_captions(self) -> None:
+        """Free what was kept of captions."""
+        self._recent.clear()
