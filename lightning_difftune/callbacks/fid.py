@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_difftune.callbacks.bases import MeasuringCallback, SampleCallback
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
-from lightning_difftune.metrics.reference_cache import reference_key
+from lightning_difftune.metrics.frechet import reference_key
 from lightning_difftune.pictures import check_pictures
 from lightning_difftune.protocols import SupportsReferenceImages
 

@@ -15,11 +15,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.data.classes import FEW_PICTURES
+from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.folders import describe_counts, shorten
 from lightning_difftune.data.inspection import SourceFacts, inspect, open_images
-from lightning_difftune.data.partition import Partition
-from lightning_difftune.data.real_pictures import MOST_WRONG_BITS
+from lightning_difftune.data.real_pictures import FEW_PICTURES, MOST_WRONG_BITS
 from lightning_difftune.data.source_facts import captions_of, class_names_of
 from lightning_difftune.errors import ConfigError
 

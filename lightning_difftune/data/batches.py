@@ -14,9 +14,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from lightning_difftune.data.classes import check_labels
 from lightning_difftune.draws import seed_of
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch
 
 ReadTarget = Callable[[list[int], list[bool]], TargetBatch]
@@ -252,29 +251,3 @@ class EvaluationSteps(DistributedSampler[DiffTuningBatch]):
 
     def __len__(self) -> int:
         return len(self.steps)
-
-
-class LabelledTargets:
-    """Reads target samples and refuses labels outside the label table.
-
-    Args:
-        read: Reads pictures or cached latents by indices and flips.
-        num_classes: Classes of the target; ``None`` if its pictures have captions.
-        where: Names picture i in the error.
-    """
-
-    def __init__(self, read: ReadTarget, num_classes: int | None, where: Callable[[int], str]) -> None:
-        self.read, self.num_classes, self.where = read, num_classes, where
-
-    def __call__(self, indices: list[int], flips: list[bool]) -> TargetBatch:
-        """Target samples (B, ...) at the indices."""
-        batch = self.read(indices, flips)
-        if self.num_classes is None:
-            return batch
-        if "class_labels" not in batch:
-            raise DataError(
-                f"{self.where(indices[0])} has a caption, but num_classes = {self.num_classes} asks for class labels. "
-                "Leave num_classes out for a model of text; a class-conditional model needs (image, label)."
-            )
-        check_labels(batch["class_labels"], self.num_classes, lambda i: self.where(indices[i]))
-        return batch

@@ -15,7 +15,6 @@ from lightning_difftune.data.batches import (
     BalancedStream,
     EvaluationBatches,
     EvaluationSteps,
-    LabelledTargets,
     ShuffledStream,
     TrainingBatches,
     TrainingSteps,
@@ -24,7 +23,7 @@ from lightning_difftune.data.building import BATCH_SIZE, build_batch, building
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
-from lightning_difftune.data.real_pictures import RealPictures
+from lightning_difftune.data.real_pictures import LabelledTargets, RealPictures
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import SupportsBankGeneration, SupportsCaptions, SupportsEncode

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_difftune.data.batches import ReadTarget
 from lightning_difftune.data.building import BATCH_SIZE
-from lightning_difftune.data.classes import check_labels, describe_small_classes, joined_by_name
+from lightning_difftune.data.derived import joined_by_name
+from lightning_difftune.data.folders import shorten
 from lightning_difftune.data.images import ImageTargets, TargetItem
 from lightning_difftune.data.source_facts import require_source
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import largest_value
+from lightning_difftune.protocols import TargetBatch
 
 # 16-bit pictures that are looked at, and the most bits that count as a mistake: as of cameras and microscopes.
 _DEPTH_SAMPLES = 16
 MOST_WRONG_BITS = 14
+FEW_PICTURES = 10  # of a class
 
 
 class RealPictures(L.LightningDataModule):
@@ -178,3 +183,92 @@ def check_depth(targets: ImageTargets) -> None:
             f"{max(bits, 8)} bits and would be trained on as nearly black. Multiply their values by "
             f"{2 ** (16 - max(bits, 8))}, or save them with 8 bits."
         )
+
+
+class LabelledTargets:
+    """Reads target samples and refuses labels outside the label table.
+
+    Args:
+        read: Reads pictures or cached latents by indices and flips.
+        num_classes: Classes of the target; ``None`` if its pictures have captions.
+        where: Names picture i in the error.
+    """
+
+    def __init__(self, read: ReadTarget, num_classes: int | None, where: Callable[[int], str]) -> None:
+        self.read, self.num_classes, self.where = read, num_classes, where
+
+    def __call__(self, indices: list[int], flips: list[bool]) -> TargetBatch:
+        """Target samples (B, ...) at the indices."""
+        batch = self.read(indices, flips)
+        if self.num_classes is None:
+            return batch
+        if "class_labels" not in batch:
+            raise DataError(
+                f"{self.where(indices[0])} has a caption, but num_classes = {self.num_classes} asks for class labels. "
+                "Leave num_classes out for a model of text; a class-conditional model needs (image, label)."
+            )
+        check_labels(batch["class_labels"], self.num_classes, lambda i: self.where(indices[i]))
+        return batch
+
+
+def check_labels(
+    labels: Tensor | Sequence[int] | npt.NDArray[np.integer[Any]], num_classes: int, where: Callable[[int], str]
+) -> None:
+    """Refuse labels without a row in the label table.
+
+    Args:
+        labels: (N,) class indices.
+        num_classes: Classes of the label table, its null row not counted.
+        where: Name of picture i for the message, such as :meth:`ImageTargets.describe`.
+
+    Raises:
+        DataError: A label below 0 or above ``num_classes - 1``; it names the first one.
+
+    Example:
+        >>> check_labels([0, 1, 2], 3, "image {}".format)
+        >>> check_labels([0, 3], 3, "image {}".format)
+        Traceback (most recent call last):
+        lightning_difftune.errors.DataError: label 3 of image 1 is outside the label table, whose 3 classes are 0..2 ...
+    """
+    values = np.asarray(labels, dtype=np.int64)
+    outside = np.flatnonzero((values < 0) | (values >= num_classes))
+    if not len(outside):
+        return
+    first = int(outside[0])
+    fix = (
+        f"set the number of classes to at least {int(values.max()) + 1}"
+        if values.min() >= 0
+        else "give every picture a label from 0"
+    )
+    raise DataError(
+        f"label {int(values[first])} of {where(first)} is outside the label table, whose {num_classes} classes are "
+        f"0..{num_classes - 1} ({len(outside)} of {len(values)} labels are outside); {fix}, or correct the labels."
+    )
+
+
+def describe_small_classes(labels: Tensor, num_classes: int, names: Sequence[str] | None = None) -> str | None:
+    """A sentence about the classes with few pictures, the smallest first; ``None`` if all have enough.
+
+    Args:
+        labels: Classes (N,) int64 of the pictures.
+        num_classes: How many classes there are.
+        names: What they are called.
+
+    Example:
+        >>> describe_small_classes(torch.tensor([0] * 12 + [1] * 3), 2, ["ant", "bee"])
+        '1 of 2 classes have fewer than 10 pictures, which is little to learn a class from: bee 3. ...'
+        >>> describe_small_classes(torch.zeros(10, dtype=torch.int64), 1) is None
+        True
+    """
+    counts: list[int] = torch.bincount(labels, minlength=num_classes).tolist()
+    small = sorted((label for label, count in enumerate(counts) if count < FEW_PICTURES), key=counts.__getitem__)
+    if not small:
+        return None
+    said = [
+        f"{names[i] if names is not None and i < len(names) else f'class {i}'} {counts[i]}" for i in small if counts[i]
+    ]
+    return (
+        f"{len(small)} of {len(counts)} classes have fewer than {FEW_PICTURES} pictures, which is little to learn a "
+        f"class from: {shorten(said, 4) or 'all of them none'}. Samples of these will repeat what there is; add "
+        "pictures, or merge classes."
+    )

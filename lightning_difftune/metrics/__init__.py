@@ -5,10 +5,8 @@ from __future__ import annotations
 from lightning_difftune.metrics.control_similarity import BlurredSSIM, ControlMSE, PixelAccuracy
 from lightning_difftune.metrics.digit_classifier import DigitClassifier, RecognisedDigits
 from lightning_difftune.metrics.extractors import EfficientNetLite0Features, InceptionV3Features
-from lightning_difftune.metrics.frechet import FrechetDistance, frechet_distance
-from lightning_difftune.metrics.held_out_loss import HeldOutLoss
-from lightning_difftune.metrics.reconstruction_quality import ReconstructionQuality
-from lightning_difftune.metrics.reference_cache import ReferenceCache
+from lightning_difftune.metrics.frechet import FrechetDistance, ReferenceCache, frechet_distance
+from lightning_difftune.metrics.held_out import HeldOutLoss, ReconstructionQuality
 from lightning_difftune.metrics.sample_quality import SampleQuality
 
 __all__ = [

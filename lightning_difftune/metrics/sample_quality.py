@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics.extractors import torch_fidelity
-from lightning_difftune.metrics.frechet import FrechetDistance, frechet_distance
-from lightning_difftune.metrics.reference_cache import ReferenceCache, reference_key
+from lightning_difftune.metrics.frechet import FrechetDistance, ReferenceCache, frechet_distance, reference_key
 from lightning_difftune.protocols import GeneratesClasses, SupportsLabelledImages
 
 

@@ -11,11 +11,11 @@ from lightning_difftune.data.batches import (
     BalancedStream,
     EvaluationBatches,
     EvaluationSteps,
-    LabelledTargets,
     ShuffledStream,
     TrainingBatches,
     TrainingSteps,
 )
+from lightning_difftune.data.real_pictures import LabelledTargets
 from lightning_difftune.errors import DataError
 
 

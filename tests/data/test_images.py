@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_difftune.data.classes import check_labels
 from lightning_difftune.data.image_arrays import ArrayImages
 from lightning_difftune.data.image_files import ImageFolder
 from lightning_difftune.data.images import ImageTargets
+from lightning_difftune.data.real_pictures import check_labels
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import to_pixels
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_difftune.data import ArrayImages, HubImages, ImageFolder, NpzImages, WebDatasetShards
-from lightning_difftune.data.classes import joined_by_name
+from lightning_difftune.data.derived import joined_by_name
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.shards import ShardWriter

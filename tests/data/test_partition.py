@@ -6,9 +6,9 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.image_arrays import ArrayImages
 from lightning_difftune.data.images import ImageTargets
-from lightning_difftune.data.partition import Partition
 from lightning_difftune.data.source_facts import labels_of
 from lightning_difftune.errors import ConfigError
 
@@ -114,7 +114,7 @@ def test_partition_in_a_configuration_file(tmp_path, sizes):
     parser.add_argument("--target", type=Dataset)
     source = {"class_path": "lightning_difftune.data.image_files.ImageFolder", "init_args": {"root": str(tmp_path)}}
     arguments = {"source": source, "sizes": sizes, "part": "a"}
-    path = "lightning_difftune.data.partition.Partition"
+    path = "lightning_difftune.data.derived.Partition"
     config = parser.parse_object({"target": {"class_path": path, "init_args": arguments}})
     instantiate = getattr(parser, "instantiate", parser.instantiate_classes)  # renamed in jsonargparse 4.49
     assert len(instantiate(config).target) == 4

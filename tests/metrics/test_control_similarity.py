@@ -18,7 +18,7 @@ from torchmetrics import Metric
 
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.metrics import BlurredSSIM, ControlMSE, PixelAccuracy
-from lightning_difftune.metrics.palette import ade20k_palette, nearest_classes, paint
+from lightning_difftune.metrics.control_similarity import ade20k_palette, nearest_classes, paint
 
 PALETTE = [[0, 0, 0], [255, 0, 0], [0, 200, 0], [10, 10, 240]]
 

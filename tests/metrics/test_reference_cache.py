@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from lightning_difftune.metrics.reference_cache import ReferenceCache, reference_key, tensor_digest
+from lightning_difftune.metrics.frechet import ReferenceCache, reference_key, tensor_digest
 
 
 def statistics() -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ArrayImages, LatentCache
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import ConfigError, StoreError
-from lightning_difftune.metrics.reconstruction_quality import SupportsReconstruct
+from lightning_difftune.metrics.held_out import SupportsReconstruct
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.sampling import Sampler

@@ -13,9 +13,9 @@ from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.data_check import HELD_OUT, facts_at
 from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, FULL_DIT, Base, Plan, Seen, alike
 from lightning_difftune.cli.init.config import config_text, described, indented, quoted
-from lightning_difftune.data.classes import FEW_PICTURES
+from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.image_files import SPLIT_FOLDERS
-from lightning_difftune.data.partition import Partition
+from lightning_difftune.data.real_pictures import FEW_PICTURES
 from lightning_difftune.errors import ConfigError, DataError
 
 DESCRIPTION = """Look at a folder of pictures and write a commented config that tunes a model to them.

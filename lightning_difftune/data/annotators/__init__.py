@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lightning_difftune.data.annotators.edges import HED, Canny, HEDSketch
-from lightning_difftune.data.annotators.midas import MidasDepth, MidasNormal
-from lightning_difftune.data.annotators.segmentation import UperNetSegmentation
+from lightning_difftune.data.annotators.networks import MidasDepth, MidasNormal, UperNetSegmentation
 
 __all__ = ["HED", "Canny", "HEDSketch", "MidasDepth", "MidasNormal", "UperNetSegmentation"]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_difftune.data.annotators.network import NetworkAnnotator
+from lightning_difftune.data.annotators.networks import NetworkAnnotator
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models import hub
 from lightning_difftune.pictures import check_pictures

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_difftune.data import HEDSketch, MidasDepth, MidasNormal, UperNetSegmentation
-from lightning_difftune.data.annotators.midas import normalised, normals
+from lightning_difftune.data.annotators.networks import normalised, normals
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.metrics.palette import ade20k_palette
+from lightning_difftune.metrics.control_similarity import ade20k_palette
 
 
 def gaussian(sigma: float, radius: int) -> np.ndarray:

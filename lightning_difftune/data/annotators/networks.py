@@ -1,0 +1,300 @@
+"""Annotators with a network: their base, depth and normals by MiDaS, and segmentation by UperNet."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import pi
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.metrics.control_similarity import ade20k_palette, paint, to_palette
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.hub import folder_of
+from lightning_difftune.pictures import check_pictures
+
+if TYPE_CHECKING:
+    from transformers import DPTForDepthEstimation, UperNetForSemanticSegmentation
+
+_UNUSED = "neck.fusion_stage.layers.0.residual_layer1"  # MiDaS's first layer adds no residual
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which UperNet's backbones were trained with
+
+
+class NetworkAnnotator(ABC):
+    """Base of annotators that look through a network.
+
+    It is not an ``nn.Module``, so a module that holds one neither trains its network nor saves it. The network is
+    opened when the first map or the identity is asked for, follows the pictures to their device, and computes in
+    float32 whatever autocast is active around it.
+
+    Args:
+        source: The network, which is taken over and frozen; or the local folder or hub repository to open it from.
+    """
+
+    name: ClassVar[str]
+    channels: ClassVar[int]
+
+    def __init__(self, source: nn.Module | str | Path) -> None:
+        self.source = source
+        self._network: Any = None
+        self._fingerprint: str | None = None
+
+    @abstractmethod
+    def open(self, source: str | Path) -> nn.Module:
+        """Open the network from a folder or repository."""
+
+    @abstractmethod
+    def annotate(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) float32 in [0, 1], on the network's device => maps (B, channels, H, W) uint8."""
+
+    @abstractmethod
+    def constants(self) -> str:
+        """The settings that decide the maps, for the identity."""
+
+    @property
+    def network(self) -> Any:
+        """The network.
+
+        Raises:
+            CheckpointError: If it cannot be had; says which annotator, which source and what to do.
+        """
+        if self._network is None:
+            network = self.source
+            if not isinstance(network, nn.Module):
+                try:
+                    # What opens a network may fill it at random first; trainer.validate runs in inference mode.
+                    with isolate_rng(), torch.inference_mode(False):
+                        network = self.open(network)
+                except CheckpointError as error:
+                    raise CheckpointError(
+                        f"{type(self).__name__} has no weights for its network from {str(self.source)!r}: {error} Pass "
+                        f"what you have as {type(self).__name__}(source=...): a local folder, or the network itself."
+                    ) from error
+            self._network = self.prepare(network).requires_grad_(False).eval()
+        return self._network
+
+    def prepare(self, network: nn.Module) -> nn.Module:
+        """Change a network, given or opened, before it is used; the base changes nothing."""
+        return network
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 => control maps (B, channels, H, W) uint8 on the same device.
+
+        Raises:
+            DataError: If the pictures have another type or shape.
+            CheckpointError: If the network cannot be had.
+        """
+        check_pictures(pictures, f"{type(self).__name__} was given", channels=(3,))
+        self.network.to(pictures.device)
+        with torch.no_grad(), torch.autocast(pictures.device.type, enabled=False):
+            return self.annotate(pictures.float() / 255).to(pictures.device)
+
+    def identity(self) -> str:
+        """The name, the constants, and the class and fingerprint of the network.
+
+        Raises:
+            CheckpointError: If the network cannot be had.
+        """
+        network = self.network
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(network)
+        return f"{self.name} {self.constants()} {type(network).__name__} {self._fingerprint}"
+
+
+def open_transformers(kind: str, source: str | Path, unused: tuple[str, ...] = ()) -> Any:
+    """Open a network of transformers in float32, refusing weights that do not fill it.
+
+    Args:
+        kind: The class, such as ``DPTForDepthEstimation``.
+        source: Local folder or hub repository.
+        unused: Beginnings of parameter names that may be missing, because nothing computes with them.
+
+    Raises:
+        CheckpointError: If the source is not found, unreadable, or of another class.
+    """
+    folder = folder_of(source, "")
+    import transformers  # slow to import
+
+    try:
+        network, info = getattr(transformers, kind).from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, ImportError) as error:
+        raise CheckpointError(f"{folder} cannot be opened as transformers' {kind}: {error}") from error
+    missing = sorted(key for key in map(str, info["missing_keys"]) if not key.startswith(unused or ("\0",)))
+    if missing or info["mismatched_keys"]:
+        names = missing or sorted(map(str, info["mismatched_keys"]))
+        raise CheckpointError(
+            f"{folder} does not hold the weights of a {kind}: {len(names)} do not fit, the first is {names[0]}."
+        )
+    return network
+
+
+class _Midas(NetworkAnnotator):
+    """Relative inverse depth as MiDaS predicts it; base of the two below."""
+
+    def __init__(self, source: str | DPTForDepthEstimation | Path = "Intel/dpt-hybrid-midas") -> None:
+        super().__init__(source)
+
+    def open(self, source: str | Path) -> nn.Module:
+        """Open a DPT."""
+        return open_transformers("DPTForDepthEstimation", source, unused=(_UNUSED,))
+
+    def prepare(self, network: Any) -> nn.Module:
+        """Take out a layer that computes nothing and that published weights leave out, so that its random ones do not
+        get into the fingerprint.
+        """  # noqa: D205
+        network.neck.fusion_stage.layers[0].residual_layer1 = nn.Identity()
+        return network
+
+    def depth(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] => inverse depth (B, H, W), near is large, in the network's own scale."""
+        size = self.network.config.image_size
+        inputs = F.interpolate(pixels, (size, size) if isinstance(size, int) else size, mode="bicubic", antialias=True)
+        depth = self.network(pixel_values=inputs.clamp(0, 1) * 2 - 1).predicted_depth
+        return F.interpolate(depth[:, None], pixels.shape[-2:], mode="bicubic")[:, 0]
+
+
+class MidasDepth(_Midas):
+    """Depth by MiDaS (Ranftl et al., 2020, 2021): 255 is the nearest point of each picture, 0 the farthest.
+
+    Pictures are resized to the square that the network was trained at, 384 pixels for DPT-hybrid, and the depth back to
+    the picture's size. A picture whose depth is the same everywhere gives a map of zeros.
+
+    Args:
+        source: The network; or the folder or hub repository of a ``DPTForDepthEstimation``.
+
+    Example:
+        >>> MidasDepth().channels  # no weights are needed before the first picture
+        1
+    """
+
+    name = "midas-depth"
+    channels = 1
+
+    def annotate(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] => depth (B, 1, H, W) uint8."""
+        return (normalised(self.depth(pixels)) * 255).byte()[:, None]  # cut off, as the published annotator does
+
+    def constants(self) -> str:
+        """None."""
+        return "min-max"
+
+
+class MidasNormal(_Midas):
+    r"""Surface normals from the slope of MiDaS's depth: x in red, y in green, z in blue, [-1, 1] as 0 to 255.
+
+    .. math:: n = \frac{(S_x * d, S_y * d, z)}{\|(S_x * d, S_y * d, z)\|}
+
+    with Sobel's 3 x 3 differences S of the depth d in the network's own scale. Where the depth is far, x and y are 0.
+
+    Args:
+        source: The network; or the folder or hub repository of a ``DPTForDepthEstimation``.
+        background_threshold: Depth below which a point is background, of the range [0, 1] of its picture. ControlNet's
+            annotator has 0.1.
+        z: Larger is flatter; ControlNet's annotator has 2 pi.
+
+    Raises:
+        ConfigError: If the threshold is outside [0, 1] or z is not positive.
+    """
+
+    name = "midas-normal"
+    channels = 3
+
+    def __init__(
+        self,
+        source: str | DPTForDepthEstimation | Path = "Intel/dpt-hybrid-midas",
+        background_threshold: float = 0.1,
+        z: float = 2 * pi,
+    ) -> None:
+        super().__init__(source)
+        if not 0 <= background_threshold <= 1:
+            raise ConfigError(f"background_threshold of MidasNormal must be in [0, 1], found {background_threshold}.")
+        if not z > 0:
+            raise ConfigError(f"z of MidasNormal must be positive, found {z}.")
+        self.background_threshold = background_threshold
+        self.z = z
+
+    def annotate(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] => normals (B, 3, H, W) uint8."""
+        return normals(self.depth(pixels), self.background_threshold, self.z)
+
+    def constants(self) -> str:
+        """Threshold and z."""
+        return f"background={self.background_threshold:g} z={self.z:g}"
+
+
+def normalised(depth: Tensor) -> Tensor:
+    """Depth (B, H, W) of any scale => [0, 1] in each picture.
+
+    A range of less than a thousandth of the depth is not spread out: it would be rounding, and a flat depth gives 0.
+
+    Example:
+        >>> normalised(torch.tensor([[[1.0, 3.0, 2.0]], [[7.0, 7.0, 7.0]]])).tolist()
+        [[[0.0, 1.0, 0.5]], [[0.0, 0.0, 0.0]]]
+    """
+    above = depth - depth.amin((1, 2), keepdim=True)
+    least = 1e-3 * depth.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)
+    return above / above.amax((1, 2), keepdim=True).maximum(least)
+
+
+def normals(depth: Tensor, background_threshold: float, z: float) -> Tensor:
+    """Depth (B, H, W) => normals (B, 3, H, W) uint8; borders are mirrored."""
+    smooth, difference = depth.new_tensor([1.0, 2.0, 1.0]), depth.new_tensor([-1.0, 0.0, 1.0])
+    sobel = torch.stack([torch.outer(smooth, difference), torch.outer(difference, smooth)])[:, None]
+    slopes = F.conv2d(F.pad(depth[:, None], (1, 1, 1, 1), mode="reflect"), sobel)  # (B, 2, H, W): along x, along y
+    slopes = slopes * (normalised(depth) >= background_threshold)[:, None]
+    vectors = F.normalize(torch.cat([slopes, torch.full_like(slopes[:, :1], z)], dim=1), dim=1)
+    return (vectors * 127.5 + 127.5).clamp(0, 255).byte()
+
+
+class UperNetSegmentation(NetworkAnnotator):
+    """Classes of pixels by UperNet (Xiao et al., 2018), painted in ADE20K's 150 colours.
+
+    The paper has UperNet on UniFormer, which transformers lacks; the default is on ConvNeXt, trained on the same 150
+    classes and painted in the same colours. Pictures are looked at in their own size.
+
+    Args:
+        source: The network; or the folder or hub repository of a ``UperNetForSemanticSegmentation``.
+        palette: The colours (K, 3), 0 to 255, of its classes; ``None`` is ADE20K's.
+
+    Raises:
+        ConfigError: If the palette is none or, when it is first used, if it has fewer colours than the network classes.
+    """
+
+    name = "upernet-segmentation"
+    channels = 3
+
+    def __init__(
+        self,
+        source: str | UperNetForSemanticSegmentation | Path = "openmmlab/upernet-convnext-small",
+        palette: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__(source)
+        self.palette = ade20k_palette() if palette is None else to_palette(palette)
+
+    def open(self, source: str | Path) -> nn.Module:
+        """Open a UperNet."""
+        return open_transformers("UperNetForSemanticSegmentation", source)
+
+    def annotate(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] => painted classes (B, 3, H, W) uint8."""
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (_MEAN, _STD))
+        logits = self.network(pixel_values=(pixels - mean) / std).logits
+        if logits.shape[1] > len(self.palette):
+            raise ConfigError(
+                f"The network of UperNetSegmentation tells {logits.shape[1]} classes apart, but the palette has "
+                f"{len(self.palette)} colours. Pass a `palette` with one for each."
+            )
+        logits = F.interpolate(logits, pixels.shape[-2:], mode="bilinear")  # a no-op where it has that size
+        return paint(logits.argmax(1), self.palette)
+
+    def constants(self) -> str:
+        """The palette."""
+        return f"palette={bytes(self.palette.flatten().tolist()).hex()}"
