@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,16 +223,21 @@ def test_nothing_is_started_without_being_asked(project, capsys):
     assert not Path("out").exists()
 
 
-def test_a_study_like_another_has_its_runs(project, capsys):
-    Path("twin.yaml").write_text("like: study.yaml\noutput: twin\nseeds: [7]\n")
-    assert main(["compare", "twin.yaml", "--dry_run"]) == 0
+def test_a_part_of_a_study_has_the_keys_of_its_first_document_and_folders_of_its_own(project, capsys):
+    text = Path("study.yaml").read_text()
+    Path("parts.yaml").write_text(f"{text}\n---\npart: seven\nseeds: [7]\n---\npart: two\n---\npart: two\n")
+    assert main(["compare", "parts.yaml", "--part", "seven", "--dry_run"]) == 0
     assert capsys.readouterr().out == "plain-seed7: to do\ntuned-seed7: to do\n"
-    Path("third.yaml").write_text("like: twin.yaml\n")
-    assert main(["compare", "third.yaml", "--dry_run"]) == 2
-    assert "names twin.yaml, which is like study.yaml itself. Name study.yaml." in capsys.readouterr().err
-    Path("fourth.yaml").write_text("like: ../study.yaml\n")
-    assert main(["compare", "fourth.yaml", "--dry_run"]) == 2
-    assert "names ../study.yaml, which is not a file in this folder" in capsys.readouterr().err
+    first, part = read_study(Path("parts.yaml")), read_study(Path("parts.yaml"), "seven")
+    assert first == replace(read_study(Path("study.yaml")), path=Path("parts.yaml"), title="Parts")
+    assert (part.output, part.kept) == (first.output / "seven", first.kept / "seven")
+    assert main(["compare", "parts.yaml", "--part", "lr", "--dry_run"]) == 2
+    assert "parts.yaml has 0 parts 'lr'; its parts are seven, two, two." in capsys.readouterr().err
+    assert main(["compare", "parts.yaml", "--part", "two", "--dry_run"]) == 2
+    assert "parts.yaml has 2 parts 'two'" in capsys.readouterr().err
+    Path("parts.yaml").write_text(f"{text}\n---\nseeds: [7]\n")
+    assert main(["compare", "parts.yaml", "--part", "seven", "--dry_run"]) == 2
+    assert "parts.yaml: part is missing. Give a name such as lr" in capsys.readouterr().err
 
 
 def test_two_processes_divide_the_runs(project, undisturbed, capsys):

@@ -43,14 +43,21 @@ def leave_measured_schedule(config: dict[str, Any], output: Path, kept: Path) ->
             fit_schedule(folder / "schedule.json", [0.25, 0.75], [1.0, 1.0], [1.0, 0.5])
 
 
-@pytest.mark.parametrize("file", files_of("studies"))
+PARTS = [
+    (file, document.get("part"))
+    for file in files_of("studies")
+    for document in yaml.safe_load_all((CONFIGS.parent / file).read_text())
+]
+
+
+@pytest.mark.parametrize(("file", "part"), PARTS)
 def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
-    file: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    file: str, part: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     args = arguments(file)
     assert args[:2] == ["compare", file]
-    assert main([*args, "--dry_run"]) == 0
-    study = read_study(Path(file))
+    assert main([*args, *([] if part is None else ["--part", part]), "--dry_run"]) == 0
+    study = read_study(Path(file), part)
     listed = capsys.readouterr().out.splitlines()
     assert listed == [f"{run}-seed{seed}: to do" for seed in study.seeds for run in study.runs]
     assert len(evaluators(list(study.evaluators))) == len(study.evaluators)
@@ -68,13 +75,14 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
         assert cli.trainer.max_steps % cli.trainer.val_check_interval == 0, "the last step is validated"
 
 
-KEPT = sorted(folder.name for folder in (CONFIGS.parent / "results").iterdir())
+KEPT = sorted(path.parent.relative_to(CONFIGS.parent) for path in (CONFIGS.parent / "results").rglob("table.csv"))
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_the_kept_table_of_a_study_is_of_all_its_kept_results(name: str) -> None:
-    study, folder = read_study(CONFIGS / "studies" / f"{name}.yaml"), CONFIGS.parent / "results" / name
-    assert study.kept == Path("results") / name
+@pytest.mark.parametrize("kept", KEPT, ids=str)
+def test_the_kept_table_of_a_study_is_of_all_its_kept_results(kept: Path) -> None:
+    name, *part = kept.parts[1:]
+    study, folder = read_study(CONFIGS / "studies" / f"{name}.yaml", *part), CONFIGS.parent / kept
+    assert study.kept == kept
     with (folder / "table.csv").open() as file:
         listed = {f"{row['run']}-seed{seed}" for row in csv.DictReader(file) for seed in row["seeds"].split()}
     assert listed == {path.stem for path in (folder / "results").glob("*.json")}

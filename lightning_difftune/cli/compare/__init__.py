@@ -42,6 +42,7 @@ def compare(argv: Sequence[str]) -> None:
     parser = CommandParser("compare", DESCRIPTION)
     parser.usage = "difftune compare STUDY.yaml [options]"
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
+    parser.add_argument("--part", metavar="NAME", help="a part of the study file (default: its first document)")
     parser.add_argument("--run", action="store_true", help="start the runs that are missing, one after the other")
     parser.add_argument("--output", type=Path, help="folder of runs and results (default: the study's)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, of those in the study (default: all)")
@@ -52,9 +53,11 @@ def compare(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
 
     console = Console(soft_wrap=True, highlight=False)
-    study = read_study(options.study)
+    study = read_study(options.study, options.part)
     seeds = list(study.seeds) if options.seeds is None else options.seeds
-    output, kept = (study.output, study.kept) if options.output is None else (options.output, options.output)
+    output, kept = study.output, study.kept
+    if options.output is not None:
+        output = kept = options.output / (options.part or "")
     if options.report:
         if options.only or options.seeds:
             raise ConfigError("--report shows all results. Leave out --only and --seeds.")

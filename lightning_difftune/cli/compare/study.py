@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -89,21 +89,25 @@ def setting_arguments(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, part: str | None = None) -> Study:
     """Read and check a study file.
 
     Args:
         path: The file, or its name among the installed configs, such as ``studies/digits.yaml``.
+        part: Which of the further YAML documents of the file to read, by the value of its key ``part``. It inherits
+            the keys of the first document that it does not set itself, except for its folders, which are inside
+            those of the first document.
 
     Raises:
-        ConfigError: If there is no such file, or something in it cannot be used; names the file and the key.
+        ConfigError: If there is no such file or part, or something in it cannot be used; names the file and the key.
     """
     found = find_config(path, Path())
     if found is None:
         raise ConfigError(f"There is no study file {path}, here or among the installed configs. Check the path.")
-    keys = Keys(found, "", read_yaml(found), STUDY_KEYS)
-    if like := keys.get("like", str, "the name of another study file", default=""):
-        keys = Keys(found, "", shared_with(keys, like) | keys.content, STUDY_KEYS)
+    documents = read_yaml(found)
+    keys = Keys(found, "", documents[0] if documents else None, STUDY_KEYS)
+    if part is not None:
+        keys = Keys(found, f"part {part}: ", keys.content | part_of(found, documents[1:], part, keys), STUDY_KEYS)
     runs = keys.get("runs", dict, "a mapping of names to runs")
     if not runs:
         raise keys.error("runs", "names no run", "Add one: NAME: {configs: [overlay.yaml]}.")
@@ -132,31 +136,32 @@ def read_study(path: Path) -> Study:
     )
 
 
-def read_yaml(path: Path) -> Any:
-    """What a study file holds.
+def read_yaml(path: Path) -> list[Any]:
+    """The documents of a study file.
 
     Raises:
         ConfigError: If it is not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text())
+        return list(yaml.safe_load_all(path.read_text()))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
         raise ConfigError(f"The study file {path} is not YAML: {' '.join(str(error).split())}.") from error
 
 
-def shared_with(keys: Keys, like: str) -> dict[str, Any]:
-    """The keys of another study file in the same folder, which count where this one has none of its own.
+def part_of(path: Path, documents: Sequence[Any], name: str, first: Keys) -> dict[str, Any]:
+    """What the part of this name sets, with its folders.
 
     Raises:
-        ConfigError: If there is no such file, or it is itself ``like`` another.
+        ConfigError: If there is no such part, or several.
     """
-    path = keys.path.parent / like
-    if Path(like).name != like or not path.is_file():
-        raise keys.error("like", f"names {like}, which is not a file in this folder", "Give the name of a study file.")
-    other = Keys(path, "", read_yaml(path), STUDY_KEYS).content
-    if "like" in other:
-        raise keys.error("like", f"names {like}, which is like {other['like']} itself", f"Name {other['like']}.")
-    return other
+    parts = [Keys(path, "", document, ("part", *STUDY_KEYS)) for document in documents]
+    names = [keys.get("part", str, "a name such as lr in every document after the first") for keys in parts]
+    if names.count(name) != 1:
+        raise ConfigError(f"{path} has {names.count(name)} parts {name!r}; its parts are {', '.join(names) or 'none'}.")
+    settings = dict(parts[names.index(name)].content)
+    del settings["part"]
+    folders = {key: f"{first.content[key]}/{name}" for key in ("output", "results") if key in first.content}
+    return folders | settings
 
 
 def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> StudyRun:
@@ -184,7 +189,7 @@ def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> Stu
     )
 
 
-STUDY_KEYS = ("like", "title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "gain_over", "runs")
+STUDY_KEYS = ("title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "gain_over", "runs")
 RUN_KEYS = ("configs", "set", "method", "group", "at", "against")
 
 
