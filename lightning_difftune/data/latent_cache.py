@@ -31,7 +31,7 @@ _CAPTION, _CAPTIONS = "caption", "captions"  # a column of keys, and the folder 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
-class LatentCache:
+class LatentCache(ShardReader):
     """The posterior of every target picture's latents, in a folder of shards, memory-mapped.
 
     Mean and standard deviation are stored, so that each epoch draws new latents; and, where training mirrors pictures,
@@ -49,10 +49,9 @@ class LatentCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._reader = ShardReader(path, kind=_KIND)
+        super().__init__(path, kind=_KIND)
         self._captions = _caption_store(self.path, self.spec)
-        self._names = [n for n in self._reader.shapes if not n.startswith(_MIRRORED) and n not in _FACTS]
+        self._names = [n for n in self.shapes if not n.startswith(_MIRRORED) and n not in _FACTS]
 
     @classmethod
     def build(
@@ -168,17 +167,9 @@ class LatentCache:
         return finished
 
     @property
-    def spec(self) -> dict[str, Any]:
-        """What decided the contents: the autoencoder, the pictures, the dtype."""
-        return self._reader.spec
-
-    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(c, h, w) of one latent."""
-        return self._reader.shapes["latent_mean"]
-
-    def __len__(self) -> int:
-        return len(self._reader)
+        return self.shapes["latent_mean"]
 
     def read(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
         """A training batch.
@@ -197,8 +188,8 @@ class LatentCache:
         pictures, mirrored = torch.as_tensor(indices), torch.as_tensor(flips, dtype=torch.bool)
         if mirrored.any() and not self.spec.get("mirrored"):
             raise ConfigError(f"{self.path} was made without mirror images; build it with mirrored=True.")
-        plain = self._reader.read(pictures[~mirrored], self._names)
-        flipped = self._reader.read(pictures[mirrored], [_MIRRORED + name for name in self._names if mirrored.any()])
+        plain = self.rows(pictures[~mirrored], self._names)
+        flipped = self.rows(pictures[mirrored], [_MIRRORED + name for name in self._names if mirrored.any()])
         samples = {}
         for name, tensor in plain.items():
             samples[name] = tensor.new_empty((len(pictures), *tensor.shape[1:]))
@@ -212,20 +203,12 @@ class LatentCache:
     def replaced(self) -> dict[int, int]:
         """The damaged pictures that were skipped, and the picture that stands in for each, by index."""
         replaced: dict[int, int] = {}
-        for shard in range(self._reader.plan.num_shards):
+        for shard in range(self.plan.num_shards):
             with safe_open(self.path / shard_name(shard), framework="pt") as file:  # one column, not the latents
                 encoded = file.get_tensor("source_index").tolist()
-            samples = self._reader.plan.shard_range(shard)
+            samples = self.plan.shard_range(shard)
             replaced |= {i: j for i, j in zip(samples, encoded, strict=False) if i != j}
         return replaced
-
-    def verify(self) -> None:
-        """Read every byte and compare the hashes.
-
-        Raises:
-            StoreError: A shard was altered.
-        """
-        self._reader.verify()
 
     def _report_replaced(self, targets: ImageTargets) -> None:
         replaced = self.replaced()

@@ -18,11 +18,12 @@ KIND = "memory-bank"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
-class MemoryBank:
+class MemoryBank(ShardReader):
     """A finished memory bank, opened read-only; cheap to open, to pickle and to read from.
 
     Sample i is an ``x0`` drawn from the pre-trained model with its own seed. Opening checks the manifest and every
-    shard's size and header; :meth:`verify` reads every byte.
+    shard's size and header; :meth:`verify` reads every byte. ``spec`` is the generator's ``bank_spec()`` and the stored
+    dtype.
 
     Args:
         path: The folder.
@@ -44,17 +45,15 @@ class MemoryBank:
     """
 
     def __init__(self, path: str | Path, num_samples: int | None = None) -> None:
-        self._reader = ShardReader(path, kind=KIND)
-        self._num_samples = len(self._reader) if num_samples is None else num_samples
-        if self._num_samples > len(self._reader):
+        super().__init__(path, kind=KIND)
+        self._num_samples = self.plan.num_samples if num_samples is None else num_samples
+        if self._num_samples > self.plan.num_samples:
             raise StoreError(
-                f"{self.path} has {len(self._reader):,} samples, fewer than the {self._num_samples:,} that are "
+                f"{self.path} has {self.plan.num_samples:,} samples, fewer than the {self._num_samples:,} that are "
                 "needed. Use fewer, or let a Diff-Tuning module build the rest."
             )
-        if self._reader.dtypes.get("latents") not in _DTYPES.values():
-            raise StoreError(
-                f"{self.path} holds {', '.join(sorted(self._reader.shapes))}; a memory bank holds latents."
-            )
+        if self.dtypes.get("latents") not in _DTYPES.values():
+            raise StoreError(f"{self.path} holds {', '.join(sorted(self.shapes))}; a memory bank holds latents.")
 
     @classmethod
     def build(
@@ -74,8 +73,8 @@ class MemoryBank:
     ) -> MemoryBank:
         """Open a bank, after generating what is still missing of it.
 
-        Sample i depends on the generator and i alone, so a smaller bank of the same generator and
-        settings grows, an interrupted build is resumed, and of a larger bank the first samples are used.
+        Sample i depends on the generator and i alone, so a smaller bank of the same generator and settings grows, an
+        interrupted build is resumed, and of a larger bank the first samples are used.
 
         Args:
             path: The folder.
@@ -109,19 +108,9 @@ class MemoryBank:
         return cls(path, num_samples)
 
     @property
-    def path(self) -> Path:
-        """The folder."""
-        return self._reader.path
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What decided the bank's bytes: the generator's ``bank_spec()`` and the stored dtype."""
-        return self._reader.spec
-
-    @property
     def latent_shape(self) -> tuple[int, ...]:
         """(c, h, w) of one sample."""
-        return self._reader.shapes["latents"]
+        return self.shapes["latents"]
 
     def __len__(self) -> int:
         return self._num_samples
@@ -139,18 +128,8 @@ class MemoryBank:
         Raises:
             IndexError: An index lies outside the bank.
         """
-        if (largest := max(indices.tolist(), default=-1)) >= len(self):
-            raise IndexError(f"sample {largest} of {len(self)} of {self.path}")
-        tensors = self._reader.read(indices)
+        tensors = self.rows(indices)
         return cast("RetentionBatch", {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})
-
-    def verify(self) -> None:
-        """Read every byte and compare the hashes.
-
-        Raises:
-            StoreError: A shard was altered.
-        """
-        self._reader.verify()
 
 
 def _as_stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

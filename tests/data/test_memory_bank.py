@@ -236,7 +236,7 @@ def test_a_larger_bank_serves_a_run_that_asks_for_less(finished: Path) -> None:
     assert (len(bank), module.seen, contents(finished)) == (10, [], before)
     every = MemoryBank(finished)
     assert torch.equal(bank.read(torch.arange(10))["latents"], every.read(torch.arange(10))["latents"])
-    with pytest.raises(IndexError, match="sample 10 of 10"):
+    with pytest.raises(IndexError, match="samples 0 to 9; asked for 10"):
         bank.read(torch.tensor([10]))
     assert len(every) == 23
     with pytest.raises(StoreError, match="23 samples, fewer than the 24 that are needed"):

@@ -99,7 +99,7 @@ def test_round_trip_in_any_order_with_repeats(finished: Path) -> None:
     reader = open_reader(finished)
     for indices in ([22, 0, 7, 6, 7, 7, 13, 14], [4], [9, 8, 12], [], list(range(NUM_SAMPLES))):
         wanted = torch.tensor(indices, dtype=torch.int64)
-        read, made = reader.read(wanted), generate(wanted)
+        read, made = reader.rows(wanted), generate(wanted)
         assert read.keys() == made.keys()
         for name in made:
             assert read[name].dtype == made[name].dtype
@@ -109,7 +109,7 @@ def test_round_trip_in_any_order_with_repeats(finished: Path) -> None:
 
 def test_properties(finished: Path) -> None:
     reader = open_reader(finished)
-    assert len(reader) == reader.num_samples == NUM_SAMPLES
+    assert len(reader) == NUM_SAMPLES
     assert reader.spec == SPEC
     assert reader.shapes == {"latents": (3, 4, 4), "class_labels": ()}
     assert reader.dtypes == {"latents": torch.float32, "class_labels": torch.int64}
@@ -117,15 +117,15 @@ def test_properties(finished: Path) -> None:
 
 def test_what_was_read_is_a_copy(finished: Path) -> None:
     reader, first = open_reader(finished), torch.tensor([1])
-    reader.read(first)["latents"].zero_()
-    assert torch.equal(reader.read(first)["latents"], generate(first)["latents"])
+    reader.rows(first)["latents"].zero_()
+    assert torch.equal(reader.rows(first)["latents"], generate(first)["latents"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8, torch.int64])
 def test_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
     writer = open_writer(tmp_path, num_samples=5, shard_size=2)
     build(writer, lambda indices: {"x": indices.view(-1, 1).to(dtype)}, 2)
-    read = open_reader(tmp_path).read(torch.tensor([4, 1]))["x"]
+    read = open_reader(tmp_path).rows(torch.tensor([4, 1]))["x"]
     assert read.dtype == dtype
     assert read.tolist() == [[4], [1]]
 
@@ -133,24 +133,24 @@ def test_dtypes_survive(tmp_path: Path, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("index", [-1, NUM_SAMPLES])
 def test_index_outside_is_refused(finished: Path, index: int) -> None:
     with pytest.raises(IndexError, match="samples 0 to 22"):
-        open_reader(finished).read(torch.tensor([3, index]))
+        open_reader(finished).rows(torch.tensor([3, index]))
 
 
 def test_pickled_reader_maps_anew(finished: Path) -> None:
     reader, everything = open_reader(finished), torch.arange(NUM_SAMPLES)
     fresh = len(pickle.dumps(reader))
-    reader.read(everything)
+    reader.rows(everything)
     assert len(pickle.dumps(reader)) == fresh
     again = pickle.loads(pickle.dumps(reader))
-    assert torch.equal(again.read(everything)["latents"], generate(everything)["latents"])
+    assert torch.equal(again.rows(everything)["latents"], generate(everything)["latents"])
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_dataloader_workers(finished: Path, start: str) -> None:
     reader, everything = open_reader(finished), torch.arange(NUM_SAMPLES)
-    reader.read(everything)  # so that workers start from maps that are already open
+    reader.rows(everything)  # so that workers start from maps that are already open
     batches = list(everything.split(4))
-    loader = DataLoader(batches, batch_size=None, collate_fn=reader.read, num_workers=1, multiprocessing_context=start)
+    loader = DataLoader(batches, batch_size=None, collate_fn=reader.rows, num_workers=1, multiprocessing_context=start)
     assert torch.equal(torch.cat([batch["latents"] for batch in loader]), generate(everything)["latents"])
 
 
@@ -529,7 +529,7 @@ def test_shard_damaged_after_opening(copy: Path) -> None:
     reader = open_reader(copy)
     os.truncate(copy / "shard-00001.safetensors", 100)
     with pytest.raises(StoreError, match=r"shard-00001.safetensors cannot be read"):
-        reader.read(torch.tensor([8]))
+        reader.rows(torch.tensor([8]))
 
 
 # -- the manifest is untrusted ---------------------------------------------------------------------------------------
@@ -635,7 +635,7 @@ def test_fuzzed_manifest(copy: Path) -> None:
         except StoreError:
             refused += 1
         else:  # nothing that matters was changed
-            assert torch.equal(reader.read(everything)["latents"], generate(everything)["latents"])
+            assert torch.equal(reader.rows(everything)["latents"], generate(everything)["latents"])
     assert refused > 550
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lightning_difftune.data.shards.format import (
     BUILDING,
@@ -14,8 +16,6 @@ from lightning_difftune.data.shards.format import (
     BuildPlan,
     Manifest,
     ShardHeader,
-    another_build,
-    differences,
     dump_json,
     shard_name,
     shard_tag,
@@ -147,8 +147,11 @@ class BuildFolder:
         if found is None:
             self.save(self.path / BUILDING, dump_json(self.plan.to_json()))
         elif found[0].digest != self.plan.digest and not self._may_replace(*found):
-            changed = differences(found[0].to_json(), {**self.plan.to_json(), "num_samples": found[0].num_samples})
-            raise StoreError(another_build(found[1], found[0].kind, changed))
+            changed = _differences(found[0].to_json(), {**self.plan.to_json(), "num_samples": found[0].num_samples})
+            raise StoreError(
+                f"{found[1]} belongs to another {found[0].kind} ({'; '.join(changed)}). Use the settings it was made "
+                f"with, name another folder, or delete {self.path} to build it again."
+            )
 
     def _begin(self) -> None:
         """Take over the folder from a shorter build of the same plan, or from one that is replaced."""
@@ -185,3 +188,20 @@ class BuildFolder:
 
     def _shards(self) -> list[Path]:
         return sorted(self.path.glob("shard-*.safetensors"))
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The keys in which two JSON objects differ, nested ones joined by dots, as ``"steps: 50, now 20"``."""
+    before, after = _flatten(old), _flatten(new)
+    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key, 'absent'):.100}, now {after.get(key, 'absent'):.100}" for key in keys]
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        flat |= (
+            _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: json.dumps(item, sort_keys=True)}
+        )
+    return flat

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -42,7 +42,6 @@ class TensorLayout:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Check the dtype and the shape."""
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if len(self.shape) > _MAX_DIMENSIONS:
@@ -71,7 +70,6 @@ class BuildPlan:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        """Check the fields, normalise ``spec`` and compute the digest."""
         if type(self.kind) is not str or not self.kind:
             raise ValueError(f"kind must be a name, found {self.kind!r}")
         if not isinstance(self.spec, dict):
@@ -79,8 +77,7 @@ class BuildPlan:
         _check_int(self.num_samples, "num_samples", 1, _MAX_SAMPLES)
         _check_int(self.shard_size, "shard_size", 1, _MAX_SAMPLES)
         object.__setattr__(self, "spec", json.loads(json.dumps(self.spec, allow_nan=False)))
-        digest = json_digest({**self.to_json(), "num_samples": None})
-        object.__setattr__(self, "digest", digest)
+        object.__setattr__(self, "digest", json_digest({**self.to_json(), "num_samples": None}))
 
     @property
     def num_shards(self) -> int:
@@ -112,11 +109,7 @@ class BuildPlan:
 
     @classmethod
     def load(cls, path: Path) -> BuildPlan:
-        """Read ``building.json``.
-
-        Raises:
-            StoreError: The file is malformed.
-        """
+        """Read ``building.json``, or raise :class:`StoreError`."""
         return _load(path, cls.from_json)
 
 
@@ -128,7 +121,6 @@ class ShardRecord:
     sha256: str
 
     def __post_init__(self) -> None:
-        """Check the fields."""
         _check_int(self.bytes, "the bytes of a shard", 1, 2**62)
         if type(self.sha256) is not str or not _SHA256.fullmatch(self.sha256):
             raise ValueError("a shard's sha256 is not 64 lower-case hexadecimal digits")
@@ -144,9 +136,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest as a JSON file."""
-        tensors = {name: {"dtype": t.dtype, "shape": list(t.shape)} for name, t in self.tensors.items()}
-        shards = [{"bytes": shard.bytes, "sha256": shard.sha256} for shard in self.shards]
-        return dump_json({**self.plan.to_json(), "tensors": tensors, "shards": shards})
+        tensors = {name: asdict(layout) for name, layout in self.tensors.items()}
+        return dump_json({**self.plan.to_json(), "tensors": tensors, "shards": list(map(asdict, self.shards))})
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Manifest:
@@ -168,11 +159,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read ``manifest.json``.
-
-        Raises:
-            StoreError: The file is malformed.
-        """
+        """Read ``manifest.json``, or raise :class:`StoreError`."""
         return _load(path, cls.from_json)
 
 
@@ -186,11 +173,7 @@ class ShardHeader:
 
     @classmethod
     def load(cls, path: Path) -> ShardHeader:
-        """Read the header alone.
-
-        Raises:
-            StoreError: The file is missing, truncated, or not a shard.
-        """
+        """Read the header alone; a :class:`StoreError` if the file is missing, truncated, or not a shard."""
         try:
             with safe_open(path, framework="np") as file:
                 views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is not a mapping
@@ -219,21 +202,6 @@ def shard_tag(digest: str, shard: int) -> str:
 def rebuild_shard(path: Path) -> str:
     """What to do about a damaged shard, as a sentence of an error."""
     return f"Delete it and {path.with_name(MANIFEST)}, then build again: the other shards are kept."
-
-
-def another_build(path: Path, kind: str, changed: list[str]) -> str:
-    """What is wrong with a folder made by other settings, and what to do, as an error."""
-    return (
-        f"{path} belongs to another {kind} ({'; '.join(changed)}). Use the settings it was made with, name another "
-        f"folder, or delete {path.parent} to build it again."
-    )
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """The keys in which two JSON objects differ, nested ones joined by dots, as ``"steps: 50, now 20"``."""
-    before, after = _flatten(old), _flatten(new)
-    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key, 'absent'):.100}, now {after.get(key, 'absent'):.100}" for key in keys]
 
 
 def misfit(path: Path, found: dict[str, TensorLayout], expected: dict[str, TensorLayout]) -> str:
@@ -287,16 +255,6 @@ def _only(value: Any, what: str, *names: str) -> dict[str, Any]:
 def _check_int(value: Any, what: str, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{what} must be an integer from {low} to {high}, found {value!r:.40}")
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, item in value.items():
-        name = f"{prefix}{key}"
-        flat |= (
-            _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: json.dumps(item, sort_keys=True)}
-        )
-    return flat
 
 
 def _described(tensors: dict[str, TensorLayout]) -> str:

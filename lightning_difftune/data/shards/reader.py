@@ -18,7 +18,6 @@ from lightning_difftune.data.shards.format import (
     BUILDING,
     DTYPES,
     MANIFEST,
-    BuildPlan,
     Manifest,
     ShardHeader,
     misfit,
@@ -40,6 +39,12 @@ class ShardReader:
         path: The folder.
         kind: What kind it must be.
 
+    Attributes:
+        plan: What was built.
+        spec: What decided the contents, as plain JSON values.
+        shapes: The shape of one sample of each tensor.
+        dtypes: The dtype of each tensor.
+
     Raises:
         StoreError: The folder is missing, unfinished, of another kind, or damaged.
     """
@@ -52,6 +57,10 @@ class ShardReader:
             state = "is unfinished" if (self.path / BUILDING).exists() else f"holds no {kind}"
             raise StoreError(f"{self.path} {state}: there is no {manifest}. Build it; finished shards are kept.")
         self._manifest = Manifest.load(manifest)
+        self.plan, layouts = self._manifest.plan, self._manifest.tensors
+        self.spec = self.plan.spec
+        self.shapes = {name: layout.shape for name, layout in layouts.items()}
+        self.dtypes = {name: DTYPES[layout.dtype] for name, layout in layouts.items()}
         if self.plan.kind != kind:
             raise StoreError(f"{manifest} is that of a {self.plan.kind}, not of a {kind}. Name another folder.")
         for shard in range(self.plan.num_shards):
@@ -74,39 +83,14 @@ class ShardReader:
         if header.tensors != self._manifest.tensors:
             raise StoreError(f"{misfit(path, header.tensors, self._manifest.tensors)} {rebuild_shard(path)}")
 
-    @property
-    def plan(self) -> BuildPlan:
-        """What was built."""
-        return self._manifest.plan
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """What determines the contents."""
-        return self.plan.spec
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in all shards."""
+    def __len__(self) -> int:
         return self.plan.num_samples
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of one sample of each tensor."""
-        return {name: layout.shape for name, layout in self._manifest.tensors.items()}
-
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """The dtype of each tensor."""
-        return {name: DTYPES[layout.dtype] for name, layout in self._manifest.tensors.items()}
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def read(self, indices: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def rows(self, indices: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Copy samples out of the shards.
 
         Args:
-            indices: (B,) integers in [0, num_samples), in any order and with repeats.
+            indices: (B,) integers in [0, len(self)), in any order and with repeats.
             names: Which tensors; ``None`` is all of them.
 
         Returns:
@@ -117,9 +101,9 @@ class ShardReader:
             StoreError: A shard was damaged after it was opened.
         """
         where = indices.numpy()
-        if where.size and not 0 <= where.min() <= where.max() < self.num_samples:
+        if where.size and not 0 <= where.min() <= where.max() < len(self):
             raise IndexError(
-                f"{self.path} holds samples 0 to {self.num_samples - 1}; asked for {where.min()} to {where.max()}."
+                f"{self.path} holds samples 0 to {len(self) - 1}; asked for {where.min()} to {where.max()}."
             )
         shards, rows = np.divmod(where, self.plan.shard_size)
         order = np.argsort(shards, kind="stable")
@@ -136,11 +120,7 @@ class ShardReader:
         return result
 
     def verify(self) -> None:
-        """Read every byte and compare the hashes.
-
-        Raises:
-            StoreError: A shard was altered.
-        """
+        """Read every byte and compare the hashes; a :class:`StoreError` if a shard was altered."""
         for shard, record in enumerate(self._manifest.shards):
             path = self.path / shard_name(shard)
             self._check(shard)
