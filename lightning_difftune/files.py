@@ -131,10 +131,6 @@ def _is_running(pid: str) -> bool:
 # -- one job at a time ------------------------------------------------------------------------------------------------
 
 
-class Taken(StoreError):
-    """Another job holds the lock of a folder."""
-
-
 class FolderLock:
     """Held by the job that writes into a folder; the operating system releases it when a job is killed.
 
@@ -153,25 +149,16 @@ class FolderLock:
             waits: Wait for a job that holds it, and say so; otherwise refuse to start.
 
         Raises:
-            Taken: Another job holds it and ``waits`` is not set.
-            StoreError: The folder cannot be written to.
+            StoreError: Another job holds it and ``waits`` is not set, or the folder cannot be written to.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            if not waits:
-                raise Taken(
-                    f"Another job is working in {self.folder}. Wait until it is done, or name another folder."
-                ) from error
-            from lightning.fabric.utilities.rank_zero import rank_zero_info  # the method needs torch alone
+        if self.try_acquire():
+            return
+        if not waits:
+            raise StoreError(f"Another job is working in {self.folder}. Wait until it is done, or name another folder.")
+        from lightning.fabric.utilities.rank_zero import rank_zero_info  # the method needs torch alone
 
-            rank_zero_info(f"Another job is working in {self.folder}; waiting for it.")
-            self._lock.acquire(poll_interval=0.5)
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder} cannot be written to ({error}). Make it writable or name another."
-            ) from error
+        rank_zero_info(f"Another job is working in {self.folder}; waiting for it.")
+        self._lock.acquire(poll_interval=0.5)
 
     def try_acquire(self) -> bool:
         """Take the lock if no other job holds it; whether it is held now.
@@ -179,9 +166,16 @@ class FolderLock:
         Raises:
             StoreError: The folder cannot be written to.
         """
-        with suppress(Taken):
-            self.acquire(waits=False)
-        return self._lock.is_locked
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except OSError as error:
+            raise StoreError(
+                f"{self.folder} cannot be written to ({error}). Make it writable or name another."
+            ) from error
+        return True
 
     def release(self) -> None:
         """Give the lock back, if it is held."""

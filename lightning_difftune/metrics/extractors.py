@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.pictures import check_pictures
 
-INCEPTION_SHA256_PREFIX = "6726825d"
-CPU_BATCH = 16
+_INCEPTION_SHA256_PREFIX = "6726825d"
+_CPU_BATCH = 16
 
 
 class FrozenFeatures(nn.Module):
@@ -68,7 +68,7 @@ class InceptionV3Features(FrozenFeatures):
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         kind = torch_fidelity("feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-        path = Path(weights) if weights is not None else inception_weights()
+        path = Path(weights) if weights is not None else _inception_weights()
         try:
             self.network = kind(
                 "inception-v3-compat", [str(self.num_features)], feature_extractor_weights_path=str(path)
@@ -100,19 +100,15 @@ def torch_fidelity(part: str, what: str = "FID") -> Any:
         ) from error
 
 
-def inception_weights() -> Path:
-    """Where the Inception weights are in the cache of ``torch.hub``, downloaded and verified if they were not there.
-
-    Raises:
-        CheckpointError: If they cannot be downloaded.
-    """
+def _inception_weights() -> Path:
+    """Where the Inception weights are in the cache of ``torch.hub``, downloaded and verified if they were not there."""
     url = torch_fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.exists():
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), INCEPTION_SHA256_PREFIX)
+        torch.hub.download_url_to_file(url, str(path), _INCEPTION_SHA256_PREFIX)
     except (OSError, HTTPException, RuntimeError) as error:  # no network, no space; a digest that does not match
         raise CheckpointError(
             f"FID needs the weights of Inception-v3, which are not at {path} and could not be downloaded: {error}. "
@@ -158,25 +154,25 @@ class EfficientNetLite0Features(FrozenFeatures):
     def extract(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => features (B, 1280) float32."""
         # On a CPU, channels last and few pictures at a time keep the activations in its cache.
-        parts = images.split(CPU_BATCH) if images.device.type == "cpu" else (images,)
-        return torch.cat([self._look(part) for part in parts])
+        parts = images.split(_CPU_BATCH) if images.device.type == "cpu" else (images,)
+        return torch.cat([self._pooled(part) for part in parts])
 
-    def _look(self, images: Tensor) -> Tensor:
+    def _pooled(self, images: Tensor) -> Tensor:
         x = F.interpolate(images.float() / 255, size=(224, 224), mode="bicubic", antialias=True)
         x = x.clamp(0, 1) * 2 - 1  # bicubic overshoots at edges
         x = x.contiguous(memory_format=torch.channels_last)
         return self.network.forward_head(self.network.forward_features(x), pre_logits=True)
 
 
-OUTER_LAYERS = {
+_OUTER_LAYERS = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
     "_conv_head": "conv_head",
     "_bn1": "bn2",
     "_fc": "classifier",
 }
-FIRST_BLOCK_LAYERS = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
-BLOCK_LAYERS = {
+_FIRST_BLOCK_LAYERS = {"depthwise_conv": "conv_dw", "bn1": "bn1", "project_conv": "conv_pw", "bn2": "bn2"}
+_BLOCK_LAYERS = {
     "expand_conv": "conv_pw",
     "bn0": "bn1",
     "depthwise_conv": "conv_dw",
@@ -196,10 +192,10 @@ def timm_name(key: str, stage_depths: list[int]) -> str:
     layer, parameter = key.rsplit(".", 1)
     block = re.fullmatch(r"_blocks\.(\d+)\._(\w+)", layer)
     if block is None:
-        return f"{OUTER_LAYERS[layer]}.{parameter}"
+        return f"{_OUTER_LAYERS[layer]}.{parameter}"
     index = int(block[1])
     # The first block expands nothing, so timm counts its layers from the depthwise one.
-    name = (BLOCK_LAYERS if index else FIRST_BLOCK_LAYERS)[block[2]]
+    name = (_BLOCK_LAYERS if index else _FIRST_BLOCK_LAYERS)[block[2]]
     stage = 0
     while index >= stage_depths[stage]:
         index -= stage_depths[stage]

@@ -37,7 +37,7 @@ class HeldOutLoss:
     """
 
     def __init__(self, num_samples: int = 1020, num_bins: int = 10, batch_size: int = 255, seed: int = 0) -> None:
-        for name, number in (("num_samples", num_samples), ("num_bins", num_bins), ("batch_size", batch_size)):
+        for name, number in {"num_samples": num_samples, "num_bins": num_bins, "batch_size": batch_size}.items():
             if number < 1:
                 raise ConfigError(f"{name} of HeldOutLoss must be at least 1, found {number}.")
         self.num_samples, self.num_bins, self.batch_size, self.seed = num_samples, num_bins, batch_size, seed
@@ -137,7 +137,7 @@ class ReconstructionQuality:
             for pictures, _ in data.labelled_images("val"):
                 real.update(pictures.to(module.device), real=True)
             reconstructed.load_real_state(real.real_state())
-            for pictures in self.some(data):
+            for pictures in self._every_nth(data):
                 decoded = module.reconstruct(pictures)
                 real.update(pictures.to(module.device), real=False)
                 reconstructed.update(decoded, real=False)
@@ -149,7 +149,7 @@ class ReconstructionQuality:
             "psnr": 10 * math.log10(255**2 * values / squares) if squares else math.inf,
         }
 
-    def some(self, data: SupportsLabelledImages) -> Iterator[Tensor]:
+    def _every_nth(self, data: SupportsLabelledImages) -> Iterator[Tensor]:
         """Every n-th training picture uint8, in the batches of the data module."""
         seen = 0
         for pictures, _ in data.labelled_images("train"):

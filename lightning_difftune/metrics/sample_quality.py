@@ -15,8 +15,8 @@ from lightning_difftune.metrics.frechet import FrechetDistance, ReferenceCache, 
 from lightning_difftune.protocols import GeneratesClasses, SupportsLabelledImages
 
 
-class Looks(NamedTuple):
-    """Pictures, as a feature extractor sees them, and their classes."""
+class LabelledFeatures(NamedTuple):
+    """Features of pictures, and the pictures' classes."""
 
     features: Tensor  # (N, D) float32
     labels: Tensor  # (N,) int64
@@ -54,11 +54,8 @@ class SampleQuality:
         neighbourhood: int = 3,
         cache_dir: str | Path | None = None,
     ) -> None:
-        for name, number in (
-            ("num_samples", num_samples),
-            ("batch_size", batch_size),
-            ("neighbourhood", neighbourhood),
-        ):
+        settings = {"num_samples": num_samples, "batch_size": batch_size, "neighbourhood": neighbourhood}
+        for name, number in settings.items():
             if number < 1:
                 raise ConfigError(f"{name} of SampleQuality must be at least 1, found {number}.")
         self.key = FrechetDistance(feature_extractor).key
@@ -101,26 +98,26 @@ class SampleQuality:
             "recognised_real": accuracy(probe, held_out),
         }
 
-    def generated(self, module: GeneratesClasses) -> Looks:
+    def generated(self, module: GeneratesClasses) -> LabelledFeatures:
         """Samples of all classes in turn."""
         labels = torch.arange(self.num_samples) % module.num_classes
         batches = torch.arange(self.num_samples).split(self.batch_size)
         pictures = (module.generate(batch, module.class_conditions(labels[batch])) for batch in batches)
-        return Looks(torch.cat([self._look(batch) for batch in pictures]), labels)
+        return LabelledFeatures(torch.cat([self._features_of(batch) for batch in pictures]), labels)
 
-    def real(self, data: SupportsLabelledImages, split: Literal["train", "val"]) -> Looks:
+    def real(self, data: SupportsLabelledImages, split: Literal["train", "val"]) -> LabelledFeatures:
         """The real pictures, from the cache if they are in it."""
         key = f"features {reference_key(data.images_identity(split), self.feature_extractor)}"
         stored = self.cache.load(key) if self.cache is not None else None
         if stored is None:
-            looks = [(self._look(pictures), labels) for pictures, labels in data.labelled_images(split)]
-            features, labels = (torch.cat(parts) for parts in zip(*looks, strict=True))
+            batches = [(self._features_of(pictures), labels) for pictures, labels in data.labelled_images(split)]
+            features, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
             stored = {"features": features, "labels": labels}
             if self.cache is not None:
                 self.cache.store(key, stored)
-        return Looks(stored["features"], stored["labels"])
+        return LabelledFeatures(**stored)
 
-    def _look(self, pictures: Tensor) -> Tensor:
+    def _features_of(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 1 or 3, H, W) uint8 => features (B, D) float32 on the CPU."""
         self.feature_extractor.to(pictures.device).eval()
         return self.feature_extractor(pictures).float().cpu()
@@ -166,6 +163,6 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, weight_
     return LinearProbe(mean, std, weight.detach(), bias.detach())
 
 
-def accuracy(probe: LinearProbe, looks: Looks) -> float:
+def accuracy(probe: LinearProbe, pictures: LabelledFeatures) -> float:
     """The share of pictures whose label a probe predicts, between 0 and 1."""
-    return (probe.classify(looks.features) == looks.labels).float().mean().item()
+    return (probe.classify(pictures.features) == pictures.labels).float().mean().item()

@@ -21,7 +21,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models import hub
 from lightning_difftune.pictures import check_pictures
 
-WEIGHTS = "ControlNetHED.pth"
+_WEIGHTS = "ControlNetHED.pth"
 # Lines of three pixels: a maximum along one of them is a ridge.
 _LINES = (
     np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0]], np.uint8),
@@ -69,7 +69,7 @@ class Canny:
             DataError: If the pictures have another type or shape.
         """
         check_pictures(pictures, "Canny was given", channels=(3,))
-        cv2 = cv2_of("Canny")
+        cv2 = _cv2_of("Canny")
         images = pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         maps = [torch.from_numpy(cv2.Canny(image, self.low, self.high)) for image in images]
         return torch.stack(maps)[:, None].to(pictures.device)
@@ -189,7 +189,7 @@ class HEDSketch(NetworkAnnotator):
 
     def sketch(self, edges: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Edges (H, W), 0 to 255 => ink (H, W), 0 or 255."""
-        cv2 = cv2_of("HEDSketch")
+        cv2 = _cv2_of("HEDSketch")
         smooth = cv2.GaussianBlur(edges.astype(np.float32), (0, 0), self.sigma)
         ridges = np.logical_or.reduce([cv2.dilate(smooth, line) == smooth for line in _LINES])
         thin = np.where(ridges & (smooth > self.threshold), np.uint8(255), np.uint8(0))
@@ -203,20 +203,16 @@ class HEDSketch(NetworkAnnotator):
 def _weights_file(source: str | Path) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
-        path /= WEIGHTS
+        path /= _WEIGHTS
     if path.is_file():
         return path
     if not isinstance(source, str) or not hub.is_repo_id(source):
         raise CheckpointError(f"{path} does not exist; a hub repository is written 'owner/name'.")
-    return hub.fetch_file(source, WEIGHTS)
+    return hub.fetch_file(source, _WEIGHTS)
 
 
-def cv2_of(annotator: str) -> ModuleType:
-    """The module ``cv2``.
-
-    Raises:
-        ConfigError: If it is not installed; names the annotator that asked for it.
-    """
+def _cv2_of(annotator: str) -> ModuleType:
+    """The module ``cv2``, or an error that names the annotator that asked for it."""
     try:
         import cv2
     except ImportError as error:  # not installed, or a build that needs libraries of a desktop

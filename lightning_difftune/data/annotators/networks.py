@@ -107,17 +107,8 @@ class NetworkAnnotator(ABC):
         return f"{self.name} {self.constants()} {type(network).__name__} {self._fingerprint}"
 
 
-def open_transformers(kind: str, source: str | Path, unused: tuple[str, ...] = ()) -> Any:
-    """Open a network of transformers in float32, refusing weights that do not fill it.
-
-    Args:
-        kind: The class, such as ``DPTForDepthEstimation``.
-        source: Local folder or hub repository.
-        unused: Beginnings of parameter names that may be missing, because nothing computes with them.
-
-    Raises:
-        CheckpointError: If the source is not found, unreadable, or of another class.
-    """
+def _open_transformers(kind: str, source: str | Path, unused: tuple[str, ...] = ()) -> Any:
+    """Open a network of transformers in float32, whose weights must fill all but the ``unused`` parameters."""
     folder = folder_of(source, "")
     import transformers  # slow to import
 
@@ -144,12 +135,11 @@ class _Midas(NetworkAnnotator):
 
     def open(self, source: str | Path) -> nn.Module:
         """Open a DPT."""
-        return open_transformers("DPTForDepthEstimation", source, unused=(_UNUSED,))
+        return _open_transformers("DPTForDepthEstimation", source, unused=(_UNUSED,))
 
     def prepare(self, network: Any) -> nn.Module:
-        """Take out a layer that computes nothing and that published weights leave out, so that its random ones do not
-        get into the fingerprint.
-        """  # noqa: D205
+        """Take out a layer that computes nothing and that published weights leave out."""
+        # Its random weights would get into the fingerprint.
         network.neck.fusion_stage.layers[0].residual_layer1 = nn.Identity()
         return network
 
@@ -281,7 +271,7 @@ class UperNetSegmentation(NetworkAnnotator):
 
     def open(self, source: str | Path) -> nn.Module:
         """Open a UperNet."""
-        return open_transformers("UperNetForSemanticSegmentation", source)
+        return _open_transformers("UperNetForSemanticSegmentation", source)
 
     def annotate(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] => painted classes (B, 3, H, W) uint8."""
