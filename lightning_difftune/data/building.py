@@ -23,10 +23,7 @@ LARGEST = 512  # a batch that is tried is computed in vain, so this also bounds 
 def build_batch(size: int | None, folder: Path, run: Callable[[int], object]) -> int:
     """The batch size that a folder is built with: the given one or, for ``None``, the largest that fits.
 
-    Args:
-        size: What was asked for.
-        folder: What is built; nothing is tried out if it is finished.
-        run: As for :func:`largest_batch`.
+    Nothing is tried out if the folder is finished; ``run`` is that of :func:`largest_batch`.
     """
     if size is not None:
         return size
@@ -89,17 +86,19 @@ class _Reads(Dataset[Any]):
 
 
 def read_ahead(read: Callable[[int], T], count: int, num_workers: int) -> Iterator[T]:
-    """``read(0)``, ``read(1)`` and so on, read ahead by worker processes.
+    """``read(0)`` to ``read(count - 1)``, read ahead by worker processes, or in this one if there are none.
 
-    Args:
-        read: Can be pickled; its :class:`DataError` is raised here.
-        count: How many calls.
-        num_workers: Worker processes; 0 reads in this one.
+    ``read`` can be pickled; its :class:`DataError` is raised here.
     """
     for found in DataLoader(_Reads(read, count), batch_size=None, num_workers=num_workers):
         if isinstance(found, DataError):
             raise found
         yield found
+
+
+def rank_of(trainer: Any) -> tuple[int, int]:
+    """The number of this process, and how many there are; (0, 1) outside a trainer."""
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 class BuildOptions(TypedDict):
@@ -116,16 +115,12 @@ class BuildOptions(TypedDict):
 def building(what: str, trainer: Any, batch_size: int) -> Iterator[BuildOptions]:
     """Build on all processes of a trainer, with a bar that appears at the first report of unfinished work.
 
-    When SIGTERM has come, the next report raises ``SIGTERMException``; what is finished is kept.
-
-    Args:
-        what: Name of the bar.
-        trainer: Lightning's; ``None`` outside one.
-        batch_size: Most samples that are made together.
+    When SIGTERM has come, the next report raises ``SIGTERMException``; what is finished is kept. ``trainer`` is
+    ``None`` outside one.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    rank, world_size = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+    rank, world_size = rank_of(trainer)
     barrier = (lambda: None) if trainer is None else trainer.strategy.barrier
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=rank != 0) as bar:
@@ -136,10 +131,4 @@ def building(what: str, trainer: Any, batch_size: int) -> Iterator[BuildOptions]
             if trainer is not None and trainer.received_sigterm:
                 raise SIGTERMException
 
-        yield {
-            "batch_size": batch_size,
-            "rank": rank,
-            "world_size": world_size,
-            "barrier": barrier,
-            "progress": progress,
-        }
+        yield BuildOptions(batch_size=batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)

@@ -89,11 +89,8 @@ class CaptionedFolder(CaptionedFiles):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            found = "is a file" if self.root.exists() else "does not exist"
-            raise DataError(f"the image folder {self.root} {found}; {_FOLDER_LAYOUT}")
-        place = Folder(self.root)
+        place = Folder(root, _FOLDER_LAYOUT)
+        self.root = place.root
         pictures, other = place.files(recursive=True)
         lists = [file for file in other if Path(file).name.lower() in _METADATA and Path(file).parent == self.root]
         if len(lists) > 1:

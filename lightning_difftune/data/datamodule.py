@@ -19,7 +19,7 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
 )
-from lightning_difftune.data.building import BATCH_SIZE, build_batch, building
+from lightning_difftune.data.building import BATCH_SIZE, build_batch, building, rank_of
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
@@ -40,8 +40,8 @@ class MemoryBankDataModule(RealPictures):
     alone, not on workers or on how often the run was resumed. With several processes ``batch_size`` is that of one
     process, and together they read what one process with the whole batch would read.
 
-    A missing bank is built by all processes when ``fit`` starts; an interrupted build is resumed.
-    ``trainer.predict`` builds it without training. The same holds for the latent cache.
+    A missing bank or latent cache is built by all processes when ``fit`` starts, and an interrupted build is resumed;
+    ``trainer.predict`` builds the bank without training.
 
     Args:
         target: Training pictures: any map-style data set of ``(image, label)``, such as torchvision's, or, for models
@@ -155,12 +155,8 @@ class MemoryBankDataModule(RealPictures):
     # -- where the run stands ---------------------------------------------------------------------------------------
 
     @property
-    def _rank(self) -> int:
-        return self.trainer.global_rank if self.trainer is not None else 0
-
-    @property
-    def _world_size(self) -> int:
-        return self.trainer.world_size if self.trainer is not None else 1
+    def _module(self) -> Any:
+        return self.trainer.lightning_module if self.trainer is not None else None
 
     def state_dict(self) -> dict[str, Any]:
         """What decides which pictures are in the batch of a step, to be compared when the run is resumed."""
@@ -169,7 +165,7 @@ class MemoryBankDataModule(RealPictures):
             "pictures": len(self.target),
             "batch_size": self.batch_size,
             "retention_batch_size": self.retention_batch_size,
-            "processes": self._world_size,
+            "processes": rank_of(self.trainer)[1],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -178,7 +174,7 @@ class MemoryBankDataModule(RealPictures):
         changed = [f"{key} {value} -> {now[key]}" for key, value in state_dict.items() if now.get(key, value) != value]
         batch = ("batch_size", "processes")
         if math.prod(state_dict.get(key, 1) for key in batch) == math.prod(now[key] for key in batch):
-            changed = [one for one in changed if not one.startswith(batch)]
+            changed = [change for change in changed if not change.startswith(batch)]
         if changed and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_info(
                 f"Changed since the checkpoint: {', '.join(changed)}. Batch k of a run holds samples k * B to "
@@ -195,13 +191,12 @@ class MemoryBankDataModule(RealPictures):
             StoreError: If the bank is damaged, unfinished by another setting, or made by another model.
             ConfigError: If it is missing and nothing here can build it.
         """
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        if self.bank_path is None or not getattr(module, "uses_retention", True):
+        if self.bank_path is None or not getattr(self._module, "uses_retention", True):
             return None
-        if not isinstance(module, SupportsBankGeneration):
-            bank = MemoryBank(self.bank_path)
-            return bank if len(bank) <= self.bank_size else MemoryBank(self.bank_path, self.bank_size)
-        return self._build_bank(module, self.bank_path)
+        if isinstance(self._module, SupportsBankGeneration):
+            return self._build_bank(self._module, self.bank_path)
+        bank = MemoryBank(self.bank_path)
+        return bank if len(bank) <= self.bank_size else MemoryBank(self.bank_path, self.bank_size)
 
     def _build_bank(self, module: SupportsBankGeneration, path: Path) -> MemoryBank:
         """The bank at the trainer's precision, on all processes."""
@@ -223,14 +218,12 @@ class MemoryBankDataModule(RealPictures):
         """The target as the model encodes it, encoded first if the cache is missing; ``None`` without a cache."""
         if self.latent_cache_path is None:
             return None
-        module = self.trainer.lightning_module if self.trainer is not None else None
+        module = self._module
         if not isinstance(module, SupportsEncode) or module.encoder_identity() is None:
             raise ConfigError("latent_cache is set, but the model has no autoencoder; pixel models need no cache.")
         encode, pixels = module.encode, self.target.pixels
         batch_size = build_batch(
-            self.build_batch_size,
-            self.latent_cache_path,
-            lambda count: encode(pixels([0] * count, [False] * count)),
+            self.build_batch_size, self.latent_cache_path, lambda count: encode(pixels([0] * count, [False] * count))
         )
         with building("Latent cache", self.trainer, batch_size) as options:
             return LatentCache.build(
@@ -249,17 +242,18 @@ class MemoryBankDataModule(RealPictures):
     def train_dataloader(self) -> DataLoader:
         """Batches ``{"target": ..., "retention": ...}`` of one rank."""
         cache, bank = self.open_latent_cache(), self.open_bank()
+        rank, world_size = rank_of(self.trainer)
         for store in (cache, bank):
-            if store is not None and self.verify_stores and self._rank == 0:
+            if store is not None and self.verify_stores and rank == 0:
                 store.verify()
         read = cache.read if cache is not None else self.target.pixels
         retained = self.retention_batch_size if bank is not None else 0
-        share = (self._rank, self._world_size)
+        bank_seed = seed_of("bank", self.seed)
         batches = TrainingBatches(
             LabelledTargets(read, self.num_classes, self.target.describe),
-            self._target_stream(self.batch_size - retained, *share),
+            self._target_stream(self.batch_size - retained, rank, world_size),
             bank.read if bank is not None else None,
-            ShuffledStream(len(bank), retained, seed_of("bank", self.seed), *share) if bank is not None else None,
+            ShuffledStream(len(bank), retained, bank_seed, rank, world_size) if bank is not None else None,
             self.horizontal_flip,
         )
         return self._loader(batches, TrainingSteps.in_trainer(batches, self.trainer))
@@ -285,16 +279,17 @@ class MemoryBankDataModule(RealPictures):
         """
         if self.val_target is None:
             return []
+        rank, world_size = rank_of(self.trainer)
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
         # Independent of batch_size and the number of processes, so the loss is the same on one GPU and on eight.
         size = max(1, min(self.build_batch_size or BATCH_SIZE, len(self.val_target) // _FEWEST_EVALUATION_BATCHES))
         batches = EvaluationBatches(read, len(self.val_target), size)
-        if len(batches) < self._world_size:
+        if len(batches) < world_size:
             raise ConfigError(
                 f"val_target has {len(self.val_target)} pictures in {len(batches)} batches, too few for "
-                f"{self._world_size} processes. Hold out more pictures, or set val_target: null."
+                f"{world_size} processes. Hold out more pictures, or set val_target: null."
             )
-        return self._loader(batches, EvaluationSteps(batches, self._world_size, self._rank))
+        return self._loader(batches, EvaluationSteps(batches, world_size, rank))
 
     def test_dataloader(self) -> DataLoader | list[Any]:
         """The held-out pictures, as for validation."""
@@ -307,10 +302,9 @@ class MemoryBankDataModule(RealPictures):
             StoreError: As :meth:`open_bank`.
             ConfigError: If there is no bank, or the module cannot build it.
         """
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        if self.bank_path is None or not isinstance(module, SupportsBankGeneration):
+        if self.bank_path is None or not isinstance(self._module, SupportsBankGeneration):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
-        self._build_bank(module, self.bank_path)
+        self._build_bank(self._module, self.bank_path)
         return []
 
     def _loader(self, batches: Dataset, sampler: DistributedSampler) -> DataLoader:

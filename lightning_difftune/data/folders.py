@@ -58,15 +58,22 @@ class Folder:
 
     Args:
         root: The folder.
+        layout: For the error, what is expected there.
 
     Attributes:
         left_out: How many files or links, by kind.
+
+    Raises:
+        DataError: If there is no such folder.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: str | Path, layout: str = "expected a folder of pictures.") -> None:
+        self.root = Path(root).expanduser()
+        if not self.root.is_dir():
+            found = "is a file" if self.root.exists() else "does not exist"
+            raise DataError(f"the image folder {self.root} {found}; {layout}")
         self.left_out: Counter[str] = Counter()
-        self._places = [os.path.realpath(root)]
+        self._places = [os.path.realpath(self.root)]
 
     def subfolders(self, folder: Path | None = None) -> list[str]:
         """Sorted names of the folders in a folder, without hidden ones, those of systems, and links that lead back."""

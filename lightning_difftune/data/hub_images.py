@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,11 @@ class HubImages(Dataset[tuple[Any, ...]]):
             raise ConfigError("HubImages has labels or captions: set label_column or caption_column, not both.")
         self.path = str(path) if isinstance(path, str | Path) else "the data set"
         if keep is not None and limit is not None:
-            dataset = kept_stream(str(path), split, name, revision, Path(keep).expanduser(), limit)
+            dataset = _kept_stream(str(path), split, name, revision, Path(keep).expanduser(), limit)
         else:
-            dataset = open_dataset(path, split, name, revision) if isinstance(path, str | Path) else path
-        self._image, target = find_columns(dataset, image_column, label_column, caption_column, self.path)
-        self._dataset = dataset.select_columns([self._image]).cast_column(self._image, _undecoded())
+            dataset = _open(path, split, name, revision) if isinstance(path, str | Path) else path
+        self._image, target = _find_columns(dataset, image_column, label_column, caption_column, self.path)
+        self._dataset = dataset.select_columns([self._image]).cast_column(self._image, _library().Image(decode=False))
         column: Any = dataset.with_format(None)[target][:] if target is not None else [0] * len(dataset)
         self.class_names: list[str] | None = None
         if target is not None and (target == caption_column or (label_column is None and target in _CAPTION_COLUMNS)):
@@ -88,7 +87,12 @@ class HubImages(Dataset[tuple[Any, ...]]):
             self.class_names = sorted(set(column))
             numbers = {value: number for number, value in enumerate(self.class_names)}
             column = [numbers[value] for value in column]
-        self.labels = _integers(column, target, self.path)
+        labels = np.asarray(column)
+        if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+            raise DataError(
+                f"{self.path}: the column {target!r} has labels of type {labels.dtype}; expected integers or strings."
+            )
+        self.labels = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -108,13 +112,8 @@ class HubImages(Dataset[tuple[Any, ...]]):
         return f"example {index} of {self.path}"
 
 
-def open_dataset(path: str | Path, split: str, name: str | None, revision: str | None) -> Any:
-    """A split of a data set that can be indexed.
-
-    Raises:
-        ConfigError: If ``datasets`` is not installed.
-        DataError: If it cannot be opened.
-    """
+def _open(path: str | Path, split: str, name: str | None = None, revision: str | None = None) -> Any:
+    """A split of a data set that can be indexed."""
     datasets = _library()
     saved = Path(path).expanduser()
     try:
@@ -126,13 +125,8 @@ def open_dataset(path: str | Path, split: str, name: str | None, revision: str |
         raise DataError(f"{path} cannot be opened as a data set, split {split!r}: {_reason(error)}") from error
 
 
-def kept_stream(path: str, split: str, name: str | None, revision: str | None, folder: Path, limit: int) -> Any:
-    """The first examples of a stream, written to a folder if they are not there yet.
-
-    Raises:
-        ConfigError: If ``datasets`` is not installed.
-        DataError: If the stream cannot be opened, or the folder holds another number of examples.
-    """
+def _kept_stream(path: str, split: str, name: str | None, revision: str | None, folder: Path, limit: int) -> Any:
+    """The first examples of a stream, written to a folder if they are not there yet."""
     datasets = _library()
     if not folder.exists():
         from datasets.table import embed_table_storage
@@ -142,7 +136,7 @@ def kept_stream(path: str, split: str, name: str | None, revision: str | None, f
             features = stream.features or stream._resolve_features().features
             for column, feature in features.items():
                 if isinstance(feature, datasets.Image):
-                    stream = stream.cast_column(column, _undecoded())
+                    stream = stream.cast_column(column, datasets.Image(decode=False))
             with atomic_path(folder, replace=False) as draft:
                 examples = datasets.Dataset.from_list(list(stream.take(limit))).cast(features)
                 # A picture that the stream only links to is fetched and stored, as push_to_hub does.
@@ -150,20 +144,16 @@ def kept_stream(path: str, split: str, name: str | None, revision: str | None, f
                 whole.with_format(None).save_to_disk(draft)
         except Exception as error:  # as above
             raise DataError(f"{path} cannot be streamed, split {split!r}: {_reason(error)}") from error
-    kept = open_dataset(folder, split, None, None)
+    kept = _open(folder, split)
     if len(kept) > limit:
         raise DataError(f"{folder} holds {len(kept)} examples, but limit is {limit}. Choose another folder for keep.")
     return kept
 
 
-def find_columns(
+def _find_columns(
     dataset: Any, image: str | None, label: str | None, caption: str | None, path: str
 ) -> tuple[str, str | None]:
-    """The columns of the pictures, and of their labels or captions if there are any.
-
-    Raises:
-        DataError: If one is missing, or there are no pictures.
-    """
+    """The columns of the pictures, and of their labels or captions if there are any."""
     datasets = _library()
     features: dict[str, Any] = dict(dataset.features)
     for column in (image, label, caption):
@@ -177,17 +167,6 @@ def find_columns(
         label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
         caption = next((key for key in _CAPTION_COLUMNS if key in features), None)
     return image, label or caption
-
-
-def _undecoded() -> Any:
-    return _library().Image(decode=False)
-
-
-def _integers(column: Sequence[Any], name: str | None, path: str) -> Any:
-    labels = np.asarray(column)
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{path}: the column {name!r} has labels of type {labels.dtype}; expected integers or strings.")
-    return labels.astype(np.int64)
 
 
 def _reason(error: Exception) -> str:

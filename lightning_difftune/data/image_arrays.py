@@ -132,8 +132,7 @@ class NpzImages(Dataset[tuple[Any, int]]):
 
     def picture_digests(self) -> list[str]:
         """The SHA-256 of every stored picture."""
-        stored = (self._stored(row) for row in self._rows)
-        return [array_digest(picture) for picture in stored]
+        return [array_digest(self._stored(row)) for row in self._rows]
 
     def _stored(self, row: int) -> npt.NDArray[np.uint8]:
         """The pixels of a raw picture, the bytes of the file of an encoded one."""

@@ -60,11 +60,8 @@ class ImageFolder(ImageFiles):
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
-        if not self.root.is_dir():
-            found = "is a file" if self.root.exists() else "does not exist"
-            raise DataError(f"the image folder {self.root} {found}; {_FOLDER_LAYOUT}")
-        place = Folder(self.root)
+        place = Folder(root, _FOLDER_LAYOUT)
+        self.root = place.root
         folders = place.subfolders()
         loose, other = place.files(recursive=False)
         if folders and loose:

@@ -58,9 +58,8 @@ class ImageTargets:
     always the same one, so that caches and runs agree. Each is warned about once per process.
 
     Args:
-        source: A map-style data set of ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``,
-            such as any of torchvision's, of :mod:`~lightning_difftune.data.image_files` or of
-            :mod:`~lightning_difftune.data.image_arrays`.
+        source: A map-style data set of ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``;
+            see :class:`~lightning_difftune.data.ImageSource`.
         image_size: Height and width of the pictures.
         channels: 1 (grey) or 3 (RGB).
         on_corrupt: ``"error"`` or ``"skip"``.
@@ -122,11 +121,7 @@ class ImageTargets:
         return [names.get(label, f"class {label}") for label in labels.tolist()]
 
     def pixels(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
-        """A training batch.
-
-        Args:
-            indices: B positions in the source.
-            flips: B times whether to mirror the picture, left to right.
+        """A training batch of the pictures at B indices, those with a flip mirrored left to right.
 
         Returns:
             ``pixel_values`` (B, C, H, W) float32 in [-1, 1]; ``class_labels`` (B,) int64 or B ``captions``; and
@@ -142,11 +137,7 @@ class ImageTargets:
         return torch.stack([self.read(index).pixels for index in indices])
 
     def captioned(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Pictures (B, C, H, W) uint8 and their captions.
-
-        Raises:
-            DataError: The source has class labels instead of captions.
-        """
+        """Pictures (B, C, H, W) uint8 and their captions; a :class:`DataError` if the source has none."""
         items = [self.read(index) for index in indices]
         captions = [item.label for item in items if isinstance(item.label, str)]
         if len(captions) < len(items):
@@ -157,11 +148,7 @@ class ImageTargets:
         return torch.stack([item.pixels for item in items]), captions
 
     def read(self, index: int) -> TargetItem:
-        """One picture, or its replacement.
-
-        Raises:
-            DataError: As in :meth:`pixels`.
-        """
+        """One picture, or its replacement; raises as :meth:`pixels` does."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
         for candidate in range(index, index + min(len(self), _MAX_UNREADABLE_RUN)):
@@ -187,18 +174,6 @@ class ImageTargets:
         """
         return self._identity
 
-    def picture_digests(self) -> Tensor | None:
-        """A number per picture, (N,) int64, that changes with the picture and its label or caption.
-
-        ``None`` where only reading the pictures would tell.
-        """
-        digests, labels, captions = picture_digests_of(self.source), self.labels(), captions_of(self.source)
-        texts = captions if captions is not None else None if labels is None else labels.tolist()
-        if digests is None or texts is None:
-            return None
-        pairs = zip(digests, texts, strict=True)
-        return torch.tensor([int(text_digest(f"{digest} {text}")[:15], 16) for digest, text in pairs])
-
     @cached_property
     def _identity(self) -> str:
         content = content_digest_of(self.source)
@@ -207,15 +182,26 @@ class ImageTargets:
             f"adm centre crop, {self.image_size} px, {self.channels} channels, {len(self)} images",
             type(self.source).__name__ if content is None else content,
             "labels unknown" if labels is None else labels.numpy(),
+            *(captions or ()),
         ]
-        if captions is not None:
-            parts.extend(captions)
         if content is None or transforms_pictures(self.source):
             positions = np.unique(np.linspace(0, len(self) - 1, _IDENTITY_SAMPLES).astype(int))
             items = [self.read(position) for position in positions.tolist()]
             parts.append(torch.stack([item.pixels for item in items]).numpy())
             parts.extend(item.label for item in items if isinstance(item.label, str))
         return array_digest(*parts)
+
+    def picture_digests(self) -> Tensor | None:
+        """A number for each picture, (N,) int64, that changes with the picture and its label or caption.
+
+        ``None`` where only reading the pictures would tell.
+        """
+        digests, labels = picture_digests_of(self.source), self.labels()
+        texts = captions_of(self.source) or (None if labels is None else labels.tolist())
+        if digests is None or texts is None:
+            return None
+        pairs = zip(digests, texts, strict=True)
+        return torch.tensor([int(text_digest(f"{digest} {text}")[:15], 16) for digest, text in pairs])
 
     def _load(self, index: int) -> TargetItem | None:
         """The picture, or None if it is damaged and skipped."""
@@ -229,9 +215,9 @@ class ImageTargets:
                     f"the data set yields {type(entry).__name__}; expected (image, label), (image, caption) or "
                     "(image, caption, control map)."
                 )
-            image, label, *control = entry
+            image, label, control = (*entry, None)[:3]
             pixels = torch.from_numpy(to_pixels(image, self.image_size, self.channels))
-            return TargetItem(pixels, _label(label), index, self._control(*control))
+            return TargetItem(pixels, _label(label), index, None if control is None else self._control(control))
         except DataError as error:
             raise DataError(f"{self.describe(index)}: {error}") from error
         except MemoryError:
@@ -242,9 +228,7 @@ class ImageTargets:
             self._refuse_or_skip(index, image, error)
             return None
 
-    def _control(self, control: Any = None) -> Tensor | None:
-        if control is None:
-            return None
+    def _control(self, control: Any) -> Tensor:
         grey = control.mode in ("1", "L") if isinstance(control, Image.Image) else np.ndim(control) == 2
         return torch.from_numpy(to_pixels(control, self.image_size, 1 if grey else 3))
 
@@ -276,17 +260,14 @@ def as_batch(items: Sequence[TargetItem], flips: Sequence[bool]) -> TargetBatch:
         DataError: Some items have a caption or a control map and others do not.
     """
     batch: TargetBatch = {"pixel_values": to_pixel_values(_stack([item.pixels for item in items], flips))}
-    labels = [item.label for item in items]
-    captions, controls = (
-        [label for label in labels if isinstance(label, str)],
-        [item.control for item in items if item.control is not None],
-    )
+    captions = [item.label for item in items if isinstance(item.label, str)]
+    controls = [item.control for item in items if item.control is not None]
     if len(captions) not in (0, len(items)) or len(controls) not in (0, len(items)):
         raise DataError("some pictures of the data set have a caption or a control map and others do not.")
     if captions:
         batch["captions"] = captions
     else:
-        batch["class_labels"] = torch.tensor(labels, dtype=torch.int64)
+        batch["class_labels"] = torch.tensor([item.label for item in items], dtype=torch.int64)
     if controls:
         batch["conditioning_pixel_values"] = _stack(controls, flips)
     return batch

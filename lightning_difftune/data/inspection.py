@@ -54,10 +54,10 @@ def open_images(path: str, split: str | None = None) -> Any:
         return HubImages(path, split or "train") if is_name else ImageFolder(place)
     if any((place / name).exists() for name in _HUB_FILES):
         return HubImages(place, split or "train")
-    return CaptionedFolder(place) if place.is_dir() and has_captions(place) else ImageFolder(place)
+    return CaptionedFolder(place) if place.is_dir() and _has_captions(place) else ImageFolder(place)
 
 
-def has_captions(root: Path) -> bool:
+def _has_captions(root: Path) -> bool:
     """Whether a folder has a metadata file, text files of its own pictures, or those of most pictures below it."""
     folder = Folder(root)
     loose, other = folder.files(recursive=False)
@@ -145,14 +145,14 @@ def _facts_at(source: Any, labels: list[int] | None, index: int) -> PictureFacts
         image, label, *_ = source[index]
         if known is None and not isinstance(label, str):
             known = int(label)
-        return facts_of(image, known)
+        return _facts_of(image, known)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes
         return PictureFacts(known, error=f"{type(error).__name__}: {error}")
 
 
-def facts_of(image: Any, label: int | None) -> PictureFacts:
+def _facts_of(image: Any, label: int | None) -> PictureFacts:
     """What one picture is like; raises what Pillow does on damaged bytes."""
     largest = largest_value(image)
     to_pixels(image, 1, 3)  # as training would, for its errors

@@ -67,14 +67,14 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         label_extension: str = "cls",
         caption_extension: str = "txt",
     ) -> None:
-        self.shards = find_shards(shards)
+        self.shards = _find_shards(shards)
         self.class_names = None if class_names is None else list(class_names)
         self.names: list[str] = []
         self._pictures: list[_Member] = []
         self.left_out: Counter[str] = Counter()
         texts: dict[str, list[_Member | None]] = {label_extension: [], caption_extension: []}
         for number, shard in enumerate(self.shards):
-            for key, files in read_contents(shard, number).items():
+            for key, files in _read_contents(shard, number).items():
                 if any(is_system(part) for part in key.split("/")):
                     self.left_out["hidden or system files"] += len(files)
                     continue
@@ -143,17 +143,8 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         return [f"{name} {picture.size} {picture.time} {shards[picture.shard]}" for name, picture in named]
 
 
-def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
-    """The files that a path, pattern or list means.
-
-    Raises:
-        DataError: If there are none, or they are not local.
-
-    Example:
-        >>> find_shards("data/{0..1}.tar")
-        Traceback (most recent call last):
-        lightning_difftune.errors.DataError: the shards data/0.tar, data/1.tar do not exist.
-    """
+def _find_shards(shards: str | Sequence[str] | Path) -> list[str]:
+    """The files that a path, pattern or list means."""
     if isinstance(shards, str | Path) and str(shards).startswith("~"):
         shards = os.path.expanduser(shards)
     if not isinstance(shards, str | Path):
@@ -166,7 +157,7 @@ def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
         pattern = Path(shards)
         files = sorted(map(str, Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))))
     else:
-        files = expand(str(shards))
+        files = _expand(str(shards))
     if not files:
         raise DataError(f"there are no .tar files at {shards}.")
     missing = [file for file in files if not Path(file).is_file()]
@@ -175,27 +166,18 @@ def find_shards(shards: str | Sequence[str] | Path) -> list[str]:
     return files
 
 
-def expand(pattern: str) -> list[str]:
-    """The names that a range in braces means.
-
-    Example:
-        >>> expand("a-{08..10}.tar")
-        ['a-08.tar', 'a-09.tar', 'a-10.tar']
-    """
+def _expand(pattern: str) -> list[str]:
+    """The names that a range in braces means: ``a-{08..10}.tar`` is ``a-08.tar``, ``a-09.tar`` and ``a-10.tar``."""
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]
     first, last = found.groups()
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    return [name for number in numbers for name in expand(pattern[: found.start()] + number + pattern[found.end() :])]
+    return [name for number in numbers for name in _expand(pattern[: found.start()] + number + pattern[found.end() :])]
 
 
-def read_contents(shard: str, number: int) -> dict[str, dict[str, _Member]]:
-    """Files of a shard by key and extension.
-
-    Raises:
-        DataError: If it is damaged or compressed.
-    """
+def _read_contents(shard: str, number: int) -> dict[str, dict[str, _Member]]:
+    """Files of a shard by key and extension."""
     contents: dict[str, dict[str, _Member]] = {}
     size = Path(shard).stat().st_size
     try:
