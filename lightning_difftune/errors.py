@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Each says what was wrong, what was found and what to do."""
+"""Errors that a user can fix. Each says what was wrong, what was found and what to do."""
 
 
 class DiffTuneError(Exception):
@@ -26,3 +26,14 @@ class StoreError(DiffTuneError):
 
 class NumericsError(DiffTuneError):
     """A loss or weights that are no longer finite."""
+
+
+def check_counts(owner: str, **counts: int | None) -> None:
+    """Refuse counts below 1 among the settings of a class; ``None`` is a count that is not set.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} of {owner} must be at least 1, found {count}.")

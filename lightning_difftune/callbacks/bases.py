@@ -1,22 +1,23 @@
-"""What callbacks have in common that look at generated pictures, or measure the same thing again and again."""
+"""What callbacks share that look at generated pictures, measure again and again, or act after optimizer steps."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.pictures import check_pictures
-from lightning_difftune.protocols import SupportsGenerate
 
 
 class GenerationCallback(Callback, ABC):
@@ -50,13 +51,8 @@ class GenerationCallback(Callback, ABC):
     """Reverse processes that a sample costs, for ``difftune plan``."""
 
     def __init__(self, num_samples: int, batch_size: int, every_n_steps: int | None) -> None:
-        for name, number in (
-            ("num_samples", num_samples),
-            ("batch_size", batch_size),
-            ("every_n_steps", every_n_steps),
-        ):
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} of {type(self).__name__} must be at least 1, found {number}.")
+        counts = {"num_samples": num_samples, "batch_size": batch_size, "every_n_steps": every_n_steps}
+        check_counts(type(self).__name__, **counts)
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.every_n_steps = every_n_steps
@@ -94,20 +90,19 @@ class GenerationCallback(Callback, ABC):
         starts = range(0, self.num_samples, self.batch_size)
         return [range(start, min(start + self.batch_size, self.num_samples)) for start in starts]
 
+    def share(self, trainer: L.Trainer) -> list[range]:
+        """The batches that this process looks at, where all of them take part."""
+        return self.batches()[trainer.global_rank :: trainer.world_size]
+
 
 class SampleCallback(GenerationCallback):
     """Base of callbacks that look at pictures asked for by their indices alone.
 
-    Args:
-        num_samples: As for the base.
-        batch_size: As for the base.
-        every_n_steps: As for the base.
-        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` asks the module's own
-            ``generate``.
-
-    Raises:
-        ConfigError: If a number is not positive or, when the trainer starts, if nothing can generate pictures.
+    The pictures come from the function ``generate`` or, if that is ``None``, from the module's own ``generate``.
     """
+
+    method = "generate(indices)"  # of the module
+    function = "indices (B,) that returns pictures (B, 1 or 3, H, W) uint8"  # that is given in its place
 
     def __init__(
         self,
@@ -127,22 +122,28 @@ class SampleCallback(GenerationCallback):
 
     def pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> Tensor:
         """Pictures (B, 1 or 3, H, W) uint8 for sample indices, generated at the trainer's precision."""
-        generate, maker = self._generator(pl_module)
-        indices = torch.tensor(batch, device=pl_module.device)
-        with trainer.precision_plugin.forward_context():
-            pictures = generate(indices)
+        pictures, maker = self._generated(trainer, pl_module, batch)
         check_pictures(pictures, maker, len(batch))
         return pictures
+
+    def _generated(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range, *settings: Any
+    ) -> tuple[Any, str]:
+        """What is generated for sample indices, and who returned it, for messages."""
+        generate, maker = self._generator(pl_module)
+        with trainer.precision_plugin.forward_context():
+            return generate(torch.tensor(batch, device=pl_module.device), *settings), maker
 
     def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[..., Tensor], str]:
         if self.generate is not None:
             return self.generate, "The function `generate` returned"
-        if isinstance(pl_module, SupportsGenerate):
-            return pl_module.generate, f"{type(pl_module).__name__}.generate returned"
+        name = self.method.partition("(")[0]
+        own = getattr(pl_module, name, None)
+        if own is not None:
+            return own, f"{type(pl_module).__name__}.{name} returned"
         raise ConfigError(
-            f"{type(self).__name__} needs pictures, but {type(pl_module).__name__} has no method `generate(indices)` "
-            "and the callback was given none. Add the method, or pass `generate=`: a function of indices (B,) that "
-            "returns pictures (B, 1 or 3, H, W) uint8."
+            f"{type(self).__name__} needs pictures, but {type(pl_module).__name__} has no method `{self.method}` and "
+            f"the callback was given none. Add the method, or pass `generate=`: a function of {self.function}."
         )
 
 
@@ -160,6 +161,12 @@ class MeasuringCallback(Callback):
     def last_value(self) -> Any:
         """The latest value, or ``None`` before the first."""
         return self.history[-1][1] if self.history else None
+
+    def record(self, pl_module: L.LightningModule, name: str, value: float, step: int) -> None:
+        """Keep a value that all processes hold, and log it."""
+        self.history.append((step, value))
+        # The maximum of equal values is that value to the bit, which their mean need not be.
+        pl_module.log(name, value, prog_bar=True, reduce_fx="max", sync_dist=True)
 
     def scores(self) -> dict[str, dict[str, Any]]:
         """What it logs that tells a better model from a worse one, by name; none by default.
@@ -189,13 +196,63 @@ class MeasuringCallback(Callback):
         self._latest_step = self.history[-1][0] if self.history else None
 
 
+class OptimizerStepCallback(Callback, ABC):
+    """Base of callbacks that act after an optimizer step, which with accumulated gradients is not every batch."""
+
+    _latest_step = 0
+
+    @abstractmethod
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        """Act on the weights after ``step`` optimizer steps."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step that a resumed run continues from."""
+        self._latest_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Act, if the optimizer has stepped."""
+        if trainer.global_step != self._latest_step:
+            self._latest_step = trainer.global_step
+            self.after_step(trainer, pl_module, trainer.global_step)
+
+
+def refuse_sharding(trainer: L.Trainer, needs: str) -> None:
+    """Refuse strategies that hold only a part of each parameter, for a callback that needs whole parameters.
+
+    Raises:
+        ConfigError: If the trainer has one.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise ConfigError(
+            f"{needs} whole parameters, but {type(trainer.strategy).__name__} shards them. Use strategy='ddp' or a "
+            "single device."
+        )
+
+
+def same_objects(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> bool:
+    """Whether the same parameters have the same names."""
+    return ours.keys() == theirs.keys() and all(p is theirs[name] for name, p in ours.items())
+
+
+@contextmanager
+def on_device(metric: Metric, pl_module: L.LightningModule) -> Iterator[Any]:
+    """A metric, on the module's device inside a ``with`` block; it stays on the CPU for MPS, which has no float64."""
+    try:
+        yield metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
+    finally:
+        metric.to("cpu")
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A ``with`` block in which a module is in evaluation mode; afterwards each part has the mode that it had."""
+    """A ``with`` block without gradients in which a module is in evaluation mode; its parts get their modes back."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for part in training:
             part.training = True

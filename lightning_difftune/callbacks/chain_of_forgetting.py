@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -12,20 +11,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
+from lightning_difftune.callbacks.bases import on_device
 from lightning_difftune.callbacks.fid import DistanceCallback
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.metrics import FrechetDistance
 from lightning_difftune.pictures import check_pictures
 from lightning_difftune.plots import swap_figure
-
-
-@runtime_checkable
-class SupportsSwap(Protocol):
-    """A model whose last reverse steps can be left to the network that it was tuned from."""
-
-    def generate_swapped(self, indices: Tensor, fractions: Sequence[float]) -> Tensor:
-        """Indices (B,) int64 and P fractions of the steps in [0, 1] => pictures (P, B, 1 or 3, H, W) uint8."""
-        ...
 
 
 class ChainOfForgetting(DistanceCallback):
@@ -64,6 +55,8 @@ class ChainOfForgetting(DistanceCallback):
     """
 
     trajectories = 6.5  # eleven that share their beginnings
+    method = "generate_swapped(indices, fractions)"
+    function = "indices (B,) and P fractions that returns pictures (P, B, 1 or 3, H, W) uint8"
 
     def __init__(
         self,
@@ -98,7 +91,7 @@ class ChainOfForgetting(DistanceCallback):
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure the distance for each p with all processes, log them and draw them."""
         strip = []  # batches of the first samples on the first process, which has the first batch
-        with self.on_device(pl_module) as distance, self.progress(trainer) as progress:
+        with on_device(self.distance, pl_module) as distance, self.progress(trainer) as progress:
             self.measure_reference(trainer, progress)
             distances = [FrechetDistance(distance.feature_extractor) for _ in self.percents]
             for swapped_distance in distances:
@@ -122,10 +115,8 @@ class ChainOfForgetting(DistanceCallback):
 
     def swapped_pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> Tensor:
         """Pictures (P, B, 1 or 3, H, W) uint8 for sample indices, generated at the trainer's precision."""
-        generate, maker = self._generator(pl_module)
-        indices = torch.tensor(batch, device=pl_module.device)
-        with trainer.precision_plugin.forward_context():
-            swapped = generate(indices, [percent / 100 for percent in self.percents])
+        fractions = [percent / 100 for percent in self.percents]
+        swapped, maker = self._generated(trainer, pl_module, batch, fractions)
         if not isinstance(swapped, Tensor) or swapped.shape[:2] != (len(self.percents), len(batch)):
             found = tuple(swapped.shape) if isinstance(swapped, Tensor) else type(swapped).__name__
             raise DataError(
@@ -134,17 +125,6 @@ class ChainOfForgetting(DistanceCallback):
             )
         check_pictures(swapped[0], maker)
         return swapped
-
-    def _generator(self, pl_module: L.LightningModule) -> tuple[Callable[..., Tensor], str]:
-        if self.generate is not None:
-            return self.generate, "The function `generate` returned"
-        if isinstance(pl_module, SupportsSwap):
-            return pl_module.generate_swapped, f"{type(pl_module).__name__}.generate_swapped returned"
-        raise ConfigError(
-            f"ChainOfForgetting needs swapped pictures, but {type(pl_module).__name__} has no method "
-            "`generate_swapped(indices, fractions)` and the callback was given none. Add the method, or pass "
-            "`generate=`: a function of indices (B,) and P fractions that returns pictures (P, B, 1 or 3, H, W) uint8."
-        )
 
 
 def swap_meter(callbacks: Iterable[Callback]) -> ChainOfForgetting:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_difftune.callbacks.artifacts import PictureLog
-from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback, on_device
+from lightning_difftune.errors import ConfigError, DataError, check_counts
 from lightning_difftune.pictures import check_pictures, grid_of
 from lightning_difftune.protocols import SupportsControlExamples
 
@@ -92,8 +92,7 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         num_shown: int = 8,
     ) -> None:
         super().__init__(num_samples, batch_size, every_n_steps)
-        if num_shown < 1:
-            raise ConfigError(f"num_shown of ControlSimilarity must be at least 1, found {num_shown}.")
+        check_counts("ControlSimilarity", num_shown=num_shown)
         self.metric = metric
         self.controls = controls
         self.num_shown = min(num_shown, num_samples)
@@ -149,13 +148,11 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Generate, annotate, compare with all processes; log the value and the first process's picture."""
         started = perf_counter()
-        module, metric = _controlled(pl_module), self.metric
-        metric.reset()
-        # MPS has no float64.
-        metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
+        module = _controlled(pl_module)
+        self.metric.reset()
         shown: dict[int, Tensor] = {}
-        try:
-            for batch in self.batches()[trainer.global_rank :: trainer.world_size]:
+        with on_device(self.metric, pl_module) as metric:
+            for batch in self.share(trainer):
                 controls, captions = self._controls_of(trainer, pl_module, batch)
                 with trainer.precision_plugin.forward_context():
                     pictures = module.generate_controlled(
@@ -173,15 +170,11 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
                     column = (controls[row], pictures[row], maps[row])
                     shown[index] = torch.stack([cell.to("cpu").expand(3, -1, -1) for cell in column])
             value = trainer.strategy.broadcast(float(metric.compute()))
-        finally:
-            metric.to("cpu")
         columns = self._gather(trainer, pl_module.device, shown)
         if trainer.is_global_zero:
             rows = columns.transpose(0, 1).flatten(0, 1)  # (3 * num_shown, 3, H, W)
             self.picture_log.show(trainer, grid_of(rows, self.num_shown, ROWS), step, rows=", ".join(ROWS))
-        self.history.append((step, value))
-        # All processes hold the same value; the maximum of them is that value to the bit, which a mean need not be.
-        pl_module.log(self.monitor, value, prog_bar=True, reduce_fx="max", sync_dist=True)
+        self.record(pl_module, self.monitor, value, step)
         self._log_cost(trainer, pl_module, started)
 
     def _log_cost(self, trainer: L.Trainer, pl_module: L.LightningModule, started: float) -> None:

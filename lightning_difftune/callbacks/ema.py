@@ -8,16 +8,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.callbacks.bases import OptimizerStepCallback, refuse_sharding, same_objects
+from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
+from lightning_difftune.models.checkpoints import differences
 
 
-class EMA(Callback):
+class EMA(OptimizerStepCallback):
     r"""Average the trained weights over the steps, and validate, test and predict with the average.
 
     After every optimizer step, :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` in float32 for
@@ -43,8 +43,7 @@ class EMA(Callback):
     def __init__(self, decay: float = 0.9999, warmup: bool = False, every_n_steps: int = 1) -> None:
         if not 0 <= decay < 1:
             raise ConfigError(f"The decay of EMA must be in [0, 1), found {decay}. The paper's code has 0.9999.")
-        if every_n_steps < 1:
-            raise ConfigError(f"every_n_steps of EMA must be at least 1, found {every_n_steps}.")
+        check_counts("EMA", every_n_steps=every_n_steps)
         self.decay = decay
         self.warmup = warmup
         self.every_n_steps = every_n_steps
@@ -53,7 +52,6 @@ class EMA(Callback):
         self._parameters: dict[str, nn.Parameter] = {}  # those the averages are of; empty until a module is seen
         self._raw: dict[str, Tensor] = {}  # the weights, while the averages stand in for them
         self._narrow = False  # whether there are weights of fewer bits than their averages
-        self._latest_step = 0
         self._restored = False
 
     @contextmanager
@@ -84,11 +82,7 @@ class EMA(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies that hold only a part of each parameter."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise ConfigError(
-                f"EMA averages whole parameters, but {type(trainer.strategy).__name__} shards them. "
-                "Use strategy='ddp' or a single device."
-            )
+        refuse_sharding(trainer, "EMA averages")
         self._restored = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -102,13 +96,8 @@ class EMA(Callback):
         if not trained:
             raise ConfigError("EMA has nothing to average: no parameter of the module requires a gradient.")
         if self._averages and not self._parameters:  # loaded, from a checkpoint or by hand
-            _require_match(
-                self._averages,
-                trained,
-                set(trained) - set(self._averages),
-                str(trainer.ckpt_path or "the loaded state"),
-            )
-        elif trainer.ckpt_path or not _same_objects(self._parameters, trained):
+            self._require_match(trained, str(trainer.ckpt_path or "the loaded state"))
+        elif trainer.ckpt_path or not same_objects(self._parameters, trained):
             if trainer.ckpt_path:
                 rank_zero_warn(f"{trainer.ckpt_path} holds no averages; EMA starts from its weights.")
             self._averages = {name: p.detach().clone() for name, p in trained.items()}
@@ -118,18 +107,11 @@ class EMA(Callback):
             self._averages[name] = self._averages[name].to(p.device, torch.promote_types(p.dtype, torch.float32))
         self._narrow = any(self._averages[name].dtype != p.dtype for name, p in trained.items())
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step that a resumed run continues from."""
-        self._latest_step = trainer.global_step
-
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Update the averages if the optimizer has stepped, which with accumulated gradients is not every batch."""
-        if trainer.global_step == self._latest_step or trainer.global_step % self.every_n_steps:
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        """Update the averages, if it is time to."""
+        if step % self.every_n_steps:
             return
-        self._latest_step = trainer.global_step
         n = self.num_updates * self.every_n_steps
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
         averages = list(self._averages.values())
@@ -173,9 +155,18 @@ class EMA(Callback):
         """Whether the averages are of this module, after tying ones that were loaded to its parameters."""
         named = dict(module.named_parameters())
         if not self._parameters and self._averages:
-            _require_match(self._averages, named, set(), "the loaded state")
-            self._parameters = {name: named[name] for name in self._averages}
+            averaged = {name: named[name] for name in self._averages.keys() & named.keys()}
+            self._require_match(averaged, "the loaded state")
+            self._parameters = {name: averaged[name] for name in self._averages}
         return bool(self._parameters) and all(named.get(name) is p for name, p in self._parameters.items())
+
+    def _require_match(self, parameters: Mapping[str, nn.Parameter], source: str) -> None:
+        problems = differences(self._averages, parameters)
+        if problems:
+            raise CheckpointError(
+                f"The weight averages in {source} do not fit the model: {problems}. Use the model and tuner that they "
+                "were saved with."
+            )
 
     def _swap_in(self) -> None:
         # trainer.validate runs in inference mode, whose tensors could not take part in guidance by gradients.
@@ -231,25 +222,3 @@ def averages_in(checkpoint: Mapping[str, Any]) -> EMA | None:
     averages = EMA()
     averages.load_state_dict(state)
     return averages
-
-
-def _same_objects(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> bool:
-    return ours.keys() == theirs.keys() and all(p is theirs[name] for name, p in ours.items())
-
-
-def _require_match(
-    averages: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter], missing: set[str], source: str
-) -> None:
-    """Raise unless there is an average for each parameter that needs one, and a parameter of its shape for each."""
-    unknown = sorted(averages.keys() - parameters.keys())
-    misshaped = sorted(n for n in averages.keys() & parameters.keys() if averages[n].shape != parameters[n].shape)
-    problems = [
-        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in (("without average", sorted(missing)), ("unknown", unknown), ("misshaped", misshaped))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"The weight averages in {source} do not fit the model ({'; '.join(problems)}). Use the model and tuner "
-            "that they were saved with."
-        )

@@ -8,14 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.callbacks.bases import OptimizerStepCallback, refuse_sharding, same_objects
+from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
+from lightning_difftune.models.checkpoints import differences
 
 
-class EWC(Callback):
+class EWC(OptimizerStepCallback):
     r"""Log the squared L2 distance of the tunable parameters from their pre-trained values (Fig. 5 of the paper).
 
     ``ewc/total`` is :math:`\sum_i (\theta_i - \theta_i^0)^2`, ``ewc/mean`` is that divided by the number of parameters
@@ -54,8 +54,7 @@ class EWC(Callback):
         offload: bool = False,
         save_reference: bool = True,
     ) -> None:
-        if every_n_steps < 1:
-            raise ConfigError(f"every_n_steps of EWC must be at least 1, found {every_n_steps}.")
+        check_counts("EWC", every_n_steps=every_n_steps)
         try:
             self._pattern = None if blocks is None else re.compile(blocks)
         except re.error as error:
@@ -66,7 +65,6 @@ class EWC(Callback):
         self._reference: dict[str, Tensor] | None = None  # None until a fit starts or a checkpoint brings it
         self._trained: dict[str, nn.Parameter] = {}  # empty until a module is seen
         self._updates: dict[str, WeightUpdate] = {}  # layers whose trained parameters count by their update
-        self._latest_step = 0
 
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, Tensor]:
@@ -113,11 +111,7 @@ class EWC(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies that hold only a part of each parameter."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise ConfigError(
-                f"EWC measures whole parameters, but {type(trainer.strategy).__name__} shards them. "
-                "Use strategy='ddp' or a single device."
-            )
+        refuse_sharding(trainer, "EWC measures")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take up the pre-trained values of the checkpoint or of the previous ``fit``, or those the module has.
@@ -134,8 +128,13 @@ class EWC(Callback):
         plain = {name: p for name, p in trained.items() if not name.startswith(factors)}
         source = str(trainer.ckpt_path or "the loaded state")
         if self._reference is not None and not self._trained:  # loaded, from a checkpoint or by hand
-            _require_match(self._reference, plain, source)
-        elif self._trained.keys() != trained.keys() or any(self._trained[n] is not p for n, p in trained.items()):
+            problems = differences(self._reference, plain)
+            if problems:
+                raise CheckpointError(
+                    f"The pre-trained values of EWC in {source} do not fit what is trained: {problems}. Use the model "
+                    "and tuner of that run."
+                )
+        elif not same_objects(self._trained, trained):
             if trainer.ckpt_path:
                 raise CheckpointError(
                     f"{source} does not hold the pre-trained values that EWC measures from, and its weights are no "
@@ -146,26 +145,17 @@ class EWC(Callback):
         self._updates = updates
         self._place()
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step that a resumed run continues from."""
-        self._latest_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measure, if the optimizer has stepped and it is time to."""
-        step = trainer.global_step
-        if step == self._latest_step:
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        """Measure, if it is time to."""
+        if step % self.every_n_steps and step != trainer.max_steps:
             return
-        self._latest_step = step
-        if step % self.every_n_steps == 0 or step == trainer.max_steps:
-            # Not by the module's log, which would give loggers this value again at each later step that they log.
-            metrics = self.measure(pl_module)
-            trainer.callback_metrics.update(metrics)
-            if trainer.loggers:
-                values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-                for logger in trainer.loggers:
-                    logger.log_metrics(values, step=step)
+        # Not by the module's log, which would give loggers this value again at each later step that they log.
+        metrics = self.measure(pl_module)
+        trainer.callback_metrics.update(metrics)
+        if trainer.loggers:
+            values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the accelerator together with the module."""
@@ -205,19 +195,6 @@ class EWC(Callback):
         if self._reference is not None and self._trained:
             for name, tensor in self._reference.items():
                 self._reference[name] = tensor.to("cpu" if self.offload else self._trained[name].device)
-
-
-def _require_match(reference: dict[str, Tensor], plain: dict[str, nn.Parameter], source: str) -> None:
-    differing = sorted(
-        name
-        for name in reference.keys() | plain.keys()
-        if name not in reference or name not in plain or reference[name].shape != plain[name].shape
-    )
-    if differing:
-        raise CheckpointError(
-            f"The pre-trained values of EWC in {source} do not fit what is trained: {len(differing)} tensors are "
-            f"missing, unknown or of another shape, the first is {differing[0]}. Use the model and tuner of that run."
-        )
 
 
 @runtime_checkable

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.bases import MeasuringCallback, SampleCallback
+from lightning_difftune.callbacks.bases import MeasuringCallback, SampleCallback, on_device
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.metrics import FrechetDistance, InceptionV3Features, ReferenceCache
 from lightning_difftune.metrics.frechet import reference_key
@@ -25,22 +24,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
     """Base of callbacks that measure Fréchet distances of generated to real pictures.
 
     The sums over the real pictures are measured once, or come from the cache. The extractor is on the accelerator
-    during an evaluation only, and never in a checkpoint.
-
-    Args:
-        num_samples: Generated pictures.
-        feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); ``None`` is
-            :class:`~lightning_difftune.metrics.InceptionV3Features`.
-        every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
-        batch_size: Pictures generated at a time.
-        reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` asks
-            the data module for its ``reference_images()``.
-        generate: What generates pictures; ``None`` asks the module.
-        cache_dir: Folder where statistics of the real pictures are kept between runs.
-
-    Raises:
-        ConfigError: If a number is not positive or, when the trainer starts, if there is nothing to generate pictures
-            or to compare them with.
+    during an evaluation only, and never in a checkpoint. :class:`FID` says what the arguments are.
     """
 
     def __init__(
@@ -102,18 +86,6 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
             self._reference_key = "the reference given"
             if self.cache is not None:
                 rank_zero_warn("The reference has no reference_identity(), so its statistics are not kept on disk.")
-
-    @contextmanager
-    def on_device(self, pl_module: L.LightningModule) -> Iterator[FrechetDistance]:
-        """The metric, on the module's device inside a ``with`` block."""
-        try:
-            yield self.distance.to("cpu" if pl_module.device.type == "mps" else pl_module.device)  # MPS has no float64
-        finally:
-            self.distance.to("cpu")
-
-    def share(self, trainer: L.Trainer) -> list[range]:
-        """The batches of sample indices that this process looks at."""
-        return self.batches()[trainer.global_rank :: trainer.world_size]
 
     def _source(self, trainer: L.Trainer) -> Iterable[Tensor] | SupportsReferenceImages:
         if self.reference is not None:
@@ -212,13 +184,11 @@ class FID(DistanceCallback):
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure the distance with all processes and log it."""
-        with self.on_device(pl_module) as distance:
+        with on_device(self.distance, pl_module) as distance:
             with self.progress(trainer) as progress:
                 self.measure_reference(trainer, progress)
                 distance.reset()
                 for batch in progress.track(self.share(trainer), description=f"{self.monitor}: generated pictures"):
                     distance.update(self.pictures(trainer, pl_module, batch).to(distance.device), real=False)
             value = trainer.strategy.broadcast(distance.compute().item())
-        self.history.append((step, value))
-        # All processes hold the same value; the maximum of them is that value to the bit, which a mean need not be.
-        pl_module.log(self.monitor, value, prog_bar=True, reduce_fx="max", sync_dist=True)
+        self.record(pl_module, self.monitor, value, step)

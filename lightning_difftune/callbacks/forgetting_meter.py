@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
-from lightning_difftune.callbacks.bases import evaluating
+from lightning_difftune.callbacks.bases import OptimizerStepCallback, evaluating
 from lightning_difftune.draws import Draws
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.plots import forgetting_figure
 from lightning_difftune.protocols import Denoiser, SupportsDenoisingLosses
 from lightning_difftune.schedules import fit_schedule
@@ -27,7 +24,7 @@ COST = 0.02  # of the training, at the default interval
 PASSES = 3  # forward passes that a training step of the same batch costs about as much as
 
 
-class ForgettingMeter(Callback):
+class ForgettingMeter(OptimizerStepCallback):
     """Measure the loss by noise level during training, and its gap to the frozen pre-trained model.
 
     The same few samples, with the same noise and timesteps, are denoised every time: of held-out target data (evenly
@@ -67,9 +64,7 @@ class ForgettingMeter(Callback):
         seed: int = 0,
         dirpath: str | Path | None = None,
     ) -> None:
-        for name, number in (("every_n_steps", every_n_steps), ("num_bins", num_bins), ("num_samples", num_samples)):
-            if number is not None and number < 1:
-                raise ConfigError(f"{name} of ForgettingMeter must be at least 1, found {number}.")
+        check_counts("ForgettingMeter", every_n_steps=every_n_steps, num_bins=num_bins, num_samples=num_samples)
         self.every_n_steps = every_n_steps
         self.num_bins = num_bins
         self.num_samples = num_samples
@@ -83,7 +78,6 @@ class ForgettingMeter(Callback):
         self._target: Any = None
         self._bank: Any = None
         self._probe: tuple[Tensor, Any, Tensor] | None = None  # x0, condition, is_retention; None until complete
-        self._latest_step = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the module and find the folder while all processes are here."""
@@ -97,8 +91,9 @@ class ForgettingMeter(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the held-out samples."""
-        step = self._latest_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._probe = None
+        step = trainer.global_step
         self.history = [(s, losses) for s, losses in self.history if s <= step] if step > 0 else []
         if not self.history:  # a new run, not a resumed one
             self._bank, self.pretrained = None, {}
@@ -122,19 +117,15 @@ class ForgettingMeter(Callback):
         retention = batch.get("retention")
         if retention is not None and (self._bank is None or count_of(self._bank) < self.num_samples):
             bank = retention if self._bank is None else joined(self._bank, retention)
-            self._bank = first_of(bank, self.num_samples)
+            self._bank = {name: column[: self.num_samples] for name, column in bank.items()}
             if count_of(self._bank) < self.num_samples:
                 return
         self._start(trainer, pl_module, count_of(batch["target"]) + (0 if retention is None else count_of(retention)))
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Measure, if the optimizer has stepped and it is time to."""
-        step = trainer.global_step
-        if step == self._latest_step or self._probe is None or self.interval is None:
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        """Measure, if it is time to."""
+        if self._probe is None or self.interval is None:
             return
-        self._latest_step = step
         if step % self.interval == 0 or step == trainer.max_steps:
             self._record(trainer, pl_module, step)
 
@@ -169,7 +160,7 @@ class ForgettingMeter(Callback):
         if self._bank is not None:
             self._bank = batch["retention"] = move_data_to_device(self._bank, pl_module.device)
         self.edges = [round(k * pl_module.num_timesteps / self.num_bins) for k in range(self.num_bins + 1)]
-        with measuring(trainer, pl_module):
+        with evaluating(pl_module), trainer.precision_plugin.forward_context():
             self._probe = pl_module.prepare(batch, Draws(self.seed, 0, pl_module.device))
             if self.interval is None:
                 passes = self.num_bins * len(self._probe[0])
@@ -201,7 +192,7 @@ class ForgettingMeter(Callback):
     def _record(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
         """Measure the weights of this step, and log."""
         assert self._probe is not None
-        with measuring(trainer, pl_module):
+        with evaluating(pl_module), trainer.precision_plugin.forward_context():
             losses = self._losses(pl_module, pl_module.denoise, self._probe[1])
         self.history.append((step, losses))
         digits = len(str(self.edges[-1] - 1))
@@ -232,18 +223,6 @@ class ForgettingMeter(Callback):
             )
         self.history, self.pretrained = list(state_dict["history"]), dict(state_dict["pretrained"])
         self._bank = state_dict["bank"]
-
-
-@contextmanager
-def measuring(trainer: L.Trainer, module: nn.Module) -> Iterator[None]:
-    """A ``with`` block in evaluation mode, without gradients, at the trainer's precision."""
-    with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
-        yield
-
-
-def first_of(samples: dict[str, Any], count: int) -> dict[str, Any]:
-    """The first samples of a dict of columns."""
-    return {name: column[:count] for name, column in samples.items()}
 
 
 def spread_over(loader: Any, count: int) -> dict[str, Any] | None:

@@ -20,10 +20,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch import distributed
 
+from lightning_difftune.callbacks.bases import OptimizerStepCallback
 from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 
 
-class Preemption(Callback):
+class Preemption(OptimizerStepCallback):
     """Save ``last.ckpt`` and stop when SIGTERM, or SLURM's warning of the time limit, arrives.
 
     A run stops where the optimizer has just stepped, all processes after the same step even if only one of them got the
@@ -45,12 +46,11 @@ class Preemption(Callback):
         self._asked = False
         self._requeue = False
         self._saved_step = -1
-        self._latest_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the signals from Lightning, which puts the earlier ones back at the end."""
+        super().on_train_start(trainer, pl_module)
         self._training, self._asked, self._requeue = True, False, False
-        self._latest_step = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGTERM, self._notice)
@@ -58,13 +58,9 @@ class Preemption(Callback):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             signal.signal(environment.requeue_signal, self._notice_requeue)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Stop after this step if any process was asked to; inside a window of accumulated batches, at its end."""
-        if trainer.global_step != self._latest_step:
-            self._latest_step = trainer.global_step
-            self._stop_if_asked(trainer)
+        self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Let a validation that is due after the step run to its end, where the loop would leave its first batch."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,7 +70,7 @@ class SampleGrid(SampleCallback):
         begins = self.at_start and trainer.global_step == 0 and trainer.is_global_zero
         if not begins or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        with isolate_rng(), torch.no_grad(), evaluating(pl_module):
+        with isolate_rng(), evaluating(pl_module):
             self.evaluate(trainer, pl_module, 0)
         _, rows = arranged(self._names(pl_module), self.columns, self.num_samples)
         pictures, rows = real_pictures(getattr(trainer, "datamodule", None), rows, self.columns, self.num_samples)
@@ -140,17 +141,7 @@ def real_pictures(data: Any, rows: list[str] | None, columns: int, count: int) -
     if not isinstance(data, SupportsReferenceImages):
         return torch.empty(0), []
     try:
-        pictures = first_of(data.reference_images(), count)
+        pictures = torch.stack(list(islice(chain.from_iterable(data.reference_images()), count)))
     except ConfigError:  # nothing is held out
         return torch.empty(0), []
     return pictures, ["real pictures"] * -(-len(pictures) // columns)
-
-
-def first_of(batches: Iterable[Tensor], count: int) -> Tensor:
-    """The first pictures of batches."""
-    found: list[Tensor] = []
-    for batch in batches:
-        found.append(batch[: count - sum(map(len, found))])
-        if sum(map(len, found)) == count:
-            break
-    return torch.cat(found)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_difftune.callbacks.bases import MeasuringCallback
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_counts
 
 Mode = Literal["max", "min"]
 ControlTask = Literal["edge", "sketch", "depth", "normal", "segmentation_coco", "segmentation_ade20k"]
@@ -96,9 +96,7 @@ class SuddenConvergence(MeasuringCallback):
             raise ConfigError(f"The mode of SuddenConvergence must be 'max' or 'min', found {mode!r}.")
         if threshold is not None and not math.isfinite(threshold):
             raise ConfigError(f"The threshold of SuddenConvergence must be a finite number, found {threshold}.")
-        for name, number in (("patience", patience), ("window", window)):
-            if number < 1:
-                raise ConfigError(f"{name} of SuddenConvergence must be at least 1, found {number}.")
+        check_counts("SuddenConvergence", patience=patience, window=window)
         if stop and threshold is None:
             raise ConfigError(
                 "SuddenConvergence can stop the fit only at a threshold, found none. Pass `threshold=`, or "

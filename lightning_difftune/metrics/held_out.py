@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_difftune.draws import Draws
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.metrics.frechet import FrechetDistance
 from lightning_difftune.pictures import to_pixel_values
 from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsLabelledImages
@@ -37,9 +37,7 @@ class HeldOutLoss:
     """
 
     def __init__(self, num_samples: int = 1020, num_bins: int = 10, batch_size: int = 255, seed: int = 0) -> None:
-        for name, number in {"num_samples": num_samples, "num_bins": num_bins, "batch_size": batch_size}.items():
-            if number < 1:
-                raise ConfigError(f"{name} of HeldOutLoss must be at least 1, found {number}.")
+        check_counts("HeldOutLoss", num_samples=num_samples, num_bins=num_bins, batch_size=batch_size)
         self.num_samples, self.num_bins, self.batch_size, self.seed = num_samples, num_bins, batch_size, seed
 
     def evaluate(self, module: Any) -> dict[str, float]:
@@ -113,8 +111,7 @@ class ReconstructionQuality:
     """
 
     def __init__(self, feature_extractor: nn.Module, every: int = 1) -> None:
-        if every < 1:
-            raise ConfigError(f"every of ReconstructionQuality must be at least 1, found {every}.")
+        check_counts("ReconstructionQuality", every=every)
         self.feature_extractor = feature_extractor
         self.every = every
 

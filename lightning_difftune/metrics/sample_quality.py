@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.metrics.extractors import torch_fidelity
 from lightning_difftune.metrics.frechet import FrechetDistance, ReferenceCache, frechet_distance, reference_key
 from lightning_difftune.protocols import GeneratesClasses, SupportsLabelledImages
@@ -54,10 +54,7 @@ class SampleQuality:
         neighbourhood: int = 3,
         cache_dir: str | Path | None = None,
     ) -> None:
-        settings = {"num_samples": num_samples, "batch_size": batch_size, "neighbourhood": neighbourhood}
-        for name, number in settings.items():
-            if number < 1:
-                raise ConfigError(f"{name} of SampleQuality must be at least 1, found {number}.")
+        check_counts("SampleQuality", num_samples=num_samples, batch_size=batch_size, neighbourhood=neighbourhood)
         self.key = FrechetDistance(feature_extractor).key
         self.feature_extractor = feature_extractor
         self.num_samples = num_samples

@@ -225,12 +225,8 @@ def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file:
     }
 
 
-def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path | str) -> None:
-    """Compare names and shapes of two state dicts.
-
-    Raises:
-        CheckpointError: If they differ; names a few of the missing, unexpected and misshaped tensors.
-    """
+def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """How names and shapes of two state dicts differ, with a few of the names; empty if they do not."""
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -246,8 +242,18 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
         for kind, names in problems.items()
         if names
     ]
-    if parts:
-        raise CheckpointError(f"{source} does not hold the tensors of this model: {'; '.join(parts)}.")
+    return "; ".join(parts)
+
+
+def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path | str) -> None:
+    """Refuse a state dict whose names or shapes are others than those of a model.
+
+    Raises:
+        CheckpointError: If they differ; names a few of the missing, unexpected and misshaped tensors.
+    """
+    problems = differences(found, expected)
+    if problems:
+        raise CheckpointError(f"{source} does not hold the tensors of this model: {problems}.")
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -256,7 +256,7 @@ def test_loaded_values_of_other_parameters_are_refused(tmp_path: Path) -> None:
     unfrozen.blocks[0].bias.requires_grad_(True)
     loaded = EWC()
     loaded.load_state_dict(ewc.state_dict())
-    with pytest.raises(CheckpointError, match=r"1 tensors.*blocks\.0\.bias"):
+    with pytest.raises(CheckpointError, match=r"1 \w+ \(blocks\.0\.bias"):
         fit(tmp_path, unfrozen, loaded, max_steps=1)
     with pytest.raises(CheckpointError, match=r"expected 'reference'"):
         EWC().load_state_dict({"averages": {}})

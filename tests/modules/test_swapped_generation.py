@@ -8,7 +8,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny import tiny_dit
 
 from lightning_difftune import DiTDiffTuningModule
-from lightning_difftune.callbacks.chain_of_forgetting import SupportsSwap
 from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError
@@ -42,7 +41,6 @@ def module_of(tuned=True, **settings):
 
 def test_the_ends_of_a_swap_are_the_two_models():
     module = module_of()
-    assert isinstance(module, SupportsSwap)
     swapped = module.generate_swapped(INDICES, [1.0, 0.0, 0.5])
     assert swapped.shape == (3, 4, 1, 8, 8)
     assert swapped.dtype == torch.uint8
