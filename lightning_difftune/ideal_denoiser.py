@@ -80,19 +80,6 @@ def ideal_denoiser(
     return (weighted / total).view_as(x_t)
 
 
-def ideal_noise(
-    x_t: Tensor,
-    t: Tensor,
-    data: Tensor | Iterable[Tensor],
-    diffusion: ForwardProcess | None = None,
-    chunk_size: int = 4096,
-) -> Tensor:
-    """The noise (B, C, H, W) that :func:`ideal_denoiser` finds in x_t, the ideal of eps-predicting networks."""
-    diffusion = GaussianDiffusion().to(x_t.device) if diffusion is None else diffusion
-    x0 = ideal_denoiser(x_t, t, data, diffusion, chunk_size)
-    return diffusion.implied_noise(x_t.float(), x0, t)
-
-
 @torch.no_grad()
 def distance_to_ideal(
     denoise: Denoiser,

@@ -59,9 +59,9 @@ def curves(
     """Draw named series of (x, values): a line through the means, and a band from the least value to the largest."""
     for style, (name, points) in zip(cycle(LINES), series.items(), strict=False):
         xs, values = zip(*points, strict=True)
-        axes.plot(xs, [statistics.fmean(some) for some in values], label=name, markersize=4, **style)
-        if any(len(some) > 1 for some in values):
-            lows, highs = [min(some) for some in values], [max(some) for some in values]
+        axes.plot(xs, [statistics.fmean(group) for group in values], label=name, markersize=4, **style)
+        if any(len(group) > 1 for group in values):
+            lows, highs = [min(group) for group in values], [max(group) for group in values]
             axes.fill_between(xs, lows, highs, color=style["color"], alpha=0.15, linewidth=0)
     _label(axes, title, y_label)
     axes.set_xlabel(x_label)
@@ -116,11 +116,11 @@ def bars(
     width = 0.8 / len(groups)
     labels: list[Annotation] = []
     for number, (style, (group, values)) in enumerate(zip(cycle(BARS), groups.items(), strict=False)):
-        there = [position for position, some in enumerate(values) if some]
-        xs = [position + (number - (len(groups) - 1) / 2) * width for position in there]
-        means = [statistics.fmean(values[position]) for position in there]
+        measured = [position for position, found in enumerate(values) if found]
+        xs = [position + (number - (len(groups) - 1) / 2) * width for position in measured]
+        means = [statistics.fmean(values[position]) for position in measured]
         axes.bar(xs, means, width * 0.92, label=group or None, linewidth=0.6, **style)
-        for x, mean, position in zip(xs, means, there, strict=True):
+        for x, mean, position in zip(xs, means, measured, strict=True):
             low, high = min(values[position]), max(values[position])
             axes.plot([x, x], [low, high], color="black", linewidth=1.2)
             where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
@@ -174,13 +174,8 @@ def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label
         axes.plot(percents, values, label=name, markersize=4, **style)
         best = min(distances, key=lambda percent: distances[percent])
         axes.plot(best, distances[best], marker="*", markersize=13, color=style["color"], linestyle="none")
-    axes.set_title("Least distance marked by a star", fontsize=10, loc="left")
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
     axes.set_ylim(0, 1.08 * max(max(distances.values()) for distances in series.values()))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
-    axes.spines[["top", "right"]].set_visible(False)
+    _frame(axes, "Least distance marked by a star", x_label, y_label)
 
 
 def swap_figure(
@@ -267,10 +262,14 @@ def ideal_distances(axes: Axes, series: Mapping[str, Sequence[tuple[int, float]]
     for style, (name, points) in zip(cycle(LINES), series.items(), strict=False):
         timesteps, values = zip(*points, strict=True)
         axes.plot(timesteps, values, label=name, markersize=3, **style)
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel("timestep t (0 is data)")
-    axes.set_ylabel("RMS distance to the ideal denoiser")
     axes.set_ylim(bottom=0)
+    _frame(axes, title, "timestep t (0 is data)", "RMS distance to the ideal denoiser")
+
+
+def _frame(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

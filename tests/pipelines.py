@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tiny import tiny_autoencoder
 
 from lightning_difftune import MemoryBankDataModule, TextToImageDiffTuningModule
 
@@ -69,23 +70,12 @@ def t5(width: int = 32) -> tuple[Any, Any]:
 
 
 def autoencoder(**settings: Any) -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=(4, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=1,
-        sample_size=32,
-        **settings,
-    )
+    return tiny_autoencoder(4, 8, norm_num_groups=1, sample_size=32, **settings)
 
 
 def stable_diffusion(folder: Path) -> Path:
     """Stable Diffusion 1.x: pictures of 16 px, latents (4, 8, 8), text (8, 16)."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -116,16 +106,6 @@ def stable_diffusion(folder: Path) -> Path:
         attention_head_dim=4,
         norm_num_groups=4,
     )
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -135,7 +115,7 @@ def stable_diffusion(folder: Path) -> Path:
         steps_offset=1,
     )
     pipeline: Any = StableDiffusionPipeline(
-        vae=autoencoder,
+        vae=tiny_autoencoder(8, 8, sample_size=16, scaling_factor=0.5),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,

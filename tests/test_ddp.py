@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +15,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from tiny import quiet_trainer, tiny_weights
+from tiny import finish, quiet_trainer, start, tiny_weights
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -145,7 +143,7 @@ def runs(tmp_path_factory):
     tiny_weights(weights)
 
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    processes = start(weights, two, 2)
+    processes = start(__file__, 2, weights, two)
     try:
         run(weights, one, 1)
         finish(processes)
@@ -159,36 +157,8 @@ def runs(tmp_path_factory):
 def three(runs, tmp_path_factory):
     """The folder of what three processes did."""
     folder = tmp_path_factory.mktemp("three")
-    finish(start(runs[0].parent / "weights0", folder, 3))
+    finish(start(__file__, 3, runs[0].parent / "weights0", folder))
     return folder
-
-
-def start(weights, folder, world_size, *mode, script=__file__):
-    """A test file, as a job of several processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, script, str(weights), str(folder), *mode],
-            env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-
-
-def finish(processes):
-    """Wait for a job."""
-    try:
-        outputs = [process.communicate(timeout=200)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
 
 
 def report(folder, rank):
@@ -292,7 +262,7 @@ class Ready(L.Callback):
 @pytest.mark.slow
 def test_all_processes_stop_after_the_same_step_when_one_is_told_to(runs, tmp_path):
     weights = runs[0].parent / "weights0"
-    processes = start(weights, tmp_path, 2, "stop")
+    processes = start(__file__, 2, weights, tmp_path, "stop")
     try:
         while not (tmp_path / "ready").exists():
             assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
@@ -341,7 +311,7 @@ def run_sharded(weights, folder, world_size):
 
 @pytest.mark.slow
 def test_fully_sharded_training_is_that_of_whole_copies(runs, tmp_path):
-    finish(start(runs[0].parent / "weights0", tmp_path, 2, "shard"))
+    finish(start(__file__, 2, runs[0].parent / "weights0", tmp_path, "shard"))
 
 
 def validation_batches(pictures, world_size):

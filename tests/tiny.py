@@ -1,7 +1,12 @@
-"""Small models, pictures and trainers that many tests start from."""
+"""Small models, pictures, trainers and jobs of several processes that many tests start from."""
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +41,20 @@ def tiny_weights(folder: Path, seed: int = 0, **sizes: Any) -> Path:
     return export_dit(tiny_dit(seed, **sizes), folder / "tiny.safetensors")
 
 
+def tiny_autoencoder(*widths: int, **settings: Any) -> Any:
+    """Stable Diffusion's autoencoder with a level of each width, and with random weights."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=4,
+        **{"norm_num_groups": 4, **settings},
+    )
+
+
 def noise_pixels(count: int, *shape: int) -> np.ndarray:
     """Pictures (count, *shape) uint8 of noise, the same ones each time."""
     return np.random.default_rng(0).integers(0, 256, (count, *shape), dtype=np.uint8)
@@ -46,9 +65,11 @@ def tiny_pictures(count: int = 12, classes: int = 3, shape: tuple[int, ...] = (8
     return ArrayImages(noise_pixels(count, *shape), np.arange(count) % classes)
 
 
-def write_pictures(root: Path, count: int = 12, names: tuple[str, ...] = ("ant", "bee", "cat"), size: int = 8) -> Path:
+def write_pictures(
+    root: Path, count: int = 12, names: Sequence[str] = ("ant", "bee", "cat"), shape: tuple[int, int] = (8, 8)
+) -> Path:
     """A folder of PNG files of noise, in one folder per class; the classes take turns."""
-    for number, pixels in enumerate(noise_pixels(count, size, size)):
+    for number, pixels in enumerate(noise_pixels(count, *shape)):
         path = root / names[number % len(names)] / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -68,3 +89,32 @@ def quiet_trainer(folder: Path, steps: int, *callbacks: L.Callback, **settings: 
         "default_root_dir": folder,
     }
     return L.Trainer(max_steps=steps, callbacks=list(callbacks), **{**quiet, **settings})
+
+
+def start(script: str, world_size: int, *arguments: str | Path) -> list[subprocess.Popen[str]]:
+    """A test file, as a job of several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = os.pathsep.join(sys.path)
+    return [
+        subprocess.Popen(
+            [sys.executable, script, *map(str, arguments)],
+            env={**os.environ, **shared, "LOCAL_RANK": str(rank), "RANK": str(rank), "NODE_RANK": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> None:
+    """Wait for a job."""
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)

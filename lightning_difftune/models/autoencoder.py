@@ -52,7 +52,12 @@ class FrozenAutoencoder(Frozen):
     ) -> None:
         if scaling_factor is not None:
             LatentScale(scaling_factor)  # refuses a factor that is not positive before anything is opened
-        autoencoder = open_autoencoder(source, subfolder or "") if isinstance(source, str | Path) else source
+        if isinstance(source, str | Path):
+            from diffusers.models import AutoencoderKL as Autoencoder  # slow to import
+
+            autoencoder: AutoencoderKL = open_network(Autoencoder, source, subfolder or "")
+        else:
+            autoencoder = source
         if autoencoder.dtype != getattr(torch, dtype):
             autoencoder.to(getattr(torch, dtype))
         super().__init__(autoencoder)
@@ -86,18 +91,6 @@ class FrozenAutoencoder(Frozen):
             return None
         source, subfolder = self._named
         return {"source": source, "scaling_factor": self.scaling_factor, "subfolder": subfolder}
-
-    @classmethod
-    def of_pipeline(cls, pipeline: str | Path) -> FrozenAutoencoder:
-        """The autoencoder of a Stable Diffusion pipeline or a diffusers folder, with the scale that it states.
-
-        Args:
-            pipeline: Folder with a ``vae``, or the name of a bundled one.
-
-        Raises:
-            CheckpointError: If there is none.
-        """
-        return cls(pipeline, None, "vae")
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Shape (c, h, w) of the latents of square pictures.
@@ -190,10 +183,3 @@ def scale_of(config: Mapping[str, Any], name: str) -> LatentScale:
             f"{name} states {len(scale.latents_mean)} latents_mean for {config['latent_channels']} channels."
         )
     return scale
-
-
-def open_autoencoder(source: str | Path, subfolder: str) -> AutoencoderKL:
-    """Open an ``AutoencoderKL`` from a local folder or the hub, refusing weights that do not fill it."""
-    from diffusers.models import AutoencoderKL as Autoencoder  # slow to import
-
-    return open_network(Autoencoder, source, subfolder)

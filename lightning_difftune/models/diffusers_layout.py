@@ -1,4 +1,4 @@
-"""How diffusers names and arranges the weights of a DiT, in both directions.
+"""Networks in diffusers' layout: how they are opened, and how it names and arranges the weights of a DiT.
 
 Three things differ from the official layout. diffusers keeps a copy of the timestep and label embedders in every block,
 it has separate projections for query, key and value, and it computes the position embedding instead of storing it. Its
@@ -8,7 +8,6 @@ class also computes another function unless :func:`make_exact` is applied.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,7 +18,7 @@ from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import check_sums
 from lightning_difftune.models.checkpoint_files import DIFFUSERS, find_weights, missing_shards
 from lightning_difftune.models.dit import sincos_2d
-from lightning_difftune.models.hub import folder_of
+from lightning_difftune.models.hub import folder_of, without_bars
 
 if TYPE_CHECKING:
     from diffusers.models import DiTTransformer2DModel
@@ -176,14 +175,8 @@ def load_exact_transformer(folder: str | Path) -> DiTTransformer2DModel:
     """
     from diffusers.models import DiTTransformer2DModel as Transformer
 
-    folder = Path(folder)
-    inner = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    check_sums(inner)
-    try:
-        transformer = Transformer.from_pretrained(str(inner), local_files_only=True, low_cpu_mem_usage=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{inner} cannot be opened as diffusers' DiTTransformer2DModel: {error}") from error
-    return make_exact(transformer).eval()
+    subfolder = "transformer" if (Path(folder) / "transformer").is_dir() else ""
+    return make_exact(open_network(Transformer, Path(folder), subfolder)).eval()
 
 
 def open_network(
@@ -218,7 +211,7 @@ def open_network(
         weights = find_weights([file.name for file in folder.iterdir()])
         if weights is None:
             raise CheckpointError(no_weights(folder))
-        with without_bars():
+        with without_bars("diffusers"):
             network, info = diffusers_class.from_pretrained(
                 str(folder),
                 local_files_only=True,
@@ -254,17 +247,3 @@ def no_weights(folder: Path) -> str:
         f"{folder} has no weights: it needs {DIFFUSERS[0]}, or its shards with their index, also of the variants bf16 "
         f"and fp16; found {names[:8]}."
     )
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Leave out diffusers' progress bars over shards, which take the screen for files that are read in a moment."""
-    from diffusers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

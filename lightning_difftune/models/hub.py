@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.checkpoint_files import DIFFUSERS, TRANSFORMERS, find_weights
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 BUNDLED = Path(__file__).parent / "weights"
 COMPANIONS = {  # small folders of pipelines that a part goes with
@@ -64,6 +71,20 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
     return fetch(repository[0], (subfolder,), repository[1])
 
 
+@contextmanager
+def without_bars(library: Literal["diffusers", "transformers"]) -> Iterator[None]:
+    """Leave out a library's progress bars, which take the screen for files that are read in a moment."""
+    logging = import_module(f"{library}.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None) -> Path:
     """Download the configuration and weights of one model of a repository, or find them in the cache.
 
@@ -78,26 +99,18 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
     Raises:
         CheckpointError: If the repository cannot be reached, does not exist, or holds no such model.
     """
-    from huggingface_hub import HfApi
 
-    hub = HfApi()
-    try:
-        info = hub.model_info(repo_id, revision=revision, timeout=10)
-        wanted = choose_files([entry.rfilename for entry in info.siblings or []], subfolders)
+    def download(hub: HfApi, names: list[str]) -> str:
+        wanted = choose_files(names, subfolders)
         if not wanted:
             raise CheckpointError(
                 f"{repo_id} on the Hugging Face hub holds no diffusers model: no config.json with {DIFFUSERS[0]} or "
                 f"{TRANSFORMERS[0]}, whole or in shards, in "
                 f"{' or '.join(repr(folder or '/') for folder in subfolders)}."
             )
-        return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        cached = None if _is_unknown(error) else find_cached(repo_id, subfolders, revision)
-        if cached is not None:
-            return cached
-        raise _failure(repo_id, revision, error) from error
+        return hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)
+
+    return _downloaded(repo_id, revision, download, lambda: find_cached(repo_id, subfolders, revision))
 
 
 def fetch_file(repo_id: str, name: str, revision: str | None = None) -> Path:
@@ -106,19 +119,34 @@ def fetch_file(repo_id: str, name: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: If the repository cannot be reached, does not exist, or holds no such file.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
+
+    def download(hub: HfApi, names: list[str]) -> str:
+        if name not in names:
+            raise CheckpointError(f"{repo_id} on the Hugging Face hub holds no {name}.")
+        return hub.hf_hub_download(repo_id, name, revision=revision)
+
+    return _downloaded(repo_id, revision, download, lambda: try_to_load_from_cache(repo_id, name, revision=revision))
+
+
+def _downloaded(
+    repo_id: str,
+    revision: str | None,
+    download: Callable[[HfApi, list[str]], str],
+    find: Callable[[], object],
+) -> Path:
+    """What is downloaded of a repository, given its files' names, or found in the cache where the hub is not there."""
+    from huggingface_hub import HfApi
 
     hub = HfApi()
     try:
         # Downloading without a connection would try for half a minute; this does not.
         info = hub.model_info(repo_id, revision=revision, timeout=10)
-        if name not in [entry.rfilename for entry in info.siblings or []]:
-            raise CheckpointError(f"{repo_id} on the Hugging Face hub holds no {name}.")
-        return Path(hub.hf_hub_download(repo_id, name, revision=revision))
+        return Path(download(hub, [entry.rfilename for entry in info.siblings or []]))
     except CheckpointError:
         raise
     except Exception as error:
-        cached = None if _is_unknown(error) else try_to_load_from_cache(repo_id, name, revision=revision)
+        cached = None if _is_unknown(error) else find()
         if isinstance(cached, str):
             return Path(cached)
         raise _failure(repo_id, revision, error) from error
@@ -146,7 +174,7 @@ def _failure(repo_id: str, revision: str | None, error: Exception) -> Checkpoint
     )
 
 
-def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None) -> Path | None:
+def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None) -> str | None:
     """The cached snapshot of a repository, if it holds a whole model."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -154,7 +182,7 @@ def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None)
         prefix = f"{folder}/" if folder else ""
         config = try_to_load_from_cache(repo_id, f"{prefix}config.json", revision=revision)
         if isinstance(config, str) and find_weights([file.name for file in Path(config).parent.iterdir()]) is not None:
-            return Path(config).parents[len(Path(folder).parts)]
+            return str(Path(config).parents[len(Path(folder).parts)])
     return None
 
 

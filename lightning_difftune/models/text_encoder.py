@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import text_digest
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.frozen import Frozen
-from lightning_difftune.models.hub import folder_of
+from lightning_difftune.models.hub import folder_of, without_bars
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -87,7 +86,7 @@ def open_text_encoder(source: str | Path, revision: str | None) -> tuple[CLIPTok
     text_model: Any = transformers.CLIPTextModel
     try:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        with without_bars():
+        with without_bars("transformers"):
             network, info = text_model.from_pretrained(
                 folder / "text_encoder", local_files_only=True, dtype=torch.float32, output_loading_info=True
             )
@@ -102,18 +101,3 @@ def open_text_encoder(source: str | Path, revision: str | None) -> tuple[CLIPTok
             f"the first is {sorted(map(str, info['missing_keys']))[0]}."
         )
     return tokenizer, network
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Leave out transformers' progress bars, which take the screen for a file that is read in a moment."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -91,9 +91,9 @@ def autoencoder_of(folder: Path, vae: str | None, dit: DiT, name: str) -> Frozen
     """
     if vae is not None:
         is_pipeline = any((place / "vae" / "config.json").exists() for place in (BUNDLED / vae, Path(vae).expanduser()))
-        return FrozenAutoencoder.of_pipeline(vae) if is_pipeline else FrozenAutoencoder(vae)
+        return FrozenAutoencoder(vae, subfolder="vae") if is_pipeline else FrozenAutoencoder(vae)
     if (folder / "vae" / "config.json").exists():
-        return FrozenAutoencoder.of_pipeline(folder)
+        return FrozenAutoencoder(folder, subfolder="vae")
     named = (dit.sampling or {}).get("autoencoder")
     if named is not None:
         return FrozenAutoencoder(**named)

@@ -10,8 +10,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from tiny import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -98,19 +99,8 @@ def expected_distance(real: Tensor, fake: Tensor, seed: int = 0) -> float:
 
 
 def make_trainer(tmp_path: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-        "logger": False,
-        "max_steps": 6,
-        "val_check_interval": 2,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": 1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-    }
-    return L.Trainer(callbacks=list(callbacks), **defaults | options)
+    steps = options.pop("max_steps", 6)
+    return quiet_trainer(tmp_path, steps, *callbacks, **{"val_check_interval": 2, "limit_val_batches": 1, **options})
 
 
 class Report(Callback):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from tiny import quiet_trainer
 from torch import nn
 
 from lightning_difftune.callbacks import EMA
@@ -51,20 +52,9 @@ class PartlyFrozenModel(BoringModel):
 
 
 def make_trainer(tmp_path: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-        "logger": False,
-        "max_steps": 6,
-        "limit_val_batches": 1,
-        "limit_test_batches": 1,
-        "limit_predict_batches": 1,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-    }
-    return L.Trainer(callbacks=list(callbacks), **defaults | options)
+    steps = options.pop("max_steps", 6)
+    limits: dict[str, Any] = {f"limit_{stage}_batches": 1 for stage in ("val", "test", "predict")}
+    return quiet_trainer(tmp_path, steps, *callbacks, **{**limits, **options})
 
 
 def averaged(

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import FSDPStrategy
-from tiny import tiny_dit
+from tiny import quiet_trainer, tiny_dit
 from torch import nn
 
 from lightning_difftune.callbacks import EMA, EWC
@@ -96,22 +96,8 @@ def fit(
     folder: Path, model: L.LightningModule, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
 ) -> History:
     history = History()
-    trainer = L.Trainer(
-        **{
-            "max_steps": 6,
-            "accelerator": "cpu",
-            "devices": 1,
-            "logger": history,
-            "limit_val_batches": 0,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-            "default_root_dir": folder,
-        }
-        | options,
-        callbacks=[*callbacks, history],
-    )
+    settings: dict[str, Any] = {"logger": history, "limit_val_batches": 0, "log_every_n_steps": 1, **options}
+    trainer = quiet_trainer(folder, settings.pop("max_steps", 6), *callbacks, history, **settings)
     trainer.fit(model, ckpt_path=ckpt_path)
     return history
 

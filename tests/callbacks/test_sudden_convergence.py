@@ -3,9 +3,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
-import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +16,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
+from tiny import finish, quiet_trainer, start
 
 from lightning_difftune.callbacks import ControlSimilarity, SuddenConvergence
 from lightning_difftune.errors import CheckpointError, ConfigError
@@ -66,19 +64,8 @@ class LateLogger(Callback):
 
 def make_trainer(tmp_path: Path, *callbacks: Callback, **options: Any) -> L.Trainer:
     """One validation after each of 8 optimizer steps."""
-    defaults: dict[str, Any] = {
-        "default_root_dir": tmp_path,
-        "accelerator": "cpu",
-        "logger": False,
-        "max_steps": 8,
-        "val_check_interval": 1,
-        "limit_val_batches": 1,
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-    }
-    return L.Trainer(callbacks=list(callbacks), **defaults | options)
+    steps = options.pop("max_steps", 8)
+    return quiet_trainer(tmp_path, steps, *callbacks, **{"val_check_interval": 1, "limit_val_batches": 1, **options})
 
 
 def watching(values: Sequence[float], interval: int = 100, **options: Any) -> SuddenConvergence:
@@ -328,26 +315,7 @@ def run_as_one_of_two(folder: Path) -> None:
 
 @pytest.mark.slow  # starting processes
 def test_all_processes_follow_the_first(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**shared, "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    finish(start(__file__, 2, tmp_path))
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     # Only the first process sees it converge; only the second does; and the first alone logs.

@@ -230,7 +230,7 @@ def test_a_run_folder_and_default_places(tiny_run, tmp_path, monkeypatch, capsys
 def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export_names(tmp_path):
     model = DiT(16, 8, 4, hidden_size=8, depth=1, num_heads=2, num_classes=3)
     export_dit(model, tmp_path / "plain.safetensors")
-    scale = FrozenAutoencoder.of_pipeline("sd-nano-flowers").scaling_factor
+    scale = FrozenAutoencoder("sd-nano-flowers", subfolder="vae").scaling_factor
     recipe = FrozenAutoencoder("sd-nano-flowers", scale, "vae").settings()
     model.sampling = {**Sampler(num_inference_steps=2).settings(), "autoencoder": recipe}
     export_dit(model, tmp_path / "named.safetensors")

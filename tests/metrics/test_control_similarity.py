@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from math import ceil
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from tiny import finish, start
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -225,19 +224,7 @@ def measure_one_half(folder: Path, rank: int) -> None:
 
 @pytest.mark.slow  # starting processes
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(tmp_path)], env={**shared, "RANK": str(rank)})
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    finish(start(__file__, 2, tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     for value, metric in zip(first, (BlurredSSIM(1), ControlMSE(), PixelAccuracy(PALETTE)), strict=True):

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
+from tiny import tiny_autoencoder
 from torch import nn
 
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
@@ -16,15 +17,7 @@ from lightning_difftune.models import FrozenAutoencoder
 
 
 def tiny() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-        sample_size=16,
-    )
+    return tiny_autoencoder(8, 8, 8, sample_size=16)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tiny import tiny_autoencoder
 from torch import Tensor, nn
 
 from lightning_difftune import __version__
@@ -162,7 +163,7 @@ def test_paths_and_arguments_that_do_not_fit_the_format(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"must end in \.safetensors"):
         export_dit(random_dit(), tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="autoencoder goes into a diffusers folder"):
-        export_dit(random_dit(), tmp_path / "model.safetensors", autoencoder=tiny_autoencoder())
+        export_dit(random_dit(), tmp_path / "model.safetensors", autoencoder=frozen_autoencoder())
     with pytest.raises(ConfigError, match="format must be 'safetensors' or 'diffusers', got 'onnx'"):
         export_dit(random_dit(), tmp_path / "model.onnx", "onnx")  # type: ignore[arg-type]
     (tmp_path / "file").touch()
@@ -178,21 +179,8 @@ def test_export_leaves_the_random_numbers_and_the_mode_alone(tmp_path: Path) -> 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def tiny_autoencoder() -> FrozenAutoencoder:
-    from diffusers import AutoencoderKL
-
-    return FrozenAutoencoder(
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            layers_per_block=1,
-            latent_channels=4,
-            sample_size=16,
-        ),
-        scaling_factor=0.5,
-    )
+def frozen_autoencoder() -> FrozenAutoencoder:
+    return FrozenAutoencoder(tiny_autoencoder(8, 8, sample_size=16), scaling_factor=0.5)
 
 
 class TestPipeline:
@@ -200,7 +188,7 @@ class TestPipeline:
         from diffusers import DiTPipeline
 
         model = random_dit(num_classes=1000, class_names=[f"class {i}, number {i}" for i in range(1000)])
-        autoencoder = tiny_autoencoder()
+        autoencoder = frozen_autoencoder()
         pipeline = DiTPipeline.from_pretrained(
             export_dit(model, tmp_path / "model", "diffusers", autoencoder=autoencoder)
         )
@@ -264,7 +252,7 @@ class TestPipeline:
         model = random_dit(num_classes=10)
         sampler = Sampler(scheduler_named(solver, ddim().config), 5, guidance_scale=2.0, guidance_channels=guided)
         model.sampling = sampler.settings()
-        autoencoder = tiny_autoencoder()
+        autoencoder = frozen_autoencoder()
         code = code_of(export_dit(model, tmp_path / "m", "diffusers", autoencoder=autoencoder))
         found: dict[str, Tensor] = {}
         exec(code, found)

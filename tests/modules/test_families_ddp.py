@@ -8,15 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import numpy as np
 import pipelines
 import pytest
 import torch
 from pipelines import FAMILIES
-from test_ddp import finish, start
-from tiny import quiet_trainer
+from tiny import finish, quiet_trainer, start
 
 from lightning_difftune import MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule
 from lightning_difftune.modules.families import flow_matching
@@ -66,7 +63,7 @@ def test_the_bank_is_that_of_one_process_to_the_byte_and_so_is_the_training(
     weights, one, two = (tmp_path_factory.mktemp(name) for name in ("weights", "one", "two"))
     for family in FAMILIES:
         getattr(pipelines, family)(weights / family)
-    processes = start(weights, two, 2, script=__file__)
+    processes = start(__file__, 2, weights, two)
     draw_and_train(weights, one, 1)
     finish(processes)
     for family in FAMILIES:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from tiny import quiet_trainer, tiny_weights
+from tiny import quiet_trainer, tiny_autoencoder, tiny_weights
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA
@@ -25,16 +25,7 @@ FLOAT16_ROUNDING = 2**-10  # of latents of unit size
 @pytest.fixture
 def vae(tmp_path):
     torch.manual_seed(0)
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-        sample_size=16,
-    )
-    autoencoder.save_pretrained(tmp_path / "vae")
+    tiny_autoencoder(8, 8, 8, sample_size=16).save_pretrained(tmp_path / "vae")
     return str(tmp_path / "vae")
 
 

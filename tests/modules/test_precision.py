@@ -8,10 +8,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
-from tiny import noise_pixels, quiet_trainer, tiny_dit, tiny_pictures
+from tiny import noise_pixels, quiet_trainer, tiny_autoencoder, tiny_dit, tiny_pictures
 from torch import nn
 
 from lightning_difftune import (
@@ -62,18 +61,6 @@ class Features(nn.Module):
         return pictures.float().mean((2, 3)).expand(-1, 3) + pictures.float().flatten(1)[:, :3]
 
 
-def tiny_autoencoder():
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-    )
-
-
 def of_family(family, folder, pipeline_folder, folder_of=None):
     """Module and data."""
     settings = {"bank": folder / "bank", "bank_size": 6, "batch_size": 5, "num_workers": 0}
@@ -91,7 +78,7 @@ def of_family(family, folder, pipeline_folder, folder_of=None):
     if "latents" in family:
         dit = tiny_dit(num_classes=3, in_channels=4)
         module = DiTDiffTuningModule(
-            dit, autoencoder=FrozenAutoencoder(tiny_autoencoder()), sampler=Sampler(num_inference_steps=2)
+            dit, autoencoder=FrozenAutoencoder(tiny_autoencoder(8, 8)), sampler=Sampler(num_inference_steps=2)
         )
         source = ArrayImages(pictures, np.arange(8) % 3)
         cache = {"latent_cache": folder / "latents"} if family == "cached latents" else {}

@@ -15,8 +15,7 @@ from lightning_difftune.files import json_digest
 from lightning_difftune.models.checkpoint_files import find_weights, read_json
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.frozen import Frozen
-from lightning_difftune.models.hub import folder_of
-from lightning_difftune.models.text_encoder import without_bars
+from lightning_difftune.models.hub import folder_of, without_bars
 
 RECENT_CAPTIONS = 64  # whose conditions are kept while a cache is made, or a validation repeats them
 
@@ -118,7 +117,7 @@ def open_text_parts(pipeline_class: Any, model: str | Path, revision: str | None
         if name.startswith(("text_encoder", "tokenizer")):
             del absent[name]
     try:
-        with without_bars():
+        with without_bars("transformers"):
             opened = pipeline_class.from_pretrained(
                 folder,
                 local_files_only=True,
