@@ -12,16 +12,14 @@ import sys
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import constants
 from jsonargparse import dict_to_namespace
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import tiny_dit
+from tiny import tiny_config, tiny_dit, write_pictures
 
 import lightning_difftune
 from lightning_difftune import MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule, __version__
@@ -50,46 +48,13 @@ def project(tmp_path, monkeypatch):
     """A folder with weights, pictures and a config, which is the working directory."""
     monkeypatch.chdir(tmp_path)
     write_weights(tmp_path / "tiny.safetensors")
-    pictures = np.random.default_rng(0).integers(0, 256, (12, 10, 9), dtype=np.uint8)
-    for number, pixels in enumerate(pictures):
-        path = tmp_path / "pictures" / ("ant", "bee", "cat")[number % 3] / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    folder = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": "pictures"}}
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "run"}}
-    config = {
-        "model": {
-            "class_path": "lightning_difftune.DiTDiffTuningModule",
-            "init_args": {
-                "model": "tiny.safetensors",
-                "objective": {"class_path": "lightning_difftune.DiffTuningObjective"},
-                "sampler": {"num_inference_steps": 2},
-            },
-        },
-        "data": {
-            "class_path": "lightning_difftune.MemoryBankDataModule",
-            "init_args": {
-                "target": folder,
-                "val_target": folder,
-                "num_classes": 3,
-                "image_size": 8,
-                "channels": 1,
-                "bank": "bank",
-                "bank_size": 10,
-                "batch_size": 5,
-            },
-        },
-        "trainer": {
-            "max_steps": 4,
-            "accelerator": "cpu",
-            "devices": 1,
-            "default_root_dir": "run",
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": logger,
-        },
-    }
+    write_pictures(tmp_path / "pictures", 12, shape=(10, 9))
+    objective = {"class_path": "lightning_difftune.DiffTuningObjective"}
+    config = tiny_config(
+        model={"objective": objective, "sampler": {"num_inference_steps": 2}},
+        data={"bank": "bank", "bank_size": 10, "batch_size": 5},
+        trainer={"max_steps": 4, "default_root_dir": "run", "log_every_n_steps": 1},
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from tiny import tiny_weights
+from tiny import tiny_config, tiny_weights, write_pictures
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.swap import names_of
@@ -30,49 +28,19 @@ def project(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "swap_features.py").write_text(FEATURES)
     tiny_weights(tmp_path)
-    pictures = np.random.default_rng(0).integers(0, 256, (12, 8, 8), dtype=np.uint8)
-    for number, pixels in enumerate(pictures):
-        path = tmp_path / "pictures" / "abc"[number % 3] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    folder = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": "pictures"}}
+    write_pictures(tmp_path / "pictures", 12, "abc")
     fid = {"num_samples": 6, "batch_size": 4, "feature_extractor": {"class_path": "swap_features.Means"}}
-    config = {
-        "model": {
-            "class_path": "lightning_difftune.DiTDiffTuningModule",
-            "init_args": {"model": "tiny.safetensors", "sampler": {"num_inference_steps": 4}},
-        },
-        "data": {
-            "class_path": "lightning_difftune.MemoryBankDataModule",
-            "init_args": {
-                "target": folder,
-                "val_target": folder,
-                "num_classes": 3,
-                "image_size": 8,
-                "channels": 1,
-                "bank": "bank",
-                "bank_size": 4,
-                "batch_size": 5,
-            },
-        },
-        "trainer": {
-            "max_steps": 2,
-            "accelerator": "cpu",
-            "devices": 1,
-            "default_root_dir": "run",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": False,
-            "callbacks": [
-                {"class_path": "lightning_difftune.callbacks.EMA", "init_args": {"decay": 0.5}},
-                {"class_path": "lightning_difftune.callbacks.FID", "init_args": fid},
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"save_last": True, "save_top_k": 0},
-                },
-            ],
-        },
-    }
+    saving = {"save_last": True, "save_top_k": 0}
+    callbacks = [
+        {"class_path": "lightning_difftune.callbacks.EMA", "init_args": {"decay": 0.5}},
+        {"class_path": "lightning_difftune.callbacks.FID", "init_args": fid},
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving},
+    ]
+    config = tiny_config(
+        model={"sampler": {"num_inference_steps": 4}},
+        data={"bank": "bank", "bank_size": 4, "batch_size": 5},
+        trainer={"max_steps": 2, "default_root_dir": "run", "logger": False, "callbacks": callbacks},
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     for name, lr in (("one", "0.001"), ("two", "0.1")):
         optimizer = ["--model.init_args.optimizer", "torch.optim.AdamW", "--model.init_args.optimizer.lr", lr]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
-from tiny import tiny_weights
+from tiny import tiny_config, tiny_weights, write_pictures
 
 from lightning_difftune.cli import main
 from lightning_difftune.cli.export import difference, plain_network, write
@@ -31,37 +29,9 @@ def output_of(model):
 def project(tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     tiny_weights(folder)
-    rng = np.random.default_rng(0)
-    for number in range(6):
-        path = folder / "pictures" / ("ant", "bee", "cat")[number % 3] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    config = {
-        "model": {
-            "class_path": "lightning_difftune.DiTDiffTuningModule",
-            "init_args": {
-                "model": "tiny.safetensors",
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
-            },
-        },
-        "data": {
-            "class_path": "lightning_difftune.MemoryBankDataModule",
-            "init_args": {
-                "target": {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": "pictures"}},
-                "num_classes": 3,
-                "image_size": 8,
-                "channels": 1,
-                "batch_size": 4,
-            },
-        },
-        "trainer": {
-            "max_steps": 3,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "run"}},
-        },
-    }
+    write_pictures(folder / "pictures", 6)
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}}
+    config = tiny_config({"optimizer": optimizer}, {"val_target": None, "batch_size": 4}, {"max_steps": 3})
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
 

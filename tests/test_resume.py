@@ -13,12 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
-from tiny import tiny_weights
+from tiny import tiny_config, tiny_weights, write_pictures
 
 from lightning_difftune.callbacks import EMA, preemption
 from lightning_difftune.cli import main
@@ -42,53 +40,27 @@ def ingredients(tmp_path_factory):
     """Weights, pictures and a config."""
     folder = tmp_path_factory.mktemp("ingredients")
     tiny_weights(folder)
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)):
-        path = folder / "pictures" / f"class{number % 3}" / f"{number:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    pictures = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": "pictures"}}
-    config = {
-        "model": {
-            "class_path": "lightning_difftune.DiTDiffTuningModule",
-            "init_args": {
-                "model": "tiny.safetensors",
-                "sampler": {"num_inference_steps": 2},
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
-                "lr_scheduler": {
-                    "class_path": "torch.optim.lr_scheduler.OneCycleLR",
-                    "init_args": {"max_lr": -1.0, "total_steps": -1},
-                },
+    write_pictures(folder / "pictures", 30, ("class0", "class1", "class2"))
+    config = tiny_config(
+        model={
+            "sampler": {"num_inference_steps": 2},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.001}},
+            "lr_scheduler": {
+                "class_path": "torch.optim.lr_scheduler.OneCycleLR",
+                "init_args": {"max_lr": -1.0, "total_steps": -1},
             },
         },
-        "data": {
-            "class_path": "lightning_difftune.MemoryBankDataModule",
-            "init_args": {
-                "target": pictures,
-                "val_target": pictures,
-                "num_classes": 3,
-                "image_size": 8,
-                "channels": 1,
-                "bank": "bank",
-                "bank_size": 40,
-                "batch_size": 5,
-                "horizontal_flip": True,
-            },
-        },
-        "trainer": {
+        data={"bank": "bank", "bank_size": 40, "batch_size": 5, "horizontal_flip": True},
+        trainer={
             "max_steps": STEPS,
-            "accelerator": "cpu",
-            "devices": 1,
             "default_root_dir": "run",
             "val_check_interval": 25,
             "check_val_every_n_epoch": None,
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 5,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "run"}},
             "callbacks": CALLBACKS,
         },
-    }
+    )
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder
 

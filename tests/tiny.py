@@ -20,6 +20,8 @@ from torch import nn
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.models import DiT, export_dit
 
+Settings = dict[str, Any]
+
 
 def randomised(network: nn.Module, std: float = 0.2) -> Any:
     """The network with random values in all that is trained: the published start is zero in places."""
@@ -74,6 +76,32 @@ def write_pictures(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
     return root
+
+
+def tiny_config(model: Settings, data: Settings, trainer: Settings, folder: Path = Path()) -> Settings:
+    """A config that tunes ``tiny.safetensors`` on ``pictures``, three classes of 8 px; ``folder`` holds both.
+
+    Args:
+        model: Further arguments of the module.
+        data: Of the data, which hold out the same pictures.
+        trainer: Of a trainer on one CPU that shows nothing.
+        folder: Where the files are; by default the working directory.
+    """
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder / "run")}}
+    pictures = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": str(folder / "pictures")}}
+    sizes = {"num_classes": 3, "image_size": 8, "channels": 1}
+    quiet = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+    return {
+        "model": {
+            "class_path": "lightning_difftune.DiTDiffTuningModule",
+            "init_args": {"model": str(folder / "tiny.safetensors"), **model},
+        },
+        "data": {
+            "class_path": "lightning_difftune.MemoryBankDataModule",
+            "init_args": {"target": pictures, "val_target": pictures, **sizes, **data},
+        },
+        "trainer": {**quiet, "logger": logger, **trainer},
+    }
 
 
 def quiet_trainer(folder: Path, steps: int, *callbacks: L.Callback, **settings: Any) -> L.Trainer:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from tiny import tiny_weights
+from tiny import tiny_config, tiny_weights, write_pictures
 
 from lightning_difftune.cli import main
 
@@ -23,53 +21,22 @@ class TinyRun(NamedTuple):
     checkpoint: Path
 
 
-def tiny_config(folder: Path) -> dict:
-    """A config of a run in a folder that holds the weights and the pictures."""
-    pictures = {"class_path": "lightning_difftune.data.ImageFolder", "init_args": {"root": str(folder / "pictures")}}
-    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder / "run")}}
-    return {
-        "model": {
-            "class_path": "lightning_difftune.DiTDiffTuningModule",
-            "init_args": {
-                "model": str(folder / "tiny.safetensors"),
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}},
-                "sampler": {"num_inference_steps": 4},
-            },
-        },
-        "data": {
-            "class_path": "lightning_difftune.MemoryBankDataModule",
-            "init_args": {
-                "target": pictures,
-                "val_target": pictures,
-                "num_classes": 3,
-                "image_size": 8,
-                "channels": 1,
-                "batch_size": 4,
-            },
-        },
-        "trainer": {
-            "max_steps": 3,
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "logger": logger,
-            "callbacks": [
-                {"class_path": "lightning_difftune.callbacks.EMA", "init_args": {"decay": 0.5}},
-                {"class_path": "lightning_difftune.callbacks.SampleGrid", "init_args": {"num_samples": 6}},
-            ],
-        },
-    }
-
-
 def write_project(folder: Path) -> Path:
     """Write the weights, the pictures and the config."""
     tiny_weights(folder)
-    rng = np.random.default_rng(0)
-    for number in range(9):
-        path = folder / "pictures" / CLASSES[number % 3] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
-    (folder / "run.yaml").write_text(yaml.safe_dump(tiny_config(folder)))
+    write_pictures(folder / "pictures", 9, CLASSES)
+    callbacks = [
+        {"class_path": "lightning_difftune.callbacks.EMA", "init_args": {"decay": 0.5}},
+        {"class_path": "lightning_difftune.callbacks.SampleGrid", "init_args": {"num_samples": 6}},
+    ]
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.05}}
+    config = tiny_config(
+        model={"optimizer": optimizer, "sampler": {"num_inference_steps": 4}},
+        data={"batch_size": 4},
+        trainer={"max_steps": 3, "callbacks": callbacks},
+        folder=folder,
+    )
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
     return folder / "run.yaml"
 
 
