@@ -32,13 +32,11 @@ class ChainOfForgetting(DistanceCallback):
     Args:
         num_samples: Generated pictures for each p.
         percents: The p, each in [0, 100].
-        feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features`` = D and, if it
-            has one, a ``name``. ``None`` is :class:`~lightning_difftune.metrics.InceptionV3Features`.
+        feature_extractor: As for :class:`FID`; ``None`` is Inception-v3.
         every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
         batch_size: Samples generated at a time.
         shown: Samples in the strip.
-        reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` asks
-            the data module for its ``reference_images()``.
+        reference: Real pictures, as for :class:`FID`; ``None`` asks the data module.
         generate: Maps sample indices (B,) int64 and P fractions in [0, 1] to pictures (P, B, 1 or 3, H, W) uint8;
             ``None`` asks the module's own ``generate_swapped``.
         cache_dir: Folder where statistics of the real pictures are kept between runs.

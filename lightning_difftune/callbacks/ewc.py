@@ -18,7 +18,7 @@ from lightning_difftune.models.checkpoints import differences
 class EWC(OptimizerStepCallback):
     r"""Log the squared L2 distance of the tunable parameters from their pre-trained values (Fig. 5 of the paper).
 
-    ``ewc/total`` is :math:`\sum_i (\theta_i - \theta_i^0)^2`, ``ewc/mean`` is that divided by the number of parameters
+    ``ewc/total`` is :math:`\sum_i (\theta_i - \theta_i^0)^2`, ``ewc/mean`` is this divided by the number of parameters
     that are trained, and ``ewc/<block>`` are the parts of the total, with ``ewc/rest`` for what is in no block.
 
     :math:`\theta^0` are the values of the parameters that require a gradient when ``fit`` starts, so factors and

@@ -63,14 +63,14 @@ class Preemption(OptimizerStepCallback):
         self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let a validation that is due after the step run to its end, where the loop would leave its first batch."""
+        """Let a validation that is due after the step run to its end; the loop would stop it at its first batch."""
         if self._training:
             trainer._signal_connector.received_sigterm = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop after this validation if any process was asked to.
 
-        What is saved now, and not when the loop is left, Lightning resumes without validating a second time.
+        Lightning resumes what is saved now without a second validation, unlike what is saved when the loop is left.
         """
         if self._training and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._stop_if_asked(trainer)
@@ -78,11 +78,11 @@ class Preemption(OptimizerStepCallback):
                 self._save(trainer)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        if trainer.world_size > 1:  # Lightning asks the first process alone, and each one raises by itself
+        if trainer.world_size > 1:  # Lightning asks only the first process, and each process raises on its own
             votes = torch.tensor([self._asked, self._requeue], dtype=torch.int32, device=trainer.strategy.root_device)
             distributed.all_reduce(votes, distributed.ReduceOp.MAX)
             self._asked, self._requeue = (bool(vote) for vote in votes.tolist())
-        if trainer.global_step == trainer.max_steps:  # it ends by itself
+        if trainer.global_step == trainer.max_steps:  # it ends anyway
             return
         if trainer.is_last_batch and trainer.num_training_batches > trainer.accumulate_grad_batches:
             return  # the epoch would be counted twice; the next step is soon enough

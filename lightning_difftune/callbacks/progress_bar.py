@@ -16,7 +16,7 @@ from rich.text import Text
 from torch import Tensor
 
 LOSSES_EVERY = 0.5  # seconds
-NARROW = 110  # characters, below which there is no place for a bar and its numbers
+NARROW = 110  # characters, below which a bar and its numbers do not fit
 BAR, OTHERS = 41, 10 + 18 + 14 + 5  # characters of the bar; of description, times, rate and what is between them
 
 
@@ -24,9 +24,9 @@ class StepProgressBar(RichProgressBar):
     """Lightning's rich progress bar, counting the steps of the whole run where the trainer has ``max_steps``.
 
     A target of a thousand pictures has epochs of a few seconds, and Lightning's bar starts over at each. This one
-    shows how far the run is and how long it still takes, from the step that it was resumed at; pictures a second over
-    all processes; the losses of training, ``train/...``, read twice a second so that no step waits for the device; and
-    what was logged for the bar, such as the latest FID.
+    shows how far the run is and how long it will still take, counted from the step where it was resumed; pictures per
+    second over all processes; the losses of training, ``train/...``, read twice a second so that no step waits for the
+    device; and what was logged for the bar, such as the latest FID.
 
     Example:
         >>> trainer = L.Trainer(max_steps=24_000, callbacks=[StepProgressBar()], logger=False)
@@ -39,7 +39,7 @@ class StepProgressBar(RichProgressBar):
         self._losses_read = 0.0
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        """Lightning's columns with pictures a second; on a narrow terminal the numbers alone, without the bar."""
+        """Lightning's columns with pictures per second; on a narrow terminal the numbers alone, without the bar."""
         columns = [*super().configure_columns(trainer)[:-1], PicturesColumn(self)]
         if self._width() < NARROW:
             columns = [column for column in columns if not isinstance(column, BarColumn)]
@@ -48,7 +48,7 @@ class StepProgressBar(RichProgressBar):
         return columns
 
     def _init_progress(self, trainer: L.Trainer) -> None:
-        """Keep everything on one line: metrics that find no place are left out."""
+        """Keep everything on one line: metrics that do not fit are left out."""
         super()._init_progress(trainer)
         if self._metric_component is not None:
             counts = 2 * len(f"{self.total_train_batches}") + 1
@@ -107,7 +107,7 @@ class StepProgressBar(RichProgressBar):
 
 
 class PicturesColumn(ProgressColumn):
-    """Pictures a second, of the bar of training."""
+    """Pictures per second, of the bar of training."""
 
     max_refresh = 0.5
 
@@ -122,9 +122,9 @@ class PicturesColumn(ProgressColumn):
 
 
 class StepLines(ProgressBar):
-    """The progress as one line an interval, for logs and other places where a bar cannot move.
+    """The progress as one line per interval, for logs and other places where a bar cannot move.
 
-    A line has the step, pictures a second over all processes, the time that is left, and what was logged for the bar.
+    A line has the step, pictures per second over all processes, the time that is left, and what was logged for the bar.
 
     Args:
         every_n_steps: Optimizer steps between two lines; by default the trainer's ``log_every_n_steps``, so that there
@@ -233,7 +233,7 @@ def fitting(metrics: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 class Throughput:
-    """Pictures a second over the latest steps, pauses such as validation left out.
+    """Pictures per second over the latest steps, pauses such as validation left out.
 
     Args:
         window: Steps that count.
@@ -264,7 +264,7 @@ class Throughput:
 
     @property
     def rate(self) -> float:
-        """Pictures a second; 0 before the first step."""
+        """Pictures per second; 0 before the first step."""
         seconds = sum(entry[0] for entry in self._steps)
         return sum(entry[1] for entry in self._steps) / seconds if seconds else 0.0
 

@@ -30,7 +30,7 @@ class RegionalCompile(Callback):
         mode: As for ``torch.compile``, such as ``max-autotune-no-cudagraphs``.
         whole: Compile the trained networks as a whole, each as one graph. That takes minutes in place of seconds, and
             spares the host the work between the blocks, which is what small batches wait for. With
-            ``mode="reduce-overhead"`` the graph is replayed from CUDA graphs, too: batches have one size then, and
+            ``mode="reduce-overhead"`` the graph is also replayed from CUDA graphs: batches must have one size then, and
             gradients are not accumulated.
 
     Raises:
@@ -86,7 +86,7 @@ class RegionalCompile(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Say that the memory of the step before is free to be replayed into."""
+        """Say that graphs may be replayed into the memory of the previous step."""
         if self.has_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -100,7 +100,7 @@ def trained(module: nn.Module) -> list[nn.Module]:
 
 
 def repeated_blocks(module: nn.Module, names: Sequence[str] | None = None) -> Iterator[nn.Module]:
-    """The outermost blocks of these class names, or of those that repeat; of frozen networks, too."""
+    """The outermost blocks of these class names, or of those that repeat, those of frozen networks included."""
     names = repeated_names(module) if names is None else names
     for child in children_of(module):
         if type(child).__name__ in names:

@@ -13,7 +13,7 @@ Exactly as trained, with diffusers alone:
 import torch
 from diffusers import {network}, {scheduler}{vae_class}
 
-folder = "path/to/this/folder"  # what the hub's snapshot_download returns, too
+folder = "path/to/this/folder"  # also what the hub's snapshot_download returns
 transformer = {network}.from_pretrained(folder, subfolder="transformer").eval()
 for block in transformer.transformer_blocks:  # see below
     block.norm1.emb.time_proj.downscale_freq_shift = 0

@@ -20,7 +20,7 @@ class WeightCasts:
     themselves, in float32. Copies of frozen weights are kept from one step to the next.
 
     Args:
-        networks: Whose layers. Networks that compute activations a second time (gradient checkpointing) are left to
+        networks: Whose layers. Networks that compute activations again (gradient checkpointing) are left to
             autocast; those that switch autocast off for some of their layers do not fit here.
 
     Example:
@@ -99,7 +99,7 @@ class WeightCasts:
             return False
 
     def _kept(self, number: int, dtype: torch.dtype) -> Tensor:
-        """The copy of a frozen weight, made anew if that was changed."""
+        """The copy of a frozen weight, made again if the weight was changed."""
         weight = self._weights[number]
         state = (weight.data_ptr(), None if weight.is_inference() else weight._version, dtype)
         if number not in self._frozen or self._frozen[number][0] != state:
@@ -109,7 +109,7 @@ class WeightCasts:
 
 
 def is_checkpointed(part: nn.Module) -> bool:
-    """Whether a part of a network of diffusers computes its activations a second time."""
+    """Whether a part of a network of diffusers computes its activations again."""
     return bool(getattr(part, "gradient_checkpointing", False))
 
 

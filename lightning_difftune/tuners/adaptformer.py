@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.tuners.base import Model, ParameterEfficientTuner, find, find_blocks
+from lightning_difftune.tuners.base import ParameterEfficientTuner, find, find_blocks
 
 
 class Adapter(nn.Module):
@@ -42,6 +42,11 @@ class AdaptFormer(ParameterEfficientTuner):
         scale: Factor of the adapter's output. The value of Table 1 is not public; 0.1 is AdaptFormer's own.
     """
 
+    not_merged = (
+        "its adapter has a ReLU of its own, which no layer of the plain model can take up. Keep the run's checkpoint "
+        "and the pre-trained model"
+    )
+
     def __init__(self, bottleneck: int = 64, scale: float = 0.1) -> None:
         self.bottleneck = bottleneck
         self.scale = scale
@@ -63,14 +68,3 @@ class AdaptFormer(ParameterEfficientTuner):
             mlp.register_forward_hook(add_adapter)
             trained.extend(adapter.parameters())
         return trained
-
-    def merge(self, model: Model) -> Model:
-        """Not possible.
-
-        Raises:
-            ConfigError: Always; there is a nonlinearity between the adapter's two layers.
-        """
-        raise ConfigError(
-            "AdaptFormer cannot be merged: its adapter has a ReLU of its own, which no layer of the plain model can "
-            "take up. Keep the run's checkpoint and the pre-trained model."
-        )

@@ -22,6 +22,9 @@ class ParameterEfficientTuner(ABC):
     none.
     """
 
+    not_merged: str = "it does not say what its layers fold into"
+    """Why :meth:`merge` is not possible, for a method that has none of its own."""
+
     @abstractmethod
     def insert(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Insert the method's layers in place and return the parameters to train.
@@ -62,7 +65,7 @@ class ParameterEfficientTuner(ABC):
         Raises:
             ConfigError: If the method's layers have no equivalent in a plain network.
         """
-        raise ConfigError(f"{type(self).__name__} cannot be merged: it does not say what its layers fold into.")
+        raise ConfigError(f"{type(self).__name__} cannot be merged: {self.not_merged}.")
 
     def _untuned_copy(self, model: Model) -> Model:
         """A frozen copy that any tuner may be applied to; the inserted layers are still in it."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.tuners.base import Model, ParameterEfficientTuner, find, find_blocks
+from lightning_difftune.tuners.base import ParameterEfficientTuner, find, find_blocks
 
 
 def prepend_prompt(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -42,6 +42,11 @@ class VPTDeep(ParameterEfficientTuner):
         ConfigError: If no block, a block twice, or no token is asked for.
     """
 
+    not_merged = (
+        "its prompts are further tokens in attention, which no layer of the plain model can take up. Keep the run's "
+        "checkpoint and the pre-trained model"
+    )
+
     def __init__(self, blocks: tuple[int, ...] = (0, 1, 2, 3, 4), num_tokens: int = 1, std: float = 0.02) -> None:
         if not blocks or len(set(blocks)) < len(blocks) or num_tokens < 1:
             raise ConfigError(
@@ -70,14 +75,3 @@ class VPTDeep(ParameterEfficientTuner):
             blocks[index].register_forward_hook(drop_prompt)
             trained.append(prompt)
         return trained
-
-    def merge(self, model: Model) -> Model:
-        """Not possible.
-
-        Raises:
-            ConfigError: Always; the prompts are further tokens for attention.
-        """
-        raise ConfigError(
-            "VPTDeep cannot be merged: its prompts are further tokens in attention, which no layer of the plain model "
-            "can take up. Keep the run's checkpoint and the pre-trained model."
-        )
