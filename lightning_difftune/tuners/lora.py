@@ -79,9 +79,7 @@ class LoRA(ParameterEfficientTuner):
             split_qkv(model)
         inject_adapter_in_model(self._config(), model)
         updates = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-        for (
-            parameter
-        ) in updates:  # peft gives them the precision of the frozen weights, which is too coarse to train in
+        for parameter in updates:  # peft gives them the type of the frozen weights, too coarse to train in
             parameter.data = parameter.data.float()
         return updates
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.models import DiT, checkpoints, export_dit, load_dit
+from lightning_difftune.models import DiT, export_dit, hub, load_dit
 from lightning_difftune.models.checkpoints import check_state, fingerprint, infer_architecture
 from lightning_difftune.models.dit import SIZES
 
@@ -171,7 +171,7 @@ def test_metadata_that_cannot_be_used(
 
 def test_bundled_model_by_name(tmp_path: Path, model: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     export_dit(model, tmp_path / "dit-small.safetensors")
-    monkeypatch.setattr(checkpoints, "BUNDLED", tmp_path)
+    monkeypatch.setattr(hub, "BUNDLED", tmp_path)
     assert_same_function(load_dit("dit-small"), model)
     with pytest.raises(CheckpointError, match=r"'dit-smal' is not a file.*bundled: dit-small"):
         load_dit("dit-smal")

@@ -273,7 +273,7 @@ def write(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
         if (
             name.startswith("tokenizer") and file.name == "tokenizer_config.json"
         ):  # which words it knows does not change what they cost
-            bundled = checkpoints.BUNDLED / "sd-nano-flowers" / "tokenizer"
+            bundled = hub.BUNDLED / "sd-nano-flowers" / "tokenizer"
             (file.parent / "tokenizer.json").write_bytes((bundled / "tokenizer.json").read_bytes())
             file.write_text(json.dumps({**json.loads((bundled / file.name).read_text()), **content}))
     return folder
