@@ -35,8 +35,7 @@ SUMS = "SHA256SUMS"  # in folders that we write
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which appears under its name when the ``with`` block ends, and only if it succeeds.
 
-    Raises:
-        OSError: The disk is full or refuses; nothing is left behind.
+    An ``OSError``, such as of a full disk, leaves nothing behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -58,11 +57,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it exists whole or not at all, whatever kills the process.
-
-    Raises:
-        OSError: The disk is full or refuses; nothing is left behind.
-    """
+    """Write a file so that it exists whole or not at all, whatever kills the process; see :func:`atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
 
@@ -224,10 +219,7 @@ def order_metadata(file: Path) -> None:
 
 
 def write_sums(folder: Path) -> None:
-    """State the SHA-256 of all files below a folder in its ``SHA256SUMS``, as ``sha256sum --check`` reads it.
-
-    A ``README.md`` is left out, since people edit it.
-    """
+    """State the SHA-256 of all files below a folder but ``README.md``, which people edit, in its ``SHA256SUMS``."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (SUMS, "README.md"))
     lines = [f"{file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
@@ -256,28 +248,28 @@ def check_sums(folder: Path) -> None:
 
 
 def bytes_digest(data: bytes) -> str:
-    """Of bytes."""
+    """The SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def text_digest(text: str) -> str:
-    """Of a text in UTF-8."""
+    """The SHA-256 of a text in UTF-8."""
     return bytes_digest(text.encode("utf-8", "surrogateescape"))
 
 
 def json_digest(content: Any) -> str:
-    """Of what JSON can hold; the order of keys does not count."""
+    """The SHA-256 of what JSON can hold; the order of keys does not count."""
     return text_digest(json.dumps(content, sort_keys=True))
 
 
 def file_digest(path: Path) -> str:
-    """Of a file's bytes."""
+    """The SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def array_digest(*parts: npt.NDArray[Any] | str) -> str:
-    """Of strings and arrays in this order, shapes and types included."""
+    """The SHA-256 of strings and arrays in this order, shapes and types included."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
@@ -289,7 +281,7 @@ def array_digest(*parts: npt.NDArray[Any] | str) -> str:
 
 
 def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Of tensors by name, with dtypes and shapes, and metadata; neither order nor device counts.
+    """The SHA-256 of tensors by name, with dtypes and shapes, and metadata; neither order nor device counts.
 
     At most one tensor is copied at a time. Of tensors without values, as `difftune plan` has them, only names, dtypes
     and shapes count.

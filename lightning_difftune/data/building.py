@@ -31,23 +31,13 @@ def build_batch(size: int | None, folder: Path, run: Callable[[int], object]) ->
 
 
 def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> int:
-    """Double a batch until the device's memory is full, or the limit is reached.
+    """Double a batch until the device's memory is full, or the limit is reached => the largest that was computed.
 
     Args:
         run: Computes as many samples as it is told; its error where the memory is full is torch's
             ``OutOfMemoryError``, as accelerators raise it. A CPU has none, so it computes ``limit`` at most.
         limit: Largest batch that is tried.
-        start: First batch that is tried; halved if even that is too large.
-
-    Returns:
-        The largest batch that was computed.
-
-    Raises:
-        OutOfMemoryError: If a single sample is too large.
-
-    Example:
-        >>> largest_batch(lambda count: None, limit=100)
-        100
+        start: First batch that is tried; halved if even that is too large, until a single sample is.
     """
     size, fits = min(start, limit), 0
     while True:
@@ -112,14 +102,17 @@ class BuildOptions(TypedDict):
 
 
 @contextmanager
-def building(what: str, trainer: Any, batch_size: int) -> Iterator[BuildOptions]:
+def building(
+    what: str, folder: Path, trainer: Any, size: int | None, run: Callable[[int], object]
+) -> Iterator[BuildOptions]:
     """Build on all processes of a trainer, with a bar that appears at the first report of unfinished work.
 
-    When SIGTERM has come, the next report raises ``SIGTERMException``; what is finished is kept. ``trainer`` is
-    ``None`` outside one.
+    When SIGTERM has come, the next report raises ``SIGTERMException``; what is finished is kept. The size of a batch
+    is that of :func:`build_batch`.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    batch_size = build_batch(size, folder, run)
     rank, world_size = rank_of(trainer)
     barrier = (lambda: None) if trainer is None else trainer.strategy.barrier
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -96,14 +96,15 @@ class CaptionedFolder(CaptionedFiles):
         if len(lists) > 1:
             names = " and ".join(Path(file).name for file in lists)
             raise DataError(f"{self.root} has {names}, which may say different things. Keep one of them.")
-        used: list[str] = [*lists]
         if lists:
             super().__init__(*self._listed(Path(lists[0])))
             unlisted = set(pictures).difference(self.paths, self.control_paths or ())
             place.left_out[f"pictures that {Path(lists[0]).name} does not list"] = len(unlisted)
+            place.leave_out(set(other).difference(lists))
         else:
-            super().__init__(*_with_texts(self.root, pictures, other, used))
-        place.leave_out(set(other).difference(used))
+            texts = _texts_of(self.root, pictures, other)
+            super().__init__(pictures, [" ".join(read_text(Path(texts[path])).split()) for path in pictures])
+            place.leave_out(set(other).difference(texts.values()))
         self.left_out = place.left_out
 
     def _listed(self, file: Path) -> tuple[list[str], list[str], list[str] | None]:
@@ -147,8 +148,8 @@ def _first_key(rows: dict[int, dict[str, Any]], names: Sequence[str]) -> str | N
     return next((name for name in names if any(row.get(name) is not None for row in rows.values())), None)
 
 
-def _with_texts(root: Path, pictures: list[str], other: list[str], used: list[str]) -> tuple[list[str], list[str]]:
-    """Pictures and the captions in their text files, which are added to ``used``."""
+def _texts_of(root: Path, pictures: list[str], other: list[str]) -> dict[str, str]:
+    """The text file of every picture."""
     if not pictures:
         raise DataError(f"no pictures under {root}; found {describe_files(other)}; {_FOLDER_LAYOUT}")
     texts = captions_beside(pictures, other)
@@ -156,8 +157,7 @@ def _with_texts(root: Path, pictures: list[str], other: list[str], used: list[st
         raise DataError(
             f"{len(bare)} of {len(pictures)} pictures under {root} have no caption: {shorten(bare)}; {_FOLDER_LAYOUT}"
         )
-    used.extend(texts.values())
-    return pictures, [" ".join(read_text(Path(texts[picture])).split()) for picture in pictures]
+    return texts
 
 
 def _read_rows(file: Path) -> dict[int, dict[str, Any]]:

@@ -19,7 +19,7 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
 )
-from lightning_difftune.data.building import BATCH_SIZE, build_batch, building, rank_of
+from lightning_difftune.data.building import BATCH_SIZE, building, rank_of
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
@@ -44,30 +44,27 @@ class MemoryBankDataModule(RealPictures):
     ``trainer.predict`` builds the bank without training.
 
     Args:
-        target: Training pictures: any map-style data set of ``(image, label)``, such as torchvision's, or, for models
-            of text, of ``(image, caption)`` or ``(image, caption, control map)``.
+        target: Training pictures: any :class:`~lightning_difftune.data.ImageSource`, such as torchvision's data sets.
         num_classes: Classes K of the target; labels outside 0..K-1 are refused. ``None`` for captions.
         image_size: Side of the pictures in pixels.
         channels: 1 (grey) or 3 (RGB).
         bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
         bank_size: Samples in the bank, if it still has to be built (5K to 200K in Fig. 6d).
-        bank_source: Pictures that the bank is made of in place of samples: the pre-training set (the last bar of
-            Fig. 6d), or others that the model should keep. ``bank_size`` of them are taken at random, without labels.
+        bank_source: Pictures that the bank is made of in place of samples, such as the pre-training set (the last bar
+            of Fig. 6d). ``bank_size`` of them are taken at random, without labels.
         retention_share: Share of a batch that comes from the bank.
         batch_size: Samples of one process and step, both streams together.
-        val_target: Held-out pictures, for the validation loss and as the reference of FID. Their classes are joined
-            with the target's by name, where both have names.
+        val_target: Held-out pictures, for the validation loss and FID; classes are joined with the target's by name.
         reference: What FID compares with: the held-out pictures or the training pictures.
         latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
         horizontal_flip: Whether half of the target pictures are mirrored.
         class_balanced: Whether all classes of the target are shown equally often, however few pictures some have.
         on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
         build_batch_size: Batch size when a bank or cache is built, and the largest one of validation. ``"auto"`` builds
-            with the largest up to 512 that the device's memory holds, found by doubling, and validates with 64. Samples
-            of a bank are the same to the bit from equal batch sizes only, so give a number where that counts.
+            with the largest up to 512 that the device's memory holds, and validates with 64. Samples of a bank are the
+            same to the bit from equal batch sizes only, so give a number where that counts.
         num_workers: Worker processes that read the data.
-        verify_stores: Whether every byte of a finished bank and cache is compared with its hash before training; sizes
-            and headers always are.
+        verify_stores: Whether a finished bank and cache are compared with their hashes before training, every byte.
         seed: Seed of the order, the flips and nothing else.
 
     Raises:
@@ -128,9 +125,6 @@ class MemoryBankDataModule(RealPictures):
         self.num_workers = num_workers
         self.verify_stores = verify_stores
         self.seed = seed
-        self._check_shares()
-
-    def _check_shares(self) -> None:
         if not 0 <= self.retention_share < 1:
             raise ConfigError(f"retention_share must be in [0, 1), got {self.retention_share}.")
         if self.bank_path is not None and self.retention_batch_size == 0:
@@ -152,12 +146,6 @@ class MemoryBankDataModule(RealPictures):
         """Bank samples in a batch: ``int(retention_share * batch_size)``, 0 without a bank."""
         return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0
 
-    # -- where the run stands ---------------------------------------------------------------------------------------
-
-    @property
-    def _module(self) -> Any:
-        return self.trainer.lightning_module if self.trainer is not None else None
-
     def state_dict(self) -> dict[str, Any]:
         """What decides which pictures are in the batch of a step, to be compared when the run is resumed."""
         return {
@@ -169,7 +157,7 @@ class MemoryBankDataModule(RealPictures):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Tell the user what changes of it mean for a resumed run."""
+        """Tell the user what changed settings mean for a resumed run."""
         now = self.state_dict()
         changed = [f"{key} {value} -> {now[key]}" for key, value in state_dict.items() if now.get(key, value) != value]
         batch = ("batch_size", "processes")
@@ -184,12 +172,15 @@ class MemoryBankDataModule(RealPictures):
 
     # -- stores -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _module(self) -> Any:
+        return self.trainer.lightning_module if self.trainer is not None else None
+
     def open_bank(self) -> MemoryBank | None:
         """The memory bank, built first if it is missing; ``None`` if the run does not use one.
 
         Raises:
-            StoreError: If the bank is damaged, unfinished by another setting, or made by another model.
-            ConfigError: If it is missing and nothing here can build it.
+            StoreError: If the bank is damaged, of other settings or another model, or missing and cannot be built.
         """
         if self.bank_path is None or not getattr(self._module, "uses_retention", True):
             return None
@@ -204,12 +195,11 @@ class MemoryBankDataModule(RealPictures):
         context = self.trainer.precision_plugin.forward_context
         generator = module.bank_generator(self.bank_source)
 
-        def largest(count: int) -> None:
+        def compute(count: int) -> None:
             with context():
                 generator.generate_bank(torch.arange(count))
 
-        batch_size = build_batch(self.build_batch_size, path, largest)
-        with building("Memory bank", self.trainer, batch_size) as options:
+        with building("Memory bank", path, self.trainer, self.build_batch_size, compute) as options:
             bank = MemoryBank.build(path, generator, self.bank_size, context=context, **options)
         rank_zero_info(f"Memory bank {path}: {len(bank):,} samples of shape {bank.latent_shape}.")
         return bank
@@ -218,14 +208,14 @@ class MemoryBankDataModule(RealPictures):
         """The target as the model encodes it, encoded first if the cache is missing; ``None`` without a cache."""
         if self.latent_cache_path is None:
             return None
-        module = self._module
-        if not isinstance(module, SupportsEncode) or module.encoder_identity() is None:
+        if not isinstance(module := self._module, SupportsEncode) or module.encoder_identity() is None:
             raise ConfigError("latent_cache is set, but the model has no autoencoder; pixel models need no cache.")
         encode, pixels = module.encode, self.target.pixels
-        batch_size = build_batch(
-            self.build_batch_size, self.latent_cache_path, lambda count: encode(pixels([0] * count, [False] * count))
-        )
-        with building("Latent cache", self.trainer, batch_size) as options:
+
+        def compute(count: int) -> None:
+            encode(pixels([0] * count, [False] * count))
+
+        with building("Latent cache", self.latent_cache_path, self.trainer, self.build_batch_size, compute) as options:
             return LatentCache.build(
                 self.latent_cache_path,
                 self.target,
@@ -272,11 +262,7 @@ class MemoryBankDataModule(RealPictures):
         return BalancedStream(labels.numpy(), batch_size, seed, rank, world_size)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Held-out target batches, every picture once over all ranks; none without ``val_target``.
-
-        Raises:
-            ConfigError: If there are more processes than batches.
-        """
+        """Held-out target batches, every picture once over all ranks; none without ``val_target``."""
         if self.val_target is None:
             return []
         rank, world_size = rank_of(self.trainer)
@@ -292,16 +278,11 @@ class MemoryBankDataModule(RealPictures):
         return self._loader(batches, EvaluationSteps(batches, world_size, rank))
 
     def test_dataloader(self) -> DataLoader | list[Any]:
-        """The held-out pictures, as for validation."""
+        """The held-out batches, as for validation."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> list[Any]:
-        """Build the memory bank as ``fit`` would, which is all that ``trainer.predict`` does; nothing is predicted.
-
-        Raises:
-            StoreError: As :meth:`open_bank`.
-            ConfigError: If there is no bank, or the module cannot build it.
-        """
+        """Build the memory bank as ``fit`` would, which is all that ``trainer.predict`` does; nothing is predicted."""
         if self.bank_path is None or not isinstance(self._module, SupportsBankGeneration):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
         self._build_bank(self._module, self.bank_path)

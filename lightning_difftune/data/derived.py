@@ -145,7 +145,7 @@ class ClassCaptions(Relabelled):
         """Where picture ``index`` is, for messages; its caption if nothing else is known."""
         return location_of(self.source, index) or repr(self.captions[index])
 
-    def _told(self) -> list[str]:
+    def _label_facts(self) -> list[str]:
         return self.captions
 
 
@@ -190,16 +190,10 @@ class ControlExamples:
         return self.targets.captioned(indices)
 
 
-def joined_by_name(source: Any, names: Sequence[str] | None, whose: str = "val_target") -> Any:
-    """A source with the class numbers of another one.
+def joined_by_name(source: Any, names: Sequence[str] | None) -> Any:
+    """Held-out pictures with the class numbers of the target's, whose names are ``names`` in the order of the numbers.
 
-    Args:
-        source: The source, such as held-out pictures.
-        names: Class names of the other one in the order of their numbers, such as the training pictures'.
-        whose: What to call the source in a message.
-
-    Returns:
-        The source as it is if one of the two has no names, or the names are the same; else with its labels renumbered.
+    The source is returned as it is if one of the two has no names, or the names are the same.
 
     Raises:
         DataError: If it has pictures of a class that is not among ``names``, or two of ``names`` are the same.
@@ -211,21 +205,23 @@ def joined_by_name(source: Any, names: Sequence[str] | None, whose: str = "val_t
         array([0, 2])
     """
     own = class_names_of(source)
-    if own is None or names is None or _same(own) == _same(names) or _changes_labels(source):
+    if own is None or names is None or _normalised(own) == _normalised(names) or _changes_labels(source):
         return source
-    numbers = {name: number for number, name in enumerate(_same(names))}
+    numbers = {name: number for number, name in enumerate(_normalised(names))}
     if len(numbers) < len(names):
-        twice = sorted({name for name in names if _same(names).count(_same([name])[0]) > 1})
-        raise DataError(f"{whose} cannot be joined by class names: the target has {shorten(twice)} twice. Rename one.")
+        twice = sorted({name for name in names if _normalised(names).count(_normalised([name])[0]) > 1})
+        raise DataError(
+            f"val_target cannot be joined by class names: the target has {shorten(twice)} twice. Rename one."
+        )
     labels = labels_of(source)
     used = range(len(own)) if labels is None else sorted(set(labels.tolist()))
-    strangers = [own[label] for label in used if 0 <= label < len(own) and _same([own[label]])[0] not in numbers]
-    if strangers:
+    unknown = [own[label] for label in used if 0 <= label < len(own) and _normalised([own[label]])[0] not in numbers]
+    if unknown:
         raise DataError(
-            f"{whose} has classes that the target does not have: {shorten(strangers)}. The target's are "
+            f"val_target has classes that the target does not have: {shorten(unknown)}. The target's are "
             f"{shorten(list(names))}. Take their pictures out, or rename the class if it is another spelling."
         )
-    return _Renumbered(source, np.asarray([numbers.get(name, -1) for name in _same(own)]), list(names))
+    return _Renumbered(source, np.asarray([numbers.get(name, -1) for name in _normalised(own)]), list(names))
 
 
 def _changes_labels(source: Any) -> bool:
@@ -234,7 +230,7 @@ def _changes_labels(source: Any) -> bool:
     return getattr(inner, "target_transform", None) is not None
 
 
-def _same(names: Sequence[str]) -> list[str]:
+def _normalised(names: Sequence[str]) -> list[str]:
     """Names as they are compared: one Unicode form, no spaces around."""
     return [unicodedata.normalize("NFC", name).strip() for name in names]
 
@@ -256,5 +252,5 @@ class _Renumbered(Relabelled):
         image, label, *rest = self.source[index]
         return image, self._number(int(label)), *rest
 
-    def _told(self) -> list[npt.NDArray[np.int64]]:
+    def _label_facts(self) -> list[npt.NDArray[np.int64]]:
         return [self.numbers]

@@ -23,6 +23,7 @@ from lightning_difftune.data.source_facts import (
     content_digest_of,
     labels_of,
     location_of,
+    name_of_class,
     picture_digests_of,
     require_source,
     transforms_pictures,
@@ -115,10 +116,10 @@ class ImageTargets:
     @cached_property
     def subjects(self) -> list[str] | None:
         """What each of the N pictures shows: its caption, or its class by name or number; None where unknown."""
-        captions, labels, names = captions_of(self.source), self.labels(), dict(enumerate(self.class_names or ()))
+        captions, labels, names = captions_of(self.source), self.labels(), self.class_names
         if captions is not None or labels is None:
             return captions
-        return [names.get(label, f"class {label}") for label in labels.tolist()]
+        return [name_of_class(label, names) for label in labels.tolist()]
 
     def pixels(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
         """A training batch of the pictures at B indices, those with a flip mirrored left to right.

@@ -19,7 +19,7 @@ from lightning_difftune.data.folders import Folder, captions_beside
 from lightning_difftune.data.hub_images import HubImages
 from lightning_difftune.data.image_arrays import NpzImages
 from lightning_difftune.data.image_files import ImageFolder
-from lightning_difftune.data.source_facts import captions_of, class_names_of, labels_of, location_of
+from lightning_difftune.data.source_facts import captions_of, class_names_of, labels_of, location_of, name_of_class
 from lightning_difftune.data.web_dataset import WebDatasetShards
 from lightning_difftune.errors import DataError
 from lightning_difftune.pictures import largest_value, to_pixels
@@ -103,7 +103,7 @@ class SourceFacts:
         counts = Counter(picture.label for picture in self.pictures if picture.label is not None)
         names = class_names_of(self.source) or []
         labels = range(max([*counts, len(names) - 1]) + 1) if counts else ()
-        return {names[label] if label < len(names) else f"class {label}": counts[label] for label in labels}
+        return {name_of_class(label, names): counts[label] for label in labels}
 
     def unreadable(self) -> dict[str, str]:
         """Pictures that cannot be read, and why."""

@@ -74,8 +74,8 @@ class LatentCache(ShardReader):
     ) -> LatentCache:
         """Open the cache of these pictures and this autoencoder; encode first what it lacks.
 
-        A run that is stopped resumes at the shard where it was. Of a cache of other pictures, those that
-        stayed the same are kept and the others encoded. All ranks must call this function.
+        A run that is stopped resumes at the shard where it was. Of a cache of other pictures, those that stayed the
+        same are kept and the others encoded. All ranks must call this function.
 
         Args:
             path: The folder.
@@ -89,8 +89,7 @@ class LatentCache(ShardReader):
             batch_size: Pictures in one call of ``encode``.
             dtype: How floating-point tensors are stored. float16 halves the size and rounds by 2**-11 at
                 most, about 5e-4 for latents of unit variance; the first of 1000 diffusion steps adds noise of 1e-2.
-            shard_size: Pictures in a shard. A killed run loses at most two shards on each rank: the one that is
-                written and the one that is made.
+            shard_size: Pictures in a shard, of which a killed run loses at most two on each rank.
             num_workers: Worker processes that read pictures ahead, so that the autoencoder does not wait for them.
             rank: This process.
             world_size: Number of processes.
@@ -172,11 +171,7 @@ class LatentCache(ShardReader):
         return self.shapes["latent_mean"]
 
     def read(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
-        """A training batch.
-
-        Args:
-            indices: B positions in the target set.
-            flips: B times whether to take the mirror image's latents.
+        """A training batch of the pictures at B indices, or of the mirror images of those with a flip.
 
         Returns:
             What was stored, floating-point tensors as float32: ``latent_mean`` and ``latent_std`` (B, c, h, w), and
@@ -211,8 +206,7 @@ class LatentCache(ShardReader):
         return replaced
 
     def _report_replaced(self, targets: ImageTargets) -> None:
-        replaced = self.replaced()
-        if not replaced:
+        if not (replaced := self.replaced()):
             return
         first = targets.describe(min(replaced))
         if targets.on_corrupt == "error":

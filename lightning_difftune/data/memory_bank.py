@@ -81,8 +81,7 @@ class MemoryBank(ShardReader):
             generator: The pre-trained model.
             num_samples: Samples in the bank (5K to 200K in Fig. 6d).
             batch_size: Most samples generated together.
-            shard_size: Samples in a shard. A killed run loses at most two shards on each rank: the one that is
-                written and the one that is made.
+            shard_size: Samples in a shard, of which a killed run loses at most two on each rank.
             dtype: How latents, and other columns of floating-point numbers, are stored.
             rank: This process.
             world_size: Number of processes; all must call this.

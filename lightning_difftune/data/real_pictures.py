@@ -18,7 +18,7 @@ from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.data.derived import joined_by_name
 from lightning_difftune.data.folders import shorten
 from lightning_difftune.data.images import ImageTargets, TargetItem
-from lightning_difftune.data.source_facts import require_source
+from lightning_difftune.data.source_facts import name_of_class, require_source
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import largest_value
 from lightning_difftune.protocols import TargetBatch
@@ -122,18 +122,11 @@ class RealPictures(L.LightningDataModule):
         """Training pictures of a class or caption, (at most ``count``, C, H, W) uint8, after the first ``skip``."""
         subjects = self.target.subjects or []
         found = [index for index, name in enumerate(subjects) if name == subject][skip : skip + count]
-        if not found:
-            return torch.zeros(
-                0, self.target.channels, self.target.image_size, self.target.image_size, dtype=torch.uint8
-            )
-        return self.target.uint8(found)
+        side = self.target.image_size
+        return self.target.uint8(found) if found else torch.zeros(0, self.channels, side, side, dtype=torch.uint8)
 
     def images_identity(self, split: Literal["train", "val"]) -> str:
-        """Digest of the training or held-out pictures.
-
-        Raises:
-            ConfigError: If no pictures are held out.
-        """
+        """Digest of the training or held-out pictures."""
         return self._targets_of(split).identity()
 
     @property
@@ -214,15 +207,7 @@ class LabelledTargets:
 def check_labels(
     labels: Tensor | Sequence[int] | npt.NDArray[np.integer[Any]], num_classes: int, where: Callable[[int], str]
 ) -> None:
-    """Refuse labels without a row in the label table.
-
-    Args:
-        labels: (N,) class indices.
-        num_classes: Classes of the label table, its null row not counted.
-        where: Name of picture i for the message, such as :meth:`ImageTargets.describe`.
-
-    Raises:
-        DataError: A label below 0 or above ``num_classes - 1``; it names the first one.
+    """Refuse labels (N,) below 0 or above ``num_classes - 1``; the error names the first one as ``where`` does.
 
     Example:
         >>> check_labels([0, 1, 2], 3, "image {}".format)
@@ -247,12 +232,7 @@ def check_labels(
 
 
 def describe_small_classes(labels: Tensor, num_classes: int, names: Sequence[str] | None = None) -> str | None:
-    """A sentence about the classes with few pictures, the smallest first; ``None`` if all have enough.
-
-    Args:
-        labels: Classes (N,) int64 of the pictures.
-        num_classes: How many classes there are.
-        names: What they are called.
+    """A sentence about those of the labels (N,) with few pictures, the smallest first; ``None`` if all have enough.
 
     Example:
         >>> describe_small_classes(torch.tensor([0] * 12 + [1] * 3), 2, ["ant", "bee"])
@@ -264,9 +244,7 @@ def describe_small_classes(labels: Tensor, num_classes: int, names: Sequence[str
     small = sorted((label for label, count in enumerate(counts) if count < FEW_PICTURES), key=counts.__getitem__)
     if not small:
         return None
-    said = [
-        f"{names[i] if names is not None and i < len(names) else f'class {i}'} {counts[i]}" for i in small if counts[i]
-    ]
+    said = [f"{name_of_class(label, names)} {counts[label]}" for label in small if counts[label]]
     return (
         f"{len(small)} of {len(counts)} classes have fewer than {FEW_PICTURES} pictures, which is little to learn a "
         f"class from: {shorten(said, 4) or 'all of them none'}. Samples of these will repeat what there is; add "

@@ -83,10 +83,10 @@ class Relabelled(Dataset[tuple[Any, ...]]):
     def content_digest(self) -> str | None:
         """A hash of pictures and labels, or None where only reading the pictures would tell."""
         content = None if transforms_pictures(self.source) else content_digest_of(self.source)
-        return None if content is None else array_digest(content, *self._told())
+        return None if content is None else array_digest(content, *self._label_facts())
 
-    def _told(self) -> Sequence[npt.NDArray[Any] | str]:
-        """What makes the labels."""
+    def _label_facts(self) -> Sequence[npt.NDArray[Any] | str]:
+        """What decides the labels or captions, in addition to the source."""
         raise NotImplementedError
 
 
@@ -187,6 +187,11 @@ def class_names_of(source: Any) -> list[str] | None:
     return None
 
 
+def name_of_class(label: int, names: Sequence[str] | None) -> str:
+    """The name of a class, or ``class 7`` where it is unknown."""
+    return names[label] if names is not None and 0 <= label < len(names) else f"class {label}"
+
+
 def content_digest_of(source: Any) -> str | None:
     """A hash that changes with the stored pictures, or None where only reading the pictures would tell.
 
@@ -237,7 +242,7 @@ def picture_digests_of(source: Any) -> list[str] | None:
 
 
 def stat_digest(paths: Sequence[str]) -> str:
-    """Of files by their names below the common folder, sizes and modification times in seconds."""
+    """A hash of files: their names below the common folder, sizes and modification times in seconds."""
     absolute = [os.path.abspath(path) for path in paths]
     folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
     digest = hashlib.sha256()

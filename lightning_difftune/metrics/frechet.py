@@ -215,7 +215,7 @@ def _trace_of_root(factor: Tensor, cov: Tensor) -> Tensor:
     triangle = _cholesky(cov)
     if triangle is not None:  # with S = L L^T, they are the singular values of F^T L
         return torch.linalg.svdvals(factor.T @ triangle).sum()
-    # S is singular, and the roots of the eigenvalues of F^T S F are much quicker to have. Zeros among them, which
+    # S is singular, and the roots of the eigenvalues of F^T S F are much faster to compute. Zeros among them, which
     # rounding has moved, would each add its root.
     product = factor.T @ cov @ factor
     values = torch.linalg.eigvalsh((product + product.T) / 2)

@@ -117,7 +117,7 @@ class HED(nn.Module):
             DataError: If a side is shorter than 16 pixels.
         """
         if min(pixels.shape[-2:]) < 16:
-            raise DataError(f"HED looks at pictures of at least 16 pixels per side, found {tuple(pixels.shape[-2:])}.")
+            raise DataError(f"HED takes pictures of at least 16 pixels per side, found {tuple(pixels.shape[-2:])}.")
         h, side = self.block1(pixels * 255 - self.norm)
         total = side
         for stage in (self.block2, self.block3, self.block4, self.block5):
@@ -135,8 +135,8 @@ class HEDSketch(NetworkAnnotator):
     smaller pictures than 512 px may want smaller ones.
 
     Args:
-        source: A network from pictures (B, 3, H, W) in [0, 1] to edges (B, 1, H, W) in [0, 1], or to a list of such
-            whose last is taken, as PiDiNet returns; or a file of :class:`HED`'s weights, or the folder or hub
+        source: A network from pictures (B, 3, H, W) in [0, 1] to edges (B, 1, H, W) in [0, 1], or to a list of them of
+            which the last is used, as PiDiNet returns; or a file of :class:`HED`'s weights, or the folder or hub
             repository of ``ControlNetHED.pth``.
         threshold: Edges of less strength, 0 to 255, are left out.
         sigma: Blur before thinning.

@@ -27,7 +27,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which
 
 
 class NetworkAnnotator(ABC):
-    """Base of annotators that look through a network.
+    """Base of annotators that use a network.
 
     It is not an ``nn.Module``, so a module that holds one neither trains its network nor saves it. The network is
     opened when the first map or the identity is asked for, follows the pictures to their device, and computes in
@@ -62,7 +62,7 @@ class NetworkAnnotator(ABC):
         """The network.
 
         Raises:
-            CheckpointError: If it cannot be had; says which annotator, which source and what to do.
+            CheckpointError: If it cannot be opened; says which annotator, which source and what to do.
         """
         if self._network is None:
             network = self.source
@@ -88,7 +88,7 @@ class NetworkAnnotator(ABC):
 
         Raises:
             DataError: If the pictures have another type or shape.
-            CheckpointError: If the network cannot be had.
+            CheckpointError: If the network cannot be opened.
         """
         check_pictures(pictures, f"{type(self).__name__} was given", channels=(3,))
         self.network.to(pictures.device)
@@ -99,7 +99,7 @@ class NetworkAnnotator(ABC):
         """The name, the constants, and the class and fingerprint of the network.
 
         Raises:
-            CheckpointError: If the network cannot be had.
+            CheckpointError: If the network cannot be opened.
         """
         network = self.network
         if self._fingerprint is None:
@@ -248,14 +248,14 @@ class UperNetSegmentation(NetworkAnnotator):
     """Classes of pixels by UperNet (Xiao et al., 2018), painted in ADE20K's 150 colours.
 
     The paper has UperNet on UniFormer, which transformers lacks; the default is on ConvNeXt, trained on the same 150
-    classes and painted in the same colours. Pictures are looked at in their own size.
+    classes and painted in the same colours. Pictures keep their own size.
 
     Args:
         source: The network; or the folder or hub repository of a ``UperNetForSemanticSegmentation``.
         palette: The colours (K, 3), 0 to 255, of its classes; ``None`` is ADE20K's.
 
     Raises:
-        ConfigError: If the palette is none or, when it is first used, if it has fewer colours than the network classes.
+        ConfigError: If these are not colours or, when it is first used, if they are fewer than the network's classes.
     """
 
     name = "upernet-segmentation"

@@ -58,14 +58,11 @@ class BuildFolder:
         return sorted(self.path.glob(f"{_PREVIOUS}*"))
 
     def lock(self, waits: bool = True) -> None:
-        """Keep other jobs from building here until :meth:`unlock`; for one process of this one.
+        """Keep other jobs from building here until :meth:`unlock`; for one process of this job.
 
         Args:
             waits: Wait for another job that builds here. Where several processes would wait at a barrier meanwhile, it
                 is better to refuse: they give up after half an hour.
-
-        Raises:
-            StoreError: Another job builds here and ``waits`` is not set; or it has built something else here.
         """
         if self.complete:
             return
@@ -89,11 +86,7 @@ class BuildFolder:
         self._lock.discard()
 
     def missing_shards(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """The unfinished shards of one rank; shard k belongs to rank ``k % world_size``.
-
-        Raises:
-            StoreError: A shard of another build lies in the folder.
-        """
+        """The unfinished shards of one rank; shard k belongs to rank ``k % world_size``."""
         if self.complete:
             return []
         # On a network file system, listing the folder shows what other nodes just wrote; looking up each file may not.
@@ -106,7 +99,11 @@ class BuildFolder:
         ]
 
     def samples_in(self, shard: int) -> int:
-        """Samples in a shard's file; 0 if it is missing or damaged, so that it is built again."""
+        """Samples in a shard's file; 0 if it is missing or damaged, so that it is built again.
+
+        Raises:
+            StoreError: It is a shard of another build.
+        """
         path = self.path / shard_name(shard)
         try:
             header = ShardHeader.load(path)
@@ -120,11 +117,7 @@ class BuildFolder:
         return header.num_samples
 
     def save(self, path: Path, data: bytes) -> None:
-        """Write a file of the folder, whole or not at all.
-
-        Raises:
-            StoreError: The disk is full or refuses, or another job has taken the folder.
-        """
+        """Write a file of the folder, whole or not at all."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             atomic_write(path, data)

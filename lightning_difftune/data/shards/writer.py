@@ -50,8 +50,7 @@ class ShardWriter:
         kind: What it holds, such as ``"memory-bank"``.
         spec: What decides the contents, as plain JSON values. A folder of another spec is refused.
         num_samples: Samples in the whole folder.
-        shard_size: Samples in a shard. A killed run loses at most two shards on each rank: the one that is
-            written and the one that is made.
+        shard_size: Samples in a shard.
         replaces: Whether the contents of another plan may be replaced; ``None`` is never. They are moved to
             ``folder.previous`` until this build is finished. A folder that has no shard yet always is.
 
@@ -84,13 +83,7 @@ class ShardWriter:
         return torch.arange(samples.start, samples.stop)
 
     def work(self, batch_size: int, rank: int = 0, world_size: int = 1) -> list[ShardBatch]:
-        """What is left for one rank to do, in batches that never cross a shard's boundary.
-
-        Args:
-            batch_size: Most samples in a batch.
-            rank: This process.
-            world_size: Number of processes.
-        """
+        """What is left for one rank to do, in batches that never cross a shard's boundary."""
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1 to fill {self.path}, got {batch_size}.")
         return [
@@ -98,10 +91,6 @@ class ShardWriter:
             for shard in self.folder.missing_shards(rank, world_size)
             for indices in self.indices(shard)[self.folder.samples_in(shard) :].split(batch_size)
         ]
-
-    def begun(self, shard: int) -> list[dict[str, Tensor]]:
-        """What a shorter build has put into a shard, if anything."""
-        return [load_file(self.path / shard_name(shard))] if self.folder.samples_in(shard) else []
 
     def check(self, shard: int, tensors: dict[str, Tensor]) -> None:
         """Make sure that the samples of a shard, each tensor (samples, ...), may be written.
@@ -137,26 +126,14 @@ class ShardWriter:
         self._layout = layout
 
     def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
-        """Write one whole shard, so that it is there complete or not at all.
-
-        Args:
-            shard: Its number.
-            tensors: What :meth:`check` has accepted.
-
-        Raises:
-            StoreError: The disk is full or refuses.
-        """
+        """Write a shard, whose tensors :meth:`check` has accepted, so that it is there complete or not at all."""
         path = self.path / shard_name(shard)
         discard_temporaries(self.path, path.name)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.folder.save(path, serialize(contiguous, metadata={TAG: shard_tag(self.plan.digest, shard)}))
 
     def finish(self) -> None:
-        """Hash every shard and write the manifest; for one process, when all have written theirs.
-
-        Raises:
-            StoreError: Shards are missing, do not fit together, or the disk is full.
-        """
+        """Hash every shard and write the manifest; for one process, when all have written theirs."""
         if not self.folder.complete:
             self.folder.save(self.path / MANIFEST, self._manifest().to_bytes())
         self.folder.tidy()
@@ -194,6 +171,8 @@ def build(
 ) -> None:
     """Generate what a folder still lacks, on every rank, and finish it; one job at a time.
 
+    A killed run loses at most two shards on each rank: the one that is written and the one that is made.
+
     Args:
         writer: The folder.
         generate: Sample indices (B,) int64 => tensors (B, ...) on the CPU; sample i must depend on i alone.
@@ -204,8 +183,8 @@ def build(
         progress: Called with the samples that this rank has done, and its total.
 
     Raises:
-        StoreError: What was generated is not what was asked for; or see :meth:`ShardWriter.check`,
-            :meth:`ShardWriter.finish` and :meth:`BuildFolder.lock`.
+        StoreError: Another job builds here, the folder cannot be written to, or what was generated is not what was
+            asked for, or not finite.
     """
     if rank == 0:
         writer.folder.lock(waits=world_size == 1)
@@ -218,10 +197,20 @@ def build(
         parts: list[dict[str, Tensor]] = []
         with ThreadPoolExecutor(max_workers=1) as thread:  # writes a shard while the samples of the next are made
             for number, batch in enumerate(work):
-                parts = parts or writer.begun(batch.shard)
-                parts.append(_of_batch(generate(batch.indices), len(batch.indices)))
+                path = writer.path / shard_name(batch.shard)
+                if not parts and writer.folder.samples_in(batch.shard):  # what a shorter build has put there
+                    parts = [load_file(path)]
+                made = generate(batch.indices)
+                for name, tensor in made.items():
+                    if tensor.shape[:1] != batch.indices.shape:
+                        raise StoreError(
+                            f"{len(batch.indices)} samples were asked for, but {name} has shape {tuple(tensor.shape)}."
+                        )
+                parts.append(made)
                 if number + 1 == len(work) or work[number + 1].shard != batch.shard:
-                    samples, parts = _joined(parts, writer.path / shard_name(batch.shard)), []
+                    if any(part.keys() != made.keys() for part in parts):
+                        raise StoreError(f"{path}: its batches do not all hold {sorted(made)}.")
+                    samples, parts = {name: torch.cat([part[name] for part in parts]) for name in made}, []
                     if writing is not None:
                         writing.result()
                     writer.check(batch.shard, samples)
@@ -237,16 +226,3 @@ def build(
         barrier()
     finally:
         writer.folder.unlock()
-
-
-def _of_batch(tensors: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    for name, tensor in tensors.items():
-        if tensor.shape[:1] != (count,):
-            raise StoreError(f"{count} samples were asked for, but {name} has shape {tuple(tensor.shape)}.")
-    return tensors
-
-
-def _joined(parts: list[dict[str, Tensor]], path: Path) -> dict[str, Tensor]:
-    if any(part.keys() != parts[-1].keys() for part in parts):
-        raise StoreError(f"{path}: its batches do not all hold {sorted(parts[-1])}.")
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[-1]}
