@@ -22,7 +22,7 @@ from lightning_difftune.draws import Draws, seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import Loss, hybrid_loss, loss_for, prediction_type_of
 from lightning_difftune.protocols import Denoiser, RetentionBatch
-from lightning_difftune.retention_targets import RetentionTarget
+from lightning_difftune.retention_targets import RetentionTarget, retained_rows
 from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, describe_backwards
 from lightning_difftune.source import SourceFacts
 from lightning_difftune.weightings import LossWeighting
@@ -308,20 +308,6 @@ class WeightedDiffTuningObjective(DiffTuningObjective):
     def weights(self, t: Tensor, is_retention: Tensor) -> Tensor:
         """Psi(s_t) for target samples and xi(s_t) for retained ones, (B,)."""
         return torch.where(is_retention, self.xi[t], self.psi[t])
-
-
-def retained_rows(is_retention: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Positions (count,) of the retained samples and (B - count,) of the others, by the mask (B,), in its order.
-
-    Their number is known to the batch, so nothing waits for the device.
-
-    Raises:
-        ConfigError: If the mask has another number of them; looked at on the CPU.
-    """
-    if is_retention.device.type == "cpu" and int(is_retention.sum()) != count:
-        raise ConfigError(f"The mask has {int(is_retention.sum())} retained samples and the bank's batch {count}.")
-    order = (~is_retention).to(torch.uint8).argsort(stable=True)
-    return order[:count], order[count:]
 
 
 def _prediction_of(process: ForwardProcess | None) -> PredictionType:

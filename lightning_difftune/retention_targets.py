@@ -153,3 +153,17 @@ class StoredPredictions:
                 "signal": [round(coefficient, 5) for coefficient in signal.tolist()],
             }
         }
+
+
+def retained_rows(is_retention: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Positions (count,) of the retained samples and (B - count,) of the others, by the mask (B,), in its order.
+
+    Their number is known to the batch, so nothing waits for the device.
+
+    Raises:
+        ConfigError: If the mask has another number of them; looked at on the CPU.
+    """
+    if is_retention.device.type == "cpu" and int(is_retention.sum()) != count:
+        raise ConfigError(f"The mask has {int(is_retention.sum())} retained samples and the bank's batch {count}.")
+    order = (~is_retention).to(torch.uint8).argsort(stable=True)
+    return order[:count], order[count:]

@@ -27,7 +27,8 @@ from lightning_difftune.losses import eps_mse_loss, hybrid_loss, v_mse_loss, vel
 from lightning_difftune.models import FrozenAutoencoder, export_dit
 from lightning_difftune.modules import text_pipeline
 from lightning_difftune.sampling import Sampler
-from lightning_difftune.source import SourceFacts, check_scheduler, process_of
+from lightning_difftune.sampling.sampler import check_scheduler
+from lightning_difftune.source import SourceFacts, process_of
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DIT = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lightning_difftune.models.checkpoint_files import check_records
-from lightning_difftune.modules.checkpoint_io import read_run
+from lightning_difftune.modules.checkpoints import read_run
 
 Series = list[tuple[int, float]]
 

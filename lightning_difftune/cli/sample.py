@@ -23,8 +23,8 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.modules import DiffTuningModule
+from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.opening import open_model
-from lightning_difftune.modules.subjects import Subject
 from lightning_difftune.pictures import grid_of, to_png
 from lightning_difftune.sampling import Sampler, adds_noise, scheduler_named
 
@@ -68,7 +68,7 @@ def sample(argv: Sequence[str]) -> None:
     module = source.module.to(device_of(options.device))
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
-    subjects = module.subjects(options.classes, options.prompts, options.controls)
+    subjects = module.subjects(Asked(options.classes, options.prompts, options.controls))
     with source.weights(options.raw):
         parameters = parameters_of(source, options)
         pictures = draw(module, subjects, options.num_samples, options.batch_size)

@@ -16,7 +16,7 @@ from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
-from lightning_difftune.modules.subjects import Subject
+from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.pictures import to_pixels, to_uint8
 from lightning_difftune.protocols import (
@@ -277,18 +277,15 @@ class ControlNetDiffTuningModule(TextPipelineModule):
 
     # -- what people ask it for -------------------------------------------------------------------------------------
 
-    def subjects(
-        self,
-        classes: Sequence[str] | None = None,
-        prompts: Sequence[str] | None = None,
-        controls: Sequence[str] | None = None,
-    ) -> list[Subject]:
+    def subjects(self, asked: Asked) -> list[Subject]:
         """A row for each control picture, whose map the annotator makes; under its own prompt or the only one."""
-        asked = super().subjects(classes, prompts)
+        prompted, controls = super().subjects(asked._replace(controls=None)), asked.controls
         if not controls:
             raise ConfigError("A ControlNet draws after control maps: name pictures for them, --controls FILE ...")
-        if len(asked) not in (1, len(controls)):
-            raise ConfigError(f"{len(asked)} prompts for {len(controls)} control pictures: give one, or one for each.")
+        if len(prompted) not in (1, len(controls)):
+            raise ConfigError(
+                f"{len(prompted)} prompts for {len(controls)} control pictures: give one, or one for each."
+            )
         size = self.sample_shape[-1] * self.autoencoder.downsample
         rows = []
         for number, file in enumerate(controls):
@@ -298,7 +295,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
             except (OSError, ValueError, UnidentifiedImageError) as error:
                 raise DataError(f"The control picture {file} cannot be read: {error}") from error
             (control,) = self.annotate(pixels[None].to(self.device)).cpu()
-            rows.append(Subject(Path(file).stem, asked[number % len(asked)].asked, control))
+            rows.append(Subject(Path(file).stem, prompted[number % len(prompted)].asked, control))
         return rows
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:

@@ -20,7 +20,8 @@ from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch
 from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for, scheduler_named
-from lightning_difftune.source import SourceFacts, check_scheduler
+from lightning_difftune.sampling.sampler import check_scheduler
+from lightning_difftune.source import SourceFacts
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -18,8 +18,8 @@ from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_d
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.usage import usage_of_dit, usage_of_file
 from lightning_difftune.modules.base import DiffTuningModule
+from lightning_difftune.modules.family import Asked, Subject, class_subjects
 from lightning_difftune.modules.optimization import adamw
-from lightning_difftune.modules.subjects import Subject, class_subjects, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_pixel_values, to_uint8
 from lightning_difftune.protocols import RetentionBatch, SupportsClassNames, TargetBatch, Tuner
@@ -292,15 +292,10 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     card_tags = ("dit",)
 
-    def subjects(
-        self,
-        classes: Sequence[str] | None = None,
-        prompts: Sequence[str] | None = None,
-        controls: Sequence[str] | None = None,
-    ) -> list[Subject]:
+    def subjects(self, asked: Asked) -> list[Subject]:
         """Classes, by name or number."""
-        refuse((("--prompts", prompts), ("--controls", controls)), "it knows classes and no words; use --classes.")
-        return class_subjects(classes, self.dit.class_names, self.num_classes)
+        asked.refuse("prompts", "controls", because="it knows classes and no words; use --classes.")
+        return class_subjects(asked.classes, self.dit.class_names, self.num_classes)
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Tensor, Tensor]:
         """Their classes, and the null class."""

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe, say_changes
-from lightning_difftune.modules.checkpoint_io import write_whole
+from lightning_difftune.modules.checkpoints import write_whole
 
 WINDOW = "open_window"  # the key of a checkpoint under which the gradients of a window that was not yet full are
 

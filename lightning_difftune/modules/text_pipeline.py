@@ -23,8 +23,8 @@ from lightning_difftune.models.hub import folder_of
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.families import Family, family_of, few_step_name
 from lightning_difftune.modules.families.text import PromptConditions
+from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.optimization import adamw
-from lightning_difftune.modules.subjects import Subject, refuse
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankGenerator, BankPictures, RetentionBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import NoiseScheduler, Sampler
@@ -364,16 +364,11 @@ class TextPipelineModule(DiffTuningModule, ABC):
     pipeline_tag = "text-to-image"
     card_tags = ("stable-diffusion",)
 
-    def subjects(
-        self,
-        classes: Sequence[str] | None = None,
-        prompts: Sequence[str] | None = None,
-        controls: Sequence[str] | None = None,
-    ) -> list[Subject]:
+    def subjects(self, asked: Asked) -> list[Subject]:
         """Prompts; its own where nobody asks for others."""
-        refuse([("--classes", classes)], "it is asked in words; use --prompts.")
-        refuse([("--controls", controls)], "it follows no control pictures.")
-        return [Subject(prompt, prompt) for prompt in prompts or self.prompts]
+        asked.refuse("classes", because="it is asked in words; use --prompts.")
+        asked.refuse("controls", because="it follows no control pictures.")
+        return [Subject(prompt, prompt) for prompt in asked.prompts or self.prompts]
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:
         """Their prompts, and the empty one."""

@@ -1,7 +1,6 @@
 """The one denoising loop: any diffusers scheduler, guidance, and a change of models on the way."""
 
-from lightning_difftune.sampling.guidance import Guided
-from lightning_difftune.sampling.loop import Reverse, sample, swap
+from lightning_difftune.sampling.loop import Guided, Reverse, sample, swap
 from lightning_difftune.sampling.sampler import AUTHORS, Sampler
 from lightning_difftune.sampling.schedulers import (
     NoiseScheduler,

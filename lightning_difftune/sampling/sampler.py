@@ -1,4 +1,4 @@
-"""The settings of the reverse process, kept together."""
+"""The settings of the reverse process, kept together, and whether they fit a model."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, same_process
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import Denoiser
-from lightning_difftune.sampling.guidance import Guided
-from lightning_difftune.sampling.loop import sample, swap
+from lightning_difftune.sampling.loop import Guided, sample, swap
 from lightning_difftune.sampling.schedulers import NoiseScheduler, ddim, scheduler_class, scheduler_named
-from lightning_difftune.source import scheduler_from
+from lightning_difftune.source import SourceFacts, prediction_type_of, process_of, scheduler_from
 
 
 @dataclass
@@ -188,3 +188,86 @@ def plain(value: Any) -> Any:
     """The value if JSON can hold it, else its representation; DPM-Solver's settings have an infinity."""
     is_plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     return value if is_plain else repr(value)
+
+
+def check_scheduler(scheduler: Any, source: SourceFacts, role: str = "the sampler") -> None:
+    """Refuse a scheduler that would draw something else than the model's samples.
+
+    Args:
+        scheduler: Of diffusers.
+        source: The model, with a process and a prediction type.
+        role: What the scheduler is to the reader of the message, such as ``"bank_sampler"``.
+
+    Raises:
+        ConfigError: If it takes another prediction, reverses another process, clips latents, or needs a variance that
+            the network does not have.
+    """
+    config, kind = scheduler.config, type(scheduler).__name__
+    process, wanted = source.process, source.prediction_type
+    found = prediction_type_of(scheduler)
+    if found != wanted:
+        takes = f"takes {found!r}" if found is not None else "does not say what it takes"
+        fix = (
+            "Take one of flow matching, such as diffusers.FlowMatchEulerDiscreteScheduler"
+            if wanted == "flow_prediction"
+            else f"Set the scheduler's prediction_type to {wanted!r}"
+            if "prediction_type" in config
+            else "Take one of a Gaussian diffusion, such as diffusers.DDIMScheduler"
+        )
+        raise ConfigError(
+            f"{source.name} predicts {wanted!r}, but {role} integrates with {kind}, which {takes}. {fix}, or leave the "
+            "scheduler out: it is then made for the model."
+        )
+    if config.get("timestep_type") == "continuous":
+        raise ConfigError(
+            f"{role}: {kind} has timestep_type 'continuous', which tells the network logarithms of its noise, and "
+            f"{source.name} knows timesteps. Set the scheduler's timestep_type to 'discrete'."
+        )
+    uses_flow = config.get("use_flow_sigmas")
+    if uses_flow is not None and bool(uses_flow) != (wanted == "flow_prediction"):
+        raise ConfigError(
+            f"{role}: {kind} has use_flow_sigmas = {uses_flow} with prediction_type {found!r}. Set both for flow "
+            "matching, or neither."
+        )
+    try:
+        reversed_process = process_of(scheduler)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{role}: {error} Take one with betas, such as diffusers.DDIMScheduler, or leave the scheduler out: it is "
+            "then made for the model."
+        ) from error
+    if process is not None and not same_process(reversed_process, process):
+        raise ConfigError(
+            f"{role}: {kind} reverses another noise schedule than {source.name} was trained with: "
+            f"{_levels(scheduler)}. Give it the betas of {_described(process)}, or leave the scheduler out: it is then "
+            "made for the model."
+        )
+    clips = bool(config.get("clip_sample", False))
+    if source.latents is not None and (clips or config.get("thresholding", False)):
+        name = "clip_sample" if clips else "thresholding"
+        raise ConfigError(
+            f"{role}: {kind} has {name} on, which is for pixels in [-1, 1]; {source.name} denoises latents, which have "
+            f"no bounds and would be cut. Set the scheduler's {name} to false."
+        )
+    if clips and config.get("clip_sample_range", 1.0) != 1.0:
+        raise ConfigError(
+            f"{role}: {kind} clips samples to {config.clip_sample_range}, and pixels are in [-1, 1]. Set its "
+            "clip_sample_range to 1.0."
+        )
+    if str(config.get("variance_type")).startswith("learned") and not source.learned_variance:
+        raise ConfigError(
+            f"{role}: {kind} has variance_type {config.variance_type!r}, but {source.name} predicts no variance. "
+            "Set it to 'fixed_small'."
+        )
+
+
+def _levels(scheduler: Any) -> str:
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
+    return f"{ {k: scheduler.config[k] for k in names if scheduler.config.get(k) is not None} }"
+
+
+def _described(process: ForwardProcess) -> str:
+    if isinstance(process, GaussianDiffusion):
+        settings = {k: v for k, v in process.scheduler_settings.items() if k != "trained_betas"}
+        return str(settings or "the model's own scheduler_config.json")
+    return f"{type(process).__name__} over {process.num_timesteps} steps"

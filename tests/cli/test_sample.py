@@ -18,7 +18,7 @@ from lightning_difftune.cli import main
 from lightning_difftune.data import Canny
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit
-from lightning_difftune.modules.subjects import class_number, class_subjects
+from lightning_difftune.modules.family import class_number, class_subjects
 from lightning_difftune.pictures import pictures_of, to_pixels
 from lightning_difftune.sampling import Sampler
 

@@ -26,7 +26,7 @@ from lightning_difftune.callbacks.progress_bar import StepProgressBar
 from lightning_difftune.data.annotators import Canny
 from lightning_difftune.models import DiT
 from lightning_difftune.sampling import Sampler, sample, scheduler_named, swap
-from lightning_difftune.sampling.guidance import Guided
+from lightning_difftune.sampling.loop import Guided
 
 WAITING = {  # what has to know values: on a GPU, each waits until they are computed
     torch.ops.aten._local_scalar_dense.default,
