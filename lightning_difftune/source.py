@@ -133,6 +133,12 @@ class SourceFacts:
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
+    def of_identity(cls, identity: Mapping[str, Any]) -> Self:
+        """Facts that state name, fingerprint and what else identifies the model, and nothing more."""
+        others = {key: value for key, value in identity.items() if key not in ("name", "fingerprint")}
+        return cls(identity["name"], identity["fingerprint"], identity=others)
+
+    @classmethod
     def of_scheduler(cls, name: str, fingerprint: str, scheduler: Mapping[str, Any] | None, **others: Any) -> Self:
         """Facts whose process and prediction type are those of a scheduler's settings, if there are any.
 

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_difftune import draws
+from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch
-from lightning_difftune.sampling import Sampler
-
-
-class BankModule(Protocol):
-    """What a bank asks of a module; :class:`~lightning_difftune.modules.DiffTuningModule` says what each of them is."""
-
-    seed: int
-    objective: DiffTuningObjective
-
-    @property
-    def base_identity(self) -> dict[str, Any]: ...  # noqa: D102
-    @property
-    def bank_sampler(self) -> Sampler: ...  # noqa: D102
-    @property
-    def sample_shape(self) -> tuple[int, ...]: ...  # noqa: D102
-    def pretrained(self) -> Denoiser: ...  # noqa: D102
-    def bank_spec(self) -> dict[str, Any]: ...  # noqa: D102
-    def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]: ...  # noqa: D102
-    def source_conditions(self, indices: Tensor) -> tuple[Any, Any]: ...  # noqa: D102
-    def source_condition(self, condition: Any) -> Any: ...  # noqa: D102
-    def retention_condition(self, retention: RetentionBatch) -> Any: ...  # noqa: D102
-    def encoder_identity(self) -> str | None: ...  # noqa: D102
-    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]: ...  # noqa: D102
-    def draw_latents(  # noqa: D102
-        self, denoise: Denoiser, sampler: Sampler, indices: Tensor, conditions: tuple[Any, Any]
-    ) -> Tensor: ...
 
 
 class PretrainedSamples:
@@ -45,8 +20,8 @@ class PretrainedSamples:
     The network is loaded when the first sample is asked for, and lives as long as this object.
     """
 
-    def __init__(self, module: BankModule) -> None:
-        self.module = module
+    def __init__(self, module: DiffusionModel, objective: DiffTuningObjective) -> None:
+        self.module, self.objective = module, objective
 
     @cached_property
     def denoise(self) -> Denoiser:
@@ -56,7 +31,7 @@ class PretrainedSamples:
 
     def bank_spec(self) -> dict[str, Any]:
         """Everything that decides the samples."""
-        module = self.module
+        module, target = self.module, self.objective.retention_target
         return {
             "model": module.base_identity["fingerprint"],
             **self.latents_spec(),
@@ -64,7 +39,7 @@ class PretrainedSamples:
             "seed": module.seed,
             "draws": draws.VERSION,
             **module.bank_spec(),
-            **(target.bank_spec(module.objective) if (target := module.objective.retention_target) else {}),
+            **({} if target is None else target.bank_spec(self.objective)),
         }
 
     def latents_spec(self) -> dict[str, Any]:
@@ -73,12 +48,12 @@ class PretrainedSamples:
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
         """Indices (B,) => latents (B, c, h, w) float32, the family's columns and the objective's, on the CPU."""
-        module, target = self.module, self.module.objective.retention_target
+        module, target = self.module, self.objective.retention_target
         latents = self.latents(indices).float()
         columns = {"latents": latents, **module.bank_columns(indices, latents)}
         if target is not None:
             condition = module.retention_condition(cast("RetentionBatch", columns))
-            columns |= target.bank_columns(module.objective, indices, latents, condition, self.teacher)
+            columns |= target.bank_columns(self.objective, indices, latents, condition, self.teacher)
         return {name: column.cpu() for name, column in columns.items()}
 
     def latents(self, indices: Tensor) -> Tensor:
@@ -97,8 +72,8 @@ class EncodedPictures(PretrainedSamples):
     Sample i is the mean of the latents of the i-th picture in a random order, which depends on the module's seed alone.
     """
 
-    def __init__(self, module: BankModule, pictures: BankPictures) -> None:
-        super().__init__(module)
+    def __init__(self, module: DiffusionModel, objective: DiffTuningObjective, pictures: BankPictures) -> None:
+        super().__init__(module, objective)
         self.pictures = pictures
 
     @cached_property

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -25,44 +25,32 @@ from lightning_difftune.models.weight_casts import WeightCasts
 from lightning_difftune.modules.bank_sources import EncodedPictures, PretrainedSamples
 from lightning_difftune.modules.checkpoints import ARGUMENTS, arguments_of, complete, make_lean, read_run, rebuild
 from lightning_difftune.modules.diffusion_model import DiffusionModel
-from lightning_difftune.modules.finite_loss import FiniteLoss
-from lightning_difftune.modules.optimization import ADAMW_RATE, adamw, default_rate, make_scheduler, step_plateaus
-from lightning_difftune.modules.presets import describe_preset
+from lightning_difftune.modules.optimization import ADAMW_RATE, adamw, default_rate, scheduler_config, step_plateaus
+from lightning_difftune.modules.presets import announce
 from lightning_difftune.modules.run_keeper import RunKeeper, refuse_weights_alone
+from lightning_difftune.modules.step_losses import FiniteLoss, log_losses
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.protocols import (
-    BankGenerator,
-    BankPictures,
-    Denoiser,
-    DiffTuningBatch,
-    Tuner,
-)
+from lightning_difftune.protocols import BankGenerator, BankPictures, Denoiser, DiffTuningBatch, Tuner
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.source import LatentScale, SourceFacts
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class DiffTuningModule(DiffusionModel):
     """Base of the Diff-Tuning modules: subclass it for a model family of your own.
 
-    What a family supplies is listed by :class:`~lightning_difftune.modules.ModelFamily`. The training (both streams
-    in one forward pass, the objective, the memory bank, validation on fixed draws, optimizers, lean checkpoints) is
-    here.
-
-    Timesteps, noise and label dropout depend on ``seed`` and the batch's index alone, so a run that is resumed or
-    spread over more processes sees the numbers of the undisturbed run.
+    A subclass supplies what :class:`~lightning_difftune.modules.ModelFamily` lists; the training is here. Timesteps,
+    noise and label dropout depend on ``seed`` and the batch's index alone, so a run that is resumed or spread over more
+    processes sees the same numbers.
 
     Args:
         objective: The loss of Eq. 5; the authors' preset by default. Without a loss and a forward process of its own it
             has those of the model.
         optimizer: Given the trainable parameters, returns an optimizer; AdamW, lr 1e-4, no weight decay by default.
-        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default. One
-            that has an end gets the run's length if that is left out, or is -1; ``ReduceLROnPlateau`` steps after each
-            validation, by ``val/loss`` or its ``monitor``.
+        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default. A
+            length that is left out, or is -1, is the run's; ``ReduceLROnPlateau`` steps after each validation, by
+            ``val/loss`` or its ``monitor``.
         tuner: A parameter-efficient method; ``None`` trains all of :meth:`trainable_modules`.
-        sampler: How pictures are generated for FID and grids; what it leaves out is as :meth:`default_sampler` has it,
-            and the scheduler is made for the model.
+        sampler: How pictures are generated; what it leaves out is as :meth:`default_sampler` has it.
         bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it.
         seed: Seed of training draws, of generated pictures and of the bank.
 
@@ -114,12 +102,12 @@ class DiffTuningModule(DiffusionModel):
         Args:
             checkpoint_path: The file.
             map_location: Device of the module; the CPU by default.
-            hparams_file: Of no use here; a checkpoint holds what it was made with.
-            strict: Whether the weights must be those of the module; the module's ``strict_loading`` by default.
+            hparams_file: Not used: a checkpoint holds what its module was made with.
+            strict: Whether the weights must be those of the module; its ``strict_loading`` by default.
             weights_only: ``False`` also opens objects other than tensors and plain values, which may run code.
             trust: Packages that the config in the checkpoint may name, as ``difftune --trust``.
-            options: Arguments of the module that count more than what the checkpoint knows. A run of the command line
-                has all in its checkpoint; one from Python has plain values, and needs the objects.
+            options: Arguments that replace those of the checkpoint. A run of the command line has all of them in it,
+                one from Python the plain values: pass the objects.
 
         Raises:
             CheckpointError: If the file is missing, damaged, or of another model.
@@ -131,11 +119,6 @@ class DiffTuningModule(DiffusionModel):
         module.on_load_checkpoint(content)
         module.load_state_dict(content["state_dict"], module.strict_loading if strict is None else strict)
         return module if map_location is None else module.to(map_location)
-
-    float32_matmul_precision = "high"
-    """How GPUs multiply float32 matrices, for torch.set_float32_matmul_precision: TF32, as in the authors' code."""
-    resize_hint = "Set image_size and channels of the data to fit it."
-    """What to do where pictures do not fit the model."""
 
     @property
     def uses_retention(self) -> bool:
@@ -151,8 +134,7 @@ class DiffTuningModule(DiffusionModel):
             torch.set_float32_matmul_precision(self.float32_matmul_precision)
         facts = self.build()
         if isinstance(facts, dict):
-            others = {key: value for key, value in facts.items() if key not in ("name", "fingerprint")}
-            facts = SourceFacts(facts["name"], facts["fingerprint"], identity=others)
+            facts = SourceFacts.of_identity(facts)
         if facts.latents is None and self.encoder_identity() is not None:
             facts = replace(facts, latents=LatentScale())  # they are latents, whatever their scale
         self.source_facts = self.objective.bind(facts)
@@ -193,10 +175,7 @@ class DiffTuningModule(DiffusionModel):
         if self.lr_scheduler is None:
             return optimizer
         default = ADAMW_RATE if self.optimizer is adamw else default_rate(optimizer)
-        scheduler = make_scheduler(self.lr_scheduler, optimizer, self.trainer, default)
-        config: Any = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, ReduceLROnPlateau):  # `on_validation_epoch_end` steps it, before a checkpoint is saved
-            config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "strict": False}
+        config: Any = scheduler_config(self.lr_scheduler, optimizer, self.trainer, default)
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
@@ -213,15 +192,9 @@ class DiffTuningModule(DiffusionModel):
         return [RunKeeper()]
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip gradients, also with fused optimizers under bf16-mixed.
-
-        Lightning refuses these for the sake of fp16, whose scaled gradients a fused step unscales itself.
-        """
+        """Clip gradients, also with fused optimizers under bf16-mixed, which Lightning refuses for the sake of fp16."""
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
@@ -230,42 +203,24 @@ class DiffTuningModule(DiffusionModel):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
-        """Say what is about to be trained and which preset that is, and warn of a precision that the CPU emulates."""
+        """Say what is about to be trained."""
         self._finite = FiniteLoss()
         self.source_facts = self.objective.bind(self.source_facts)  # its loss or schedule may have been assigned since
-        trained = sum(p.numel() for p in self.trainable_parameters())
-        rank_zero_info(f"Training {trained:,} parameters of {self.base_identity.get('name', 'the model')}.")
-        rank_zero_info(describe_preset(self, getattr(self.trainer, "datamodule", None)))
-        bf16 = str(self.trainer.precision).startswith("bf16")
-        if bf16 and self.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-            rank_zero_warn(
-                f"This CPU has AVX2 and nothing newer: it emulates {self.trainer.precision}, which is several times "
-                "slower than 32-true. Set the trainer's precision to 32-true."
-            )
+        announce(self)
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
         """What fills a memory bank: the pre-trained model, untouched by training, or pictures if there are any."""
-        return PretrainedSamples(self) if pictures is None else EncodedPictures(self, pictures)
-
-    def draws(self, step: int) -> Draws:
-        """Random numbers of one step for this process's share of the global batch."""
-        return Draws(self.seed, step, self.device, *self._place)
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        """This process's number, and how many there are."""
-        fabric = self._fabric
-        return (
-            (self.global_rank, self.trainer.world_size) if fabric is None else (fabric.global_rank, fabric.world_size)
-        )
+        if pictures is None:
+            return PretrainedSamples(self, self.objective)
+        return EncodedPictures(self, self.objective, pictures)
 
     def training_step(self, batch: DiffTuningBatch, batch_idx: int) -> Tensor:
         """One forward pass over both streams; logs the loss and its two terms.
 
         Raises:
-            ConfigError: If only retention is trained and the batch has none of it.
-            NumericsError: If the loss was not finite; looked at every ``log_every_n_steps`` batches, before a
-                checkpoint is written and at the end.
+            ConfigError: If only retention is trained and the batch has none.
+            NumericsError: If a loss was not finite; checked every ``log_every_n_steps`` batches, before each checkpoint
+                and at the end.
         """
         if self.objective.reconsolidation_weight == 0 and "retention" not in batch:
             raise ConfigError(
@@ -284,34 +239,17 @@ class DiffTuningModule(DiffusionModel):
         losses = {"train/loss": output.loss, "train/reconsolidation": output.reconsolidation}
         if "retention" in batch:
             losses["train/retention"] = output.retention
-        self._log_losses(losses)
+        log_losses(self, losses, self._place[1])
         return output.loss
-
-    def _log_losses(self, losses: dict[str, Tensor]) -> None:
-        """Log the losses of a step, as the means over all processes."""
-        if self._place[1] > 1:
-            # All processes have the same shares of both streams, so the mean of their means is that of the global
-            # batch. `sync_dist` would stop all of them at a barrier for each value; this is one gathering, which nobody
-            # waits for.
-            everyone: Any = self.all_gather(torch.stack(list(losses.values())).detach())  # (W, number of losses)
-            losses = dict(zip(losses, everyone.mean(0), strict=True))
-        results: Any = None if self._trainer is None else self._trainer._results
-        for name, loss in losses.items():
-            known = None if results is None else results.get(f"training_step.{name}")
-            if known is None or known.has_reset:  # the first of an epoch
-                # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
-                self.log(name, loss)
-            else:  # what `log` does at last: it looks through all of a metric before, 1,900 calls of Python
-                known.forward(loss.detach(), 1)
 
     def on_train_end(self) -> None:
         """Look at the losses since the last look."""
         self._finite.check(self)
 
     def validation_step(self, batch: DiffTuningBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The loss on held-out target data, at the same timesteps and noise every time.
+        """Log ``val/loss`` on held-out target data, at the same timesteps and noise each time.
 
-        It is logged as ``val/loss``; of further loaders, as ``val/loss/1`` and so on.
+        Further loaders have ``val/loss/1`` and so on.
         """
         self._evaluate("val/loss", batch, batch_idx, dataloader_idx)
 
@@ -345,28 +283,16 @@ class DiffTuningModule(DiffusionModel):
         loss = eps_mse_loss if self.objective.loss is hybrid_loss else self.objective.loss
         return loss(denoise(x_t, t, condition), x0, x_t, noise, t, process)
 
-    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Pictures (B, C, H, W) uint8 for sample indices (B,); of a data module, ``predict`` builds the memory bank."""
-        return self.generate(batch)
-
     # -- checkpoints: what is trained, and the identity of the rest -----------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights out and put the identity of the base in.
-
-        Raises:
-            NumericsError: If the loss or a weight is not finite.
-        """
+        """Leave the frozen weights out and put the identity of the base in; refuse what is not finite."""
         self._finite.check(self)
         make_lean(self, checkpoint)
         checkpoint[ARGUMENTS] = self._arguments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base and complete it by the frozen weights of this one.
-
-        Raises:
-            CheckpointError: If the checkpoint was trained from other pre-trained weights, or lacks tensors.
-        """
+        """Refuse a checkpoint of another base, and add the frozen weights of this one."""
         refuse_weights_alone(self._trainer, checkpoint)
         path = self._trainer.ckpt_path if self._trainer is not None else None
         complete(self, checkpoint, self.strict_loading, "The checkpoint" if path is None else str(path))

@@ -171,6 +171,16 @@ class DiffusionModel(ModelFamily):
             is_retention = torch.cat([is_retention, is_retention.new_ones(len(latents))])
         return x0, condition, is_retention
 
+    def draws(self, step: int) -> Draws:
+        """Random numbers of one step for this process's share of the global batch."""
+        return Draws(self.seed, step, self.device, *self._place)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """This process's number, and how many there are."""
+        place: Any = self.trainer if self._fabric is None else self._fabric
+        return place.global_rank, place.world_size
+
     def frozen(self, network: Model) -> Model:
         """A network that stays as it is, on this module's device and at its precision, for :meth:`pretrained`."""
         network = takes_its_own_type(network).requires_grad_(False).eval().to(self.device)
@@ -229,6 +239,10 @@ class DiffusionModel(ModelFamily):
         """
         conditions = self.conditions(indices) if conditions is None else conditions
         return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
+
+    def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Pictures (B, C, H, W) uint8 for sample indices (B,); of a data module, ``predict`` builds the memory bank."""
+        return self.generate(batch)
 
     def null_branch(self, sampler: Sampler, null_condition: Any) -> tuple[Any, Denoiser | None]:
         """Condition and network of the unconditional branch: with Domain Guidance, those of the pre-trained model."""

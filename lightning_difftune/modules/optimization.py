@@ -49,10 +49,10 @@ def run_length(trainer: L.Trainer) -> int | None:
     return None if math.isinf(steps) else int(steps)
 
 
-def make_scheduler(
+def scheduler_config(
     build: Callable[..., Any], optimizer: Optimizer, trainer: L.Trainer, default_lr: float | None = None
-) -> Any:
-    """Build a scheduler that ends with the run.
+) -> dict[str, Any]:
+    """Build a scheduler that ends with the run, as ``configure_optimizers`` returns it.
 
     A length that is left out (``total_steps`` of ``OneCycleLR``, ``T_max`` of ``CosineAnnealingLR``, ``total_iters`` of
     ``PolynomialLR``), or is -1, is the run's; the ``max_lr`` of ``OneCycleLR`` is the optimizer's rate.
@@ -90,7 +90,10 @@ def make_scheduler(
     scheduler = build(optimizer, **missing)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         check_length(scheduler, trainer)
-    return scheduler
+    config = {"scheduler": scheduler, "interval": "step"}
+    if isinstance(scheduler, ReduceLROnPlateau):  # `step_plateaus` steps it, before a checkpoint is saved
+        config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "strict": False}
+    return config
 
 
 def check_length(scheduler: Any, trainer: L.Trainer) -> None:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_difftune.objective import DiffTuningObjective
-from lightning_difftune.sampling import Sampler
 from lightning_difftune.schedules import PowerSchedule
-
-
-class Configured(Protocol):
-    """A module, as far as its settings go."""
-
-    objective: DiffTuningObjective
-
-    @property
-    def sampler(self) -> Sampler:
-        """How it draws."""
-
-    @property
-    def uses_retention(self) -> bool:
-        """Whether the memory bank has any weight."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +32,29 @@ OFFICIAL = Preset("int(0.2 B)", 0.1, "MirroredPowerSchedule(tau=1)", "hybrid_los
 PAPER = Preset("int(0.5 B)", 1.0, "PowerSchedule(tau=1)", "eps_mse_loss", "resize", "all")
 
 
-def active_settings(module: Configured, datamodule: Any) -> Preset:
+def active_settings(module: Any, datamodule: Any) -> Preset:
     """The choices of a run as it is about to start."""
-    share = "no retention"
+    objective, channels, share = module.objective, module.sampler.guidance_channels, "no retention"
     if module.uses_retention and not hasattr(datamodule, "retention_share"):
         share = "that of the data"  # batches of a loader of one's own may have any
     elif module.uses_retention and getattr(datamodule, "bank_path", True) is not None:
         share = f"int({datamodule.retention_share:g} B)"
-    channels = module.sampler.guidance_channels
-    schedule = module.objective.schedule
-    kind = type(module.objective)
+    schedule, kind = objective.schedule, type(objective)
     return Preset(
         retention_share=share,
-        retention_weight=module.objective.retention_weight,
+        retention_weight=objective.retention_weight,
         schedule=repr(schedule) if kind is DiffTuningObjective else f"{schedule!r} in {kind.__name__}",
-        loss=getattr(module.objective.loss, "__name__", repr(module.objective.loss)),
+        loss=getattr(objective.loss, "__name__", repr(objective.loss)),
         label_table=getattr(module, "label_table", "none"),
         guidance_channels="all" if channels is None else f"first {channels}",
-        reconsolidation_weight=module.objective.reconsolidation_weight,
-        loss_weighting="none" if module.objective.weighting is None else repr(module.objective.weighting),
-        retention_target="replay"
-        if module.objective.retention_target is None
-        else repr(module.objective.retention_target),
-        timestep_density="uniform" if module.objective.density is None else repr(module.objective.density),
+        reconsolidation_weight=objective.reconsolidation_weight,
+        loss_weighting="none" if objective.weighting is None else repr(objective.weighting),
+        retention_target="replay" if objective.retention_target is None else repr(objective.retention_target),
+        timestep_density="uniform" if objective.density is None else repr(objective.density),
     )
 
 
-def describe_preset(module: Configured, datamodule: Any) -> str:
+def describe_preset(module: Any, datamodule: Any) -> str:
     """One paragraph that says which preset is active, and what differs from it."""
     active = asdict(active_settings(module, datamodule))
     presets = {"official code": asdict(OFFICIAL), "paper-literal": asdict(PAPER)}
@@ -86,3 +70,20 @@ def describe_preset(module: Configured, datamodule: Any) -> str:
         return f"Preset: {name}. {settings}."
     changed = ", ".join(f"{key.replace('_', ' ')} = {value}" for key, value in differences[name].items())
     return f"Preset: custom; nearest is {name}, with {changed}. {settings}."
+
+
+def announce(module: Any) -> None:
+    """Say what is about to be trained and which preset that is, and warn of a precision that the CPU emulates."""
+    trained = sum(parameter.numel() for parameter in module.trainable_parameters())
+    rank_zero_info(f"Training {trained:,} parameters of {module.base_identity.get('name', 'the model')}.")
+    rank_zero_info(describe_preset(module, getattr(module.trainer, "datamodule", None)))
+    precision = str(module.trainer.precision)
+    if (
+        precision.startswith("bf16")
+        and module.device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    ):
+        rank_zero_warn(
+            f"This CPU has AVX2 and nothing newer: it emulates {precision}, which is several times slower than "
+            "32-true. Set the trainer's precision to 32-true."
+        )

@@ -21,7 +21,7 @@ from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.hub import folder_of
 from lightning_difftune.modules.base import DiffTuningModule
-from lightning_difftune.modules.families import Family, family_of, few_step_name
+from lightning_difftune.modules.families import Family, family_of, sign_of_few_steps
 from lightning_difftune.modules.families.text import PromptConditions
 from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.optimization import adamw
@@ -34,9 +34,8 @@ from lightning_difftune.source import SourceFacts
 class TextPipelineModule(DiffTuningModule, ABC):
     """Base of the modules whose condition is text: the frozen autoencoder and text encoder of a pipeline, and prompts.
 
-    The memory bank's sample i has prompt i mod n of ``bank_prompts`` and is retained under it; the default is the empty
-    prompt, the unconditional branch. What one class of pipelines has of its own is its
-    :class:`~lightning_difftune.modules.families.Family`.
+    The memory bank's sample i is drawn and retained under prompt i mod n of ``bank_prompts``. What one class of
+    pipelines has of its own is its :class:`~lightning_difftune.modules.families.Family`.
 
     Args:
         model: A Stable Diffusion pipeline: hub repository or local folder in diffusers' layout, or the bundled
@@ -44,26 +43,25 @@ class TextPipelineModule(DiffTuningModule, ABC):
         revision: Branch, tag or commit of a hub repository.
         image_size: Side of the pictures in pixels; by default the size that the UNet was made for.
         prompts: What generated pictures show; picture i has prompt i mod n.
-        bank_prompts: The prompts that the memory bank is drawn with.
+        bank_prompts: Those that the memory bank is drawn with; by default the empty one, the unconditional branch.
         prompt_dropout: Probability that a target sample is shown without its caption.
         distilled_guidance: What a guidance-distilled network, such as FLUX.1-dev, is told in sampling and for the bank;
             the bank keeps it as a column. 3.5 for those, ``None`` for the others, which are not told any.
         target_guidance: What such a network is told for target samples; 1 for those.
         is_step_distilled: Whether the pipeline was distilled to a few steps, so that replay of its samples is refused.
             By default as its files say: schedulers of few steps, and names such as Turbo.
-        frozen_dtype: Precision of the frozen networks: text encoders, and the pre-trained network where it stays as it
-            is: under adapters (LoRA), and as the source of the bank. What is trained is float32.
+        frozen_dtype: Precision of the text encoders, and of the pre-trained network under adapters (LoRA) and as the
+            source of the bank. What is trained is float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         channels_last: Keep the trained network's weights in the memory format that convolutions prefer on GPUs.
-        objective: The loss of Eq. 5; MirroredPowerSchedule(tau=1) by default, with the simple loss of what the pipeline
-            predicts over the noise that it was trained with, at the noise levels that its family is trained at.
+        objective: The loss of Eq. 5; by default MirroredPowerSchedule(tau=1) and the simple loss of what the pipeline
+            predicts, over its own noise and at the noise levels that its family is trained at.
         optimizer: Given the trainable parameters, returns an optimizer.
         lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
         tuner: A parameter-efficient method; ``None`` trains the whole network.
         sampler: How pictures are generated; what it leaves out is as the family has it, for Stable Diffusion
             DPM-Solver++ in 20 steps with guidance 7.5.
-        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it, and without
-            guidance.
+        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it, without guidance.
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Raises:
@@ -134,21 +132,24 @@ class TextPipelineModule(DiffTuningModule, ABC):
         self.text_encoder = self.family.open_text(self.model, self.revision, size, self.frozen_dtype)
         self._text = PromptConditions(self.text_encoder)
         self.family.check(self.model, network, self.text_encoder, self._sample_shape[0])
-        self._set_guidance(self.family.takes_guidance(network))
+        self._guidance = self._guidance_of(network)
         return network
 
-    def _set_guidance(self, is_told: bool) -> None:
-        """The numbers that a guidance-distilled network is told; refused for others."""
-        given = self.distilled_guidance, self.target_guidance
-        if not is_told and given != (None, None):
+    @property
+    def _folder(self) -> Path:
+        return folder_of(self.model, self.family.network_folder, self.revision)
+
+    def _guidance_of(self, network: Any) -> tuple[float, float] | None:
+        """What a guidance-distilled network is told for drawn and for target samples; refused for others."""
+        drawn, trained = self.distilled_guidance, self.target_guidance
+        if self.family.takes_guidance(network):
+            return 3.5 if drawn is None else float(drawn), 1.0 if trained is None else float(trained)
+        if (drawn, trained) != (None, None):
             raise ConfigError(
                 f"{self.model} is not told its guidance as a number, but distilled_guidance and target_guidance are "
-                f"{given}. Leave them out; guidance between two branches is the sampler's guidance_scale."
+                f"{(drawn, trained)}. Leave them out; guidance between two branches is the sampler's guidance_scale."
             )
-        self._guidance = None
-        if is_told:
-            drawn, trained = (default if value is None else value for value, default in zip(given, (3.5, 1.0)))  # noqa: B905
-            self._guidance = float(drawn), float(trained)
+        return None
 
     def told(self, condition: dict[str, Tensor], guidance: Tensor | float | None) -> dict[str, Tensor]:
         """A condition of B rows with the guidance that a network is told, a number or (B,), if it is told any."""
@@ -168,11 +169,10 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     def facts(self, network: Any, **identity: Any) -> SourceFacts:
         """What the pipeline says of itself: its ``scheduler_config.json`` and its autoencoder's scale."""
-        folder = folder_of(self.model, self.family.network_folder, self.revision)
         return SourceFacts.of_scheduler(
             self.model,
             fingerprint(network),
-            read_json(folder / "scheduler" / "scheduler_config.json"),
+            read_json(self._folder / "scheduler" / "scheduler_config.json"),
             latents=self.autoencoder.scale,
             condition="text",
             density=self.family.density(self._sample_shape[1] * self._sample_shape[2] // 4),
@@ -195,11 +195,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return self.family.sampler()
 
     def default_bank_sampler(self) -> Sampler:
-        """What :attr:`sampler` has, without guidance.
-
-        Samples that are replayed under a prompt are what the model draws under it alone; under the empty prompt there
-        is nothing to be guided from.
-        """
+        """What :attr:`sampler` has, without guidance: what is replayed under a prompt is drawn under it alone."""
         return replace(self.sampler, guidance_scale=1.0)
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
@@ -226,16 +222,9 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return super().bank_generator(pictures)
 
     def _sign_of_few_steps(self, network: Any) -> str | None:
-        """What says that the pipeline was distilled to a few steps; ``None`` if nothing does."""
         if self.is_step_distilled is not None:
             return "what is_step_distilled says" if self.is_step_distilled else None
-        if self.family.is_step_distilled(network, dict(self.source_facts.scheduler or {})):
-            return "what its network and its scheduler are"
-        folder = folder_of(self.model, self.family.network_folder, self.revision)
-        files = (folder / "model_index.json", folder / self.family.network_folder / "config.json")
-        stated = [str(read_json(file).get("_name_or_path", "")) for file in files if file.exists()]
-        name = few_step_name([self.model, *stated])
-        return None if name is None else f"its name {name}"
+        return sign_of_few_steps(self.family, network, self.source_facts.scheduler or {}, self._folder, self.model)
 
     def on_fit_start(self) -> None:
         """Warn if guided samples of the bank would be replayed as if they were plain ones."""
@@ -293,8 +282,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     @property
     def _caches_captions(self) -> bool:
-        datamodule = getattr(self._trainer, "datamodule", None)
-        return getattr(datamodule, "latent_cache_path", None) is not None
+        return getattr(getattr(self._trainer, "datamodule", None), "latent_cache_path", None) is not None
 
     @property
     def caption_columns(self) -> tuple[str, ...]:

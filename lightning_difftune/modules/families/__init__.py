@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,6 +89,26 @@ def few_step_name(names: Sequence[str]) -> str | None:
     """
     words = ({*re.split(r"[^a-z0-9]+", Path(name).name.lower())} for name in names)
     return next((name for name, found in zip(names, words, strict=True) if found & _FEW_STEPS), None)
+
+
+def sign_of_few_steps(
+    family: Family, network: Any, scheduler: Mapping[str, Any], folder: Path, model: str
+) -> str | None:
+    """What says that a pipeline was distilled to a few steps; ``None`` if nothing does.
+
+    Args:
+        family: Its family.
+        network: The network that denoises.
+        scheduler: Settings of the scheduler that it was published with.
+        folder: Where its files lie.
+        model: Its name, or the path that it was asked for by.
+    """
+    if family.is_step_distilled(network, dict(scheduler)):
+        return "what its network and its scheduler are"
+    files = (folder / "model_index.json", folder / family.network_folder / "config.json")
+    stated = [str(read_json(file).get("_name_or_path", "")) for file in files if file.exists()]
+    name = few_step_name([model, *stated])
+    return None if name is None else f"its name {name}"
 
 
 def family_of(model: str | Path, revision: str | None = None) -> Family:

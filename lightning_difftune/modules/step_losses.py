@@ -1,4 +1,4 @@
-"""Stopping a run whose loss is no longer finite, without waiting for the device in every step."""
+"""The losses of a step, logged and looked at without waiting for the device in every step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ from lightning_difftune.objective import ObjectiveOutput
 
 BINS = 10  # of equal width over the timesteps
 KEPT = 50  # steps whose losses wait on the device to be looked at
+
+
+def log_losses(module: Any, losses: dict[str, Tensor], world_size: int) -> None:
+    """Log the losses of a step, as the means over all processes."""
+    if world_size > 1:
+        # All processes have the same shares of both streams, so the mean of their means is that of the global batch.
+        # `sync_dist` would stop all of them at a barrier for each value; this is one gathering, which nobody waits for.
+        everyone: Any = module.all_gather(torch.stack(list(losses.values())).detach())  # (W, number of losses)
+        losses = dict(zip(losses, everyone.mean(0), strict=True))
+    results: Any = None if module._trainer is None else module._trainer._results
+    for name, loss in losses.items():
+        known = None if results is None else results.get(f"training_step.{name}")
+        if known is None or known.has_reset:  # the first of an epoch
+            # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
+            module.log(name, loss)
+        else:  # what `log` does at last: it looks through all of a metric before, 1,900 calls of Python
+            known.forward(loss.detach(), 1)
 
 
 class FiniteLoss:

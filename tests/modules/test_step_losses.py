@@ -15,7 +15,7 @@ from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import NumericsError
-from lightning_difftune.modules.finite_loss import FiniteLoss
+from lightning_difftune.modules.step_losses import FiniteLoss
 from lightning_difftune.objective import ObjectiveOutput
 from lightning_difftune.sampling import Sampler
 
@@ -107,7 +107,7 @@ def test_the_end_of_a_run_is_looked_at(tmp_path):
 
 @pytest.mark.parametrize("kept", [1, 4, 50])
 def test_it_is_the_first_however_many_steps_wait_to_be_looked_at(monkeypatch, kept):
-    monkeypatch.setattr("lightning_difftune.modules.finite_loss.KEPT", kept)
+    monkeypatch.setattr("lightning_difftune.modules.step_losses.KEPT", kept)
     loss = FiniteLoss()
     for step in range(10):
         losses = torch.full((3,), float("nan") if step >= 6 else 1.0)
