@@ -106,6 +106,11 @@ def masses(density: TimestepDensity, steps: int) -> Tensor:
     return values / values.mean()
 
 
+def cdf(weights: Tensor) -> Tensor:
+    """The distribution function (T,) of weights (T,), at least 0 and not all 0."""
+    return (weights / weights.sum()).cumsum(0)
+
+
 def describe_missing_half(density: TimestepDensity, psi: Tensor, xi: Tensor) -> str | None:
     """What to say of a density that hardly shows a stream the end of the process that it is there for.
 

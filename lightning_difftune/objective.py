@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.conditions import take
-from lightning_difftune.densities import TimestepDensity, describe_missing_half, masses
+from lightning_difftune.densities import TimestepDensity, cdf, describe_missing_half, masses
 from lightning_difftune.diffusion import (
     ForwardProcess,
     GaussianDiffusion,
@@ -23,7 +23,7 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import Loss, hybrid_loss, loss_for, prediction_type_of
 from lightning_difftune.protocols import Denoiser, RetentionBatch
 from lightning_difftune.retention_targets import RetentionTarget, retained_rows
-from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, describe_backwards
+from lightning_difftune.schedules import ForgettingSchedule, MirroredPowerSchedule, describe_backwards, tables_of
 from lightning_difftune.source import SourceFacts
 from lightning_difftune.weightings import LossWeighting
 
@@ -44,30 +44,26 @@ class DiffTuningObjective(Tables):
     loss = ``reconsolidation_weight`` * mean over target of L(t ~ psi / sum psi)
     + ``retention_weight`` * mean over bank of L(t ~ xi / sum xi).
 
-    Relation to :class:`WeightedDiffTuningObjective`: with Z_psi = mean_t psi(s_t) and Z_xi = mean_t xi(s_t), its two
-    terms have Z_psi and Z_xi times the expectation of the two terms here.
-
     With a ``retention_target`` the retention term compares with the pre-trained network's predictions in place of the
     noise; the variational term of a hybrid loss stays as it is (see :func:`~lightning_difftune.losses.hybrid_loss`).
 
     Forward process and loss are those of the pre-trained model, which a module binds the objective to (:meth:`bind`);
-    what is given here is compared with it. By itself the objective has the defaults of the authors' released code:
-    DiT's process and the hybrid loss. The process and the two distributions are buffers outside the state dict.
+    what is given here is compared with it. By itself the objective has DiT's process and the hybrid loss. The process
+    and the two distributions are buffers outside the state dict.
 
     Args:
         schedule: Psi and xi; ``MirroredPowerSchedule(tau=1)`` by default.
         loss: Per-sample loss of :mod:`~lightning_difftune.losses`; by default the one of what the model predicts.
         retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper. 0 is the ablation
             "reconsolidation only" (Fig. 6b).
-        diffusion: The forward process; by default the one that the model was trained with.
-            :class:`~lightning_difftune.diffusion.RectifiedFlow` trains by flow matching.
+        diffusion: The forward process, such as :class:`~lightning_difftune.diffusion.RectifiedFlow`; by default that of
+            the model.
         reconsolidation_weight: Weight of the reconsolidation term; 0 is the ablation "retention only" (Fig. 6b).
-        weighting: Weights of the noise levels in both terms, over the SNR of ``diffusion``: see
-            :mod:`~lightning_difftune.weightings`. All count alike by default.
-        retention_target: What retained samples are compared with: see :mod:`~lightning_difftune.retention_targets`.
-            Their noise by default, which is replay (Eq. 3).
-        density: The model family's own training density p0, see :mod:`~lightning_difftune.densities`: t is drawn from
-            p0 psi and p0 xi. By default that of the model's family, which is uniform where it has none.
+        weighting: Weights of the noise levels in both terms, of :mod:`~lightning_difftune.weightings`; none by default.
+        retention_target: What retained samples are compared with, see :mod:`~lightning_difftune.retention_targets`;
+            their noise by default, which is replay (Eq. 3).
+        density: The density p0 that the model's family is trained with, see :mod:`~lightning_difftune.densities`: t is
+            drawn from p0 psi and p0 xi. By default the model's own, or uniform.
 
     Raises:
         ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, both terms have no
@@ -118,23 +114,22 @@ class DiffTuningObjective(Tables):
         self.bind(SourceFacts("The model", "", learned_variance=True))
 
     def bind(self, source: SourceFacts) -> SourceFacts:
-        """Take forward process and loss from a model where none were given, and compare those that were.
-
-        A module calls it once its model is there; the schedule is bound to the process, too.
+        """Take forward process and loss from a model where none were given, compare those that were, bind the schedule.
 
         Returns:
             The facts, with process and prediction type of this objective where the model states none.
 
         Raises:
-            ConfigError: If a given loss or process contradicts the model or the other, or the noise loss is asked for
-                where the last step is pure noise.
+            ConfigError: If loss, process and model contradict each other, or noise is to be predicted where the last
+                step is nothing else.
         """
         for name, value in self._bound.items():
             if getattr(self, name) is not value:  # assigned since, which counts from now on
                 self._given[name] = getattr(self, name)
         loss, process, density = self._given.values()
         said = prediction_type_of(loss) if loss is not None else None
-        prediction = source.prediction_type or said or _prediction_of(process)
+        usual: PredictionType = "flow_prediction" if isinstance(process, RectifiedFlow) else "epsilon"
+        prediction = source.prediction_type or said or usual
         if process is None:
             is_flow = prediction == "flow_prediction"
             process = source.process or (RectifiedFlow() if is_flow else GaussianDiffusion())
@@ -178,17 +173,9 @@ class DiffTuningObjective(Tables):
 
     def _tabulate(self, device: torch.device) -> None:
         steps = self.diffusion.num_timesteps
-        s = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
-        psi, xi = self.schedule.reconsolidation(s), self.schedule.retention(s)
-        for name, weights in (("reconsolidation", psi), ("retention", xi)):
-            if weights.shape != s.shape or not weights.isfinite().all() or (weights < 0).any():
-                raise ConfigError(
-                    f"{name}(s) of {self.schedule!r} must give finite weights >= 0 of s's shape; "
-                    f"got shape {tuple(weights.shape)}, range {weights.min():.3g} to {weights.max():.3g}."
-                )
-        if not psi.any():
-            raise ConfigError(f"{self.schedule!r} gives the target no weight at any timestep: psi is 0 everywhere.")
-        p0 = torch.ones_like(s) if self.density is None else masses(self.density, steps)
+        psi, xi = tables_of(self.schedule, steps)
+        uniform = torch.ones(steps, dtype=torch.float64, device="cpu")
+        p0 = uniform if self.density is None else masses(self.density, steps)
         missing = None if self.density is None else describe_missing_half(self.density, psi, xi)
         for text in (describe_backwards(self.schedule, psi, xi), missing):
             if text is not None and text not in self._said:
@@ -239,10 +226,8 @@ class DiffTuningObjective(Tables):
             condition: Their condition, passed to ``denoise`` untouched.
             is_retention: (B,) bool, which samples come from the memory bank.
             draws: Where random numbers come from; torch's global generator seeds them by default.
-            retained: What the bank knows of the retained samples, in the order in which the mask has them; a
-                ``retention_target`` needs it.
-            teacher: The pre-trained network, for a ``retention_target`` that asks it. It is given the retained samples
-                and their part of ``condition``.
+            retained: What the bank knows of the retained samples, in the mask's order, for a ``retention_target``.
+            teacher: The pre-trained network, for one that asks it about the retained samples.
         """
         if draws is None:
             draws = Draws(seed_of("objective", int(torch.randint(2**31, ()))), 0, x0.device)
@@ -293,9 +278,8 @@ class DiffTuningObjective(Tables):
 class WeightedDiffTuningObjective(DiffTuningObjective):
     """Draw t uniformly and weight the loss by psi(s) or xi(s): Eqs. 3-5 as they are written.
 
-    Same arguments as :class:`DiffTuningObjective`. The paper reports that it trains less stably (App. B.2). Its two
-    terms have Z_psi = mean_t psi(s_t) and Z_xi = mean_t xi(s_t) times the expectation of the sampled form; both are
-    1/2 in the limit of many steps for tau = 1.
+    Same arguments as :class:`DiffTuningObjective`, whose terms it has times Z_psi = mean_t psi(s_t) and Z_xi = mean_t
+    xi(s_t) in expectation; for tau = 1 both are 1/2 in the limit of many steps. It trains less stably (App. B.2).
     """
 
     def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
@@ -310,17 +294,8 @@ class WeightedDiffTuningObjective(DiffTuningObjective):
         return torch.where(is_retention, self.xi[t], self.psi[t])
 
 
-def _prediction_of(process: ForwardProcess | None) -> PredictionType:
-    return "flow_prediction" if isinstance(process, RectifiedFlow) else "epsilon"
-
-
 def _name(loss: Any) -> str:
     return str(getattr(loss, "__name__", repr(loss)))
-
-
-def cdf(weights: Tensor) -> Tensor:
-    """The distribution function (T,) of weights (T,), at least 0 and not all 0."""
-    return (weights / weights.sum()).cumsum(0)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

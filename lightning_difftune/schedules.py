@@ -160,6 +160,25 @@ def unbound(schedule: ForgettingSchedule) -> ConfigError:
     )
 
 
+def tables_of(schedule: ForgettingSchedule, steps: int) -> tuple[Tensor, Tensor]:
+    """Psi and xi at the T noise levels, (T,) float64 each.
+
+    Raises:
+        ConfigError: If they are negative or not finite somewhere, or psi is 0 everywhere.
+    """
+    s = torch.arange(1, steps + 1, dtype=torch.float64, device="cpu") / steps
+    psi, xi = schedule.reconsolidation(s), schedule.retention(s)
+    for name, weights in (("reconsolidation", psi), ("retention", xi)):
+        if weights.shape != s.shape or not weights.isfinite().all() or (weights < 0).any():
+            raise ConfigError(
+                f"{name}(s) of {schedule!r} must give finite weights >= 0 of s's shape; "
+                f"got shape {tuple(weights.shape)}, range {weights.min():.3g} to {weights.max():.3g}."
+            )
+    if not psi.any():
+        raise ConfigError(f"{schedule!r} gives the target no weight at any timestep: psi is 0 everywhere.")
+    return psi, xi
+
+
 def describe_backwards(schedule: ForgettingSchedule, psi: Tensor, xi: Tensor) -> str | None:
     """What to say of a schedule that retains noise and learns details; ``None`` for one that runs as the paper's do.
 

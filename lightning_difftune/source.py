@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -60,6 +60,19 @@ class LatentScale:
             None if mean is None else tuple(mean),
             None if std is None else tuple(std),
         )
+
+    @classmethod
+    def of_export(cls, sampling: Mapping[str, Any], own: LatentScale | None) -> LatentScale | None:
+        """What an export's settings state of its latents, if anything; early ones state the autoencoder's factor alone.
+
+        Args:
+            sampling: The settings.
+            own: The scale of the autoencoder that goes with it.
+        """
+        if sampling.get("latents") is not None:
+            return cls.of_config(sampling["latents"])
+        factor = sampling.get("autoencoder", {}).get("scaling_factor")
+        return None if factor is None or own is None else replace(own, scaling_factor=factor)
 
     def scale(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation (B, c, h, w) of raw latents => of those that are denoised."""

@@ -19,13 +19,7 @@ from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
 from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.pictures import to_pixels, to_uint8
-from lightning_difftune.protocols import (
-    Annotator,
-    Denoiser,
-    RetentionBatch,
-    SupportsControlExamples,
-    TargetBatch,
-)
+from lightning_difftune.protocols import Annotator, Denoiser, RetentionBatch, SupportsControlExamples, TargetBatch
 from lightning_difftune.source import SourceFacts
 
 

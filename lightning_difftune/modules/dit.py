@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +27,7 @@ from lightning_difftune.source import LatentScale, SourceFacts
 
 
 class DiTDiffTuningModule(DiffTuningModule):
-    """Diff-Tuning of a :class:`~lightning_difftune.models.DiT` on a labelled target.
-
-    Retention samples go through the unconditional branch only (null label); target labels are dropped with
-    probability ``label_dropout``, once per sample (Section 3.2, "Conditional Generation").
+    """Diff-Tuning of a :class:`~lightning_difftune.models.DiT` on a labelled target (Section 3.2 of the paper).
 
     Args:
         model: The pre-trained model: a bundled name, a file or folder or hub id that
@@ -48,15 +44,14 @@ class DiTDiffTuningModule(DiffTuningModule):
         optimizer: Given the trainable parameters, returns an optimizer; AdamW, lr 1e-4, no weight decay by default.
         lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
         tuner: A parameter-efficient method; ``None`` trains everything but ``pos_embed``.
-        sampler: How pictures are generated for FID and grids; what it leaves out is the authors' protocol, DDIM-50 with
-            guidance 1.5 on 3 channels.
+        sampler: How pictures are generated; what it leaves out is the authors' protocol, DDIM-50 with guidance 1.5 on 3
+            channels.
         bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it.
         seed: Seed of training draws, of generated pictures and of the bank.
 
     Raises:
         ConfigError: If K is larger than a table that is kept, source classes are to be retained in a table that is not
-            kept or by a teacher, which is asked under the null class, or the autoencoder's latents do not fit the
-            model.
+            kept or by a teacher, or the autoencoder's latents do not fit the model.
 
     Example:
         >>> from lightning_difftune import DiTDiffTuningModule
@@ -95,10 +90,10 @@ class DiTDiffTuningModule(DiffTuningModule):
                 f"the noise (no retention_target); found label_table: {label_table} and retention_target: "
                 f"{self.objective.retention_target}. Set retention_labels: null."
             )
-        # A model that is given as an object is trained in place; its copy is what "pre-trained" means for the bank.
-        # Both hide in a tuple, where nn.Module does not register them.
+        # A model given as an object is trained in place, and the bank is drawn by its copy. In a tuple, where nn.Module
+        # does not register them.
         self._given = (model, copy.deepcopy(model)) if isinstance(model, DiT) else None
-        self._source = "" if isinstance(model, DiT) else str(model)
+        self._source = "a DiT built here" if isinstance(model, DiT) else str(model)
         self._num_classes = num_classes
         self.class_names = class_names
         self.label_table = label_table
@@ -128,8 +123,7 @@ class DiTDiffTuningModule(DiffTuningModule):
     def build(self) -> SourceFacts:
         """Load the model and fit its label table to the target."""
         self.dit = self._given[0] if self._given is not None else load_dit(self._source)
-        name = "a DiT built here" if self._given is not None else self._source
-        facts = self._facts(name)
+        name, facts = self._source, self._facts()
         if self.label_table == "resize":
             self.dit.resize_label_table(self.num_classes, self.class_names)
         elif self.num_classes > self.dit.num_classes:
@@ -149,28 +143,24 @@ class DiTDiffTuningModule(DiffTuningModule):
                 )
         return facts
 
-    def _facts(self, name: str) -> SourceFacts:
+    def _facts(self) -> SourceFacts:
         """What the DiT's file states, and what its architecture and the autoencoder tell."""
         sampling = self.dit.sampling or {}
         scheduler = None
         if "scheduler" in sampling:
             scheduler = {**sampling["scheduler_config"], "_class_name": sampling["scheduler"]}
         latents = self.autoencoder.scale if self.autoencoder is not None else None
-        stated = sampling.get("latents")  # of exports of this version; earlier ones have the autoencoder's arguments
-        named = LatentScale.of_config(stated) if stated is not None else None
-        factor = sampling.get("autoencoder", {}).get("scaling_factor")
-        if named is None and factor is not None and latents is not None:
-            named = replace(latents, scaling_factor=factor)
+        named = LatentScale.of_export(sampling, latents)
         if latents is not None and named is not None and not latents.is_close(named):
             raise ConfigError(
-                f"{name} denoises latents with a scaling_factor of {named}, but the autoencoder here has {latents}. "
-                "Take the model's own autoencoder; its scaling_factor can be set."
+                f"{self._source} denoises latents with a scaling_factor of {named}, but the autoencoder here has "
+                f"{latents}. Take the model's own autoencoder; its scaling_factor can be set."
             )
         latents = latents or named
         if latents is None and self.dit.sample_shape[0] not in (1, 3):
             latents = LatentScale()  # of an autoencoder that is not here
         return SourceFacts.of_scheduler(
-            name,
+            self._source,
             fingerprint(self.dit),
             scheduler,
             learned_variance=self.dit.architecture["learn_sigma"],
@@ -180,11 +170,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         )
 
     def name_classes(self, names: Sequence[str]) -> None:
-        """Name the first rows of the label table; rows behind them have no names.
-
-        Raises:
-            ConfigError: If there are more names than rows.
-        """
+        """Name the first rows of the label table; more names than rows are refused."""
         if len(names) > self.dit.num_classes:
             raise ConfigError(f"{len(names)} class names were given for a label table of {self.dit.num_classes} rows.")
         self.dit.class_names = list(names)
@@ -251,19 +237,15 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def source_conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Classes of the pre-trained model, drawn uniformly from (seed, i) alone."""
-        num_classes = self.base_identity["num_classes"]
-        return self._with_null(choices_of(self.seed, indices, num_classes), num_classes)
+        labels = self.bank_columns(indices, indices)["class_labels"].to(self.device)
+        return labels, self.source_condition(labels)
 
     def source_condition(self, condition: Tensor) -> Tensor:
         """The null class: the pre-trained model does not know the target's classes."""
         return torch.full_like(condition, self.base_identity["num_classes"])
 
     def retention_condition(self, retention: RetentionBatch) -> Tensor:
-        """The null class (Section 3.2, "Conditional Generation"), or the source class if its row is still its own.
-
-        Raises:
-            ConfigError: If source classes are asked for and the bank does not know them.
-        """
+        """The null class (Section 3.2, "Conditional Generation"), or the source class if its row is still its own."""
         null = torch.full((len(retention["latents"]),), self.dit.null_class, device=self.device)
         if self.retention_labels == "null":
             return null
@@ -282,11 +264,8 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def class_conditions(self, class_labels: Tensor) -> tuple[Tensor, Tensor]:
         """Condition and null condition for target classes (B,), for :meth:`generate`."""
-        return self._with_null(class_labels, self.dit.null_class)
-
-    def _with_null(self, labels: Tensor, null_class: int) -> tuple[Tensor, Tensor]:
-        labels = labels.to(self.device)
-        return labels, torch.full_like(labels, null_class)
+        labels = class_labels.to(self.device)
+        return labels, self.null_condition(labels)
 
     # -- what people ask it for, and how it is handed on -----------------------------------------------------------
 
