@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _each(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
+    """The function of each tensor of a condition, and of those in its place in others of the same structure."""
+    if isinstance(first, dict):
+        return {name: _each(function, value, *(other[name] for other in others)) for name, value in first.items()}
+    return None if first is None else function(first, *others)
 
 
 def take(condition: Any, rows: Tensor) -> Any:
@@ -15,39 +23,26 @@ def take(condition: Any, rows: Tensor) -> Any:
         >>> take({"prompt_embeds": torch.arange(3), "size": {"h": torch.arange(3)}}, torch.tensor([2, 0]))
         {'prompt_embeds': tensor([2, 0]), 'size': {'h': tensor([2, 0])}}
     """
-    if isinstance(condition, dict):
-        return {name: take(value, rows) for name, value in condition.items()}
-    return None if condition is None else condition[rows.to(condition.device)]
+    return _each(lambda value: value[rows.to(value.device)], condition)
 
 
 def concatenate(first: Any, second: Any) -> Any:
     """Join two conditions of the same structure along the batch."""
-    if isinstance(first, dict):
-        return {name: concatenate(value, second[name]) for name, value in first.items()}
-    return None if first is None else torch.cat([first, second])
+    return _each(lambda *both: torch.cat(both), first, second)
 
 
 def where(mask: Tensor, first: Any, second: Any) -> Any:
     """``first`` where the mask (B,) is set and ``second`` elsewhere; a row of either may stand for all B."""
-    if isinstance(first, dict):
-        return {name: where(mask, value, second[name]) for name, value in first.items()}
-    if first is None:
-        return None
-    return torch.where(mask.view(-1, *(1,) * (max(first.ndim, second.ndim) - 1)), first, second)
 
+    def choose(one: Tensor, other: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *(1,) * (max(one.ndim, other.ndim) - 1)), one, other)
 
-def expand(condition: Any, count: int) -> Any:
-    """A condition of one row, for ``count`` samples."""
-    if isinstance(condition, dict):
-        return {name: expand(value, count) for name, value in condition.items()}
-    return None if condition is None else condition.expand(count, *condition.shape[1:])
+    return _each(choose, first, second)
 
 
 def to(condition: Any, device: torch.device) -> Any:
     """A condition on a device."""
-    if isinstance(condition, dict):
-        return {name: to(value, device) for name, value in condition.items()}
-    return None if condition is None else condition.to(device)
+    return _each(lambda value: value.to(device), condition)
 
 
 def equal(first: Any, second: Any) -> bool:

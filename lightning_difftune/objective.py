@@ -48,7 +48,7 @@ class DiffTuningObjective(Tables):
     noise; the variational term of a hybrid loss stays as it is (see :func:`~lightning_difftune.losses.hybrid_loss`).
 
     Forward process and loss are those of the pre-trained model, which a module binds the objective to (:meth:`bind`);
-    what is given here is compared with it. By itself the objective has DiT's process and the hybrid loss. The process
+    what is given here is compared with it. Unbound, the objective has DiT's process and the hybrid loss. The process
     and the two distributions are buffers outside the state dict.
 
     Args:
@@ -56,14 +56,13 @@ class DiffTuningObjective(Tables):
         loss: Per-sample loss of :mod:`~lightning_difftune.losses`; by default the one of what the model predicts.
         retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper. 0 is the ablation
             "reconsolidation only" (Fig. 6b).
-        diffusion: The forward process, such as :class:`~lightning_difftune.diffusion.RectifiedFlow`; by default that of
-            the model.
+        diffusion: The forward process, such as ``RectifiedFlow()``; by default that of the model.
         reconsolidation_weight: Weight of the reconsolidation term; 0 is the ablation "retention only" (Fig. 6b).
         weighting: Weights of the noise levels in both terms, of :mod:`~lightning_difftune.weightings`; none by default.
         retention_target: What retained samples are compared with, see :mod:`~lightning_difftune.retention_targets`;
             their noise by default, which is replay (Eq. 3).
-        density: The density p0 that the model's family is trained with, see :mod:`~lightning_difftune.densities`: t is
-            drawn from p0 psi and p0 xi. By default the model's own, or uniform.
+        density: What psi and xi are multiplied by, of :mod:`~lightning_difftune.densities`; by default that which the
+            model's family is trained with.
 
     Raises:
         ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, both terms have no
@@ -131,8 +130,7 @@ class DiffTuningObjective(Tables):
         usual: PredictionType = "flow_prediction" if isinstance(process, RectifiedFlow) else "epsilon"
         prediction = source.prediction_type or said or usual
         if process is None:
-            is_flow = prediction == "flow_prediction"
-            process = source.process or (RectifiedFlow() if is_flow else GaussianDiffusion())
+            process = source.process or (RectifiedFlow() if prediction == "flow_prediction" else GaussianDiffusion())
         if prediction == "epsilon" and isinstance(process, GaussianDiffusion) and process.has_zero_terminal_snr:
             raise ConfigError(
                 f"{source.name}: the last step of this process is pure noise (rescale_betas_zero_snr), where a noise "
@@ -172,10 +170,9 @@ class DiffTuningObjective(Tables):
         return replace(source, process=process, prediction_type=prediction)
 
     def _tabulate(self, device: torch.device) -> None:
-        steps = self.diffusion.num_timesteps
-        psi, xi = tables_of(self.schedule, steps)
-        uniform = torch.ones(steps, dtype=torch.float64, device="cpu")
-        p0 = uniform if self.density is None else masses(self.density, steps)
+        psi, xi = tables_of(self.schedule, self.diffusion.num_timesteps)
+        uniform = torch.ones(len(psi), dtype=torch.float64, device="cpu")
+        p0 = uniform if self.density is None else masses(self.density, len(psi))
         missing = None if self.density is None else describe_missing_half(self.density, psi, xi)
         for text in (describe_backwards(self.schedule, psi, xi), missing):
             if text is not None and text not in self._said:
@@ -256,9 +253,9 @@ class DiffTuningObjective(Tables):
         if self.retention_target is not None and retained is not None:
             rows, others = retained_rows(is_retention, len(retained["latents"]))
             learned = self.retention_target.predictions(retained, x_t[rows], t[rows], take(condition, rows), teacher)
-            of_target = self._losses(tuple(part[others] for part in batch))
-            of_bank = self._losses(tuple(part[rows] for part in batch), learned)
-            losses = torch.cat([of_target, of_bank])[torch.cat([others, rows]).argsort()]
+            target_losses = self._losses(tuple(part[others] for part in batch))
+            bank_losses = self._losses(tuple(part[rows] for part in batch), learned)
+            losses = torch.cat([target_losses, bank_losses])[torch.cat([others, rows]).argsort()]
         else:
             losses = self._losses(batch)
         per_sample = losses * self.weights(t, is_retention)

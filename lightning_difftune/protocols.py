@@ -120,15 +120,6 @@ class SupportsLabelledImages(Protocol):
 
 
 @runtime_checkable
-class SupportsClassNames(Protocol):
-    """A data module that knows what its classes are called."""
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """Names in the order of the labels, if there are any."""
-
-
-@runtime_checkable
 class BankGenerator(Protocol):
     """The pre-trained model as the source of a memory bank."""
 

@@ -41,7 +41,7 @@ class RetentionTarget(Protocol):
     def bank_columns(
         self, objective: DrawsTimesteps, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
     ) -> dict[str, Tensor]:
-        """What the bank keeps in addition of its samples ``indices`` (B,), latents (B, c, h, w)."""
+        """What the bank keeps of its samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
 
     def bank_spec(self, objective: DrawsTimesteps) -> dict[str, Any]:
         """What decides :meth:`bank_columns`, as plain JSON values."""

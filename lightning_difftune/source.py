@@ -115,7 +115,7 @@ class LatentScale:
 
 @dataclass(frozen=True, eq=False)
 class SourceFacts:
-    """The facts of one pre-trained model, made by a family's ``build()`` from what lies beside the weights.
+    """The facts of one pre-trained model, made by a family's ``build()`` from what lies next to the weights.
 
     Objective, schedule and samplers take process and prediction type from here where the user gave none, and are
     compared with it where he did. ``None`` means that nothing states it, and the objective's word is taken.

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -103,7 +102,7 @@ def _check_kind(saved: str | None, optimizer: Any, state: dict[str, Any]) -> Non
     if saved not in (None, kind) or missing:
         was = saved or f"another, without {', '.join(missing)}"
         raise CheckpointError(
-            f"The checkpoint's optimizer is {was}, and the model's is {kind}: the state of the one is of no use to the "
+            f"The checkpoint's optimizer is {was}, and the model's is {kind}: the one cannot use the state of the "
             f"other. Resume with {saved or 'the optimizer of the run'}, or start a new run from the checkpoint's "
             "weights: export them and set --model.init_args.model."
         )
@@ -140,7 +139,7 @@ def _schedule_changes(record: dict[str, Any], now: dict[str, Any], changes: list
 
 
 def _refuse_unused_rate(record: dict[str, Any], now: dict[str, Any], schedulers: Sequence[Any]) -> None:
-    """Say that a new rate is of no effect where the scheduler has one of its own."""
+    """Refuse a new rate that has no effect, since the scheduler has one of its own."""
     for old, new, scheduler in zip(record["optimizers"], now["optimizers"], schedulers, strict=False):
         rates = [side.get("defaults", {}).get("lr") for side in (old, new)]
         if rates[0] != rates[1] and old["groups"][0].get("lr") == new["groups"][0].get("lr"):
@@ -185,12 +184,6 @@ def _carry_plateau(
             if old["state"].get(key) != value and not key.startswith("_"):
                 state[key] = scheduler.state_dict()[key]
                 changes.append(f"{key} {_shown(old['state'].get(key))} -> {_shown(value)}")
-
-
-def say_changes(changes: Sequence[str], step: int) -> None:
-    """Log what takes effect from here on."""
-    if changes:
-        rank_zero_info(f"Changed since the checkpoint, from step {step:,} on: {', '.join(changes)}.")
 
 
 def _name(instance: Any) -> str:

@@ -129,7 +129,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         if controlnet.config.cross_attention_dim != unet.config.cross_attention_dim:
             raise ConfigError(
                 f"The ControlNet takes text of width {controlnet.config.cross_attention_dim}, the pipeline's UNet of "
-                f"width {unet.config.cross_attention_dim}: it is another model's. Give one that was trained beside "
+                f"width {unet.config.cross_attention_dim}: it is another model's. Give one that was trained with "
                 f"{self.model}."
             )
         if controlnet.config.conditioning_channels != self.annotator.channels:

@@ -96,12 +96,12 @@ class DiffusionModel(ModelFamily):
 
     @property
     def bank_sampler(self) -> Sampler:
-        """How the memory bank is generated, likewise."""
+        """How the memory bank is generated; as :attr:`sampler`, complete once the model is built."""
         return self._bank_sampler
 
     @bank_sampler.setter
     def bank_sampler(self, sampler: Sampler) -> None:
-        # The bank is of the pre-trained model, whose Domain Guidance by itself would be plain guidance.
+        # The bank is of the pre-trained model, where Domain Guidance would be plain guidance.
         sampler = replace(sampler, domain_guidance=False, pretrained_tail=0.0)
         if hasattr(self, "source_facts"):
             own = replace(self.default_bank_sampler(), domain_guidance=False, pretrained_tail=0.0)

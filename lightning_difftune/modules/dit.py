@@ -21,7 +21,7 @@ from lightning_difftune.modules.family import Asked, Subject, class_subjects
 from lightning_difftune.modules.optimization import adamw
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.pictures import to_pixel_values, to_uint8
-from lightning_difftune.protocols import RetentionBatch, SupportsClassNames, TargetBatch, Tuner
+from lightning_difftune.protocols import RetentionBatch, TargetBatch, Tuner
 from lightning_difftune.sampling import AUTHORS, Sampler
 from lightning_difftune.source import LatentScale, SourceFacts
 
@@ -90,8 +90,7 @@ class DiTDiffTuningModule(DiffTuningModule):
                 f"the noise (no retention_target); found label_table: {label_table} and retention_target: "
                 f"{self.objective.retention_target}. Set retention_labels: null."
             )
-        # A model given as an object is trained in place, and the bank is drawn by its copy. In a tuple, where nn.Module
-        # does not register them.
+        # A given model is trained in place; its copy draws the bank. In a tuple, where nn.Module registers neither.
         self._given = (model, copy.deepcopy(model)) if isinstance(model, DiT) else None
         self._source = "a DiT built here" if isinstance(model, DiT) else str(model)
         self._num_classes = num_classes
@@ -178,8 +177,7 @@ class DiTDiffTuningModule(DiffTuningModule):
     def on_fit_start(self) -> None:
         """Take over the names of the data's classes, unless names were given."""
         super().on_fit_start()
-        data = getattr(self.trainer, "datamodule", None)
-        names = data.class_names if isinstance(data, SupportsClassNames) else None
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if self.class_names is None and names is not None:
             self.name_classes(names[: self.num_classes])
 
@@ -266,8 +264,6 @@ class DiTDiffTuningModule(DiffTuningModule):
         """Condition and null condition for target classes (B,), for :meth:`generate`."""
         labels = class_labels.to(self.device)
         return labels, self.null_condition(labels)
-
-    # -- what people ask it for, and how it is handed on -----------------------------------------------------------
 
     card_tags = ("dit",)
 

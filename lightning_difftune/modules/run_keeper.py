@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_difftune.errors import CheckpointError, ConfigError
-from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe, say_changes
+from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
 from lightning_difftune.modules.checkpoints import write_whole
 
 WINDOW = "open_window"  # the key of a checkpoint under which the gradients of a window that was not yet full are
@@ -95,7 +96,9 @@ class RunKeeper(Callback):
         checkpoint, self._resumed = self._resumed, None
         if checkpoint is not None:
             changes = carry_settings(checkpoint, trainer.optimizers, schedulers)
-            say_changes(changes, checkpoint.get("global_step", 0))
+            if changes:
+                step = checkpoint.get("global_step", 0)
+                rank_zero_info(f"Changed since the checkpoint, from step {step:,} on: {', '.join(changes)}.")
 
     def _check_clipping(self, trainer: L.Trainer) -> None:
         plugin = trainer.precision_plugin

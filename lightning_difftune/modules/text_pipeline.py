@@ -71,6 +71,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     family: Family
     autoencoder: FrozenAutoencoder
+    sample_shape: tuple[int, ...] = ()  # (c, h, w) of the latents, once the pipeline is open
 
     def __init__(
         self,
@@ -119,19 +120,15 @@ class TextPipelineModule(DiffTuningModule, ABC):
     # -- networks -------------------------------------------------------------------------------------------------
 
     def open_pipeline(self) -> Any:
-        """The pre-trained network that denoises, on the CPU; the frozen parts around it become this module's.
-
-        Raises:
-            CheckpointError: If the pipeline is of a class that is not supported, or its parts do not fit.
-        """
+        """The pre-trained network that denoises, on the CPU; the frozen parts around it become this module's."""
         self.family = family_of(self.model, self.revision)
         network = self.open_network(self.frozen_dtype if hasattr(self.tuner, "disabled") else torch.float32)
         self.autoencoder = FrozenAutoencoder(folder_of(self.model, "vae", self.revision), None, "vae")
         size = self.image_size or self.family.sample_size(network) * self.autoencoder.downsample
-        self._sample_shape = self.autoencoder.latent_shape(size)
+        self.sample_shape = self.autoencoder.latent_shape(size)
         self.text_encoder = self.family.open_text(self.model, self.revision, size, self.frozen_dtype)
         self._text = PromptConditions(self.text_encoder)
-        self.family.check(self.model, network, self.text_encoder, self._sample_shape[0])
+        self.family.check(self.model, network, self.text_encoder, self.sample_shape[0])
         self._guidance = self._guidance_of(network)
         return network
 
@@ -175,7 +172,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
             read_json(self._folder / "scheduler" / "scheduler_config.json"),
             latents=self.autoencoder.scale,
             condition="text",
-            density=self.family.density(self._sample_shape[1] * self._sample_shape[2] // 4),
+            density=self.family.density(self.sample_shape[1] * self.sample_shape[2] // 4),
             identity=identity,
         )
 
@@ -199,12 +196,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return replace(self.sampler, guidance_scale=1.0)
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
-        """What fills a memory bank, where the family can be retained by one.
-
-        Raises:
-            ConfigError: If the network was distilled to a few steps and the bank's samples would be replayed as data,
-                or has no unconditional branch and the bank is to be drawn under the empty prompt.
-        """
+        """What fills a memory bank; refused where replay would undo distillation, or has nothing to draw under."""
         network: Any = self.trainable_modules()[0]
         is_replay = self.uses_retention and self.objective.retention_target is None
         if is_replay and (sign := self._sign_of_few_steps(network)) is not None:
@@ -255,17 +247,8 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     # -- what the base asks for -----------------------------------------------------------------------------------
 
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """(c, h, w) of the latents."""
-        return self._sample_shape
-
     def encode(self, batch: TargetBatch) -> TargetBatch:
-        """Pictures (B, 3, H, W) and captions => latents' mean and std (B, c, h, w), and the captions' conditions.
-
-        Raises:
-            ConfigError: If the pictures have no captions, or become latents of another shape.
-        """
+        """Pictures (B, 3, H, W) and captions => latents' mean and std (B, c, h, w), and the captions' conditions."""
         if "captions" not in batch:
             raise ConfigError(
                 f"{type(self).__name__} needs captions, and the target has none. A data set of (image, label) gets "

@@ -24,7 +24,7 @@ class Sampler:
 
     A module fills in what was not given when it meets its model, see :meth:`completed`: DiT's family has the authors'
     evaluation protocol, DDIM in 50 steps with guidance 1.5 on the first 3 channels; Stable Diffusion's has DPM-Solver++
-    in 20 steps with guidance 7.5 on all. By itself, without a module, a sampler has the authors' protocol in the rest.
+    in 20 steps with guidance 7.5 on all. Without a module, a sampler has the authors' protocol in the rest.
 
     Args:
         scheduler: Any diffusers scheduler of the model's process and prediction type, or the name of its class, such as

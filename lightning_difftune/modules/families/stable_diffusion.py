@@ -75,7 +75,7 @@ class StableDiffusion:
             )
 
     def unet_inputs(self, condition: dict[str, Tensor]) -> dict[str, Any]:
-        """``prompt_embeds`` (B, L, D), as the UNet and a ControlNet beside it take them."""
+        """``prompt_embeds`` (B, L, D), as the UNet and a ControlNet of it take them."""
         return {"encoder_hidden_states": condition["prompt_embeds"]}
 
     def call(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ class StableDiffusionXL(StableDiffusion):
             )
 
     def unet_inputs(self, condition: dict[str, Tensor]) -> dict[str, Any]:
-        """Text and sizes, as the UNet and a ControlNet beside it take them."""
+        """Text and sizes, as the UNet and a ControlNet of it take them."""
         added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]}
         return {"encoder_hidden_states": condition["prompt_embeds"], "added_cond_kwargs": added}
 
