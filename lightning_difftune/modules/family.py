@@ -144,7 +144,7 @@ class ModelFamily(L.LightningModule, ABC):
         return None
 
     def null_condition(self, condition: Any) -> Any:
-        """The same condition with that dropped which guidance drops, such as the null class or the empty prompt."""
+        """The same condition with what guidance drops replaced, such as by the null class or the empty prompt."""
         return None
 
     def conditions(self, indices: Tensor) -> tuple[Any, Any]:

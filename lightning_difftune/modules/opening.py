@@ -28,7 +28,7 @@ def open_model(
         base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet or transformer.
         vae: The autoencoder of a latent DiT that comes without one.
         text: Whether a hub repository is a text-to-image pipeline.
-        solver: The scheduler that is asked for; of flow matching, it says what a DiT predicts whose file does not.
+        solver: The scheduler that is asked for; if its file does not say so, a DiT predicts what this one takes.
 
     Raises:
         ConfigError: If something is missing to draw with it.

@@ -157,7 +157,7 @@ class RunKeeper(Callback):
 
 
 def has_validation(trainer: L.Trainer) -> bool:
-    """Whether there are held-out batches; without, checkpoints are saved at the end of the epoch, as it stands."""
+    """Whether there are held-out batches; without any, checkpoints are saved at the end of an epoch anyway."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if trainer.enable_validation:
         loop.setup_data()

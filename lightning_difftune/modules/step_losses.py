@@ -27,15 +27,15 @@ def log_losses(module: Any, losses: dict[str, Tensor], world_size: int) -> None:
         if known is None or known.has_reset:  # the first of an epoch
             # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
             module.log(name, loss)
-        else:  # what `log` does at last: it looks through all of a metric before, 1,900 calls of Python
+        else:  # what `log` does in the end, after 1,900 calls of Python that look through the metric
             known.forward(loss.detach(), 1)
 
 
 class FiniteLoss:
     """Keeps the losses of the latest steps on the device, and finds the first that is not finite when it is asked to.
 
-    A step costs nothing but the memory of B numbers. Steps between the first loss that is not finite and the look are
-    lost, and no checkpoint is: one is looked for before each is written.
+    A step costs nothing but the memory of B numbers. Steps between that loss and the check are lost; checkpoints are
+    not, since a check precedes each.
     """
 
     def __init__(self) -> None:

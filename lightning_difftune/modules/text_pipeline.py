@@ -273,7 +273,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return tuple(self.null_text())
 
     def on_train_start(self) -> None:
-        """Where captions are cached, move the text encoders off the GPU: what else is asked of them is little."""
+        """Where captions are cached, move the text encoders off the GPU, since little else is asked of them."""
         if self._caches_captions:
             for prompts in (self.prompts, self.bank_prompts):
                 self.embed(prompts)

@@ -74,14 +74,9 @@ domain_guidance=False, pretrained_tail=0.0)
 
     def completed(self, family: Sampler) -> Sampler:
         """This sampler with what it leaves out as another one has it."""
-        left_out = {
-            "scheduler": None,
-            "num_inference_steps": None,
-            "guidance_scale": None,
-            "guidance_channels": "family",
-        }
-        open_ones = {name for name, nothing in left_out.items() if getattr(self, name) == nothing}
-        return replace(self, **{name: getattr(family, name) for name in open_ones})
+        absent = {"scheduler": None, "num_inference_steps": None, "guidance_scale": None, "guidance_channels": "family"}
+        left_out = {name for name, nothing in absent.items() if getattr(self, name) == nothing}
+        return replace(self, **{name: getattr(family, name) for name in left_out})
 
     @property
     def reverse(self) -> NoiseScheduler:
@@ -116,12 +111,12 @@ domain_guidance=False, pretrained_tail=0.0)
             noise,
             self.reverse,
             own.num_inference_steps,
-            condition,
-            null_condition,
-            own.guidance_scale,
-            own.guidance_channels,
-            on_step,
-            null_denoise,
+            condition=condition,
+            null_condition=null_condition,
+            guidance_scale=own.guidance_scale,
+            guidance_channels=own.guidance_channels,
+            on_step=on_step,
+            null_denoise=null_denoise,
         )
 
     def guided(

@@ -85,7 +85,7 @@ class StableDiffusion3:
         return Uniform(3.0)
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
-        """Not told by these; Turbo's transformer and scheduler are as the others', and only its name differs."""
+        """Not visible here: Turbo's transformer and scheduler are those of the others, and only its name differs."""
         return False
 
     def takes_guidance(self, network: Any) -> bool:
