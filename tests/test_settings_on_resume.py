@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+from datetime import timedelta
 from functools import partial
 
 import lightning as L
@@ -420,3 +421,41 @@ def test_a_signal_in_an_open_window_stops_at_its_end(weights, tmp_path, batches)
     assert "open_window" not in content
     again, _, same = run(weights, tmp_path, 4, ckpt_path=tmp_path / "saved/last.ckpt", **options)
     assert_equal(state_of(trainer, module), state_of(again, same))
+
+
+def fit_of_three_steps(weights, folder, **settings):
+    """A run of three steps, two in an epoch, and its checkpoint callback."""
+    checkpoint = ModelCheckpoint(dirpath=folder / "saved", filename="{step}", **settings)
+    module = DiTDiffTuningModule(str(weights), num_classes=3, sampler=Sampler(num_inference_steps=2))
+    data = MemoryBankDataModule(tiny_pictures(8), 3, 8, 1, val_target=tiny_pictures(4), batch_size=4)
+    quiet_trainer(folder, 3, checkpoint).fit(module, data)
+    return checkpoint, module
+
+
+PERIODS = [
+    {"every_n_train_steps": 50},
+    {"every_n_train_steps": 2},
+    {"every_n_train_steps": 3},
+    {"every_n_train_steps": 2, "monitor": "val/loss"},
+    {"every_n_epochs": 5},
+    {"train_time_interval": timedelta(hours=1)},
+    {},
+]
+
+
+@pytest.mark.parametrize("last", [True, "link"])
+@pytest.mark.parametrize("period", PERIODS, ids=str)
+def test_last_ckpt_is_of_the_last_step_however_often_checkpoints_are_due(weights, tmp_path, period, last):
+    checkpoint, module = fit_of_three_steps(weights, tmp_path, save_last=last, **period)
+    content = torch.load(tmp_path / "saved/last.ckpt", weights_only=True)
+    assert content["global_step"] == 3
+    assert checkpoint.last_model_path == str(tmp_path / "saved/last.ckpt")
+    assert content["state_dict"]
+    for name, weight in content["state_dict"].items():
+        assert torch.equal(weight, module.state_dict()[name])
+    assert [path.name for path in (tmp_path / "saved").glob("last*")] == ["last.ckpt"]
+
+
+def test_steps_that_no_checkpoint_holds_are_said(weights, tmp_path):
+    with pytest.warns(UserWarning, match="saved step 2 and the run ends at step 3.*save_last: true"):
+        fit_of_three_steps(weights, tmp_path, every_n_train_steps=2)

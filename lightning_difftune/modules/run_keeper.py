@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
@@ -26,7 +26,8 @@ class RunKeeper(Callback):
       patience of ``EarlyStopping``; what cannot is refused. What was not changed is restored to the bit.
     - Batches are float32 at any precision: bf16-true would round pictures, cached latents and the bank's. What a
       network is given is cast in one place, :func:`~lightning_difftune.models.precision.takes_its_own_type`.
-    - The last step is validated, however often validation is due, unless it is off.
+    - The last step is validated, however often validation is due, unless it is off; and ``last.ckpt`` is of the last
+      step, however often checkpoints are due.
     - A checkpoint in the middle of a window of accumulated gradients holds them, and a resumed run does not save a
       second time what it was resumed from.
     """
@@ -141,9 +142,13 @@ class RunKeeper(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Have the last step validated: a trainer that is asked to stop validates first."""
+        """Have the last step saved and validated: a trainer that is asked to stop validates first."""
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
         is_last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
+        if is_last:
+            for callback in trainer.checkpoint_callbacks:
+                if isinstance(callback, ModelCheckpoint):
+                    save_last(trainer, callback)
         if is_last and has_validation(trainer):
             self._check_val_every_n_epoch, self._forced = trainer.check_val_every_n_epoch, True
             trainer.check_val_every_n_epoch = None
@@ -154,6 +159,24 @@ class RunKeeper(Callback):
         if self._forced:
             trainer.check_val_every_n_epoch, trainer.should_stop = self._check_val_every_n_epoch, False
             self._forced = False
+
+
+def save_last(trainer: L.Trainer, callback: ModelCheckpoint) -> None:
+    """Write ``last.ckpt`` at a last step where nothing is due, or say that the steps since the latest one are lost."""
+    every, epochs, step = callback._every_n_train_steps, callback._every_n_epochs, trainer.global_step
+    is_epoch_due = epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0  # at its end, which follows
+    is_due = step % every == 0 if every else is_epoch_due
+    if is_due or callback._last_global_step_saved == step:
+        return
+    if callback.save_last:
+        callback._last_checkpoint_saved = ""  # so that save_last: link writes a file, and no link to an earlier step
+        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+    else:
+        rank_zero_warn(
+            f"ModelCheckpoint saved step {callback._last_global_step_saved:,} and the run ends at step {step:,}: what "
+            "it learned in between is in no checkpoint. Set save_last: true of ModelCheckpoint, or an "
+            "every_n_train_steps that divides trainer.max_steps."
+        )
 
 
 def has_validation(trainer: L.Trainer) -> bool:
