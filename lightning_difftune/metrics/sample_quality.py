@@ -96,11 +96,15 @@ class SampleQuality:
         }
 
     def generated(self, module: GeneratesClasses) -> LabelledFeatures:
-        """Samples of all classes in turn."""
+        """Samples of all classes in turn, at the trainer's precision."""
         labels = torch.arange(self.num_samples) % module.num_classes
         batches = torch.arange(self.num_samples).split(self.batch_size)
-        pictures = (module.generate(batch, module.class_conditions(labels[batch])) for batch in batches)
-        return LabelledFeatures(torch.cat([self._features_of(batch) for batch in pictures]), labels)
+        features = []
+        for batch in batches:
+            with module.trainer.precision_plugin.forward_context():
+                pictures = module.generate(batch, module.class_conditions(labels[batch]))
+            features.append(self._features_of(pictures))
+        return LabelledFeatures(torch.cat(features), labels)
 
     def real(self, data: SupportsLabelledImages, split: Literal["train", "val"]) -> LabelledFeatures:
         """The real pictures, from the cache if they are in it."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_difftune import MemoryBankDataModule
@@ -48,13 +49,15 @@ class Drawn:
     num_classes = CLASSES
 
     def __init__(self, data: Any, seed: int = 7, shift: int = 0, offset: int = 0) -> None:
-        self.trainer = SimpleNamespace(datamodule=data)
+        self.trainer = SimpleNamespace(datamodule=data, precision_plugin=MixedPrecision("bf16-mixed", "cpu"))
+        self.types: list[torch.dtype] = []
         self.seed, self.shift, self.offset = seed, shift, offset
 
     def class_conditions(self, class_labels: Tensor) -> tuple[Tensor, Tensor]:
         return class_labels, torch.full_like(class_labels, CLASSES)
 
     def generate(self, indices: Tensor, conditions: tuple[Tensor, Tensor]) -> Tensor:
+        self.types.append((torch.eye(2) @ torch.eye(2)).dtype)
         labels = (conditions[0].numpy() + self.shift) % CLASSES
         pictures = pictures_of(labels, seed=self.seed + int(indices[0])) + np.uint8(self.offset)
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
@@ -83,6 +86,14 @@ def test_samples_like_the_data_are_near_it_and_recognised(data: MemoryBankDataMo
     assert moved["fd_levels"] - values["fd_levels"] == pytest.approx(3 * 50**2, rel=0.1)
     assert moved["precision"] == moved["recall"] == 0
     assert quality.evaluate(Drawn(data, shift=1))["recognised"] == 0, "pictures of another class than asked for"
+
+
+def test_samples_are_drawn_at_the_trainers_precision_and_measured_in_float32(data: MemoryBankDataModule) -> None:
+    drawn, extractor = Drawn(data), Levels()
+    extractor.register_forward_hook(lambda *_: drawn.types.append((torch.eye(2) @ torch.eye(2)).dtype))
+    SampleQuality(extractor, num_samples=30, batch_size=15).evaluate(drawn)
+    assert drawn.types.count(torch.bfloat16) == 2
+    assert drawn.types.count(torch.float32) == len(drawn.types) - 2 > 0
 
 
 def test_distances_are_those_of_the_metric_class(data: MemoryBankDataModule) -> None:

@@ -106,7 +106,7 @@ def sample_grid(cli: DiffTuneCLI) -> bytes | None:
         return None
     from torchvision.utils import make_grid
 
-    with torch.inference_mode():
+    with torch.inference_mode(), cli.trainer.precision_plugin.forward_context():
         pictures = torch.cat([cli.model.generate(indices).cpu() for indices in torch.arange(GRID).split(25)])
     grid = make_grid(pictures, nrow=COLUMNS)  # of three channels, also where the pictures are grey
     return to_png(grid[: pictures.shape[1]])
