@@ -23,8 +23,7 @@ from tiny import tiny_config, tiny_dit, write_pictures
 
 import lightning_difftune
 from lightning_difftune import MemoryBank, MemoryBankDataModule, TextToImageDiffTuningModule, __version__
-from lightning_difftune.cli import COMMANDS, HELP, OWN, export, main, sample
-from lightning_difftune.cli.help import KEYS
+from lightning_difftune.cli import COMMANDS, HELP, KEYS, OWN, export, main, sample
 from lightning_difftune.cli.lightning import ConfigReader, expand_home
 from lightning_difftune.data import ImageFolder
 from lightning_difftune.errors import DataError

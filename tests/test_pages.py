@@ -246,7 +246,7 @@ def walk(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.stdin", None)  # nothing asks
-    monkeypatch.setattr("lightning_difftune.cli.plan.speed.timed", lambda run, device, least: 0.01)
+    monkeypatch.setattr("lightning_difftune.cli.plan.phases.timed", lambda run, device, least: 0.01)
     for folder in ("configs", "benchmarks"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     make_pictures()

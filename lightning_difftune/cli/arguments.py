@@ -41,11 +41,7 @@ class CommandParser(argparse.ArgumentParser):
         self._most_runs = 2 if several else 1
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse what is known, and return the rest: other options, each with its value.
-
-        Raises:
-            ConfigError: If something cannot be used, or a run is needed and there is none, or too many.
-        """
+        """Parse what is known, and return the rest: other options, each with its value."""
         own, rest = self._divided(list(sys.argv[1:] if args is None else args))
         options, unknown = super().parse_known_args(own, namespace)
         if self._most_runs:

@@ -45,15 +45,7 @@ HELD_OUT = {"train": 0.9, "val": 0.1}  # as configs/dit/folder.yaml
 
 
 def data(argv: Sequence[str]) -> int:
-    """Run one of the commands about data; returns the exit status.
-
-    Args:
-        argv: The command line after ``data``.
-
-    Raises:
-        ConfigError: If the command line cannot be used.
-        DataError: If there is no data set.
-    """
+    """Run one of the commands about data; returns the exit status."""
     if argv and argv[0] in ("-h", "--help"):
         argv = ["check", "--help"]
     if not argv or argv[0] != "check":

@@ -44,15 +44,7 @@ TOLERANCE = 1e-4  # of the largest output: float32 rounds differently once facto
 
 
 def export(argv: Sequence[str]) -> None:
-    """Export the network of one checkpoint and say what was done.
-
-    Args:
-        argv: The command line after ``export``.
-
-    Raises:
-        ConfigError: If the command line or a config cannot be used, or the tuner cannot be merged.
-        CheckpointError: If the checkpoint cannot be used, the result does not compute the same, or the hub refuses it.
-    """
+    """Export the network of one checkpoint and say what was done."""
     options, rest = parser().parse_known_args(argv)
     if options.output is None:
         raise ConfigError("difftune export needs a place for the result: --output FILE.safetensors or FOLDER.")
@@ -107,12 +99,7 @@ def is_adapter(module: DiffTuningModule, format: str | None) -> bool:
 
 
 def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: list[str]) -> Any:
-    """Write a LoRA's layers as peft or diffusers does, and return the network that they belong to.
-
-    Raises:
-        ConfigError: If the run did not train a LoRA.
-        CheckpointError: If what was written does not read back.
-    """
+    """Write a LoRA's layers as peft or diffusers does, and return the network that they belong to."""
     (network,) = module.trainable_modules()
     tuner: Any = module.tuner
     if not hasattr(tuner, "save_adapter"):
@@ -151,11 +138,7 @@ def name_classes(run: TunedRun, done: list[str]) -> None:
 
 
 def plain_network(module: DiffTuningModule, done: list[str]) -> Any:
-    """The one network that was trained, with its tuner's layers merged.
-
-    Raises:
-        ConfigError: If there are several, or the tuner cannot be merged.
-    """
+    """The one network that was trained, with its tuner's layers merged."""
     networks = module.trainable_modules()
     if len(networks) != 1:
         raise ConfigError(f"difftune export writes one network; {type(module).__name__} trains {len(networks)}.")
@@ -171,11 +154,7 @@ def plain_network(module: DiffTuningModule, done: list[str]) -> Any:
 
 
 def write(module: DiffTuningModule, network: Any, output: Path, done: list[str]) -> None:
-    """Write the network next to its place, compare what is read back with the tuned one, and move it there.
-
-    Raises:
-        CheckpointError: If it computes something else, or cannot be written.
-    """
+    """Write the network next to its place, compare what is read back with the tuned one, and move it there."""
     with atomic_path(output) as draft:
         reloaded = module.write_export(network, draft)
         coarsest = max(torch.finfo(p.dtype).eps for p in reloaded.parameters() if p.is_floating_point())

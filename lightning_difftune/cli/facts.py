@@ -158,11 +158,7 @@ def export_command(run: Run) -> str:
 
 
 def after_fit(trainer: Any) -> str:
-    """What ``difftune fit`` leaves: run folder, checkpoint, latest scores, pictures, and the next commands.
-
-    Args:
-        trainer: After ``fit``; it has a logger's folder or a ``default_root_dir``.
-    """
+    """What ``difftune fit`` leaves: run folder, checkpoint, latest scores, pictures, and the next commands."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     run = Run(folder)
     told = [name for name in run.metrics if name in run.scores or name == "val/loss"]

@@ -22,9 +22,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_difftune.callbacks.preemption import with_defaults
 from lightning_difftune.cli.parser import DiffTuneParser, load, part_parser
-from lightning_difftune.cli.record import SavedConfig, completed, is_file_name, is_requeued
-from lightning_difftune.cli.run import Run, newest_checkpoint
-from lightning_difftune.cli.run_files import check_checkpoint
+from lightning_difftune.cli.record import SaveRun, completed, is_file_name
+from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import check_checkpoint, newest_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.modules.checkpoints import write_whole
@@ -69,7 +69,8 @@ class DiffTuneCLI(LightningCLI):
         set_seed(self.config[command] if command else self.config)
         settings = self.config[command] if command else Namespace()
         path = settings.get("ckpt_path")
-        if path == "last" or (path is None and command == "fit" and is_requeued()):
+        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")  # a SLURM job, started again
+        if path == "last" or (path is None and command == "fit" and is_requeued):
             # Lightning looks in the folder of the run that begins, where there is none yet.
             newest = newest_checkpoint(Path(settings.trainer.default_root_dir or "."))
             path = settings["ckpt_path"] = path if newest is None else str(newest)
@@ -127,11 +128,7 @@ LARGEST_SEED = 2**32 - 1
 
 
 def set_seed(settings: Namespace) -> None:
-    """Look at the seed, and where it is ``true`` draw one, for Lightning, the model and the data alike.
-
-    Raises:
-        ConfigError: If it is not a seed.
-    """
+    """Check the seed, and where it is ``true`` draw one, for Lightning, the model and the data alike."""
     seed = settings.get("seed_everything")
     if seed is True:
         seed = settings["seed_everything"] = secrets.randbelow(LARGEST_SEED)
@@ -156,10 +153,6 @@ def loggers_of(given: Any, folder: str | None) -> Any:
 
     Loggers of services, such as Weights & Biases and MLflow, have no folder that is the run's alone, where its config,
     checkpoints and pictures could go: the CSV file is then kept in addition.
-
-    Args:
-        given: The trainer's ``logger``: None or True, False, a logger or several.
-        folder: The trainer's ``default_root_dir``.
     """
     if given is False:
         return False
@@ -206,11 +199,7 @@ class ConfigReader(DiffTuneCLI):
         """Make nothing."""
 
     def compose(self, args: Sequence[str]) -> str:
-        """What a command line without a command sets, as YAML; defaults of the code are left out.
-
-        Raises:
-            ConfigError: If a config is missing or something in it cannot be used.
-        """
+        """What a command line without a command sets, as YAML; defaults of the code are left out."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none: the name in all of version 4
             return self.parser.dump(self.parser.parse_args(list(args), defaults=False), skip_none=False)
@@ -254,7 +243,7 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
     try:
         return DiffTuneCLI(
             **_WIRING,
-            save_config_callback=SavedConfig,
+            save_config_callback=SaveRun,
             save_config_kwargs={"overwrite": True},
             args=completed(args) if run else list(args),
             run=run,

@@ -28,11 +28,7 @@ class DiffTuneParser(LightningArgumentParser):
     """Says what is wrong with the command line in one message, without the usage of two hundred options."""
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
-        """Parse a command line and its configs.
-
-        Raises:
-            ConfigError: If something in them cannot be used; jsonargparse lets some errors of its readers through.
-        """
+        """Parse a command line and its configs."""
         given = args[0] if args else options.get("args")
         self._command = str(given[0]) if given else ""
         if isinstance(given, list | tuple):
@@ -155,11 +151,7 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 
 
 def load(text: str) -> Any:
-    """Read YAML.
-
-    Raises:
-        yaml.YAMLError: If it is not, or has a key twice.
-    """
+    """Read YAML."""
     if ":" in text:
         for key, first, second in _repeated(yaml.compose(text, Loader=yaml.SafeLoader), set()):
             raise yaml.YAMLError(f"the key {key!r} is there twice, in lines {first} and {second}; delete one")

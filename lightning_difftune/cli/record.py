@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,7 +20,8 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_difftune import __version__, draws
-from lightning_difftune.cli.run import CONFIG, Run, launch_of, newest_checkpoint
+from lightning_difftune.cli.run import CONFIG, Run
+from lightning_difftune.cli.run_files import launch_of, newest_checkpoint
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.trust import split_trusted
 
@@ -43,16 +43,15 @@ def circumstances() -> dict[str, Any]:
 
 def commit() -> dict[str, Any] | None:
     """The commit of the repository that the command was given in, and whether its files differ; None elsewhere."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        head = _git("rev-parse", "HEAD")
-        return {"commit": head, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+        head = git("rev-parse", "HEAD")
+        return {"commit": head, "changed": bool(git("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):  # no git, no repository, or no commit yet
         return None
-
-
-def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
 
 
 def class_counts(datamodule: Any) -> dict[str, int] | None:
@@ -72,20 +71,27 @@ def scores(callbacks: Iterable[Any]) -> dict[str, Any]:
 
 
 class SaveRun(SaveConfigCallback):
-    """Saves ``environment.json`` next to the ``config.yaml`` that Lightning saves when a run starts."""
+    """Saves what the run is: ``environment.json`` next to its ``config.yaml``, and the settings in every checkpoint.
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder on all processes, since ``trainer.log_dir`` is a broadcast, then save on the first."""
+    A folder may be shared by several runs, of which the last one overwrites the file; a checkpoint is of one run.
+    """
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the folder on all processes, since ``trainer.log_dir`` is a broadcast."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if stage != "fit":
+        if stage != "fit":  # a fit saves when it starts, since a checkpoint that does not fit is refused before
             super().setup(trainer, pl_module, stage)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what is about to be trained; what a checkpoint cannot be resumed with is refused before."""
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save, with what the module, which knows its model by now, made of settings that were left out."""
+        settings = self.config.get("model", {}).get("init_args", {})
+        for name, values in getattr(pl_module, "completed_settings", dict)().items():
+            if name in settings:
+                settings[name] = Namespace({**(vars(settings[name]) if settings[name] is not None else {}), **values})
         super().setup(trainer, pl_module, "fit")
 
-    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write when and where the run starts. What cannot be written is a warning; the run is worth more."""
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Write ``environment.json``. If it cannot be written, that is a warning; the run is worth more."""
         record = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -93,7 +99,7 @@ class SaveRun(SaveConfigCallback):
             "processes": trainer.world_size,
             "git": commit(),
             "class_counts": class_counts(getattr(trainer, "datamodule", None)),
-            "scores": scores(vars(trainer)["callbacks"]),
+            "scores": scores(trainer.callbacks),
         }
         path = self._folder / "environment.json"
         try:
@@ -101,24 +107,8 @@ class SaveRun(SaveConfigCallback):
         except OSError as error:
             rank_zero_warn(f"{path} could not be saved: {error}. Training continues.")
 
-
-class SavedConfig(SaveRun):
-    """Puts the composed settings into every checkpoint, besides the run's ``config.yaml``.
-
-    A folder may be shared by several runs, of which the last one overwrites the file; a checkpoint is of one run. What
-    was logged before a checkpoint is on the disk when the checkpoint is.
-    """
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Put in what the module, which knows its model by now, made of settings that were left out."""
-        settings = self.config.get("model", {}).get("init_args", {})
-        for name, values in getattr(pl_module, "completed_settings", dict)().items():
-            if name in settings:
-                settings[name] = Namespace({**(vars(settings[name]) if settings[name] is not None else {}), **values})
-        super().on_train_start(trainer, pl_module)
-
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add them as YAML, and have the loggers write what they hold back."""
+        """Add the settings as YAML; what was logged before a checkpoint is on the disk when the checkpoint is."""
         for logger in trainer.loggers:
             logger.save()
         with warnings.catch_warnings():
@@ -158,7 +148,11 @@ def completed(args: Sequence[str]) -> list[str]:
         return list(args)
     command, *rest = args
     settings = run.settings(trusted)
-    describe(command, run, settings)
+    trainer = settings.get("trainer")
+    last = trainer.get("max_steps") if isinstance(trainer, dict) else None
+    what = "Resuming from" if command == "fit" else "Opening"
+    reached = f"{run.step} of {last}" if last else run.step
+    rank_zero_info(f"{what} {run.checkpoint}, step {reached}, with the config of its run.")
     return [command, "--config", yaml.safe_dump(settings, sort_keys=False), *rest, "--ckpt_path", str(run.checkpoint)]
 
 
@@ -172,17 +166,3 @@ def value_of(args: Sequence[str], option: str) -> str | None:
 def is_file_name(checkpoint: str) -> bool:
     """Whether it is a path here, not a word of Lightning's own or an address."""
     return checkpoint.partition(":")[0] not in ("last", "hpc", "registry") and "://" not in checkpoint
-
-
-def describe(command: str, run: Run, settings: dict[str, Any]) -> None:
-    """Say in one line what is resumed, or opened."""
-    trainer = settings.get("trainer")
-    last = trainer.get("max_steps") if isinstance(trainer, dict) else None
-    of = f" of {last}" if last else ""
-    what = "Resuming from" if command == "fit" else "Opening"
-    rank_zero_info(f"{what} {run.checkpoint}, step {run.step}{of}, with the config of its run.")
-
-
-def is_requeued() -> bool:
-    """Whether this is a SLURM job that was started again."""
-    return os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")

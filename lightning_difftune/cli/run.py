@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -16,12 +15,24 @@ from typing import Any
 import yaml
 
 from lightning_difftune.callbacks.ema import averages_in
-from lightning_difftune.cli.run_files import Series, mapping_of, read_checkpoint, read_metrics, text_of
+from lightning_difftune.cli.run_files import (
+    MARKS,
+    Series,
+    checkpoints_below,
+    launch_of,
+    launches_below,
+    mapping_of,
+    newest,
+    newest_checkpoint,
+    only_one,
+    read_checkpoint,
+    read_metrics,
+    text_of,
+)
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.trust import check_trust
 
 CONFIG = "config"  # the key of a checkpoint under which its run's settings are
-MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
 
 
 class Run:
@@ -83,11 +94,7 @@ class Run:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """What the checkpoint holds, with its tensors mapped into memory; nothing without one.
-
-        Raises:
-            CheckpointError: If it is missing or damaged.
-        """
+        """What the checkpoint holds, with its tensors mapped into memory; nothing without one."""
         return {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
 
     @property
@@ -241,62 +248,3 @@ class Run:
         """Whether the logs end before the run's last step; the last ones may lie between two lines of the log."""
         every = self.setting("trainer", "log_every_n_steps") or 50
         return self.max_steps is not None and self.last_step + every <= self.max_steps
-
-
-# -- where runs are -----------------------------------------------------------------------------------------------
-
-
-def newest(files: Any) -> Path | None:
-    """The file that was written last; of equals, ``last.ckpt``."""
-    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt", str(file)), default=None)
-
-
-def newest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint of a Lightning run below a folder that was written last; hidden folders are left out."""
-    files = list(checkpoints_below(root))
-    while (file := newest(files)) is not None:
-        if "pytorch-lightning_version" in read_checkpoint(file):
-            return file
-        files.remove(file)
-    return None
-
-
-def checkpoints_below(root: Path) -> Iterator[Path]:
-    """All checkpoints below a folder."""
-    return (file for file in _files_below(root) if file.suffix == ".ckpt")
-
-
-def launches_below(root: Path) -> list[Path]:
-    """The folders of launches: that folder itself and those below it, with a config or logs."""
-    return list(dict.fromkeys(file.parent for file in _files_below(root) if file.name in MARKS))
-
-
-def launch_of(checkpoint: Path) -> Path:
-    """The folder of a checkpoint's config and logs: its own, or the one above; its own if neither has them."""
-    here = checkpoint.absolute().parent
-    return next((folder for folder in (here, here.parent) if any((folder / m).is_file() for m in MARKS)), here)
-
-
-def root_of(launch: Path) -> Path:
-    """The folder that a run's launches share: Lightning puts them in ``lightning_logs/version_N``."""
-    if re.fullmatch(r"version_\d+", launch.name):
-        launch = launch.parent
-    return launch.parent if launch.name == "lightning_logs" else launch
-
-
-def only_one(place: Path, launches: list[Path]) -> None:
-    """Refuse a folder of several runs.
-
-    Raises:
-        DataError: If the launches are not of one run.
-    """
-    roots = sorted({root_of(launch.absolute()) for launch in launches})
-    if len(roots) > 1 and place.absolute() not in roots:
-        shown = ", ".join(str(root) for root in roots[:5]) + (", ..." if len(roots) > 5 else "")
-        raise DataError(f"There are {len(roots)} runs in {place}: {shown}. Name one of them.")
-
-
-def _files_below(root: Path) -> Iterator[Path]:
-    for folder, inner, files in os.walk(root):
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))

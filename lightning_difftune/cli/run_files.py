@@ -1,39 +1,36 @@
-"""How the files that a run leaves are read, whole or killed half-way."""
+"""Where the files of runs are, and how they are read, whole or killed half-way."""
 
 from __future__ import annotations
 
 import csv
 import math
+import os
+import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_difftune.errors import DataError
 from lightning_difftune.models.checkpoint_files import check_records
 from lightning_difftune.modules.checkpoints import read_run
 
 Series = list[tuple[int, float]]
+MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What a checkpoint of a run holds, with its tensors mapped into memory; nothing is unpickled but tensors.
 
-    Returns:
-        Its content; nothing for a folder, as sharded strategies write them.
-
-    Raises:
-        CheckpointError: If it is missing, truncated or something else.
+    Of a folder, as sharded strategies write them, it is empty. A file that cannot be read is a ``CheckpointError``.
     """
     return {} if path.is_dir() else read_run(path, mmap=True, checked=False)
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint, compare its records with their checksums, and return what it holds.
-
-    Raises:
-        CheckpointError: If it is missing, truncated, altered or something else.
-    """
+    """Read every byte of a checkpoint, compare its records with their checksums, and return what it holds."""
     content = read_checkpoint(path)
     if content:
         check_records(path)
@@ -50,12 +47,10 @@ def read_metrics(path: Path) -> dict[str, Series]:
     metrics: dict[str, Series] = defaultdict(list)
     for row in rows:
         step = _number(row.get("step"))
-        if step is None or not math.isfinite(step):
-            continue
-        for name, cell in row.items():
-            value = None if name in (None, "step", "epoch") else _number(cell)
-            if value is not None:
-                metrics[name].append((int(step), value))
+        if step is not None and math.isfinite(step):
+            for name, cell in row.items():
+                if name not in (None, "step", "epoch") and (value := _number(cell)) is not None:
+                    metrics[name].append((int(step), value))
     return {name: sorted(series, key=lambda point: point[0]) for name, series in metrics.items()}
 
 
@@ -78,3 +73,55 @@ def mapping_of(parse: Any, text: str) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError):  # cut off when the run was killed
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def newest(files: Any) -> Path | None:
+    """The file that was written last; of equals, ``last.ckpt``."""
+    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt", str(file)), default=None)
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The checkpoint of a Lightning run below a folder that was written last; hidden folders are left out."""
+    files = list(checkpoints_below(root))
+    while (file := newest(files)) is not None:
+        if "pytorch-lightning_version" in read_checkpoint(file):
+            return file
+        files.remove(file)
+    return None
+
+
+def checkpoints_below(root: Path) -> Iterator[Path]:
+    """All checkpoints below a folder."""
+    return (file for file in _files_below(root) if file.suffix == ".ckpt")
+
+
+def launches_below(root: Path) -> list[Path]:
+    """The folders of launches: that folder itself and those below it, with a config or logs."""
+    return list(dict.fromkeys(file.parent for file in _files_below(root) if file.name in MARKS))
+
+
+def launch_of(checkpoint: Path) -> Path:
+    """The folder of a checkpoint's config and logs: its own, or the one above; its own if neither has them."""
+    here = checkpoint.absolute().parent
+    return next((folder for folder in (here, here.parent) if any((folder / m).is_file() for m in MARKS)), here)
+
+
+def root_of(launch: Path) -> Path:
+    """The folder that a run's launches share: Lightning puts them in ``lightning_logs/version_N``."""
+    if re.fullmatch(r"version_\d+", launch.name):
+        launch = launch.parent
+    return launch.parent if launch.name == "lightning_logs" else launch
+
+
+def only_one(place: Path, launches: list[Path]) -> None:
+    """Refuse a folder of several runs."""
+    roots = sorted({root_of(launch.absolute()) for launch in launches})
+    if len(roots) > 1 and place.absolute() not in roots:
+        shown = ", ".join(str(root) for root in roots[:5]) + (", ..." if len(roots) > 5 else "")
+        raise DataError(f"There are {len(roots)} runs in {place}: {shown}. Name one of them.")
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    for folder, inner, files in os.walk(root):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))

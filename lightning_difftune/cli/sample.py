@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_difftune import __version__
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.facts import export_command
-from lightning_difftune.cli.run import checkpoints_below, launches_below
+from lightning_difftune.cli.run_files import checkpoints_below, launches_below
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
@@ -44,15 +44,7 @@ machine; another batch size or device rounds differently and may move a pixel by
 
 
 def sample(argv: Sequence[str]) -> None:
-    """Draw the pictures and say where they are.
-
-    Args:
-        argv: The command line after ``sample``.
-
-    Raises:
-        ConfigError: If the command line cannot be used, or names a class that is not there.
-        CheckpointError: If the source cannot be opened.
-    """
+    """Draw the pictures and say where they are."""
     options, rest = parser().parse_known_args(argv)
     if options.num_samples < 1 or options.batch_size < 1:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
@@ -107,11 +99,7 @@ def parser() -> CommandParser:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device asked for, or a GPU if there is one.
-
-    Raises:
-        ConfigError: If there is no such device.
-    """
+    """The device asked for, or a GPU if there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -121,11 +109,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def free_folder(folder: Path | None, overwrite: bool) -> Path:
-    """The folder asked for, or ``runs/samples``, with the next free number if that is taken.
-
-    Raises:
-        ConfigError: If the folder asked for has files in it, and those may not be replaced.
-    """
+    """The folder asked for, or ``runs/samples``, with the next free number if that is taken."""
     if folder is not None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
             raise ConfigError(f"{folder} is not empty. Choose another --output, or pass --overwrite.")
@@ -136,11 +120,7 @@ def free_folder(folder: Path | None, overwrite: bool) -> Path:
 
 
 def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
-    """The model's own sampler with what the command line changes.
-
-    Raises:
-        ConfigError: If a setting is out of range, or the solver does not fit the model.
-    """
+    """The model's own sampler with what the command line changes."""
     own, changes = source.module.sampler, dict[str, Any]()
     if options.steps is not None:
         changes["num_inference_steps"] = options.steps

@@ -56,15 +56,7 @@ class MeasuresSwaps(Protocol):
 
 
 def swap(argv: Sequence[str]) -> None:
-    """Measure each checkpoint, then write ``swap.csv``, ``swap.svg`` and ``swap.png``.
-
-    Args:
-        argv: The command line after ``swap``.
-
-    Raises:
-        ConfigError: If there is no run, or not one name for each.
-        CheckpointError: If a checkpoint cannot be used.
-    """
+    """Measure each checkpoint, then write ``swap.csv``, ``swap.svg`` and ``swap.png``."""
     parser = CommandParser("swap", DESCRIPTION)
     parser.add_run("folder of a run, or a checkpoint; two to compare them", several=True)
     parser.add_argument("--name", action="append", default=[], help="what a run is called in the figure")

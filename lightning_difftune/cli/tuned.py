@@ -54,12 +54,7 @@ class TunedRun:
         return f"{self.run.checkpoint}, step {self.run.step}, tuned from {self.module.base_identity['name']}"
 
     def weights(self, raw: bool, done: list[str]) -> AbstractContextManager[None]:
-        """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights.
-
-        Args:
-            raw: Leave the averages out.
-            done: Gets a line that says which weights those are.
-        """
+        """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights."""
         average = self.run.averages
         if raw or average is None:
             done.append("weights: as trained" + ("; the checkpoint has no averages" if average is None else ""))

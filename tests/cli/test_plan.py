@@ -12,9 +12,9 @@ from diffusers import AutoencoderKL
 from lightning_difftune import DiTDiffTuningModule
 from lightning_difftune.cli import main
 from lightning_difftune.cli.lightning import ModelReader
+from lightning_difftune.cli.plan.phases import PEAKS, Speed
 from lightning_difftune.cli.plan.probe import PARTS, Probe, all_parameters, count, saved_bytes, without_values
 from lightning_difftune.cli.plan.shapes import published_shapes
-from lightning_difftune.cli.plan.speed import ACCELERATORS, DataSheet, Measured
 from lightning_difftune.models import DiT, FrozenAutoencoder
 from lightning_difftune.tuners import LoRA
 
@@ -102,20 +102,21 @@ def test_counting_leaves_no_values_behind() -> None:
 
 def test_hours_by_a_data_sheet() -> None:
     costs = costs_of()
-    speeds = [DataSheet("a100", part, "bf16-mixed", costs).seconds("train") for part in (0.25, 0.5)]
+    speeds = [Speed.of_data_sheet("a100", part, "bf16-mixed", costs).seconds["train"] for part in (0.25, 0.5)]
     assert speeds[0] == 2 * speeds[1] == costs.flops["train"] / (0.25 * 312e12)
-    slower = DataSheet("a100", 0.25, "32-true", costs)
-    assert slower.seconds("train") == 2 * speeds[0]
-    assert slower.seconds("encode") == DataSheet("a100", 0.25, "bf16-mixed", costs).seconds("encode")
-    assert all(accelerator.flops["bf16"] > accelerator.flops["tf32"] for accelerator in ACCELERATORS.values())
+    slower = Speed.of_data_sheet("a100", 0.25, "32-true", costs)
+    assert slower.seconds["train"] == 2 * speeds[0]
+    assert slower.seconds["encode"] == Speed.of_data_sheet("a100", 0.25, "bf16-mixed", costs).seconds["encode"]
+    assert all(peaks["bf16"] > peaks["tf32"] for peaks in PEAKS.values())
 
 
 def test_every_part_is_timed_here() -> None:
     module = module_of()
     before = module.dit.pos_embed.clone()
-    speed = Measured(Probe(module, (3, 16, 16), 4, "32-true"), Probe(module, (3, 16, 16), 8, "32-true"), least=0.0)
-    assert all(speed.seconds(part) > 0 for part in PARTS)
-    assert speed.seconds("train") > speed.seconds("denoise")
+    of_training, of_building = (Probe(module, (3, 16, 16), size, "32-true") for size in (4, 8))
+    speed = Speed.measured(of_training, of_building, least=0.0)
+    assert all(speed.seconds[part] > 0 for part in PARTS)
+    assert speed.seconds["train"] > speed.seconds["denoise"]
     assert torch.equal(module.dit.pos_embed, before)
 
 

@@ -66,7 +66,7 @@ def test_the_pages_memory_of_a_whole_network_is_what_plan_counts(
         module.train()
         one, two = (Probe(module, (3, 1024, 1024), batch_size, "bf16-mixed") for batch_size in (1, 2))
         costs = costs_of(one, two, {}, mode)
-    assert size(Memory.of(costs, data.batch_size, 1, data.latent_cache is not None).most) == SAID[name]
+    assert size(Memory.of(costs, data.batch_size, data.latent_cache is not None).most) == SAID[name]
 
 
 def test_the_pages_memory_of_a_lora_is_the_readmes() -> None:

@@ -31,14 +31,7 @@ share a file system, divide the runs among themselves."""
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Write the tables and figures of a study; with ``--run``, do what is missing of it first.
-
-    Args:
-        argv: The command line after ``compare``.
-
-    Raises:
-        DiffTuneError: If the study cannot be run, or some of its runs failed.
-    """
+    """Write the tables and figures of a study; with ``--run``, do what is missing of it first."""
     parser = CommandParser("compare", DESCRIPTION)
     parser.usage = "difftune compare STUDY.yaml [options]"
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
@@ -92,11 +85,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
-    """The runs of these names.
-
-    Raises:
-        ConfigError: If the study has no run of a name.
-    """
+    """The runs of these names."""
     unknown = [name for name in names or () if name not in study.runs]
     if unknown:
         raise ConfigError(f"{study.path} has no run {unknown[0]!r}; its runs are {', '.join(study.runs)}.")
@@ -118,12 +107,7 @@ def list_jobs(jobs: Sequence[Job], console: Console) -> None:
 
 
 def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
-    """Forget results and unfinished runs of another config if asked to, else refuse to add to them.
-
-    Raises:
-        ConfigError: If there are some, and ``rerun`` is not set.
-        StoreError: If ``rerun`` is set and another process is doing one of them.
-    """
+    """Forget results and unfinished runs of another config if asked to, else refuse to add to them."""
     for job in jobs:
         differences = job.differences()
         if differences and not rerun:
@@ -213,11 +197,7 @@ def last_line(log: Path) -> str:
 
 
 def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console: Console) -> None:
-    """Write tables and figures of all results that are there, not of ``jobs`` alone, and print the table.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """Write tables and figures of all results that are there, not of ``jobs`` alone, and print the table."""
     results: list[tuple[StudyRun, Mapping[str, Any]]] = []
     grids: dict[str, Path] = {}  # of each run's first seed
     composed = [(job.run, job.seed) for job in jobs]

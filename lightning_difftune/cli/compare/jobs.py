@@ -74,11 +74,7 @@ class Job:
         return json_digest(self.identity)
 
     def result(self) -> dict[str, Any] | None:
-        """The result, if the run is finished.
-
-        Raises:
-            StoreError: If a run did not write the file.
-        """
+        """The result, if the run is finished."""
         return _read(self.result_path, "result")
 
     def order(self) -> dict[str, Any] | None:
@@ -122,11 +118,7 @@ class Job:
 
 
 def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, kept: Path) -> Iterator[Job]:
-    """The jobs of runs and their seeds, with all configs composed and checked.
-
-    Raises:
-        ConfigError: If a config, or something that the study sets, cannot be used; names the run.
-    """
+    """The jobs of runs and their seeds, with all configs composed and checked."""
     reader = ConfigReader()
     for run, seed in runs:
         try:

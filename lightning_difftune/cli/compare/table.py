@@ -53,11 +53,7 @@ class Line:
 
 
 def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]]]) -> list[Line]:
-    """Gather results into one line for each run, in the study's order.
-
-    Raises:
-        ConfigError: If a result lacks a metric that the study compares.
-    """
+    """Gather results into one line for each run, in the study's order."""
     by_run: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for run, result in results:
         missing = [name for name in study.metrics if name not in result["values"]]

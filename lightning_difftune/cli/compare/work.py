@@ -31,14 +31,7 @@ COLUMNS = 10
 
 
 def work(folder: Path) -> None:
-    """Fit, evaluate and write the result of the run that is described in a folder.
-
-    Args:
-        folder: Has ``config.yaml`` and ``job.json``; gets the logs and checkpoints.
-
-    Raises:
-        DiffTuneError: If the run cannot be done.
-    """
+    """Fit, evaluate and write the result of the run that is described in a folder."""
     job = json.loads((folder / "job.json").read_text())
     measures = evaluators(job["identity"]["evaluate"])  # a mistake there shows before the training, not after
     resume = [] if job["checkpoint"] is None else ["--ckpt_path", job["checkpoint"]]
@@ -73,11 +66,7 @@ def work(folder: Path) -> None:
 
 
 def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
-    """The objects that are named by ``class_path`` and ``init_args``.
-
-    Raises:
-        ConfigError: If there is no such class, or it takes other arguments.
-    """
+    """The objects that are named by ``class_path`` and ``init_args``."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--evaluate", type=list[Evaluator])
     try:

@@ -33,15 +33,7 @@ printed as by `difftune plan`."""
 
 
 def init(argv: Sequence[str]) -> None:
-    """Look, write, and say what it costs and what comes next.
-
-    Args:
-        argv: The command line after ``init``.
-
-    Raises:
-        ConfigError: If the command line cannot be used, or the model does not fit the pictures.
-        DataError: If there are no pictures that can be used.
-    """
+    """Look, write, and say what it costs and what comes next."""
     parser = CommandParser("init", DESCRIPTION)
     parser.usage = "difftune init FOLDER [options]"
     parser.add_argument("path", metavar="FOLDER", help="pictures: a folder, .npz, shards, or a data set on the hub")
@@ -79,11 +71,7 @@ def init(argv: Sequence[str]) -> None:
 
 
 def look(path: str, wants_captions: bool) -> Seen:
-    """Look at all pictures as ``difftune data check`` does.
-
-    Raises:
-        DataError: If fewer than two pictures can be read.
-    """
+    """Look at all pictures as ``difftune data check`` does."""
     parts = parts_of(path)
     facts = facts_at(parts["train"], None, 0)
     if len(facts.readable) < 2:
@@ -130,11 +118,7 @@ def source_of(source: Any, path: str) -> str:
 
 
 def planned(seen: Seen, model: str | None, task: str) -> Plan:
-    """Choose the model and all sizes.
-
-    Raises:
-        ConfigError: If a model is asked for that is not known, or does not take what the pictures have.
-    """
+    """Choose the model and all sizes."""
     known = CLASSES if task == "classes" else CAPTIONS
     if task in CONTROLS and not seen.held_out:
         raise ConfigError(

@@ -119,11 +119,7 @@ ALIKE = {  # by the pipeline's class, or by what is in a name on the hub: the ba
 
 
 def alike(model: str, known: dict[str, Base]) -> Base:
-    """The base whose settings another model gets: of the class in its ``model_index.json``, or what its name says.
-
-    Raises:
-        ConfigError: If the folder is of another class.
-    """
+    """The base whose settings another model gets: of the class in its ``model_index.json``, or what its name says."""
     large = next(base for base in reversed(known.values()) if base.is_large)
     if known is not CAPTIONS:
         return large

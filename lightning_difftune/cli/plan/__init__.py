@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 from collections.abc import Sequence
@@ -16,10 +15,9 @@ from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import ModelReader
-from lightning_difftune.cli.plan.phases import Phase, num_devices, phases
+from lightning_difftune.cli.plan.phases import PEAKS, UTILISATION, Phase, Speed, num_devices, phases
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
-from lightning_difftune.cli.plan.speed import ACCELERATORS, FLOAT, UTILISATION, DataSheet, Measured, Setup, Speed
 from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
@@ -34,18 +32,9 @@ machine. All other options are --config and overrides of its keys, as of `difftu
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Print what a run costs.
-
-    Args:
-        argv: The command line after ``plan``.
-
-    Raises:
-        DiffTuneError: If the config cannot be used.
-    """
+    """Print what a run costs."""
     parser = CommandParser("plan", DESCRIPTION)
-    parser.add_argument(
-        "--device", choices=[*ACCELERATORS, "measured"], default="a100", help="whose hours (default: a100)"
-    )
+    parser.add_argument("--device", choices=[*PEAKS, "measured"], default="a100", help="whose hours (default: a100)")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of a named device's peak (0.2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     options, rest = parser.parse_known_args(argv)
@@ -68,13 +57,14 @@ def plan(argv: Sequence[str]) -> None:
         shape = (data.channels, data.image_size, data.image_size)
         timed = measured(module, data, shape, precision) if options.device == "measured" else None
         costs = count(module, shape, precision, mode)
-        speed = timed or DataSheet(options.device, options.utilisation, precision, costs)
+        speed = timed or Speed.of_data_sheet(options.device, options.utilisation, precision, costs)
         found = phases(config, module, costs, *sizes(reader))
-    memory = Memory.of(costs, data.batch_size, num_devices(config.trainer), data.latent_cache is not None)
-    show(found, costs, speed, memory, num_devices(config.trainer), options)
+    memory = Memory.of(costs, data.batch_size, data.latent_cache is not None)
+    show(found, costs, speed, memory, num_devices(config.trainer), options.json)
 
 
 CPU_BATCH = 16
+FLOAT = 4  # bytes of float32, in which weights, gradients and Adam's moments are kept, also under autocast
 
 
 def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precision: str) -> Speed:
@@ -86,7 +76,7 @@ def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precis
     size = BATCH_SIZE if data.build_batch_size == "auto" else data.build_batch_size
     if device.type == "cpu":
         size = min(size, CPU_BATCH)  # more of them take as long, each
-    return Measured(of_training, Probe(trained, shape, size, precision))
+    return Speed.measured(of_training, Probe(trained, shape, size, precision))
 
 
 def sizes(reader: ModelReader) -> tuple[int | None, int | None]:
@@ -113,14 +103,10 @@ class Memory:
     activations: float
 
     @classmethod
-    def of(cls, costs: Costs, batch_size: int, devices: int, caches_captions: bool) -> Memory:
+    def of(cls, costs: Costs, batch_size: int, caches_captions: bool) -> Memory:
         """By what a sample costs; text encoders leave the device for the training where captions are cached."""
-        kept = Setup(costs.trained, devices=devices).memory + costs.frozen_bytes
-        return cls(
-            costs.trained * FLOAT + costs.frozen_bytes,
-            kept - (costs.text_bytes if caches_captions else 0),
-            costs.activation_bytes * batch_size,
-        )
+        kept = 5 * FLOAT * costs.trained + costs.frozen_bytes - (costs.text_bytes if caches_captions else 0)
+        return cls(FLOAT * costs.trained + costs.frozen_bytes, kept, costs.activation_bytes * batch_size)
 
     @property
     def most(self) -> float:
@@ -141,20 +127,25 @@ class Memory:
         )
 
 
-def show(
-    found: Sequence[Phase], costs: Costs, speed: Speed, memory: Memory, devices: int, options: argparse.Namespace
-) -> None:
-    """Print the table, and write it as JSON if asked to."""
+def show(found: Sequence[Phase], costs: Costs, speed: Speed, memory: Memory, devices: int, file: Path | None) -> None:
+    """Print the table, and write it as JSON if there is a file for it."""
+    rows: dict[str, dict[str, Any]] = {
+        phase.name: {
+            "what": phase.what,
+            "flops": phase.flops(costs),
+            "seconds": phase.seconds(speed, devices),
+            "disk_bytes": phase.disk,
+        }
+        for phase in found
+    }
+    total = {key: sum(row[key] for row in rows.values()) for key in ("flops", "seconds", "disk_bytes")}
     table = Table(title=f"{speed.name}, {devices} device{'s' if devices > 1 else ''}", title_justify="left")
     for heading in ("", "what", "FLOPs", "time", "disk"):
         table.add_column(heading, justify="left" if heading in ("", "what") else "right")
-    total = sum(phase.seconds(speed, devices) for phase in found)
-    for phase in found:
-        cells = f"{phase.flops(costs):.2g}", duration(phase.seconds(speed, devices)), size(phase.disk)
-        table.add_row(phase.name, phase.what, *cells)
-    table.add_section()
-    flops, disk = sum(phase.flops(costs) for phase in found), sum(phase.disk for phase in found)
-    table.add_row("in all", "", f"{flops:.2g}", duration(total), size(disk))
+    for name, row in {**rows, "in all": {"what": "", **total}}.items():
+        if name == "in all":
+            table.add_section()
+        table.add_row(name, row["what"], f"{row['flops']:.2g}", duration(row["seconds"]), size(row["disk_bytes"]))
     console = Console(highlight=False)
     console.soft_wrap = not console.is_terminal  # lines are for a program or a file there
     console.print(table)
@@ -163,23 +154,10 @@ def show(
         "Not counted: reading pictures, feature extractors, an annotator whose weights are not here, and what a device "
         "waits for. A named device's hours are as good as --utilisation is; --device measured times this machine."
     )
-    if options.json is not None:
-        content = {
-            "device": speed.name,
-            "devices": devices,
-            "memory_bytes": memory.most,
-            "phases": {
-                phase.name: {
-                    "what": phase.what,
-                    "flops": phase.flops(costs),
-                    "seconds": phase.seconds(speed, devices),
-                    "disk_bytes": phase.disk,
-                }
-                for phase in found
-            },
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(options.json, (json.dumps(content, indent=1) + "\n").encode())
+    if file is not None:
+        content = {"device": speed.name, "devices": devices, "memory_bytes": memory.most, "phases": rows}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def duration(seconds: float) -> str:

@@ -1,19 +1,106 @@
-"""What a config has a machine do: bank, cache, training and evaluation, in samples of each part."""
+"""What a config has a machine do, in samples of each part, and how long a part takes on a device."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pkgutil import resolve_name
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
-from lightning_difftune.cli.plan.probe import Costs
-from lightning_difftune.cli.plan.speed import Speed
+from lightning_difftune.cli.plan.probe import PARTS, Costs, Probe
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import SupportsEncode
 from lightning_difftune.sampling import Sampler
+
+# Dense peaks in FLOP/s of NVIDIA's data sheets, SXM modules; tf32 is what float32 matrices are multiplied in here.
+PEAKS = {
+    "a100": {"bf16": 312e12, "tf32": 156e12},
+    "h100": {"bf16": 989e12, "tf32": 494e12},
+    "h200": {"bf16": 989e12, "tf32": 494e12},
+}
+UTILISATION = 0.2
+"""The part of an H100's bf16 peak that a training step reached: DiT-XL/2 at batch 32, its blocks compiled.
+
+At batch 128 it was 38 %, in sampling with guidance 24 % and, with compiled blocks, 41 %; see docs/performance.md.
+"""
+TYPES = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "bf16", "16-true": "bf16"}  # fp16's peak is bf16's
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a device is.
+
+    Attributes:
+        name: The device, in words.
+        seconds: For one sample of each of :data:`~lightning_difftune.cli.plan.probe.PARTS`.
+    """
+
+    name: str
+    seconds: Mapping[str, float]
+
+    @classmethod
+    def of_data_sheet(cls, device: str, utilisation: float, precision: str, costs: Costs) -> Speed:
+        """Of a device in :data:`PEAKS` that reaches a part, in (0, 1], of its peak.
+
+        The networks compute in the trainer's ``precision``; autoencoder and annotator compute in float32.
+        """
+        of_networks = TYPES.get(precision, "tf32")
+        kinds = {part: of_networks if part in ("train", "denoise", "denoise_source") else "tf32" for part in PARTS}
+        seconds = {part: costs.flops[part] / (PEAKS[device][kind] * utilisation) for part, kind in kinds.items()}
+        return cls(f"{device.upper()} at {utilisation:.0%} of its {of_networks} peak", seconds)
+
+    @classmethod
+    def measured(cls, of_training: Probe, of_building: Probe, least: float = 1.0) -> Speed:
+        """Of the device that the probes are on, timed.
+
+        Args:
+            of_training: A probe of the training's batch size. Its weights are trained on.
+            of_building: One of the batch size that banks, caches and pictures are made in.
+            least: Seconds that each part is timed for at least.
+        """
+        device = of_training.module.device
+        optimizer = of_training.module.optimizer(of_training.parameters)
+
+        def step() -> None:
+            of_training.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        seconds = {"train": timed(step, device, least) / of_training.batch_size}
+        for part in PARTS[1:]:
+            seconds[part] = timed(getattr(of_building, part), device, least) / of_building.batch_size
+        is_gpu = device.type == "cuda"
+        return cls(torch.cuda.get_device_name(device) if is_gpu else f"this {device.type.upper()}, alone", seconds)
+
+
+def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
+    """Seconds of one call after a first: the least of as many as fit into the time, and of three unless they are slow.
+
+    What else a machine is doing only adds to a time, so that the least is nearest to what an idle one takes; on a CPU
+    the time that others have it is not counted at all.
+    """
+    times: list[float] = []
+    run()
+    begun = time.perf_counter()
+    while not times or time.perf_counter() - begun < (least if len(times) >= 3 else 2 * least):
+        start = now(device)
+        run()
+        times.append(now(device) - start)
+    return min(times)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has nothing left to do; on a CPU those that this thread has computed."""
+    if device.type == "cpu":
+        return time.thread_time()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -23,7 +110,7 @@ class Phase:
     Attributes:
         name: Such as ``memory bank``.
         what: In words.
-        samples: How many samples of each of :data:`~lightning_difftune.cli.plan.probe.PARTS` it computes.
+        samples: How many samples of each of the parts it computes.
         disk: Bytes that it writes.
     """
 
@@ -38,7 +125,7 @@ class Phase:
 
     def seconds(self, speed: Speed, devices: int) -> float:
         """On that many devices, which share all phases' work evenly."""
-        return sum(count * speed.seconds(part) for part, count in self.samples.items()) / devices
+        return sum(count * speed.seconds[part] for part, count in self.samples.items()) / devices
 
 
 def forward_passes(sampler: Sampler) -> int:
@@ -50,25 +137,18 @@ def forward_passes(sampler: Sampler) -> int:
 def phases(
     config: Namespace, module: DiffTuningModule, costs: Costs, num_targets: int | None, num_held_out: int | None
 ) -> list[Phase]:
-    """The phases of ``difftune fit``.
-
-    Args:
-        config: The composed config.
-        module: Its module.
-        costs: What a sample costs.
-        num_targets: Pictures of the target; ``None`` if they are not here to be counted.
-        num_held_out: Held-out pictures; ``None`` likewise.
-    """
+    """The phases of ``difftune fit``; a number of pictures is None if they are not here to be counted."""
     data, trainer = config.data.init_args, config.trainer
     devices = num_devices(trainer)
     found = [bank(data, module, costs)] if data.bank is not None and module.uses_retention else []
-    if data.latent_cache is not None and has_encoder(module):
+    is_cached = data.latent_cache is not None and has_encoder(module)
+    if is_cached:
         found.append(latent_cache(data, costs, num_targets))
     batch = data.batch_size * devices
     steps = num_steps(trainer, num_targets, batch)
     updates = trainer.accumulate_grad_batches or 1
     seen = {"train": float(steps * batch * updates)}
-    if not any(phase.name == "latent cache" for phase in found) and has_encoder(module):
+    if not is_cached and has_encoder(module):
         seen["encode"] = seen["train"]
     checkpoint = costs.trained * 4 * 4  # weights, their averages, two moments of Adam
     words = f"{steps:,} steps of {batch:,} samples" + (f", {updates} batches each" if updates > 1 else "")
@@ -115,23 +195,19 @@ def evaluation(
     interval = validation_interval(config.trainer, per_epoch)
     times = -(-steps // interval) if interval else 0  # the last step always has one
     pictures = 0.0
-    for callback in callbacks_of(config.trainer):
-        kind, arguments = callback
-        if not hasattr(kind, "trajectories"):
-            continue
-        every = max(interval or steps, arguments.get("every_n_steps") or 1)
-        runs = math.ceil(steps / every) if times else 0
-        pictures += runs * arguments["num_samples"] * kind.trajectories
+    callbacks = config.trainer.callbacks or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        kind = resolve_name(callback.class_path)  # only the class: some open weights when they are made
+        if times and hasattr(kind, "trajectories"):
+            every = max(interval or steps, callback.init_args.get("every_n_steps") or 1)
+            pictures += math.ceil(steps / every) * callback.init_args.num_samples * kind.trajectories
     samples = {
         "denoise": pictures * forward_passes(module.sampler) + times * (num_held_out or 0),
         "decode": pictures,
         "encode": float(times * (num_held_out or 0)) if has_encoder(module) else 0.0,
     }
-    return Phase(
-        "evaluation",
-        f"{times:,} validation{'s' if times != 1 else ''}, {pictures:,.0f} pictures generated in all",
-        samples,
-    )
+    words = f"{times:,} validation{'s' if times != 1 else ''}, {pictures:,.0f} pictures generated in all"
+    return Phase("evaluation", words, samples)
 
 
 def has_encoder(module: DiffTuningModule) -> bool:
@@ -165,15 +241,3 @@ def validation_interval(trainer: Namespace, steps_per_epoch: int | None) -> int 
     if steps_per_epoch is None or not isinstance(interval, float):
         return None
     return max(1, int(steps_per_epoch * interval)) * (trainer.check_val_every_n_epoch or 1)
-
-
-def callbacks_of(trainer: Namespace) -> list[tuple[Any, dict[str, Any]]]:
-    """Class and arguments of each callback in the config, which are not made: some open weights."""
-    from importlib import import_module
-
-    callbacks = trainer.callbacks or []
-    found = []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        path, _, name = callback.class_path.rpartition(".")
-        found.append((getattr(import_module(path), name), vars(callback.init_args) if "init_args" in callback else {}))
-    return found

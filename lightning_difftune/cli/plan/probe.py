@@ -159,18 +159,18 @@ def count(
     return costs_of(probe, pair, flops, mode)
 
 
+@dataclass(frozen=True)
 class Unseen:
     """An annotator for pictures without values: maps of zeros."""
 
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
+    channels: int
 
     def __call__(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => (B, channels, H, W) uint8."""
         return torch.zeros_like(pictures[:, :1]).expand(-1, self.channels, -1, -1)
 
     def identity(self) -> str:
-        """None of a run's."""
+        """Not the identity of any annotator."""
         return "unseen"
 
 
@@ -190,13 +190,13 @@ def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractC
     trained = probe.parameters
     names = {id(parameter) for parameter in trained}
     frozen = [p for p in all_parameters(probe.module) if id(p) not in names]
-    halves = {name: x for name, x in probe.encoded.items() if isinstance(x, Tensor)}
+    cached = [x for x in probe.encoded.values() if isinstance(x, Tensor)]
     text: Any = getattr(probe.module, "text_encoder", None)
     return Costs(
         flops,
         saved_bytes(pair, mode) - saved_bytes(probe, mode),
         sum(x.nbytes for x in probe.columns.values()),
-        sum(x.numel() * (2 if x.is_floating_point() else x.element_size()) for x in halves.values()),
+        sum(x.numel() * (2 if x.is_floating_point() else x.element_size()) for x in cached),
         sum(p.numel() for p in trained),
         sum(p.nbytes for p in frozen),
         sum(p.nbytes for p in text.network.parameters()) if text is not None else 0,

@@ -12,11 +12,7 @@ handwritten digits in about four minutes, or a Canny ControlNet for 32 px flower
 
 
 def quickstart(argv: Sequence[str]) -> None:
-    """Diff-Tune a bundled model, compare with full fine-tuning and draw the report.
-
-    Args:
-        argv: The command line after ``quickstart``.
-    """
+    """Diff-Tune a bundled model, compare with full fine-tuning and draw the report."""
     parser = CommandParser("quickstart", DESCRIPTION)
     parser.add_argument("--controlnet", action="store_true", help="the ControlNet instead of the digits")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results (default: below runs/)")

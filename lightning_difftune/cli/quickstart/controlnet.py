@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.cli.lightning import DiffTuneCLI
-from lightning_difftune.cli.quickstart.methods import METHODS, tune
-from lightning_difftune.cli.record import circumstances
+from lightning_difftune.cli.quickstart.methods import METHODS, print_summary, tune, write_metrics
 from lightning_difftune.cli.tuned import FindsConvergence, callbacks_of, count_trainable, scoring
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_network
@@ -37,12 +35,7 @@ class Tuned:
 
 
 def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
-    """Sample and annotate a bank, train twice, export, and draw the report.
-
-    Args:
-        output: Folder of the results.
-        options: ``steps``, ``seed`` and ``flowers``.
-    """
+    """Sample and annotate a bank, train twice, export, and draw the report."""
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     steps = options.steps if options.steps is not None else STEPS
@@ -53,14 +46,36 @@ def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
     ]
     tuned = {}
     for name in METHODS:
-        print(f"\n{name}", flush=True)
         cli, seconds = tune(name, "controlnet/flowers.yaml", output, options.seed, settings)
         tuned[name] = result_of(cli, seconds)
         if name == "Diff-Tuning":
             export = export_network(cli.model.controlnet, output / "controlnet-canny-flowers", overwrite=True)
-    write_metrics(output, options.seed, tuned, time.perf_counter() - started)
+    figures = {
+        name: {
+            "control_ssim": [{"step": step, "value": round(value, 4)} for step, value in run.curve],
+            "leap": run.leap._asdict() if run.leap is not None else None,
+            "convergence_step": run.convergence_step,
+            "fit_seconds": round(run.seconds, 1),
+            "trainable_parameters": run.parameters,
+        }
+        for name, run in tuned.items()
+    }
+    write_metrics(output, figures, options.seed, started)
     draw_report(output / "report.png", tuned)
-    print_summary(output, export, tuned)
+    rows = []
+    for name, run in tuned.items():
+        leap = run.leap
+        cells = ("none", "") if leap is None else (f"{leap.rise:.3f}", f"{leap.start_step}-{leap.end_step}")
+        rows.append((name, f"{run.curve[-1][1]:.3f}", *cells, f"{run.seconds:.0f} s"))
+    print_summary(
+        "Quickstart: ControlNet",
+        ("SSIM at the end", "largest leap", "between steps", "time"),
+        rows,
+        "SSIM: similarity of blurred Canny maps, of held-out pictures and of what was drawn after their maps.",
+        output,
+        f"ControlNet   {export}   (diffusers' ControlNetModel.from_pretrained opens it)\n"
+        "Next         difftune init FOLDER --control canny, of your own pictures",
+    )
 
 
 def interval_of(steps: int) -> int:
@@ -74,11 +89,7 @@ def interval_of(steps: int) -> int:
 
 
 def flowers(path: Path) -> list[str]:
-    """Settings of the command line that train on these pictures; downloads them if they are torchvision's and missing.
-
-    Raises:
-        DataError: If they are missing and cannot be had.
-    """
+    """Settings that train on these pictures, which are downloaded if they are torchvision's and missing."""
     if path.suffix == ".npz":
         sources = {"target": "train", "val_target": "test"}  # the file's own names
         kind, key = "lightning_difftune.data.NpzImages", "path"
@@ -115,26 +126,6 @@ def result_of(cli: DiffTuneCLI, seconds: float) -> Tuned:
     )
 
 
-def write_metrics(output: Path, seed: int, tuned: dict[str, Tuned], seconds: float) -> None:
-    """Write every figure of the run to ``metrics.json``."""
-    metrics: dict[str, Any] = {
-        "methods": {
-            name: {
-                "control_ssim": [{"step": step, "value": round(value, 4)} for step, value in run.curve],
-                "leap": run.leap._asdict() if run.leap is not None else None,
-                "convergence_step": run.convergence_step,
-                "fit_seconds": round(run.seconds, 1),
-                "trainable_parameters": run.parameters,
-            }
-            for name, run in tuned.items()
-        },
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        **circumstances(),
-    }
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-
-
 def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:
     """Moments of a training, and pictures (moments + 1, columns, 3, H, W): the controls, then what came of them."""
     steps = list(grids)
@@ -161,29 +152,3 @@ def draw_report(path: Path, tuned: dict[str, Tuned], columns: int = 8) -> None:
         picture_grid(axes[name], strip.flatten(0, 1), columns, name, labels)
     figure.suptitle("A Canny ControlNet for 32 px flowers: the same steps, batch, start and noise", fontsize=13)
     figure.savefig(path, dpi=120)
-
-
-def print_summary(output: Path, export: Path, tuned: dict[str, Tuned]) -> None:
-    """Say what was reached, where it is, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Quickstart: ControlNet", title_justify="left")
-    for heading in ("method", "SSIM at the end", "largest leap", "between steps", "time"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for name, run in tuned.items():
-        leap = (
-            ("none", "") if run.leap is None else (f"{run.leap.rise:.3f}", f"{run.leap.start_step}-{run.leap.end_step}")
-        )
-        table.add_row(name, f"{run.curve[-1][1]:.3f}", *leap, f"{run.seconds:.0f} s")
-    console = Console(soft_wrap=True)
-    console.print()
-    console.print(table)
-    console.print(
-        "SSIM: similarity of blurred Canny maps, of held-out pictures and of what was drawn after their maps.\n"
-        f"Look at      {output / 'report.png'}\n"
-        f"Figures      {output / 'metrics.json'}\n"
-        f"ControlNet   {export}   (diffusers' ControlNetModel.from_pretrained opens it)\n"
-        "Next         difftune init FOLDER --control canny, of your own pictures",
-        highlight=False,
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.cli.lightning import DiffTuneCLI
-from lightning_difftune.cli.quickstart.methods import METHODS, tune
-from lightning_difftune.cli.record import circumstances
+from lightning_difftune.cli.quickstart.methods import METHODS, print_summary, tune, write_metrics
 from lightning_difftune.cli.tuned import averaged_weights, count_trainable, scoring
 from lightning_difftune.data import HandwrittenDigits, ImageTargets, MemoryBank
 from lightning_difftune.metrics import RecognisedDigits
@@ -41,12 +39,7 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 
 def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
-    """Sample a bank, tune twice, export, and draw the report.
-
-    Args:
-        output: Folder of the results.
-        options: ``steps`` and ``seed``.
-    """
+    """Sample a bank, tune twice, export, and draw the report."""
     output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     evaluator = RecognisedDigits(COLUMNS)
@@ -59,16 +52,40 @@ def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
         settings += ["--trainer.val_check_interval", str(max(1, options.steps // 4))]
     tuned, bank = {}, None
     for name in METHODS:
-        print(f"\n{name}", flush=True)
         cli, seconds = tune(name, "quickstart.yaml", output, options.seed, settings)
         tuned[name] = evaluate(cli, evaluator, seconds)
         if name == "Diff-Tuning":
             export = export_tuned(cli, output / "dit-nano-digits.safetensors")
             bank = MemoryBank(output / "bank")
     assert bank is not None
-    write_metrics(output, options.seed, tuned, accuracy, time.perf_counter() - started)
+    figures = {
+        name: {
+            "recognised": round(run.recognised, 4),
+            "frechet_distance_digit_classifier": [
+                {"step": step, "value": round(value, 4)} for step, value in run.curve
+            ],
+            "fit_seconds": round(run.seconds, 1),
+            "trainable_parameters": run.parameters,
+        }
+        for name, run in tuned.items()
+    }
+    of_real = {"classifier_accuracy_on_real_test_digits": round(accuracy, 4), "pictures_counted": 10 * COLUMNS}
+    write_metrics(output, figures, options.seed, started, **of_real)
     draw_report(output / "report.png", real, bank, tuned)
-    print_summary(output, export, tuned, accuracy)
+    print_summary(
+        "Quickstart",
+        ("recognised", "Fréchet distance", "time"),
+        (
+            (name, f"{run.recognised:.1%}", f"{run.curve[-1][1]:.2f}", f"{run.seconds:.0f} s")
+            for name, run in tuned.items()
+        ),
+        f"Recognised: share of {10 * COLUMNS} generated pictures that a classifier (accuracy {accuracy:.1%} on real "
+        "test digits) takes for the digit of their row.",
+        output,
+        f"Tuned model  {export}   (load_dit opens it)\n"
+        f"A run's page difftune report {output / 'diff-tuning'}\n"
+        "Next         difftune init FOLDER, of your own pictures in one folder for each class",
+    )
 
 
 def evaluate(cli: DiffTuneCLI, evaluator: RecognisedDigits, seconds: float) -> Tuned:
@@ -85,29 +102,6 @@ def export_tuned(cli: DiffTuneCLI, path: Path) -> Path:
         export_dit(cli.model.dit, path, overwrite=True)
     load_dit(path)
     return path
-
-
-def write_metrics(output: Path, seed: int, tuned: dict[str, Tuned], accuracy: float, seconds: float) -> None:
-    """Write every figure of the run to ``metrics.json``."""
-    metrics = {
-        "methods": {
-            name: {
-                "recognised": round(run.recognised, 4),
-                "frechet_distance_digit_classifier": [
-                    {"step": step, "value": round(value, 4)} for step, value in run.curve
-                ],
-                "fit_seconds": round(run.seconds, 1),
-                "trainable_parameters": run.parameters,
-            }
-            for name, run in tuned.items()
-        },
-        "classifier_accuracy_on_real_test_digits": round(accuracy, 4),
-        "pictures_counted": 10 * COLUMNS,
-        "seed": seed,
-        "seconds": round(seconds, 1),
-        **circumstances(),
-    }
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tuned]) -> None:
@@ -138,28 +132,3 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
     axes["curve"].set_ylim(bottom=0)
     figure.suptitle("From Omniglot characters to digits: the same steps, batch and start", fontsize=13)
     figure.savefig(path, dpi=120)
-
-
-def print_summary(output: Path, export: Path, tuned: dict[str, Tuned], accuracy: float) -> None:
-    """Say what was reached, where it is, and what to do next."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="Quickstart", title_justify="left")
-    for heading in ("method", "recognised", "Fréchet distance", "time"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for name, run in tuned.items():
-        table.add_row(name, f"{run.recognised:.1%}", f"{run.curve[-1][1]:.2f}", f"{run.seconds:.0f} s")
-    console = Console(soft_wrap=True)
-    console.print()
-    console.print(table)
-    console.print(
-        f"Recognised: share of {10 * COLUMNS} generated pictures that a classifier (accuracy {accuracy:.1%} on real "
-        "test digits) takes for the digit of their row.\n"
-        f"Look at      {output / 'report.png'}\n"
-        f"Figures      {output / 'metrics.json'}\n"
-        f"Tuned model  {export}   (load_dit opens it)\n"
-        f"A run's page difftune report {output / 'diff-tuning'}\n"
-        "Next         difftune init FOLDER, of your own pictures in one folder for each class",
-        highlight=False,
-    )

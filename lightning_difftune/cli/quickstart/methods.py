@@ -1,13 +1,19 @@
-"""The two methods that a quickstart sets side by side, each a ``difftune fit``."""
+"""What both quickstarts share: two methods set side by side, each a ``difftune fit``, and what is told about them."""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.cli.record import circumstances
 
 METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # overlays on the quickstart's config
 
@@ -25,6 +31,7 @@ def tune(name: str, config: str, output: Path, seed: int, settings: Sequence[str
     Returns:
         The finished run and the seconds it took.
     """
+    print(f"\n{name}", flush=True)
     folder = output / name.lower().replace(" ", "-")
     overlays = METHODS[name]
     with as_file(files("lightning_difftune.configs")) as configs:
@@ -38,3 +45,26 @@ def tune(name: str, config: str, output: Path, seed: int, settings: Sequence[str
         start = time.perf_counter()
         cli = run_lightning(args)
     return cli, time.perf_counter() - start
+
+
+def write_metrics(output: Path, methods: Mapping[str, Any], seed: int, started: float, **others: Any) -> None:
+    """Write ``metrics.json``: figures of each method and of the whole, which started at ``time.perf_counter()``."""
+    seconds = round(time.perf_counter() - started, 1)
+    metrics = {"methods": methods, **others, "seed": seed, "seconds": seconds, **circumstances()}
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def print_summary(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], explained: str, output: Path, results: str
+) -> None:
+    """Say what each method reached, what that is, and where the results are."""
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(("method", *columns)):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(soft_wrap=True)
+    console.print()
+    console.print(table)
+    places = f"Look at      {output / 'report.png'}\nFigures      {output / 'metrics.json'}"
+    console.print(f"{explained}\n{places}\n{results}", highlight=False)

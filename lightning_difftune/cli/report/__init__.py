@@ -23,14 +23,7 @@ RUN is the run's default_root_dir (its newest launch that trained), the folder o
 
 
 def report(argv: Sequence[str]) -> None:
-    """Write the page and say where it is.
-
-    Args:
-        argv: The command line after ``report``.
-
-    Raises:
-        DataError: If there is no run, or the page cannot be written.
-    """
+    """Write the page and say where it is."""
     parser = CommandParser("report", DESCRIPTION)
     parser.add_run()
     parser.add_argument("--output", type=Path, default=None, help="the page (default: report.html in the run's folder)")

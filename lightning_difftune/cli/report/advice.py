@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_difftune.cli.facts import name_of
-from lightning_difftune.cli.run import Run, Series
+from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import Series
 
 FEWEST_OF_A_CLASS = 10
 GAIN = 0.02  # of a score in the last quarter of a run, which is still worth training for

@@ -16,7 +16,8 @@ from PIL import Image
 from lightning_difftune import __version__, plots
 from lightning_difftune.cli.facts import environment_rows, summary, title
 from lightning_difftune.cli.report.advice import RULES, advise
-from lightning_difftune.cli.run import Run, Series
+from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import Series
 
 MOST_GRIDS = 6  # of a folder: the first, the last, and some between them
 WIDEST = 1000  # pixels of an embedded picture
