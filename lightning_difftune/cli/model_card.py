@@ -18,55 +18,29 @@ BUNDLED_LICENSES = {
 }
 
 
-class RunRecord:
-    """What a run tells about itself, in words.
-
-    Args:
-        tuned: The run.
-    """
-
-    def __init__(self, tuned: TunedRun) -> None:
-        self.tuned = tuned
-        self.setting = tuned.run.setting
-
-    def metrics(self) -> dict[str, float]:
-        """The latest value of each measurement, those of training left out."""
-        latest = {name: series[-1][1] for name, series in self.tuned.run.metrics.items()}
-        return {name: value for name, value in latest.items() if not name.startswith(("train/", "lr-"))}
-
-    def processes(self) -> str:
-        """How many processes had such a batch each, in words; empty for a single one and where nothing tells."""
-        count = self.tuned.run.environment.get("processes", 1)
-        return f" on each of {count} processes" if count > 1 else ""
-
-    def grid(self) -> Path | None:
-        """The latest sample grid."""
-        grids = self.tuned.run.grids.get("samples", {})
-        return grids[max(grids)] if grids else None
-
-    def facts(self) -> dict[str, str]:
-        """What was tuned on what, and how, in words; what the config does not say is left out."""
-        module, data = self.tuned.module, self.setting("data", "init_args") or {}
-        objective, sampler = module.objective, module.sampler
-        target = [described(data.get("target"))]
-        units = {"num_classes": "classes", "image_size": "px"}
-        units = {"num_classes": "classes", "image_size": "px"}
-        target += [f"{data[key]} {unit}" for key, unit in units.items() if data.get(key)]
-        bank = f"{data.get('bank_size')} samples, share {data.get('retention_share')} of a batch"
-        facts = {
-            "base": f"{base_of(self.tuned)} (fingerprint `{str(module.base_identity.get('fingerprint'))[:12]}`)",
-            "data": ", ".join(filter(None, target)) or None,
-            "objective": f"{type(objective).__name__}, {objective.schedule!r}, retention weight "
-            f"{objective.retention_weight:g}, reconsolidation weight {objective.reconsolidation_weight:g}",
-            "memory bank": bank if data.get("bank") is not None else "none",
-            "tuner": "none (full fine-tuning)" if module.tuner is None else type(module.tuner).__name__,
-            "optimizer": described(self.setting("model", "init_args", "optimizer")),
-            "steps": f"{self.tuned.run.step} of batch {data['batch_size']}{self.processes()}" if data else None,
-            "seed": described(self.setting("seed_everything")),
-            "sampler": f"{type(sampler.scheduler).__name__}, {sampler.num_inference_steps} steps, "
-            f"guidance {sampler.guidance_scale:g}",
-        }
-        return {key: value for key, value in facts.items() if value is not None}
+def facts_of(tuned: TunedRun) -> dict[str, str]:
+    """What was tuned on what, and how, in words; what the config does not say is left out."""
+    module, setting = tuned.module, tuned.run.setting
+    data, objective, sampler = setting("data", "init_args") or {}, module.objective, module.sampler
+    units = {"num_classes": "classes", "image_size": "px"}
+    target = [described(data.get("target")), *(f"{data[key]} {unit}" for key, unit in units.items() if data.get(key))]
+    bank = f"{data.get('bank_size')} samples, share {data.get('retention_share')} of a batch"
+    processes = tuned.run.environment.get("processes", 1)
+    each = f" on each of {processes} processes" if processes > 1 else ""
+    facts = {
+        "base": f"{base_of(tuned)} (fingerprint `{str(module.base_identity.get('fingerprint'))[:12]}`)",
+        "data": ", ".join(filter(None, target)) or None,
+        "objective": f"{type(objective).__name__}, {objective.schedule!r}, retention weight "
+        f"{objective.retention_weight:g}, reconsolidation weight {objective.reconsolidation_weight:g}",
+        "memory bank": bank if data.get("bank") is not None else "none",
+        "tuner": "none (full fine-tuning)" if module.tuner is None else type(module.tuner).__name__,
+        "optimizer": described(setting("model", "init_args", "optimizer")),
+        "steps": f"{tuned.run.step} of batch {data['batch_size']}{each}" if data else None,
+        "seed": described(setting("seed_everything")),
+        "sampler": f"{type(sampler.scheduler).__name__}, {sampler.num_inference_steps} steps, "
+        f"guidance {sampler.guidance_scale:g}",
+    }
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def described(entry: Any) -> str | None:
@@ -111,12 +85,12 @@ def license_of(base: str) -> str | None:
 
 
 def model_card(
-    record: RunRecord, library: str, title: str, usage: str, picture: str, license_name: str | None, done: list[str]
+    tuned: TunedRun, library: str, title: str, usage: str, picture: str, license_name: str | None, done: list[str]
 ) -> str:
     """A card in the hub's format: YAML front matter, what the run was, its measurements and how to use the model.
 
     Args:
-        record: Of the run.
+        tuned: The run.
         library: What opens the export.
         title: Its name.
         usage: The card's section about how to open it.
@@ -124,39 +98,41 @@ def model_card(
         license_name: The base's licence, if it is known better than by asking.
         done: Gets a line if the licence is not known.
     """
-    license_name = license_name or license_of(str(record.tuned.module.base_identity.get("name")))
+    license_name = license_name or license_of(str(tuned.module.base_identity.get("name")))
     if license_name is None:
         done.append("licence of the base: unknown; name it with --license before you publish")
-    metrics, facts = record.metrics(), record.facts()
-    lines = [f"# {title}", ""]
-    diff_tuning = "Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773)"
-    how = diff_tuning if record.tuned.module.uses_retention else "Trained without retention"
-    lines += [f"{how} with lightning_difftune {__version__}.", ""]
-    if picture:
-        lines += [f"![samples]({picture})", ""]
-    lines += ["## Training", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
-    if metrics:
-        lines += ["## Measurements", "", "| | |", "|---|---|", *(f"| {k} | {v:.4g} |" for k, v in metrics.items()), ""]
-    lines += [usage.strip(), "", "## Licence", ""]
-    if license_name is None:
-        lines += [
-            "The licence of the base is not known. It holds for this model, too: look it up before publishing.",
-            "",
-        ]
+        licence = "The licence of the base is not known. It holds for this model, too: look it up before publishing."
     else:
-        lines += [f"The base is licensed as `{license_name}`, which holds for this model, too.", ""]
-    return f"---\n{front_matter(record, library, title, license_name, metrics)}\n---\n\n" + "\n".join(lines)
+        licence = f"The base is licensed as `{license_name}`, which holds for this model, too."
+    latest = {name: series[-1][1] for name, series in tuned.run.metrics.items()}
+    metrics = {name: value for name, value in latest.items() if not name.startswith(("train/", "lr-"))}
+    diff_tuning = "Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773)"
+    how = diff_tuning if tuned.module.uses_retention else "Trained without retention"
+    parts = [
+        f"---\n{front_matter(tuned, library, title, license_name, metrics)}\n---",
+        f"# {title}",
+        f"{how} with lightning_difftune {__version__}.",
+        f"![samples]({picture})" if picture else "",
+        f"## Training\n\n{table_of(facts_of(tuned))}",
+        f"## Measurements\n\n{table_of({k: f'{v:.4g}' for k, v in metrics.items()})}" if metrics else "",
+        usage.strip(),
+        f"## Licence\n\n{licence}",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def front_matter(
-    record: RunRecord, library: str, title: str, license_name: str | None, metrics: dict[str, float]
-) -> str:
+def table_of(rows: dict[str, str]) -> str:
+    """A Markdown table without headings."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def front_matter(tuned: TunedRun, library: str, title: str, license_name: str | None, metrics: dict[str, float]) -> str:
     """The card's metadata as the hub reads them, as YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    module = record.tuned.module
+    module = tuned.module
     task, base = module.pipeline_tag, str(module.base_identity.get("name"))
-    data = described(record.setting("data", "init_args", "target")) or "the target"
+    data = described(tuned.run.setting("data", "init_args", "target")) or "the target"
     results = [EvalResult(task, "custom", data, name, round(value, 6)) for name, value in metrics.items()]
     card: dict[str, Any] = {
         "base_model": hub_name(base),
@@ -197,10 +173,10 @@ class Card:
 
     def write(self, run: TunedRun, library: str, usage: str, license_name: str | None, done: list[str]) -> None:
         """Write the card, and the run's latest sample grid if it has one."""
-        record, (card, picture) = RunRecord(run), self.files()
-        grid = record.grid()
-        if grid is not None:
-            shutil.copyfile(grid, picture)
-        text = model_card(record, library, self.output.stem, usage, picture.name if grid else "", license_name, done)
+        card, picture = self.files()
+        grids = run.run.grids.get("samples", {})
+        if grids:
+            shutil.copyfile(grids[max(grids)], picture)
+        text = model_card(run, library, self.output.stem, usage, picture.name if grids else "", license_name, done)
         card.write_text(text, encoding="utf-8")
         done.append(f"model card: {card}\nNext: the card says how to open it")

@@ -6,8 +6,8 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,23 @@ Each PNG carries its settings as text, under "parameters". The same command line
 machine; another batch size or device rounds differently and may move a pixel by one level in 255."""
 
 
+@dataclass
+class Source:
+    """A model to draw pictures with.
+
+    Attributes:
+        module: Built.
+        done: What to say about it.
+        run: The run that it comes from, if it does.
+        has_base: Whether the model that it was tuned from is there, too.
+    """
+
+    module: DiffTuningModule
+    done: list[str]
+    run: TunedRun | None = None
+    has_base: bool = True
+
+
 def sample(argv: Sequence[str]) -> None:
     """Draw the pictures and say where they are."""
     options, rest = parser().parse_known_args(argv)
@@ -61,8 +78,14 @@ def sample(argv: Sequence[str]) -> None:
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
     subjects = module.subjects(Asked(options.classes, options.prompts, options.controls))
-    with source.weights(options.raw):
-        parameters = parameters_of(source, options)
+    with nullcontext() if source.run is None else source.run.weights(options.raw, source.done):
+        parameters = {
+            "source": options.run,
+            "weights": "+".join(fingerprint(network) for network in module.trainable_modules()),
+            "raw": options.raw,
+            "seed": options.seed,
+            **module.sampler.spec(),
+        }
         pictures = draw(module, subjects, options.num_samples, options.batch_size)
     save(pictures, subjects, output, parameters)
     done = [*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures in that folder"]
@@ -96,6 +119,41 @@ def parser() -> CommandParser:
     options.add_argument("--batch_size", type=int, default=16, metavar="B", help="pictures at a time (default: 16)")
     options.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU, if there is one)")
     return options
+
+
+def open_source(
+    name: str,
+    settings: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    vae: str | None = None,
+    text: bool = False,
+    solver: str | None = None,
+) -> Source:
+    """Open a model by its path or name.
+
+    Args:
+        name: A run's folder or checkpoint, a DiT or an export of one, a Stable Diffusion pipeline, a UNet's folder, or
+            the name of a bundled model.
+        settings: For a run, ``--config`` and overrides of its keys.
+        base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
+        vae: The autoencoder of a latent DiT that comes without one.
+        text: Whether a hub repository is a text-to-image pipeline.
+        solver: The scheduler that is asked for; of flow matching, it says what a DiT predicts whose file does not.
+
+    Raises:
+        ConfigError: If something is missing to draw with it, or settings are given that only runs have.
+        CheckpointError: If it cannot be opened.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".ckpt" or (path.is_dir() and (launches_below(path) or any(checkpoints_below(path)))):
+        run = TunedRun(path, settings)
+        return Source(run.module, [str(run)], run)
+    if settings:
+        raise ConfigError(f"Unknown options: {' '.join(settings)}. Only a checkpoint takes keys of its run's config.")
+    module = open_model(name, base=base, vae=vae, text=text, solver=solver)
+    network = module.trainable_modules()[0]
+    return Source(module.eval(), [f"{name}: {type(network).__name__}"], has_base=base is not None)
 
 
 def device_of(name: str | None) -> torch.device:
@@ -147,17 +205,6 @@ def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
     return sampler
 
 
-def parameters_of(source: Source, options: argparse.Namespace) -> dict[str, Any]:
-    """What decides the pictures, as plain JSON values."""
-    return {
-        "source": options.run,
-        "weights": source.fingerprint,
-        "raw": options.raw,
-        "seed": options.seed,
-        **source.module.sampler.spec(),
-    }
-
-
 @torch.inference_mode()
 def draw(module: DiffTuningModule, subjects: Sequence[Subject], num_samples: int, batch_size: int) -> Tensor:
     """Pictures (rows * num_samples, C, H, W) uint8 on the CPU, row by row."""
@@ -198,68 +245,3 @@ def write_png(picture: Tensor, file: Path, parameters: dict[str, Any], **texts: 
     """Write a picture (1 or 3, H, W) uint8 with its parameters, as JSON, and other texts."""
     software = f"lightning_difftune {__version__}"
     atomic_write(file, to_png(picture, Software=software, parameters=json.dumps(parameters), **texts))
-
-
-class Source:
-    """A model to draw pictures with.
-
-    Args:
-        module: Built, in eval mode.
-        done: What to say about it.
-        run: The run that it comes from, if it does.
-        has_base: Whether the model that it was tuned from is there, too.
-    """
-
-    def __init__(
-        self,
-        module: DiffTuningModule,
-        done: list[str],
-        run: TunedRun | None = None,
-        has_base: bool = True,
-    ) -> None:
-        self.module, self.done, self.run = module, done, run
-        self.has_base = has_base
-
-    def weights(self, raw: bool) -> AbstractContextManager[None]:
-        """A ``with`` block in which a run's averages are the weights, if it has any and they are wanted."""
-        return self.run.weights(raw, self.done) if self.run is not None else nullcontext()
-
-    @property
-    def fingerprint(self) -> str:
-        """Identity of the weights as they are now."""
-        return "+".join(fingerprint(network) for network in self.module.trainable_modules())
-
-
-def open_source(
-    name: str,
-    settings: Sequence[str] = (),
-    *,
-    base: str | None = None,
-    vae: str | None = None,
-    text: bool = False,
-    solver: str | None = None,
-) -> Source:
-    """Open a model by its path or name.
-
-    Args:
-        name: A run's folder or checkpoint, a DiT or an export of one, a Stable Diffusion pipeline, a UNet's folder, or
-            the name of a bundled model.
-        settings: For a run, ``--config`` and overrides of its keys.
-        base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
-        vae: The autoencoder of a latent DiT that comes without one.
-        text: Whether a hub repository is a text-to-image pipeline.
-        solver: The scheduler that is asked for; of flow matching, it says what a DiT predicts whose file does not.
-
-    Raises:
-        ConfigError: If something is missing to draw with it, or settings are given that only runs have.
-        CheckpointError: If it cannot be opened.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".ckpt" or (path.is_dir() and (launches_below(path) or any(checkpoints_below(path)))):
-        run = TunedRun(path, settings)
-        return Source(run.module, [str(run)], run)
-    if settings:
-        raise ConfigError(f"Unknown options: {' '.join(settings)}. Only a checkpoint takes keys of its run's config.")
-    module = open_model(name, base=base, vae=vae, text=text, solver=solver)
-    network = module.trainable_modules()[0]
-    return Source(module.eval(), [f"{name}: {type(network).__name__}"], None, base is not None)

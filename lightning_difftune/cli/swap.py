@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
@@ -16,13 +15,13 @@ from torch import Tensor
 from lightning_difftune.callbacks import GenerationCallback
 from lightning_difftune.callbacks.chain_of_forgetting import swap_meter
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.modules import DiffTuningModule
-from lightning_difftune.plots import swap_figure
+from lightning_difftune.plots import save, swap_figure
 from lightning_difftune.trust import split_trusted
 
 DESCRIPTION = """Leave the last p % of the reverse process to the pre-trained model, or with --tail to another
@@ -34,25 +33,6 @@ tuned one, and measure the pictures against p.
 Config, extractor, number of pictures and batch size are the run's own: those of its ChainOfForgetting callback or,
 without one, of its FID callback. All other options are --config and overrides of its keys, as of `difftune validate`;
 with --config, that config stands for all runs."""
-
-
-class MeasuresSwaps(Protocol):
-    """A callback that measures pictures whose last steps are done by another network, for several parts of them."""
-
-    percents: list[float]
-    num_samples: int
-    dirpath: Any
-    generate: Any
-    history: list[tuple[int, Any]]
-    strip: Tensor
-
-    @property
-    def monitor(self) -> str:
-        """The logged name."""
-
-    @property
-    def distance(self) -> Any:
-        """The metric."""
 
 
 def swap(argv: Sequence[str]) -> None:
@@ -72,7 +52,7 @@ def swap(argv: Sequence[str]) -> None:
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise ConfigError(f"Give each of the {len(paths)} runs its own --name, got {names}.")
     for path in paths:
-        check_checkpoint(Path(path))
+        check_checkpoint(Path(path))  # before the first is measured
     options.output.mkdir(parents=True, exist_ok=True)
 
     series: dict[str, dict[float, float]] = {}
@@ -82,11 +62,15 @@ def swap(argv: Sequence[str]) -> None:
             own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings(trusted))]
             quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
             cli = run_lightning([*own, *rest, *quiet], run=False)
-            chain = chain_of(cli, options)
+            callbacks = vars(cli.trainer)["callbacks"]
+            chain: Any = swap_meter(callbacks)
             chain.dirpath = options.output / name
+            if options.percents is not None:
+                chain.percents = sorted(set(options.percents))
+            if options.num_samples is not None:
+                chain.num_samples = options.num_samples
             if tail is not None:
                 chain.generate = generator(cli.model, tail)
-            callbacks = vars(cli.trainer)["callbacks"]
             kept = (c for c in callbacks if not isinstance(c, GenerationCallback | SaveConfigCallback))
             vars(cli.trainer)["callbacks"] = [*kept, chain]
             cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(run.checkpoint), verbose=False)
@@ -119,16 +103,6 @@ def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tens
     return generate
 
 
-def chain_of(cli: DiffTuneCLI, options: argparse.Namespace) -> MeasuresSwaps:
-    """The callback that measures: the config's own, or one like its FID callback."""
-    chain: MeasuresSwaps = swap_meter(vars(cli.trainer)["callbacks"])
-    if options.percents is not None:
-        chain.percents = sorted(set(options.percents))
-    if options.num_samples is not None:
-        chain.num_samples = options.num_samples
-    return chain
-
-
 def names_of(paths: Sequence[str]) -> list[str]:
     """The part of each path in which they differ, such as the folder of the run."""
     if len(paths) == 1:
@@ -139,7 +113,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 
 
 def write_results(
-    output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: MeasuresSwaps, tail: str
+    output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: Any, tail: str
 ) -> None:
     """Write the table and the figure, and say where they are and what they show."""
     with (output / "swap.csv").open("w", newline="") as file:
@@ -147,9 +121,7 @@ def write_results(
         writer.writerow(("model", "swapped_percent", chain.monitor))
         for name, distances in series.items():
             writer.writerows((name, f"{percent:g}", f"{value:.6g}") for percent, value in distances.items())
-    figure = swap_figure(series, strips, f"Fréchet distance ({chain.distance.name})", tail)
-    for suffix in ("svg", "png"):
-        figure.savefig(output / f"swap.{suffix}", dpi=150)
+    save(swap_figure(series, strips, f"Fréchet distance ({chain.distance.name})", tail), output / "swap")
     for name, distances in series.items():
         best = min(distances, key=lambda percent: distances[percent])
         tuned = f", {distances[0]:.4g} with none" if 0 in distances else ""

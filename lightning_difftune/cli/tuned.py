@@ -7,12 +7,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning as L
 import yaml
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 
 from lightning_difftune.cli.lightning import DiffTuneCLI, ModelReader
 from lightning_difftune.cli.run import Run
@@ -63,37 +62,19 @@ class TunedRun:
         return average.average_parameters(self.module)
 
 
-@runtime_checkable
-class AveragesParameters(Protocol):
-    """A callback with averages of the weights."""
-
-    def average_parameters(self, module: nn.Module) -> AbstractContextManager[None]:
-        """A ``with`` block in which they stand in for the weights."""
-
-
-@runtime_checkable
-class FindsConvergence(Protocol):
-    """A callback that watches for the step at which a scalar converges."""
-
-    monitor: str
-    threshold: float | None
-    convergence_step: int | None
-    leap: Any
-
-
-def callbacks_of(cli: DiffTuneCLI, kind: Any) -> list[Any]:
-    """The run's callbacks of one class, or those that do what a protocol says."""
-    return [callback for callback in vars(cli.trainer)["callbacks"] if isinstance(callback, kind)]
+def callbacks_with(cli: DiffTuneCLI, attribute: str) -> list[Any]:
+    """The run's callbacks that have an attribute, such as ``average_parameters`` or ``convergence_step``."""
+    return [callback for callback in vars(cli.trainer)["callbacks"] if hasattr(callback, attribute)]
 
 
 def scoring(cli: DiffTuneCLI) -> list[Any]:
     """The run's callbacks that log what tells a better model from a worse one; each has a ``history`` of it."""
-    return [callback for callback in vars(cli.trainer)["callbacks"] if getattr(callback, "scores", dict)()]
+    return [callback for callback in callbacks_with(cli, "scores") if callback.scores()]
 
 
 def averaged_weights(cli: DiffTuneCLI) -> AbstractContextManager[None]:
     """A ``with`` block in which the averaged weights stand in, if the run has averages; else the weights are left."""
-    averages = callbacks_of(cli, AveragesParameters)
+    averages = callbacks_with(cli, "average_parameters")
     return averages[0].average_parameters(cli.model) if averages else nullcontext()
 
 
@@ -116,7 +97,7 @@ class RunRecord(Callback):
         self._since: float | None = None
 
     @property
-    def seconds(self) -> float:
+    def seconds_of_fit(self) -> float:
         """Seconds of training, validation included."""
         return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
 
@@ -126,7 +107,7 @@ class RunRecord(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
-        self._seconds, self._since = self.seconds, None
+        self._seconds, self._since = self.seconds_of_fit, None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note what has been measured so far, but for the loss of the last training batch."""
@@ -138,7 +119,7 @@ class RunRecord(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The history and the seconds."""
-        return {"history": dict(self.history), "seconds": self.seconds}
+        return {"history": dict(self.history), "seconds": self.seconds_of_fit}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume from a checkpoint."""

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_difftune.cli import STOPPED
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.record import circumstances
-from lightning_difftune.cli.tuned import FindsConvergence, RunRecord, averaged_weights, callbacks_of, count_trainable
+from lightning_difftune.cli.tuned import averaged_weights, callbacks_with, count_trainable
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.pictures import to_png
@@ -38,21 +38,25 @@ def work(folder: Path) -> None:
     cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume])
     if not cli.trainer.is_global_zero:
         return
-    (record,) = callbacks_of(cli, RunRecord)
+    (record,) = callbacks_with(cli, "seconds_of_fit")
     values = {name: points[-1][1] for name, points in record.history.items()}
     with averaged_weights(cli):
         for measure in measures:
             values |= measure.evaluate(cli.model)
         grid = sample_grid(cli)
+    convergence = [
+        {"monitor": c.monitor, "threshold": c.threshold, "step": c.convergence_step, "leap": c.leap}
+        for c in callbacks_with(cli, "convergence_step")
+    ]
     content = {
         "name": job["name"],
         "seed": job["seed"],
         "values": values,
         "history": record.history,
-        "sudden_convergence": sudden_convergence(cli),
+        "sudden_convergence": convergence,
         "steps": cli.trainer.global_step,
         "trainable_parameters": count_trainable(cli),
-        "fit_seconds": round(record.seconds, 2),
+        "fit_seconds": round(record.seconds_of_fit, 2),
         **circumstances(),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "digest": job["digest"],
@@ -79,14 +83,6 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
         raise
     except Exception as error:  # whatever a constructor raises
         raise ConfigError(f"`evaluate` of the study file cannot be used: {' '.join(str(error).split())}") from error
-
-
-def sudden_convergence(cli: DiffTuneCLI) -> list[dict[str, Any]]:
-    """What each callback that watches for convergence has found."""
-    return [
-        {"monitor": c.monitor, "threshold": c.threshold, "step": c.convergence_step, "leap": c.leap}
-        for c in callbacks_of(cli, FindsConvergence)
-    ]
 
 
 def sample_grid(cli: DiffTuneCLI) -> bytes | None:

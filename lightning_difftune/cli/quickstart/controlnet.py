@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, print_summary, tune, write_metrics
-from lightning_difftune.cli.tuned import FindsConvergence, callbacks_of, count_trainable, scoring
+from lightning_difftune.cli.tuned import callbacks_with, count_trainable, scoring
 from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_network
 from lightning_difftune.pictures import pictures_of
@@ -115,7 +115,7 @@ def flowers(path: Path) -> list[str]:
 def result_of(cli: DiffTuneCLI, seconds: float) -> Tuned:
     """What a finished run has to show."""
     (similarity,) = scoring(cli)
-    (convergence,) = callbacks_of(cli, FindsConvergence)
+    (convergence,) = callbacks_with(cli, "convergence_step")
     return Tuned(
         similarity.history,
         convergence.leap,
