@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import Series
 from lightning_difftune.errors import DiffTuneError
 
 
 def title(run: Run) -> str:
     """What was tuned to what."""
-    base, target = _base(run), _target(run)
-    if base and target:
+    base, target = run.setting("model", "init_args", "model"), _target(run)
+    if isinstance(base, str) and base and target:
         return f"{base} tuned on {target}"
     return f"Run {run.path.resolve().name}"
 
@@ -37,6 +38,7 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
         ]
     git, processes, threads = facts.get("git"), facts.get("processes", 1), facts.get("threads")
     versions: dict[str, str] = facts.get("versions") or {}
+    commit = f"{git['commit']}{', with changes' if git.get('changed') else ''}" if git else "no repository"
     rows = [
         ("Started", str(facts.get("started", "unknown"))),
         ("Last log", run.last_written.isoformat(timespec="seconds")),
@@ -44,19 +46,11 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
         ("Device", f"{facts.get('hardware', 'unknown')}, {processes} process{'es' if processes != 1 else ''}"),
         ("Threads", str(threads) if threads else ""),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
-        (
-            "Commit",
-            f"{git['commit']}{', with changes' if git.get('changed') else ''}" if git else "no repository",
-        ),
+        ("Commit", commit),
         ("Command", " ".join(map(str, facts.get("command", [])))),
         ("Seed", str(run.setting("seed_everything"))),
     ]
     return [(name, value) for name, value in rows if value]
-
-
-def _base(run: Run) -> str:
-    model = run.setting("model", "init_args", "model")
-    return str(model) if isinstance(model, str) else ""
 
 
 def _target(run: Run) -> str:
@@ -106,7 +100,7 @@ def _results(run: Run) -> list[str]:
     results = []
     for name, higher in run.scores.items():
         if series := run.finite(name):
-            step, best = (max if higher else min)(series, key=lambda point: point[1])
+            step, best = best_of(series, higher)
             better = "higher" if higher else "lower"
             results.append(
                 f"{name} ({better} is better) went from {series[0][1]:.4g} to {series[-1][1]:.4g}, "
@@ -120,6 +114,11 @@ def _results(run: Run) -> list[str]:
     if "fid" not in run.metrics and any(name.startswith("fd_") for name in run.metrics):
         results.append("A Fréchet distance through another network than Inception compares with no published FID.")
     return results
+
+
+def best_of(series: Series, higher: bool) -> tuple[int, float]:
+    """Step and value of the first best value of a series."""
+    return (max if higher else min)(series, key=lambda point: point[1])
 
 
 def _duration(run: Run) -> str:
@@ -153,7 +152,7 @@ def sample_command(run: Run) -> str:
 
 
 def export_command(run: Run) -> str:
-    """How to hand a run's model on."""
+    """How to export a run's model."""
     return f"difftune export {name_of(run)} --output my-model"
 
 

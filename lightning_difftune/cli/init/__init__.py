@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from rich.console import Console
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.data_check import HELD_OUT, facts_at
 from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, FULL_DIT, Base, Plan, Seen, alike
-from lightning_difftune.cli.init.config import config_text, described, indented, quoted
+from lightning_difftune.cli.init.config import config_text, described, quoted
 from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.image_files import SPLIT_FOLDERS
 from lightning_difftune.data.real_pictures import FEW_PICTURES
@@ -84,7 +85,7 @@ def look(path: str, wants_captions: bool) -> Seen:
         raise DataError(f"{parts['val']} has classes that {parts['train']} does not have: {', '.join(unknown[:5])}.")
     if wants_captions and has_classes:
         named = "class_path: lightning_difftune.data.ClassCaptions\ninit_args:\n  source:\n"
-        source, val_source = named + indented(source, 4), val_source and named + indented(val_source, 4)
+        source, val_source = named + indent(source, 4 * " "), val_source and named + indent(val_source, 4 * " ")
         captions = [f"a photo of a {name.replace('_', ' ')}" for name in facts.counts()]
     elif not has_classes:
         from lightning_difftune.data.source_facts import captions_of
@@ -145,9 +146,8 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
         if plan.is_tight:
             plan.notes.append(f"The GPU has {memory / 1e9:.0f} GB, too few for all weights of {base.name}: DiffFit.")
     of_target = base.batch_size - int(base.share * base.batch_size)
-    plan.steps = rounded(min(max(base.passes * seen.trained // of_target, base.steps[0]), base.steps[1]))
-    if task in CONTROLS and base.is_large:
-        plan.steps = rounded(min(max(base.passes * seen.trained // of_target, 3000), 15_000))
+    fewest, most = (3000, 15_000) if task in CONTROLS and base.is_large else base.steps
+    plan.steps = rounded(min(max(base.passes * seen.trained // of_target, fewest), most))
     read = int(base.share * base.batch_size) * plan.steps
     plan.bank_size = rounded(min(max(read // 3, base.bank[0]), base.bank[1]))
     if unreadable := seen.facts.unreadable():

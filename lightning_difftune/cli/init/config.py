@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from textwrap import indent
 
 import torch
 
@@ -94,10 +95,13 @@ def config_text(plan: Plan, file: Path) -> str:
     if task in CONTROLS:
         lr = 1e-5 if base.is_large else 5e-4
     interval = max(1, plan.steps // (8 if base.is_large else 4))
+    is_unbalanced = is_classes and max(counts.values()) > 4 * max(1, min(counts.values()))
+    side = base.image_size // (8 if base.is_large else 2)
+    cache_bytes = seen.trained * 2 * 2 * 2 * 4 * side**2  # 16-bit means and deviations of four channels, mirrored too
     kinds = {"classes": "DiTDiffTuningModule", "captions": "TextToImageDiffTuningModule"}
-    asked = {"classes": f" --classes {shell_word(next(iter(counts), '0'))}", "captions": ""}
+    asked = {"classes": f" --classes {shlex.quote(next(iter(counts), '0'))}", "captions": ""}
     head = _HEAD.format(
-        described=described(seen)[:1].upper() + described(seen)[1:],
+        described=described(seen),  # begins with a number
         file=file,
         name=plan.name,
         asked=asked.get(task, " --controls PICTURE.jpg"),
@@ -116,14 +120,14 @@ def config_text(plan: Plan, file: Path) -> str:
         channels="" if base.channels == 3 else f"    channels: {base.channels}\n",
         flip=str(base.channels == 3).lower(),
         corrupt=("    on_corrupt: skip  # unreadable pictures\n" if seen.facts.unreadable() else "")
-        + ("    class_balanced: true  # all classes equally often\n" if is_classes and is_unbalanced(counts) else ""),
+        + ("    class_balanced: true  # all classes equally often\n" if is_unbalanced else ""),
         batch_size=base.batch_size,
         retained=retained,
         of_target=base.batch_size - retained,
         share=base.share,
         bank=f"{Path(base.name).name}{'' if task in ('classes', 'captions') else '-' + task}",
         bank_size=plan.bank_size,
-        cache=f"runs/{plan.name}/latents" if fits_on_disk(plan) else "null",
+        cache=f"runs/{plan.name}/latents" if cache_bytes < shutil.disk_usage(".").free / 5 else "null",
         workers=4 if base.is_large else 0,
         precision="bf16-mixed" if has_bf16 else "32-true",
         name=plan.name,
@@ -178,8 +182,8 @@ def target(seen: Seen) -> str:
     """Training and held-out pictures: the folder's own parts, or a tenth of it held out."""
     if seen.val_source:
         parts = {"target": seen.source, "val_target": seen.val_source}
-        return "".join(f"    {name}:\n{indented(source, 6)}\n" for name, source in parts.items())
-    return _PARTITION.format(source=indented(seen.source, 10), **HELD_OUT) + (_HELD_OUT if seen.held_out else "")
+        return "".join(f"    {name}:\n{indent(source, 6 * ' ')}\n" for name, source in parts.items())
+    return _PARTITION.format(source=indent(seen.source, 10 * " "), **HELD_OUT) + (_HELD_OUT if seen.held_out else "")
 
 
 def callbacks(plan: Plan) -> str:
@@ -207,17 +211,7 @@ def callbacks(plan: Plan) -> str:
             f"init_args: {{num_samples: {number}, columns: {columns}, batch_size: {8 if base.is_large else 32}}}"
         )
     entries += [metric] if (metric := metric_of(plan)) else []
-    return "".join(f"    - {indented(entry.rstrip(), 6).lstrip()}\n" for entry in entries)
-
-
-def is_unbalanced(counts: dict[str, int]) -> bool:
-    """Whether the largest class has more than four times the pictures of the smallest."""
-    return bool(counts) and max(counts.values()) > 4 * max(1, min(counts.values()))
-
-
-def shell_word(name: str) -> str:
-    """A name as one word of a command line."""
-    return shlex.quote(name)
+    return "".join(f"    - {indent(entry.rstrip(), 6 * ' ').lstrip()}\n" for entry in entries)
 
 
 def metric_of(plan: Plan) -> str:
@@ -238,12 +232,6 @@ def metric_of(plan: Plan) -> str:
     return ""
 
 
-def fits_on_disk(plan: Plan) -> bool:
-    """Whether the encoded pictures take less than a fifth of what is free: 16-bit mean and deviation, mirrored too."""
-    side = plan.base.image_size // (8 if plan.base.is_large else 2)
-    return plan.seen.trained * 2 * 2 * 2 * 4 * side**2 < shutil.disk_usage(".").free / 5
-
-
 def described(seen: Seen) -> str:
     """The pictures in one line."""
     counts = seen.facts.counts()
@@ -257,8 +245,3 @@ def described(seen: Seen) -> str:
 def quoted(text: str) -> str:
     """A string as YAML; JSON's strings are."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def indented(text: str, by: int) -> str:
-    """Every line further to the right."""
-    return "\n".join(" " * by + line if line else line for line in text.splitlines())

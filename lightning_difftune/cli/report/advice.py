@@ -9,14 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_difftune.cli.facts import name_of
+from lightning_difftune.cli.facts import best_of, name_of
 from lightning_difftune.cli.run import Run
-from lightning_difftune.cli.run_files import Series
 
 FEWEST_OF_A_CLASS = 10
 GAIN = 0.02  # of a score in the last quarter of a run, which is still worth training for
 LOSS = 0.05  # of a score or loss since its best, which is more than a wobble
-LEAP = 3.0  # of the loss over its median until then, if that is out of the ordinary for the run, too
+LEAP = 3.0  # of the loss over its median until then, if that is also unusual for the run
 SIGMAS = 5.0  # of the logarithm of the loss, from which it is
 RISE = 0.10  # of the retention loss from the first third of a run to the last
 
@@ -54,7 +53,7 @@ def diverged(run: Run) -> Advice | None:
 
 
 def leapt(run: Run) -> Advice | None:
-    """The loss was far above all before it at two logged steps on end, whether or not it came back."""
+    """The loss was far above all before it at two logged steps in a row, whether or not it came back."""
     series = run.finite("train/loss")
     logs = [math.log(value) for _, value in series if value > 0]
     if len(logs) < 8 or len(logs) < len(series):
@@ -98,9 +97,10 @@ def train_longer(run: Run) -> Advice | None:
     """A score was still getting better."""
     for name, higher in run.scores.items():
         series = run.finite(name)
-        before = _before_last_quarter(series)
-        if run.stopped_early or before is None or series[-1][1] != _best(series, higher)[1]:
+        if run.stopped_early or len(series) < 3 or series[-1][1] != best_of(series, higher)[1]:
             continue
+        last_quarter = series[-1][0] - (series[-1][0] - series[0][0]) / 4
+        before = [point for point in series if point[0] <= last_quarter][-1]
         gain = abs(series[-1][1] - before[1]) / max(abs(before[1]), 1e-12)
         if gain > GAIN:
             return Advice(
@@ -118,7 +118,7 @@ def stop_earlier(run: Run) -> Advice | None:
         series = run.finite(name)
         if len(series) < 3:
             continue
-        (step, best), (last_step, last) = _best(series, higher), series[-1]
+        (step, best), (last_step, last) = best_of(series, higher), series[-1]
         if abs(last - best) > LOSS * abs(best):
             mode = "max" if higher else "min"
             kept = (run.callback("ModelCheckpoint") or {}).get("monitor") == name
@@ -171,7 +171,7 @@ def overfits(run: Run) -> Advice | None:
     held_out, train = run.finite("val/loss"), run.finite("train/reconsolidation")
     if len(held_out) < 4 or len(train) < 8:
         return None
-    (step, best), (last_step, last) = _best(held_out, False), held_out[-1]
+    (step, best), (last_step, last) = best_of(held_out, False), held_out[-1]
     quarter = len(train) // 4
     early, late = (statistics.fmean(value for _, value in part) for part in (train[:quarter], train[-quarter:]))
     if not (last > (1 + LOSS) * best and late < early):
@@ -263,14 +263,3 @@ def _steps(run: Run, steps: int) -> str:
     schedule = ("model", "init_args", "lr_scheduler", "init_args", "total_steps")
     also = f" --model.lr_scheduler.total_steps {steps}" if run.max_steps == run.setting(*schedule) else ""
     return f"--trainer.max_steps {steps}{also}"
-
-
-def _best(series: Series, higher: bool) -> tuple[int, float]:
-    return (max if higher else min)(series, key=lambda point: point[1])
-
-
-def _before_last_quarter(series: Series) -> tuple[int, float] | None:
-    if len(series) < 3:
-        return None
-    border = series[-1][0] - (series[-1][0] - series[0][0]) / 4
-    return [point for point in series if point[0] <= border][-1]

@@ -102,19 +102,18 @@ def _picture(file: Path, caption: str) -> str:
         shown.thumbnail((WIDEST, WIDEST))
     except OSError as error:
         return f"<figure><figcaption>{escape(caption)}: cannot be read ({escape(str(error))})</figcaption></figure>"
-    content = min((_encoded(shown, kind) for kind in ("PNG", "JPEG")), key=lambda kind_bytes: len(kind_bytes[1]))
-    data = base64.b64encode(content[1]).decode()
+    encoded: dict[str, bytes] = {}
+    for kind in ("png", "jpeg"):
+        buffer = BytesIO()
+        shown.save(buffer, format=kind, quality=90, optimize=True)
+        encoded[kind] = buffer.getvalue()
+    kind = min(encoded, key=lambda kind: len(encoded[kind]))
+    data = base64.b64encode(encoded[kind]).decode()
     width, height = shown.size
     return (
-        f'<figure><img src="data:image/{content[0].lower()};base64,{data}" width="{width}" height="{height}" '
+        f'<figure><img src="data:image/{kind};base64,{data}" width="{width}" height="{height}" '
         f'alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
     )
-
-
-def _encoded(image: Image.Image, kind: str) -> tuple[str, bytes]:
-    buffer = BytesIO()
-    image.save(buffer, format=kind, quality=90, optimize=True)
-    return kind, buffer.getvalue()
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -149,24 +148,22 @@ class Panel:
 
 def panels(run: Run) -> list[Panel]:
     """What is worth a curve, the most telling first."""
-    streams = {"target": "train/reconsolidation", "memory bank": "train/retention"}
-    drawn = [Panel("Training losses of both streams", "loss", _named(run, streams))]
-    drawn += [
-        Panel(name, f"{'higher' if higher else 'lower'} is better", _named(run, {name: name}))
-        for name, higher in run.scores.items()
-    ]
-    drawn.append(Panel("Loss on held-out pictures", "val/loss", _named(run, {"val/loss": "val/loss"})))
-    rates = {name: name for name in run.metrics if name.startswith("lr-")}
-    drawn.append(Panel("Learning rate", "learning rate", _named(run, rates)))
-    drawn.append(Panel("Distance from the pre-trained weights", "squared L2", _named(run, {"total": "ewc/total"})))
     known = {"val/loss", *run.scores}
     others = [name for name in run.metrics if name not in known and not LEFT_OUT.fullmatch(name)]
-    drawn += [Panel(name, name, _named(run, {name: name})) for name in others[:MOST_OTHERS]]
-    return [panel for panel in drawn if panel.series]
-
-
-def _named(run: Run, names: dict[str, str]) -> dict[str, Series]:
-    return {label: series for label, name in names.items() if (series := run.finite(name))}
+    streams = {"target": "train/reconsolidation", "memory bank": "train/retention"}
+    drawn: list[tuple[str, str, dict[str, str]]] = [  # title, label of the y-axis, and logged names by their own labels
+        ("Training losses of both streams", "loss", streams),
+        *((name, f"{'higher' if high else 'lower'} is better", {name: name}) for name, high in run.scores.items()),
+        ("Loss on held-out pictures", "val/loss", {"val/loss": "val/loss"}),
+        ("Learning rate", "learning rate", {name: name for name in run.metrics if name.startswith("lr-")}),
+        ("Distance from the pre-trained weights", "squared L2", {"total": "ewc/total"}),
+        *((name, name, {name: name}) for name in others[:MOST_OTHERS]),
+    ]
+    found = [
+        Panel(title, label, {shown: series for shown, name in names.items() if (series := run.finite(name))})
+        for title, label, names in drawn
+    ]
+    return [panel for panel in found if panel.series]
 
 
 def gathered(series: Series) -> list[tuple[float, list[float]]]:
