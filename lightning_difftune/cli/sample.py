@@ -45,19 +45,12 @@ machine; another batch size or device rounds differently and may move a pixel by
 
 @dataclass
 class Source:
-    """A model to draw pictures with.
+    """A model to draw pictures with."""
 
-    Attributes:
-        module: Built.
-        done: What to say about it.
-        run: The run that it comes from, if it does.
-        has_base: Whether the model that it was tuned from is there, too.
-    """
-
-    module: DiffTuningModule
-    done: list[str]
-    run: TunedRun | None = None
-    has_base: bool = True
+    module: DiffTuningModule  # built
+    done: list[str]  # what to say about it
+    run: TunedRun | None = None  # the run that it comes from, if it does
+    has_base: bool = True  # whether the model that it was tuned from is there, too
 
 
 def sample(argv: Sequence[str]) -> None:

@@ -25,23 +25,16 @@ RECORD = "lightning_difftune.cli.tuned.RunRecord"
 class Job:
     """One run with one seed.
 
-    Attributes:
-        run: The entry of the study file.
-        seed: Its seed.
-        settings: What the configs and the study set, composed; defaults of the code are not in it. ``{run}``,
-            ``{output}``, ``{results}`` and ``{seed}`` stand for this run's folder, the study's, that of its results,
-            and the seed.
-        evaluators: Measurements at the end.
-        output: Folder of the study's runs.
-        kept: Folder of its results.
+    In the settings ``{run}``, ``{output}``, ``{results}`` and ``{seed}`` stand for this run's folder, the study's, that
+    of its results, and the seed.
     """
 
-    run: StudyRun
+    run: StudyRun  # the entry of the study file
     seed: int
-    settings: dict[str, Any]
-    evaluators: tuple[Mapping[str, Any], ...]
-    output: Path
-    kept: Path
+    settings: dict[str, Any]  # what the configs and the study set, composed; defaults of the code are not in it
+    evaluators: tuple[Mapping[str, Any], ...]  # measurements at the end
+    output: Path  # folder of the study's runs
+    kept: Path  # folder of its results
 
     @property
     def name(self) -> str:

@@ -21,56 +21,32 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One line of a study's table: overlays on the base, run once for each seed.
+    """One line of a study's table: overlays on the base, run once for each seed."""
 
-    Attributes:
-        name: Its key in the study file.
-        configs: Overlays on the base.
-        settings: Keys that it sets.
-        method: What it is, where several runs are of one method.
-        group: Which of the runs of its method it is, such as with or without Diff-Tuning.
-        at: Where it stands on the x-axis of a figure, by quantity.
-        against: The run that its change is measured against.
-    """
-
-    name: str
-    configs: tuple[Path, ...]
-    settings: Mapping[str, Any]
-    method: str
-    group: str
-    at: Mapping[str, float]
-    against: str | None
+    name: str  # its key in the study file
+    configs: tuple[Path, ...]  # overlays on the base
+    settings: Mapping[str, Any]  # keys that it sets
+    method: str  # what it is, where several runs are of one method
+    group: str  # which of the runs of its method it is, such as with or without Diff-Tuning
+    at: Mapping[str, float]  # where it stands on the x-axis of a figure, by quantity
+    against: str | None  # the run that its change is measured against
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file that has been read and checked.
+    """A study file that has been read and checked."""
 
-    Attributes:
-        path: The file.
-        title: Heading of tables and figures.
-        output: Folder of the runs, and of what they share.
-        kept: Folder of results, tables and figures, which are small; the runs' folder where the study names no other.
-        seeds: Seeds of every run.
-        base: Configs that all runs start from.
-        settings: Keys that all runs set, between the base and their own configs.
-        evaluators: ``class_path`` and ``init_args`` of :class:`~lightning_difftune.protocols.Evaluator` objects.
-        metrics: What is compared, the main one first, and which direction is better.
-        gain_over: Metrics that a figure shows the change of the main one over.
-        runs: The runs by name, in the order of the file.
-    """
-
-    path: Path
-    title: str
-    output: Path
-    kept: Path
-    seeds: tuple[int, ...]
-    base: tuple[Path, ...]
-    settings: Mapping[str, Any]
-    evaluators: tuple[Mapping[str, Any], ...]
-    metrics: Mapping[str, Better]
-    gain_over: tuple[str, ...]
-    runs: Mapping[str, StudyRun]
+    path: Path  # the file
+    title: str  # heading of tables and figures
+    output: Path  # folder of the runs, and of what they share
+    kept: Path  # folder of results, tables and figures; the runs' folder where the study names no other
+    seeds: tuple[int, ...]  # seeds of every run
+    base: tuple[Path, ...]  # configs that all runs start from
+    settings: Mapping[str, Any]  # keys that all runs set, between the base and their own configs
+    evaluators: tuple[Mapping[str, Any], ...]  # `class_path` and `init_args` of Evaluator objects
+    metrics: Mapping[str, Better]  # what is compared, the main one first, and which direction is better
+    gain_over: tuple[str, ...]  # metrics that a figure shows the change of the main one over
+    runs: Mapping[str, StudyRun]  # the runs by name, in the order of the file
 
     def arguments(self, run: StudyRun, seed: int) -> list[str]:
         """The command line of one run, without a command: configs and settings from left to right."""

@@ -25,31 +25,18 @@ WORDS = ("run", "method", "group")  # columns of words; the others are of number
 
 @dataclass(frozen=True)
 class Line:
-    """One run of a study, over its seeds.
+    """One run of a study, over its seeds."""
 
-    Attributes:
-        run: The entry of the study file.
-        seeds: Those that are finished.
-        values: Final values by metric, one for each seed.
-        history: Curves by metric, one for each seed.
-        parameters: Trainable parameters.
-        seconds: Seconds of each fit.
-        converged: The step of convergence by monitor and threshold, one for each seed; ``None`` if it was not reached.
-        change: Relative change of the main metric against the run that the study names, over the seeds that both have.
-        best: The main metric at the best of each seed's validations, where there are several.
-        best_change: The change of ``best``.
-    """
-
-    run: StudyRun
-    seeds: tuple[int, ...]
-    values: Mapping[str, tuple[float, ...]]
-    history: Mapping[str, tuple[Sequence[tuple[int, float]], ...]]
-    parameters: int
-    seconds: tuple[float, ...]
-    converged: Mapping[str, tuple[int | None, ...]]
-    change: float | None = None
-    best: tuple[float, ...] = ()
-    best_change: float | None = None
+    run: StudyRun  # the entry of the study file
+    seeds: tuple[int, ...]  # those that are finished
+    values: Mapping[str, tuple[float, ...]]  # final values by metric, one for each seed
+    history: Mapping[str, tuple[Sequence[tuple[int, float]], ...]]  # curves by metric, one for each seed
+    parameters: int  # trainable parameters
+    seconds: tuple[float, ...]  # seconds of each fit
+    converged: Mapping[str, tuple[int | None, ...]]  # steps by monitor and threshold, one for each seed
+    change: float | None = None  # of the main metric, relative to the run that the study names, over common seeds
+    best: tuple[float, ...] = ()  # the main metric at the best of each seed's validations, where there are several
+    best_change: float | None = None  # the change of `best`
 
 
 def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]]]) -> list[Line]:

@@ -23,37 +23,21 @@ FULL_DIT = 30e9  # bytes of GPU memory that training all weights of DiT-XL/2 wan
 
 @dataclass(frozen=True)
 class Base:
-    """A pre-trained model, and how long and how finely one tunes it.
+    """A pre-trained model, and how long and how finely one tunes it."""
 
-    Attributes:
-        name: As the module's ``model``.
-        image_size: Side of its pictures in pixels.
-        lr: Learning rate.
-        batch_size: Samples in a batch, both streams together.
-        share: Of them from the memory bank.
-        passes: Over the pictures, as long as the steps stay within ``steps``.
-        steps: Fewest and most.
-        bank: Fewest and most samples of the memory bank.
-        sampler: Settings of pictures, as YAML.
-        is_large: Whether it wants a GPU.
-        channels: Of the pictures.
-        autoencoder: Of a latent DiT, as YAML.
-        extras: Other arguments of the module, as YAML.
-    """
-
-    name: str
-    image_size: int
-    lr: float
-    batch_size: int
-    share: float
-    passes: int
-    steps: tuple[int, int]
-    bank: tuple[int, int]
-    sampler: str
-    is_large: bool
-    channels: int = 3
-    autoencoder: str = ""
-    extras: str = ""
+    name: str  # as the module's `model`
+    image_size: int  # side of its pictures in pixels
+    lr: float  # learning rate
+    batch_size: int  # samples in a batch, both streams together
+    share: float  # of them from the memory bank
+    passes: int  # over the pictures, as long as the steps stay within `steps`
+    steps: tuple[int, int]  # fewest and most
+    bank: tuple[int, int]  # fewest and most samples of the memory bank
+    sampler: str  # settings of pictures, as YAML
+    is_large: bool  # whether it wants a GPU
+    channels: int = 3  # of the pictures
+    autoencoder: str = ""  # of a latent DiT, as YAML
+    extras: str = ""  # other arguments of the module, as YAML
 
 
 _DDIM = "{num_inference_steps: %d, guidance_scale: 1.5, guidance_channels: 3}"

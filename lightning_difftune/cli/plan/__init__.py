@@ -90,17 +90,11 @@ def sizes(reader: ModelReader) -> tuple[int | None, int | None]:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device.
+    """Bytes on each device."""
 
-    Attributes:
-        weights: All networks, from which bank and cache are made; what these compute with is not counted.
-        kept: In training: weights, gradients, Adam's moments and averages.
-        activations: Of a training step's samples.
-    """
-
-    weights: float
-    kept: float
-    activations: float
+    weights: float  # all networks, from which bank and cache are made; what these compute with is not counted
+    kept: float  # in training: weights, gradients, Adam's moments and averages
+    activations: float  # of a training step's samples
 
     @classmethod
     def of(cls, costs: Costs, batch_size: int, caches_captions: bool) -> Memory:

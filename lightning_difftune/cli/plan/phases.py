@@ -33,15 +33,10 @@ TYPES = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "bf16", "16-true
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device is.
+    """How fast a device is."""
 
-    Attributes:
-        name: The device, in words.
-        seconds: For one sample of each of :data:`~lightning_difftune.cli.plan.probe.PARTS`.
-    """
-
-    name: str
-    seconds: Mapping[str, float]
+    name: str  # the device, in words
+    seconds: Mapping[str, float]  # for one sample of each of PARTS
 
     @classmethod
     def of_data_sheet(cls, device: str, utilisation: float, precision: str, costs: Costs) -> Speed:
@@ -105,19 +100,12 @@ def now(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run.
+    """One phase of a run."""
 
-    Attributes:
-        name: Such as ``memory bank``.
-        what: In words.
-        samples: How many samples of each of the parts it computes.
-        disk: Bytes that it writes.
-    """
-
-    name: str
-    what: str
-    samples: Mapping[str, float] = field(default_factory=dict)
-    disk: float = 0.0
+    name: str  # such as `memory bank`
+    what: str  # in words
+    samples: Mapping[str, float] = field(default_factory=dict)  # how many samples of each of the parts it computes
+    disk: float = 0.0  # bytes that it writes
 
     def flops(self, costs: Costs) -> float:
         """Floating-point operations."""

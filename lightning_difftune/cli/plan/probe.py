@@ -109,25 +109,15 @@ class Probe:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one sample costs.
+    """What one sample costs."""
 
-    Attributes:
-        flops: Floating-point operations of each part, a multiplication and an addition being two.
-        activation_bytes: What a training step keeps for the backward pass.
-        bank_bytes: On disk, in a memory bank.
-        cache_bytes: On disk, in a latent cache, without the mirror image.
-        trained: Parameters that are trained.
-        frozen_bytes: Parameters that are not, in the types that they are kept in.
-        text_bytes: Those of them that encode text.
-    """
-
-    flops: dict[str, float]
-    activation_bytes: float
-    bank_bytes: float
-    cache_bytes: float
-    trained: int
-    frozen_bytes: float
-    text_bytes: float
+    flops: dict[str, float]  # floating-point operations of each part, a multiplication and an addition being two
+    activation_bytes: float  # what a training step keeps for the backward pass
+    bank_bytes: float  # on disk, in a memory bank
+    cache_bytes: float  # on disk, in a latent cache, without the mirror image
+    trained: int  # parameters that are trained
+    frozen_bytes: float  # parameters that are not, in the types that they are kept in
+    text_bytes: float  # those of them that encode text
 
 
 def count(

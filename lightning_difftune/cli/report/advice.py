@@ -22,17 +22,11 @@ RISE = 0.10  # of the retention loss from the first third of a run to the last
 
 @dataclass(frozen=True)
 class Advice:
-    """Something to try.
+    """Something to try."""
 
-    Attributes:
-        what: The advice.
-        evidence: What was measured.
-        command: How, where a command line says it; empty otherwise.
-    """
-
-    what: str
-    evidence: str
-    command: str = ""
+    what: str  # the advice
+    evidence: str  # what was measured
+    command: str = ""  # how, where a command line says it; empty otherwise
 
 
 def advise(run: Run) -> list[Advice]:
