@@ -11,8 +11,8 @@ import yaml
 
 from lightning_difftune.cli.facts import summary
 from lightning_difftune.cli.lightning import ConfigReader
+from lightning_difftune.cli.report import page, panels
 from lightning_difftune.cli.report.advice import RULES, advise
-from lightning_difftune.cli.report.page import page, panels
 from lightning_difftune.cli.run import Run
 
 

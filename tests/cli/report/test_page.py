@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lightning_difftune.cli import main
-from lightning_difftune.cli.report.page import POINTS, gathered
+from lightning_difftune.cli.report import POINTS, gathered
 from lightning_difftune.cli.run_files import read_metrics
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
