@@ -94,8 +94,9 @@ def facts_at(path: str, split: str | None, num_workers: int) -> SourceFacts:
 
 def report_of(path: str, facts: SourceFacts, held_out: SourceFacts | None, image_size: int) -> dict[str, Any]:
     """All that was seen, as plain JSON values."""
-    pictures = facts.readable
-    counts = facts.counts()
+    pictures, counts, duplicates = facts.readable, facts.counts(), facts.duplicates()
+    largest = max((picture.largest for picture in pictures if picture.largest is not None), default=0)
+    deep = sum(picture.largest is not None for picture in pictures)
     return {
         "path": path,
         "kind": type(facts.source).__name__,
@@ -112,22 +113,17 @@ def report_of(path: str, facts: SourceFacts, held_out: SourceFacts | None, image
         "grey": sum(picture.is_grey for picture in pictures),
         "alpha": sum(picture.has_alpha for picture in pictures),
         "exif_rotated": sum(picture.is_rotated for picture in pictures),
-        "deep": deep_of([picture.largest for picture in pictures if picture.largest is not None]),
+        "deep": {"pictures": deep, "largest": largest, "bits": largest.bit_length()} if deep else {},
         "captions": captions_of_report(facts),
         "left_out": {what: count for what, count in getattr(facts.source, "left_out", {}).items() if count},
         "unreadable": facts.unreadable(),
-        "duplicates": [[facts.name(index) for index in group] for group in facts.duplicates()],
+        "duplicates": [[facts.name(index) for index in group] for group in duplicates],
         "duplicates_of_two_classes": sum(
-            len({facts.pictures[index].label for index in group}) > 1 for group in facts.duplicates()
+            len({facts.pictures[index].label for index in group}) > 1 for group in duplicates
         ),
         "split": split_of(facts, held_out),
         "notes": [*facts.notes, *(held_out.notes if held_out is not None else [])],
     }
-
-
-def deep_of(largest: Sequence[int]) -> dict[str, int]:
-    """How many pictures have 16 bits, and how many bits their largest value needs."""
-    return {"pictures": len(largest), "largest": max(largest), "bits": max(largest).bit_length()} if largest else {}
 
 
 def captions_of_report(facts: SourceFacts) -> dict[str, Any]:
@@ -151,17 +147,15 @@ def split_of(facts: SourceFacts, held_out: SourceFacts | None) -> dict[str, Any]
         digests = {picture.digest for picture in facts.readable}
         classes, others = facts.counts(), held_out.counts()
         named = class_names_of(facts.source) is not None and class_names_of(held_out.source) is not None
-        both = sum(picture.digest in digests for picture in held_out.readable)
+        unknown = [name for name, count in others.items() if count and name not in classes]
         return {
             "by": "given",
             "train": len(facts.pictures),
             "val": len(held_out.pictures),
-            "in_both": both,
+            "in_both": sum(picture.digest in digests for picture in held_out.readable),
             "unreadable": held_out.unreadable(),
             "missing_classes": [name for name in classes if not others.get(name)] if named else [],
-            "unknown_classes": [name for name, count in others.items() if count and name not in classes]
-            if named
-            else [],
+            "unknown_classes": unknown if named else [],
         }
     try:
         held = set(Partition(facts.source, HELD_OUT, "val").indices)
@@ -175,45 +169,51 @@ def split_of(facts: SourceFacts, held_out: SourceFacts | None) -> dict[str, Any]
 def show(report: dict[str, Any], console: Console) -> None:
     """Print a report as tables."""
     overview = Table(title=escape(f"{report['path']} ({report['kind']})"), show_header=False, title_justify="left")
-    count = report["pictures"]
+    classes, deep, split = report["classes"], report["deep"], report["split"]
+    small = f"{len(classes):,}, {len(report['small_classes'])} of them below {FEW_PICTURES} pictures"
+    bits = "{pictures:,} pictures, largest value {largest:,} of 65,535 ({bits} bits)".format(**deep) if deep else ""
+    if deep and deep["bits"] <= MOST_WRONG_BITS:
+        bits += ": nearly black, a run refuses them"
     for name, value in (
-        ("pictures", f"{count:,} with {report['labels']}"),
-        (
-            "classes",
-            f"{len(report['classes']):,}, {len(report['small_classes'])} of them below {FEW_PICTURES} pictures",
-        ),
+        ("pictures", f"{report['pictures']:,} with {report['labels']}"),
+        ("classes", small if classes else ""),
         *((name, between(report[name])) for name in ("width", "height", "aspect_ratio")),
         ("enlarged", f"{report['enlarged']:,} are smaller than {report['image_size']} px"),
         ("cropped", f"{report['cropped']:,} are not square and lose their ends"),
         ("grey / alpha", f"{report['grey']:,} / {report['alpha']:,}"),
         ("EXIF-rotated", f"{report['exif_rotated']:,}"),
         ("unreadable", f"{len(report['unreadable']):,}"),
-        ("16 bits", bits_of(report["deep"])),
+        ("16 bits", bits),
         ("captions", f"{len(report['captions'].get('empty', [])):,} are empty" if report["captions"] else ""),
         ("left out", escape(describe_counts(report["left_out"]))),
         ("duplicates", f"{len(report['duplicates']):,} groups, {report['duplicates_of_two_classes']} across classes"),
-        ("split", "{train:,} to train on, {val:,} held out ({by}), {in_both:,} in both".format(**report["split"])),
+        ("split", "{train:,} to train on, {val:,} held out ({by}), {in_both:,} in both".format(**split)),
     ):
-        if value and (name != "classes" or report["classes"]):
+        if value:
             overview.add_row(name.replace("_", " "), value)
     console.print(overview)
-    if report["classes"]:
+    if classes:
         table = Table("class", "pictures", title="Smallest classes", title_justify="left")
-        for name, number in sorted(report["classes"].items(), key=lambda entry: entry[1])[:SHOWN]:
+        for name, number in sorted(classes.items(), key=lambda entry: entry[1])[:SHOWN]:
             table.add_row(escape(name), f"{number:,}" + (" [yellow]few" if number < FEW_PICTURES else ""))
         console.print(table)
-        if len(report["classes"]) > SHOWN:
-            console.print(f"... and {len(report['classes']) - SHOWN} larger ones")
+        if len(classes) > SHOWN:
+            console.print(f"... and {len(classes) - SHOWN} larger ones")
     for length in ("shortest", "longest"):
         if captions := report["captions"].get(length):
             said = ", ".join(f"{caption[:CUT]!r} ({len(caption):,})" for caption in captions)
             console.print(f"{length} captions (characters): {escape(said)}", highlight=False, soft_wrap=True)
     for note in report["notes"]:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False, soft_wrap=True)
-    for said, which in (("empty caption", report["captions"].get("empty", [])), *between_splits(report["split"])):
+    unknown = "held-out classes that the training pictures do not have, which a run refuses"
+    for said, which in (
+        ("empty caption", report["captions"].get("empty")),
+        ("no held-out pictures of", split.get("missing_classes")),
+        (unknown, split.get("unknown_classes")),
+    ):
         if which:
             console.print(f"[yellow]{said}:[/] {escape(shorten(which))}", highlight=False, soft_wrap=True)
-    unreadable = {**report["unreadable"], **report["split"].get("unreadable", {})}
+    unreadable = {**report["unreadable"], **split.get("unreadable", {})}
     for name, reason in list(unreadable.items())[:SHOWN]:
         console.print(f"[red]cannot be read:[/] {escape(f'{name} ({reason})')}", highlight=False, soft_wrap=True)
     for group in report["duplicates"][:SHOWN]:
@@ -221,25 +221,6 @@ def show(report: dict[str, Any], console: Console) -> None:
     for what in (unreadable, report["duplicates"]):
         if len(what) > SHOWN:
             console.print(f"... and {len(what) - SHOWN} more; --json has all")
-
-
-def between_splits(split: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Classes that one side has and the other does not, each with what that means."""
-    return [
-        ("no held-out pictures of", split.get("missing_classes", [])),
-        (
-            "held-out classes that the training pictures do not have, which a run refuses",
-            split.get("unknown_classes", []),
-        ),
-    ]
-
-
-def bits_of(deep: dict[str, int]) -> str:
-    """What to say of pictures of 16 bits."""
-    if not deep:
-        return ""
-    said = f"{deep['pictures']:,} pictures, largest value {deep['largest']:,} of 65,535 ({deep['bits']} bits)"
-    return said + (": nearly black, a run refuses them" if deep["bits"] <= MOST_WRONG_BITS else "")
 
 
 def between(values: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import yaml
@@ -135,9 +136,8 @@ def meant(name: str, known: Collection[str]) -> str:
 
 def parameters_of(path: str) -> set[str]:
     """Arguments of a class by its path; none if they cannot be had."""
-    module, _, name = path.rpartition(".")
     try:
-        return parameter_names(getattr(import_module(module), name))
+        return parameter_names(resolve_name(path))
     except (ImportError, AttributeError, ValueError, TypeError):
         return set()
 

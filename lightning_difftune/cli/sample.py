@@ -59,14 +59,7 @@ def sample(argv: Sequence[str]) -> None:
     if options.num_samples < 1 or options.batch_size < 1:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
     output = free_folder(options.output, options.overwrite)
-    source = open_source(
-        options.run,
-        rest,
-        base=options.base,
-        vae=options.vae,
-        text=options.prompts is not None,
-        solver=options.solver,
-    )
+    source = open_source(options, rest)
     module = source.module.to(device_of(options.device))
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
@@ -114,39 +107,18 @@ def parser() -> CommandParser:
     return options
 
 
-def open_source(
-    name: str,
-    settings: Sequence[str] = (),
-    *,
-    base: str | None = None,
-    vae: str | None = None,
-    text: bool = False,
-    solver: str | None = None,
-) -> Source:
-    """Open a model by its path or name.
-
-    Args:
-        name: A run's folder or checkpoint, a DiT or an export of one, a Stable Diffusion pipeline, a UNet's folder, or
-            the name of a bundled model.
-        settings: For a run, ``--config`` and overrides of its keys.
-        base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet.
-        vae: The autoencoder of a latent DiT that comes without one.
-        text: Whether a hub repository is a text-to-image pipeline.
-        solver: The scheduler that is asked for; of flow matching, it says what a DiT predicts whose file does not.
-
-    Raises:
-        ConfigError: If something is missing to draw with it, or settings are given that only runs have.
-        CheckpointError: If it cannot be opened.
-    """
-    path = Path(name).expanduser()
+def open_source(options: argparse.Namespace, settings: Sequence[str]) -> Source:
+    """Open a run, with ``--config`` and overrides of its keys if there are some, or else what ``open_model`` opens."""
+    path = Path(options.run).expanduser()
     if path.suffix == ".ckpt" or (path.is_dir() and (launches_below(path) or any(checkpoints_below(path)))):
         run = TunedRun(path, settings)
         return Source(run.module, [str(run)], run)
     if settings:
         raise ConfigError(f"Unknown options: {' '.join(settings)}. Only a checkpoint takes keys of its run's config.")
-    module = open_model(name, base=base, vae=vae, text=text, solver=solver)
+    has_prompts = options.prompts is not None
+    module = open_model(options.run, base=options.base, vae=options.vae, text=has_prompts, solver=options.solver)
     network = module.trainable_modules()[0]
-    return Source(module.eval(), [f"{name}: {type(network).__name__}"], has_base=base is not None)
+    return Source(module.eval(), [f"{options.run}: {type(network).__name__}"], has_base=options.base is not None)
 
 
 def device_of(name: str | None) -> torch.device:
@@ -172,18 +144,17 @@ def free_folder(folder: Path | None, overwrite: bool) -> Path:
 
 def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
     """The model's own sampler with what the command line changes."""
-    own, changes = source.module.sampler, dict[str, Any]()
-    if options.steps is not None:
-        changes["num_inference_steps"] = options.steps
-    if options.guidance_scale is not None:
-        changes["guidance_scale"] = options.guidance_scale
-    if options.guidance_channels is not None:
-        channels = options.guidance_channels
+    own, channels = source.module.sampler, options.guidance_channels
+    given = {
+        "num_inference_steps": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "domain_guidance": options.domain_guidance or None,
+    }
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if channels is not None:
         if channels != "all" and not channels.isdecimal():
             raise ConfigError(f"--guidance_channels is {channels!r}; expected a number, or `all`.")
         changes["guidance_channels"] = None if channels == "all" else int(channels)
-    if options.domain_guidance:
-        changes["domain_guidance"] = True
     if options.solver is not None:
         changes["scheduler"] = scheduler_named(options.solver, own.scheduler.config)
     sampler = source.module.fitted(replace(own, **changes))

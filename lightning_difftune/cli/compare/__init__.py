@@ -148,21 +148,8 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
 def run_job(job: Job, count: str, console: Console) -> bool:
     """Do one run in a process of its own; whether it has a result now."""
     job.discard_leftovers()
-    checkpoint = job.checkpoint()
-    begins = "" if checkpoint is None else f", resumes from {checkpoint.name}"
-    console.print(f"{count}: log in {job.folder / 'log.txt'}{begins}")
-    prepare(job, checkpoint)
-    status = start_process(job.folder)
-    result = job.result()
-    if result is None:
-        console.print(f"{count}: failed with exit status {status}; {last_line(job.folder / 'log.txt')}")
-    else:
-        console.print(f"{count}: {result['steps']:,} steps in {result['fit_seconds']:.0f} s")
-    return result is not None
-
-
-def prepare(job: Job, checkpoint: Path | None) -> None:
-    """Write what :mod:`lightning_difftune.cli.compare.work` needs into the run's folder."""
+    checkpoint, log = job.checkpoint(), job.folder / "log.txt"
+    console.print(f"{count}: log in {log}{'' if checkpoint is None else f', resumes from {checkpoint.name}'}")
     job.folder.mkdir(parents=True, exist_ok=True)
     order = {
         "name": job.name,
@@ -175,6 +162,14 @@ def prepare(job: Job, checkpoint: Path | None) -> None:
     }
     atomic_write(job.folder / "config.yaml", yaml.safe_dump(job.config(), sort_keys=False).encode())
     atomic_write(job.folder / "job.json", (json.dumps(order, indent=1) + "\n").encode())
+    status = start_process(job.folder)
+    result = job.result()
+    if result is None:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        console.print(f"{count}: failed with exit status {status}; {lines[-1] if lines else 'no word'}")
+        return False
+    console.print(f"{count}: {result['steps']:,} steps in {result['fit_seconds']:.0f} s")
+    return True
 
 
 def start_process(folder: Path) -> int:
@@ -189,11 +184,6 @@ def start_process(folder: Path) -> int:
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as run,
     ):
         return run.wait()
-
-
-def last_line(log: Path) -> str:
-    """The last line that a run printed."""
-    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "no word")
 
 
 def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console: Console) -> None:
