@@ -217,26 +217,25 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
             with mode:
                 return DiT(**json.loads(file.read_text())).state_dict(), {}
 
-        def network(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
-            if root not in Path(path).parents:
-                return opened(cls, path, *args, **options)
-            with mode, default_dtype(options.get("torch_dtype")):
-                made = cls.from_config(cls.load_config(path)).eval()
-            return made, {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        def opener(original: Any, build: Any) -> Any:
+            def from_pretrained(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
+                if root not in Path(path).parents:
+                    return original(cls, path, *args, **options)
+                with mode, default_dtype(options.get("torch_dtype", options.get("dtype"))):
+                    made = build(cls, path).eval()
+                whole = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+                return (made, whole) if options.get("output_loading_info") else made
 
-        def text_network(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
-            if root not in Path(path).parents:
-                return opened_text(cls, path, *args, **options)
-            with mode, default_dtype(options.get("torch_dtype", options.get("dtype"))):
-                made = cls(cls.config_class.from_pretrained(path)).eval()
-            return (made, {"missing_keys": []}) if options.get("output_loading_info") else made
+            return classmethod(from_pretrained)
 
+        network = opener(opened, lambda cls, path: cls.from_config(cls.load_config(path)))
+        text_network = opener(opened_text, lambda cls, path: cls(cls.config_class.from_pretrained(path)))
         with (
             mock.patch.object(hub, "fetch", stand_in),
             mock.patch.object(hub, "fetch_file", stand_in_file),
             mock.patch.object(checkpoints, "read_safetensors", dit_state),
-            mock.patch.object(ModelMixin, "from_pretrained", classmethod(network)),
-            mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(text_network)),
+            mock.patch.object(ModelMixin, "from_pretrained", network),
+            mock.patch.object(PreTrainedModel, "from_pretrained", text_network),
             mock.patch.object(torch.utils, "swap_tensors", swap_what_differs),
         ):
             yield shapes
@@ -270,9 +269,7 @@ def write(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
         file.write_text(json.dumps(content))
         for weights in ("diffusion_pytorch_model.safetensors", "model.safetensors"):  # which nothing reads
             file.with_name(weights).touch()
-        if (
-            name.startswith("tokenizer") and file.name == "tokenizer_config.json"
-        ):  # which words it knows does not change what they cost
+        if file.name == "tokenizer_config.json":  # which words it knows does not change what they cost
             bundled = hub.BUNDLED / "sd-nano-flowers" / "tokenizer"
             (file.parent / "tokenizer.json").write_bytes((bundled / "tokenizer.json").read_bytes())
             file.write_text(json.dumps({**json.loads((bundled / file.name).read_text()), **content}))
