@@ -65,6 +65,32 @@ def setting_arguments(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
+_CONFIGS = (list, "a list of config files, relative to this file or to the installed configs")
+_SETTINGS = (dict, "a mapping of keys to values, such as {trainer.max_steps: 350}")
+_TEXT = (str, "a text")
+# The keys of a study file and of one of its runs: their types, and what to give.
+STUDY_KEYS = {
+    "title": _TEXT,
+    "output": (str, "a folder such as runs/study"),
+    "results": (str, "a folder such as results/study"),
+    "seeds": (list, "a list of numbers such as [0, 1]"),
+    "base": _CONFIGS,
+    "set": _SETTINGS,
+    "evaluate": (list, "a list of {class_path: ..., init_args: {...}}"),
+    "metrics": (dict, "a mapping such as {fid: lower}, the main metric first"),
+    "gain_over": (list, "a list of metrics"),
+    "runs": (dict, "a mapping of names to runs"),
+}
+RUN_KEYS = {
+    "configs": _CONFIGS,
+    "set": _SETTINGS,
+    "method": _TEXT,
+    "group": _TEXT,
+    "at": (dict, "a mapping of a quantity to its value, such as {tau: 0.5}"),
+    "against": (str, "the name of another run"),
+}
+
+
 def read_study(path: Path, part: str | None = None) -> Study:
     """Read and check a study file.
 
@@ -84,28 +110,35 @@ def read_study(path: Path, part: str | None = None) -> Study:
     keys = Keys(found, "", documents[0] if documents else None, STUDY_KEYS)
     if part is not None:
         keys = Keys(found, f"part {part}: ", keys.content | part_of(found, documents[1:], part, keys), STUDY_KEYS)
-    runs = keys.get("runs", dict, "a mapping of names to runs")
+    runs = keys.get("runs")
     if not runs:
         raise keys.error("runs", "names no run", "Add one: NAME: {configs: [overlay.yaml]}.")
-    seeds = keys.get("seeds", list, "a list of numbers such as [0, 1]", default=[0])
+    seeds = keys.get("seeds", default=[0])
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise keys.error("seeds", f"is {seeds}", "Give different whole numbers from 0, such as [0, 1].")
-    output = keys.get("output", str, "a folder such as runs/study")
-    metrics = keys.metrics()
-    gain_over = keys.get("gain_over", list, "a list of metrics", default=[])
+    metrics = {str(name): better for name, better in keys.get("metrics").items()}
+    if not metrics:
+        raise keys.error("metrics", "is empty")
+    for name, better in metrics.items():
+        if better not in get_args(Better):
+            raise keys.error(f"metrics.{name}", f"is {better!r}", "Say which is better: lower or higher.")
+    gain_over = keys.get("gain_over", default=[])
     if unknown := [name for name in gain_over if name not in metrics]:
-        raise keys.error(
-            "gain_over", f"names {unknown[0]!r}, which metrics does not", f"Choose from {', '.join(metrics)}."
-        )
+        fix = f"Choose from {', '.join(metrics)}."
+        raise keys.error("gain_over", f"names {unknown[0]!r}, which metrics does not", fix)
+    evaluators = keys.get("evaluate", default=[])
+    if not all(isinstance(entry, dict) and isinstance(entry.get("class_path"), str) for entry in evaluators):
+        raise keys.error("evaluate", f"is {evaluators}")
+    output = keys.get("output")
     return Study(
         path=found,
-        title=keys.get("title", str, "a text", default=found.stem.replace("_", " ").capitalize()),
+        title=keys.get("title", default=found.stem.replace("_", " ").capitalize()),
         output=Path(output),
-        kept=Path(keys.get("results", str, "a folder such as results/study", default=output)),
+        kept=Path(keys.get("results", default=output)),
         seeds=tuple(seeds),
-        base=keys.configs("base", required=True),
+        base=keys.configs("base"),
         settings=keys.settings(),
-        evaluators=keys.evaluators(),
+        evaluators=tuple(evaluators),
         metrics=metrics,
         gain_over=tuple(gain_over),
         runs={str(name): read_run(found, str(name), content, runs) for name, content in runs.items()},
@@ -113,11 +146,7 @@ def read_study(path: Path, part: str | None = None) -> Study:
 
 
 def read_yaml(path: Path) -> list[Any]:
-    """The documents of a study file.
-
-    Raises:
-        ConfigError: If it is not YAML.
-    """
+    """The documents of a study file."""
     try:
         return list(yaml.safe_load_all(path.read_text()))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
@@ -125,13 +154,10 @@ def read_yaml(path: Path) -> list[Any]:
 
 
 def part_of(path: Path, documents: Sequence[Any], name: str, first: Keys) -> dict[str, Any]:
-    """What the part of this name sets, with its folders.
-
-    Raises:
-        ConfigError: If there is no such part, or several.
-    """
-    parts = [Keys(path, "", document, ("part", *STUDY_KEYS)) for document in documents]
-    names = [keys.get("part", str, "a name such as lr in every document after the first") for keys in parts]
+    """What the part of this name sets, with its folders."""
+    known = {"part": (str, "a name such as lr in every document after the first"), **STUDY_KEYS}
+    parts = [Keys(path, "", document, known) for document in documents]
+    names = [keys.get("part") for keys in parts]
     if names.count(name) != 1:
         raise ConfigError(f"{path} has {names.count(name)} parts {name!r}; its parts are {', '.join(names) or 'none'}.")
     settings = dict(parts[names.index(name)].content)
@@ -145,35 +171,30 @@ def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> Stu
     keys = Keys(path, f"runs.{name}.", content if content is not None else {}, RUN_KEYS)
     if not re.fullmatch(r"[\w][\w.+-]*", name):
         raise keys.error("", f"has the name {name!r}", "Names become file names: use letters, digits, - _ + and dots.")
-    against = keys.get("against", str, "the name of another run", default="")
+    against = keys.get("against", default="")
     if against and against not in names:
-        raise keys.error(
-            "against", f"is {against!r}, which is not a run of this study", f"Choose from {', '.join(names)}."
-        )
-    at = keys.get("at", dict, "a mapping of a quantity to its value, such as {tau: 0.5}", default={})
+        fix = f"Choose from {', '.join(names)}."
+        raise keys.error("against", f"is {against!r}, which is not a run of this study", fix)
+    at = keys.get("at", default={})
     for quantity, value in at.items():
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise keys.error("at", f"gives {quantity} the value {value!r}", "Give a number; it is a figure's x.")
     return StudyRun(
         name=name,
-        configs=keys.configs("configs", required=False),
+        configs=keys.configs("configs", default=[]),
         settings=keys.settings(),
-        method=keys.get("method", str, "a text", default=name),
-        group=keys.get("group", str, "a text", default=""),
+        method=keys.get("method", default=name),
+        group=keys.get("group", default=""),
         at={str(quantity): float(value) for quantity, value in at.items()},
         against=against or None,
     )
 
 
-STUDY_KEYS = ("title", "output", "results", "seeds", "base", "set", "evaluate", "metrics", "gain_over", "runs")
-RUN_KEYS = ("configs", "set", "method", "group", "at", "against")
-
-
 class Keys:
     """One mapping of a study file, whose mistakes are named by file and key."""
 
-    def __init__(self, path: Path, prefix: str, content: Any, known: tuple[str, ...]) -> None:
-        self.path, self.prefix, self.content = path, prefix, content
+    def __init__(self, path: Path, prefix: str, content: Any, known: Mapping[str, tuple[type, str]]) -> None:
+        self.path, self.prefix, self.content, self.known = path, prefix, content, known
         if not isinstance(content, dict):
             raise self.error("", f"is {content!r}", f"Give a mapping with {', '.join(known)}.")
         for key in content:
@@ -182,56 +203,33 @@ class Keys:
                 fix = f"Is it {near[0]}?" if near else f"Keys are {', '.join(known)}."
                 raise self.error(str(key), "is not a key of a study file", fix)
 
-    def error(self, key: str, found: str, fix: str) -> ConfigError:
-        """What is wrong under ``key``, what to do."""
+    def error(self, key: str, found: str, fix: str = "") -> ConfigError:
+        """What is wrong under ``key``, and what to do; by default, to give what is wanted there."""
         where = f"{self.prefix}{key}".strip(".")
-        return ConfigError(f"{self.path}: {where or 'the file'} {found}. {fix}")
+        return ConfigError(f"{self.path}: {where or 'the file'} {found}. {fix or f'Give {self.known[key][1]}.'}")
 
-    def get(self, key: str, kind: type, wanted: str, default: Any = None) -> Any:
-        """The value under ``key``, of one type."""
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value under ``key``, of its type; without a default, it must be there."""
         value = self.content.get(key)
-        if value is None:
-            if default is None:
-                raise self.error(key, "is missing", f"Give {wanted}.")
+        if value is None and default is not None:
             return default
-        if not isinstance(value, kind):
-            raise self.error(key, f"is {value!r}", f"Give {wanted}.")
+        if not isinstance(value, self.known[key][0]):
+            raise self.error(key, "is missing" if value is None else f"is {value!r}")
         return value
 
-    def configs(self, key: str, required: bool) -> tuple[Path, ...]:
+    def configs(self, key: str, default: list[str] | None = None) -> tuple[Path, ...]:
         """Config files, relative to the study file or to the installed configs."""
-        wanted = "a list of config files, relative to this file or to the installed configs"
         paths = []
-        for name in self.get(key, list, wanted, default=None if required else []):
+        for name in self.get(key, default):
             found = find_config(Path(str(name)), self.path.parent)
             if found is None:
-                raise self.error(key, f"names {name}, which is not a file", f"Give {wanted}.")
+                raise self.error(key, f"names {name}, which is not a file")
             paths.append(found)
         return tuple(paths)
 
     def settings(self) -> dict[str, Any]:
         """Deep keys and their values."""
-        wanted = "a mapping of keys to values, such as {trainer.max_steps: 350}"
-        return {str(key): value for key, value in self.get("set", dict, wanted, default={}).items()}
-
-    def evaluators(self) -> tuple[dict[str, Any], ...]:
-        """Measurements at the end of a run."""
-        wanted = "a list of {class_path: ..., init_args: {...}}"
-        found = self.get("evaluate", list, wanted, default=[])
-        if not all(isinstance(entry, dict) and isinstance(entry.get("class_path"), str) for entry in found):
-            raise self.error("evaluate", f"is {found}", f"Give {wanted}.")
-        return tuple(found)
-
-    def metrics(self) -> dict[str, Better]:
-        """What is compared."""
-        wanted = "a mapping such as {fid: lower}, the main metric first"
-        found = self.get("metrics", dict, wanted)
-        for name, better in found.items():
-            if better not in get_args(Better):
-                raise self.error(f"metrics.{name}", f"is {better!r}", "Say which is better: lower or higher.")
-        if not found:
-            raise self.error("metrics", "is empty", f"Give {wanted}.")
-        return {str(name): better for name, better in found.items()}
+        return {str(key): value for key, value in self.get("set", default={}).items()}
 
 
 def find_config(path: Path, folder: Path) -> Path | None:
