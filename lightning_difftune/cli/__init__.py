@@ -171,28 +171,22 @@ def message_of(error: DiffTuneError) -> str:
 def short_help(command: str) -> str:
     """A screen about a command that takes a config: how it is used, and the keys that people set."""
     use = {"fit": "resume a run", "predict": "build the bank of a run"}.get(command, "look at a finished run")
-    lines = [
-        f"difftune {command} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]",
-        f"difftune {command} RUN [--KEY VALUE ...]      {use}",
-        "",
-        "--config may be given several times; a later one counts more, and keys given",
-        "as options count most. A key inside of a class is written without init_args.",
-        "",
-        row("model CLASS", "the model family, such as DiTDiffTuningModule"),
-    ]
-    for part, keys in KEYS.items():
-        lines += [row(f"{part}.{key}", about) for key, about in keys.items()] + [""]
-    lines += [
-        row("seed_everything N", "seed of model, data and bank"),
-        row("print_config", "print the composed config and stop"),
-        "",
-        "All keys of a class, such as DiTDiffTuningModule or ImageFolder:",
-        f"  difftune {command} --model.help CLASS     (or --data.help, --data.target.help)",
-        f"All keys of the trainer: difftune {command} --help_all",
-    ]
-    return "\n".join(lines)
+    keys = "\n\n".join(
+        "\n".join(f"  --{f'{part}.{key}':<28}{about}" for key, about in rows.items())
+        for part, rows in KEYS.items()
+    )
+    return f"""difftune {command} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
+difftune {command} RUN [--KEY VALUE ...]      {use}
 
+--config may be given several times; a later one counts more, and keys given
+as options count most. A key inside of a class is written without init_args.
 
-def row(key: str, about: str) -> str:
-    """A line about a key."""
-    return f"  --{key:<28}{about}"
+  --model CLASS                 the model family, such as DiTDiffTuningModule
+{keys}
+
+  --seed_everything N           seed of model, data and bank
+  --print_config                print the composed config and stop
+
+All keys of a class, such as DiTDiffTuningModule or ImageFolder:
+  difftune {command} --model.help CLASS     (or --data.help, --data.target.help)
+All keys of the trainer: difftune {command} --help_all"""

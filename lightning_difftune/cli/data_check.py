@@ -50,7 +50,14 @@ def data(argv: Sequence[str]) -> int:
         argv = ["check", "--help"]
     if not argv or argv[0] != "check":
         raise ConfigError("There is one command about data: `difftune data check PATH`.")
-    options = parser().parse_args(list(argv[1:]))
+    parser = CommandParser("data check", DESCRIPTION)
+    parser.add_argument("path", help="file, folder, pattern of shards, or name on the hub")
+    parser.add_argument("--split", help="of an .npz file or hub data set that has several")
+    parser.add_argument("--val", metavar="PATH", help="held-out pictures; `PATH:SPLIT` for a split")
+    parser.add_argument("--image_size", type=int, default=256, help="that a run would crop to (default: 256)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(list(argv[1:]))
     facts = facts_at(options.path, options.split, options.num_workers)
     held_out = None
     if options.val is not None:
@@ -65,18 +72,6 @@ def data(argv: Sequence[str]) -> int:
         show(report, Console())
     wrong = report["unreadable"], report["split"].get("unreadable"), report["split"].get("unknown_classes")
     return 1 if any(wrong) or 0 < report["deep"].get("bits", 0) <= MOST_WRONG_BITS else 0
-
-
-def parser() -> CommandParser:
-    """The options of the command."""
-    options = CommandParser("data check", DESCRIPTION)
-    options.add_argument("path", help="file, folder, pattern of shards, or name on the hub")
-    options.add_argument("--split", help="of an .npz file or hub data set that has several")
-    options.add_argument("--val", metavar="PATH", help="held-out pictures; `PATH:SPLIT` for a split")
-    options.add_argument("--image_size", type=int, default=256, help="that a run would crop to (default: 256)")
-    options.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (default: 0)")
-    options.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    return options
 
 
 def facts_at(path: str, split: str | None, num_workers: int) -> SourceFacts:

@@ -45,7 +45,16 @@ TOLERANCE = 1e-4  # of the largest output: float32 rounds differently once facto
 
 def export(argv: Sequence[str]) -> None:
     """Export the network of one checkpoint and say what was done."""
-    options, rest = parser().parse_known_args(argv)
+    parser = CommandParser("export", DESCRIPTION)
+    parser.add_run()
+    parser.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
+    parser.add_argument("--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output, merged")
+    parser.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at the output")
+    parser.add_argument("--license", metavar="NAME", help="the base's, for the card (default: what the base says)")
+    parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face hub")
+    parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
+    options, rest = parser.parse_known_args(argv)
     if options.output is None:
         raise ConfigError("difftune export needs a place for the result: --output FILE.safetensors or FOLDER.")
     if options.push is not None and not hub.is_repo_id(options.push):
@@ -74,22 +83,6 @@ def export(argv: Sequence[str]) -> None:
         files = {options.output.name: options.output} if is_file else {"": options.output}
         done.append(f"pushed to {push(options.push, {**files, **card.places()}, options.private)}")
     print("\n".join(done))
-
-
-def parser() -> CommandParser:
-    """The options of the command."""
-    options = CommandParser("export", DESCRIPTION)
-    options.add_run()
-    options.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
-    options.add_argument(
-        "--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output, merged"
-    )
-    options.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
-    options.add_argument("--overwrite", action="store_true", help="replace what is at the output")
-    options.add_argument("--license", metavar="NAME", help="the base's, for the card (default: what the base says)")
-    options.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face hub")
-    options.add_argument("--private", action="store_true", help="with --push: a new repository is private")
-    return options
 
 
 def is_adapter(module: DiffTuningModule, format: str | None) -> bool:

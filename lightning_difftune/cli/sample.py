@@ -55,7 +55,29 @@ class Source:
 
 def sample(argv: Sequence[str]) -> None:
     """Draw the pictures and say where they are."""
-    options, rest = parser().parse_known_args(argv)
+    parser = CommandParser("sample", DESCRIPTION)
+    parser.add_run("run, export, pipeline, or bundled name", "SOURCE")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first ten)")
+    what.add_argument("--prompts", nargs="+", metavar="TEXT", help="for text-to-image (default: the run's)")
+    parser.add_argument("--controls", nargs="+", metavar="FILE", help="for a ControlNet: pictures to take maps from")
+    parser.add_argument("--num_samples", type=int, default=4, metavar="N", help="pictures of each (default: 4)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance_scale", type=float, metavar="G", help="strength of guidance; 1 is none")
+    parser.add_argument("--guidance_channels", metavar="K", help="guided leading channels, or `all`")
+    parser.add_argument(
+        "--domain_guidance", action="store_true", help="guide away from the pre-trained model (arXiv 2504.01521)"
+    )
+    parser.add_argument("--solver", metavar="NAME", help="a scheduler of diffusers, such as DDIM or UniPCMultistep")
+    parser.add_argument("--steps", type=int, metavar="N", help="reverse steps")
+    parser.add_argument("--output", type=Path, help="folder (default: runs/samples, or with the next free number)")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder with files in it")
+    parser.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
+    parser.add_argument("--base", help="of an export: the model that it was tuned from, or a UNet's pipeline")
+    parser.add_argument("--vae", help="autoencoder of a latent DiT in one file, such as stabilityai/sd-vae-ft-ema")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="pictures at a time (default: 16)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU, if there is one)")
+    options, rest = parser.parse_known_args(argv)
     if options.num_samples < 1 or options.batch_size < 1:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
     output = free_folder(options.output, options.overwrite)
@@ -78,33 +100,6 @@ def sample(argv: Sequence[str]) -> None:
     if source.run is not None:
         done.append(f"Next: {export_command(source.run.run)}")
     print("\n".join(done))
-
-
-def parser() -> CommandParser:
-    """The options of the command."""
-    options = CommandParser("sample", DESCRIPTION)
-    options.add_run("run, export, pipeline, or bundled name", "SOURCE")
-    what = options.add_mutually_exclusive_group()
-    what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first ten)")
-    what.add_argument("--prompts", nargs="+", metavar="TEXT", help="for text-to-image (default: the run's)")
-    options.add_argument("--controls", nargs="+", metavar="FILE", help="for a ControlNet: pictures to take maps from")
-    options.add_argument("--num_samples", type=int, default=4, metavar="N", help="pictures of each (default: 4)")
-    options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--guidance_scale", type=float, metavar="G", help="strength of guidance; 1 is none")
-    options.add_argument("--guidance_channels", metavar="K", help="guided leading channels, or `all`")
-    options.add_argument(
-        "--domain_guidance", action="store_true", help="guide away from the pre-trained model (arXiv 2504.01521)"
-    )
-    options.add_argument("--solver", metavar="NAME", help="a scheduler of diffusers, such as DDIM or UniPCMultistep")
-    options.add_argument("--steps", type=int, metavar="N", help="reverse steps")
-    options.add_argument("--output", type=Path, help="folder (default: runs/samples, or with the next free number)")
-    options.add_argument("--overwrite", action="store_true", help="write into a folder with files in it")
-    options.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
-    options.add_argument("--base", help="of an export: the model that it was tuned from, or a UNet's pipeline")
-    options.add_argument("--vae", help="autoencoder of a latent DiT in one file, such as stabilityai/sd-vae-ft-ema")
-    options.add_argument("--batch_size", type=int, default=16, metavar="B", help="pictures at a time (default: 16)")
-    options.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU, if there is one)")
-    return options
 
 
 def open_source(options: argparse.Namespace, settings: Sequence[str]) -> Source:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,13 @@ def swap(argv: Sequence[str]) -> None:
 
     series: dict[str, dict[float, float]] = {}
     strips: dict[str, Tensor] = {}
-    with opened(options.tail, trusted) as tail:
+    tail: DiffTuningModule | None = None
+    tail_weights: AbstractContextManager[None] = nullcontext()
+    if options.tail is not None:
+        tuned, done = TunedRun(options.tail, [f"--trust={name}" for name in trusted]), list[str]()
+        tail, tail_weights = tuned.module, tuned.weights(False, done)
+        print(f"The last steps are done by {options.tail}, {done[0]}.")
+    with tail_weights:
         for name, run in zip(names, runs, strict=True):
             own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings(trusted))]
             quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
@@ -78,18 +84,6 @@ def swap(argv: Sequence[str]) -> None:
     if cli.trainer.is_global_zero:
         last = "the pre-trained model" if tail is None else names_of([*paths, str(options.tail)])[-1]
         write_results(options.output, series, strips, chain, last)
-
-
-@contextmanager
-def opened(place: str | None, trusted: Sequence[str]) -> Iterator[DiffTuningModule | None]:
-    """The model of a finished run in a ``with`` block, with its averaged weights if it has some."""
-    if place is None:
-        yield None
-        return
-    run, done = TunedRun(place, [f"--trust={name}" for name in trusted]), list[str]()
-    with run.weights(False, done):
-        print(f"The last steps are done by {place}, {done[0]}.")
-        yield run.module
 
 
 def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tensor, Sequence[float]], Tensor]:
