@@ -172,8 +172,7 @@ def short_help(command: str) -> str:
     """A screen about a command that takes a config: how it is used, and the keys that people set."""
     use = {"fit": "resume a run", "predict": "build the bank of a run"}.get(command, "look at a finished run")
     keys = "\n\n".join(
-        "\n".join(f"  --{f'{part}.{key}':<28}{about}" for key, about in rows.items())
-        for part, rows in KEYS.items()
+        "\n".join(f"  --{f'{part}.{key}':<28}{about}" for key, about in rows.items()) for part, rows in KEYS.items()
     )
     return f"""difftune {command} --config FILE [--config OVERLAY ...] [--KEY VALUE ...]
 difftune {command} RUN [--KEY VALUE ...]      {use}
