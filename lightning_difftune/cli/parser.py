@@ -28,14 +28,11 @@ ABOUT_TYPES = re.compile(
 class DiffTuneParser(LightningArgumentParser):
     """Says what is wrong with the command line in one message, without the usage of two hundred options."""
 
-    def parse_args(self, *args: Any, **options: Any) -> Any:
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """Parse a command line and its configs."""
-        given = args[0] if args else options.get("args")
-        self._command = str(given[0]) if given else ""
-        if isinstance(given, list | tuple):
-            args, options = (filled(given), *args[1:]), {key: options[key] for key in options if key != "args"}
+        self._command = str(args[0]) if args else ""
         try:
-            return super().parse_args(*args, **options)
+            return super().parse_args(filled(args) if isinstance(args, list | tuple) else args, *more, **options)
         except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
             reason = " ".join(str(error).split()) or "nested too deeply"
             raise ConfigError(f"A config cannot be read ({type(error).__name__}: {reason:.300}).") from error
@@ -61,24 +58,20 @@ def part_parser(kind: type, key: str) -> DiffTuneParser:
 
 
 def clearer(message: str, options: Iterable[str]) -> str:
-    """A message of jsonargparse's about a key or a class that is not there, in one line, with the one that was meant.
-
-    Args:
-        message: Of jsonargparse.
-        options: All options of the command.
-    """
+    """A message of jsonargparse's in one line, with the key, option or class that was meant, if one is close."""
     whole, message = message, ABOUT_TYPES.sub("", message).strip()
     if re.match(r"the following arguments are required: (\w+\.)?data", message):
         return "There is no model and no data. Pass --config FILE, or name a run first, to resume it."
     if match := re.search(r"""Parser key "config":.*File does not exist: '(.+)'""", message, re.DOTALL):
         return f"The config {match[1]} does not exist."
     keys = {option.removeprefix("--") for option in options}
+    parts = {key.partition(".")[0] for key in keys}
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     paths = re.findall(r"Problem with given class_path '([^']+)'", message)
     if match := re.search(r"Option '([^']+)' is not accepted\s*$", message):
         name = match[1]
         if not paths:
-            return f"{name} is not a key.{meant(name.partition('.')[0], {key.partition('.')[0] for key in keys})}"
+            return f"{name} is not a key.{meant(name.partition('.')[0], parts)}"
         known = parameters_of(paths[-1])
         takes = f"; it takes {', '.join(sorted(known))}" if known else ""
         near = meant(name.partition(".")[0], known)
@@ -88,8 +81,7 @@ def clearer(message: str, options: Iterable[str]) -> str:
         return f"{name} is not a key.{meant(name, keys)}"
     if match := re.match(r"unrecognized arguments: (--[\w.]+)", message):
         name = match[1].removeprefix("--")
-        near = meant(name, keys) or meant(name.partition(".")[0], {key.partition(".")[0] for key in keys})
-        return f"{match[1]} is not an option.{near}"
+        return f"{match[1]} is not an option.{meant(name, keys) or meant(name.partition('.')[0], parts)}"
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = meant(match[2], {name for name in dir(import_module(match[1])) if not name.startswith("_")})
         return f"{place}: {match[1]} has no class {match[2]}.{near}"

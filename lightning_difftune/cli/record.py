@@ -1,4 +1,4 @@
-"""What a run keeps about itself, settings, versions, hardware and data, and how it is resumed with them."""
+"""What a run keeps about itself (settings, versions, hardware, data), and how it is resumed with its settings."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,14 @@ def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]
                 f"{', '.join(result['values'])}."
             )
         by_run[run.name].append(result)
-    lines = [line_of(run, by_run[name]) for name, run in study.runs.items() if name in by_run]
     main, better = next(iter(study.metrics.items()))
-    lines = [with_best(line, main, min if better == "lower" else max) for line in lines]
-    return [with_changes(line, lines, main) for line in lines]
+    best = min if better == "lower" else max
+    lines = {name: line_of(run, by_run[name]) for name, run in study.runs.items() if name in by_run}
+    for name, line in lines.items():
+        curves = line.history.get(main, ())
+        if curves and all(len(curve) > 1 for curve in curves):
+            lines[name] = replace(line, best=tuple(best(value for _, value in curve) for curve in curves))
+    return [with_changes(line, lines.get(line.run.against or ""), main) for line in lines.values()]
 
 
 def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
@@ -80,33 +84,17 @@ def convergence(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int | N
     return {name: tuple(found[name] for found in steps) for name in steps[0] if all(name in found for found in steps)}
 
 
-def with_best(line: Line, metric: str, best: Callable[[Iterable[float]], float]) -> Line:
-    """The line with the best of a metric over each seed's curve."""
-    curves = line.history.get(metric, ())
-    several = bool(curves) and all(len(curve) > 1 for curve in curves)
-    return replace(line, best=tuple(best(value for _, value in curve) for curve in curves) if several else ())
-
-
-def with_changes(line: Line, lines: Sequence[Line], metric: str) -> Line:
-    """The line with its changes of a metric against the run that the study names."""
-    before = next((other for other in lines if other.run.name == line.run.against), None)
+def with_changes(line: Line, before: Line | None, metric: str) -> Line:
+    """The line with the relative changes of a metric's means, and of its best values, over the seeds of both lines."""
     if before is None:
         return line
-    return replace(
-        line,
-        change=relative_change(before.seeds, before.values[metric], line.seeds, line.values[metric]),
-        best_change=relative_change(before.seeds, before.best, line.seeds, line.best),
-    )
-
-
-def relative_change(
-    seeds_before: Sequence[int], before: Sequence[float], seeds: Sequence[int], after: Sequence[float]
-) -> float | None:
-    """The relative change of the mean over the seeds that both have, or ``None`` where they have none."""
-    starts, ends = (dict(zip(*pair, strict=False)) for pair in ((seeds_before, before), (seeds, after)))
-    shared = starts.keys() & ends.keys()
-    total = sum(starts[seed] for seed in shared)
-    return sum(ends[seed] for seed in shared) / total - 1 if total else None
+    changes = []
+    for olds, news in ((before.values[metric], line.values[metric]), (before.best, line.best)):
+        starts, ends = dict(zip(before.seeds, olds, strict=False)), dict(zip(line.seeds, news, strict=False))
+        shared = starts.keys() & ends.keys()
+        total = sum(starts[seed] for seed in shared)
+        changes.append(sum(ends[seed] for seed in shared) / total - 1 if total else None)
+    return replace(line, change=changes[0], best_change=changes[1])
 
 
 def spread(values: Sequence[float]) -> float | None:
@@ -125,9 +113,9 @@ def thresholds_of(lines: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line.converged))
 
 
-def step_text(step: int | None) -> str:
-    """The step of one seed."""
-    return "not reached" if step is None else f"{step:,}"
+def steps(reached: Sequence[int | None]) -> list[str]:
+    """The step of each seed in words."""
+    return ["not reached" if step is None else f"{step:,}" for step in reached]
 
 
 def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
@@ -147,7 +135,7 @@ def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
             "" if line.change is None else f"{line.change:+.1%}",
             shown(line.best) if line.best else "",
             "" if line.best_change is None else f"{line.best_change:+.1%}",
-            *(" / ".join(map(step_text, line.converged.get(name, ()))) for name in thresholds),
+            *(" / ".join(steps(line.converged.get(name, ()))) for name in thresholds),
             *(shown(line.values[name]) if name in line.values else "" for name in EWC),
             f"{line.parameters:,}",
             shown(line.seconds),

@@ -94,7 +94,7 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
                     return original(cls, path, *args, **options)
                 with mode, default_dtype(options.get("torch_dtype", options.get("dtype"))):
                     made = build(cls, path).eval()
-                whole = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+                whole: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
                 return (made, whole) if options.get("output_loading_info") else made
 
             return classmethod(from_pretrained)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, print_summary, tune, write_metrics
 from lightning_difftune.cli.tuned import callbacks_with, count_trainable, scoring
 from lightning_difftune.errors import DataError
@@ -44,10 +43,19 @@ def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
         *("--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(interval_of(steps))),
         *("--data.init_args.latent_cache", str(output / "latents"), "--data.init_args.bank_size", "300"),
     ]
-    tuned = {}
+    tuned = dict[str, Tuned]()
     for name in METHODS:
         cli, seconds = tune(name, "controlnet/flowers.yaml", output, options.seed, settings)
-        tuned[name] = result_of(cli, seconds)
+        (similarity,) = scoring(cli)
+        (convergence,) = callbacks_with(cli, "convergence_step")
+        tuned[name] = Tuned(
+            similarity.history,
+            convergence.leap,
+            convergence.convergence_step,
+            similarity.picture_log.files(),
+            seconds,
+            count_trainable(cli),
+        )
         if name == "Diff-Tuning":
             export = export_network(cli.model.controlnet, output / "controlnet-canny-flowers", overwrite=True)
     figures = {
@@ -110,20 +118,6 @@ def flowers(path: Path) -> list[str]:
         source = f"--data.init_args.{name}.init_args.source"
         settings += [source, kind, f"{source}.init_args.{key}", str(path), f"{source}.init_args.split", split]
     return settings
-
-
-def result_of(cli: DiffTuneCLI, seconds: float) -> Tuned:
-    """What a finished run has to show."""
-    (similarity,) = scoring(cli)
-    (convergence,) = callbacks_with(cli, "convergence_step")
-    return Tuned(
-        similarity.history,
-        convergence.leap,
-        convergence.convergence_step,
-        similarity.picture_log.files(),
-        seconds,
-        count_trainable(cli),
-    )
 
 
 def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:

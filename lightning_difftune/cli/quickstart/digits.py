@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_difftune.cli.lightning import DiffTuneCLI
 from lightning_difftune.cli.quickstart.methods import METHODS, print_summary, tune, write_metrics
 from lightning_difftune.cli.tuned import averaged_weights, count_trainable, scoring
 from lightning_difftune.data import HandwrittenDigits, ImageTargets, MemoryBank
@@ -50,14 +49,16 @@ def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
     if options.steps is not None:
         settings += ["--trainer.max_steps", str(options.steps)]
         settings += ["--trainer.val_check_interval", str(max(1, options.steps // 4))]
-    tuned, bank = {}, None
+    tuned, export = dict[str, Tuned](), output / "dit-nano-digits.safetensors"
     for name in METHODS:
         cli, seconds = tune(name, "quickstart.yaml", output, options.seed, settings)
-        tuned[name] = evaluate(cli, evaluator, seconds)
-        if name == "Diff-Tuning":
-            export = export_tuned(cli, output / "dit-nano-digits.safetensors")
-            bank = MemoryBank(output / "bank")
-    assert bank is not None
+        with averaged_weights(cli):
+            samples = evaluator.samples(cli.model)
+            if name == "Diff-Tuning":
+                export_dit(cli.model.dit, export, overwrite=True)
+        (distance,) = scoring(cli)
+        tuned[name] = Tuned(samples, evaluator.share(samples), distance.history, seconds, count_trainable(cli))
+    load_dit(export)  # as others will
     figures = {
         name: {
             "recognised": round(run.recognised, 4),
@@ -71,7 +72,7 @@ def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
     }
     of_real = {"classifier_accuracy_on_real_test_digits": round(accuracy, 4), "pictures_counted": 10 * COLUMNS}
     write_metrics(output, figures, options.seed, started, **of_real)
-    draw_report(output / "report.png", real, bank, tuned)
+    draw_report(output / "report.png", real, MemoryBank(output / "bank"), tuned)
     print_summary(
         "Quickstart",
         ("recognised", "Fréchet distance", "time"),
@@ -86,22 +87,6 @@ def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
         f"A run's page difftune report {output / 'diff-tuning'}\n"
         "Next         difftune init FOLDER, of your own pictures in one folder for each class",
     )
-
-
-def evaluate(cli: DiffTuneCLI, evaluator: RecognisedDigits, seconds: float) -> Tuned:
-    """Generate every digit ``COLUMNS`` times with the averaged weights and count what is recognised."""
-    with averaged_weights(cli):
-        samples = evaluator.samples(cli.model)
-    (distance,) = scoring(cli)
-    return Tuned(samples, evaluator.share(samples), distance.history, seconds, count_trainable(cli))
-
-
-def export_tuned(cli: DiffTuneCLI, path: Path) -> Path:
-    """Write the averaged weights as safetensors and open them again."""
-    with averaged_weights(cli):
-        export_dit(cli.model.dit, path, overwrite=True)
-    load_dit(path)
-    return path
 
 
 def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tuned]) -> None:
