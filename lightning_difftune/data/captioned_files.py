@@ -1,4 +1,4 @@
-"""Captioned pictures that are files of their own."""
+"""Captioned pictures that are files of their own: folders with texts or metadata, COCO's captions, and ADE20k."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from lightning_difftune.data.folders import (
     shorten,
 )
 from lightning_difftune.data.source_facts import stat_digest
+from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest
+from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
 
 _FOLDER_LAYOUT = (
     'expected metadata.jsonl with lines such as {"file_name": "1.png", "text": "a red house"}, or a text file of '
@@ -142,6 +144,72 @@ class CaptionedFolder(CaptionedFiles):
                     f"{file} names a file under {key!r} ({value}), which is not used: a control map is called "
                     "conditioning_image."
                 )
+
+
+class CocoCaptions(CaptionedFiles):
+    """COCO 2017 (Lin et al., 2014) as it is distributed, one of the captions of each picture.
+
+    Which one depends only on (seed, index of the picture): the paper draws one per picture (Appendix B.1).
+
+    Args:
+        root: The folder of ``annotations/captions_train2017.json`` and of the folder ``train2017`` of pictures.
+        split: ``"train2017"`` (118,287 pictures) or ``"val2017"`` (5,000).
+        seed: Seed of the choice.
+
+    Raises:
+        DataError: If the captions are missing or malformed, a picture has none, or the pictures are missing.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train2017", seed: int = 0) -> None:
+        file = Path(root, "annotations", f"captions_{split}.json").expanduser()
+        if not file.is_file():
+            raise DataError(
+                f"{file} does not exist; expected annotations/captions_{split}.json and the folder {split} below root, "
+                "as annotations_trainval2017.zip and the zip of the pictures unpack."
+            )
+        try:
+            content = json.loads(file.read_bytes())
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            choices: dict[Any, list[str]] = {key: [] for key in names}
+            for annotation in content["annotations"]:
+                choices[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file} is not a file of COCO captions ({type(error).__name__}: {error}); expected `images` with id "
+                "and file_name, and `annotations` with the image_id of one of them and a caption."
+            ) from error
+        bare = [names[key] for key, captions in choices.items() if not captions]
+        if bare or not names:
+            found = f"{len(bare)} pictures without a caption: {shorten(bare)}" if names else "no pictures"
+            raise DataError(f"{file} lists {found}. Take them out of `images`, or caption them.")
+        super().__init__(
+            paths_below(Path(root, split), list(names.values()), str(file)),
+            [captions[choice_of(seed, i, len(captions))] for i, captions in enumerate(choices.values())],
+        )
+
+
+class ADE20k(CaptionedFiles):
+    """ADE20k (Zhou et al., 2017) as the scene parsing challenge distributes it, with one prompt for all pictures.
+
+    Args:
+        root: The unpacked folder ``ADEChallengeData2016``, with ``images/training`` (20,210 pictures) and
+            ``images/validation`` (2,000).
+        split: ``"training"`` or ``"validation"``.
+        prompt: The caption of every picture; the paper's by default.
+
+    Raises:
+        DataError: If there are no pictures.
+    """
+
+    def __init__(self, root: str | Path, split: str = "training", prompt: str = DEFAULT_PROMPT) -> None:
+        folder = Path(root, "images", split).expanduser()
+        paths, other = Folder(folder).files(recursive=False) if folder.is_dir() else ([], [])
+        if not paths:
+            raise DataError(
+                f"no pictures in {folder}; found {describe_files(other)}. Set root to the folder ADEChallengeData2016 "
+                "that ADEChallengeData2016.zip unpacks to."
+            )
+        super().__init__(paths, [prompt] * len(paths))
 
 
 def _first_key(rows: dict[int, dict[str, Any]], names: Sequence[str]) -> str | None:

