@@ -14,7 +14,6 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.files import check_sums, read_safetensors, write_safetensors
 from lightning_difftune.tuners import lora_files
 from lightning_difftune.tuners.base import Model, ParameterEfficientTuner
-from lightning_difftune.tuners.fused_qkv import PARTS, fuse_qkv, fused_names, split_qkv
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,8 +28,6 @@ class LoRA(ParameterEfficientTuner):
 
     timm's attention fuses query, key and value; they are split into three layers of the same function, and
     :meth:`merge` fuses them again. 1,149,696 parameters of DiT-XL/2 with 101 classes at rank 8 (Table 1).
-
-    Networks of diffusers have these projections under other names; see ``target_modules``.
 
     Args:
         rank: Rank r of the updates.
@@ -55,22 +52,21 @@ class LoRA(ParameterEfficientTuner):
         """Split the fused layers if a target is part of one, and let ``peft`` insert its layers."""
         from peft import inject_adapter_in_model
 
-        linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        widths = {name: min(layer.in_features, layer.out_features) for name, layer in linears.items()}
-        parts = {f"{name}.{part}": widths[name] for name in fused_names(model) for part in PARTS}
+        layers = model.named_modules()
+        widths = {name: min(layer.weight.shape) for name, layer in layers if isinstance(layer, nn.Linear)}
+        parts = {f"{name}.{part}": widths[name] for name in fused_layers(model) for part in "qkv"}
         widths |= parts
+        known = {name.rpartition(".")[2] for name in widths}
         if self._follows_model:
-            known = {name.rpartition(".")[2] for name in widths}
             self.target_modules = next((names for names in PROJECTIONS if known.issuperset(names)), PROJECTIONS[0])
         targets = [name for name in widths if any(f".{name}".endswith(f".{end}") for end in self.target_modules)]
         missing = [end for end in self.target_modules if not any(f".{name}".endswith(f".{end}") for name in targets)]
         if missing or not targets:
             raise ConfigError(
                 f"LoRA looks for linear layers whose names end in {missing or list(self.target_modules)}; "
-                f"{type(model).__name__} has none. It has layers called "
-                f"{', '.join(sorted({name.rpartition('.')[2] for name in widths}))}."
+                f"{type(model).__name__} has none. It has layers called {', '.join(sorted(known))}."
             )
-        narrow = min(targets, key=lambda name: widths[name])
+        narrow = min(targets, key=widths.__getitem__)
         if self.rank > widths[narrow]:
             raise ConfigError(
                 f"LoRA's rank {self.rank} is larger than the layer {narrow}, which is {widths[narrow]} wide."
@@ -85,10 +81,7 @@ class LoRA(ParameterEfficientTuner):
 
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
-        """A ``with`` block in which a network is as it was before tuning, to the bit: its updates are off.
-
-        That holds for networks whose layers were not split and that have no label table, as those of diffusers; so no
-        second copy of the pre-trained weights is needed.
+        """A ``with`` block in which the updates are off: a network of diffusers is as before tuning, to the bit.
 
         Example:
             >>> tuner, model = LoRA(1, 1, ("0",)), nn.Sequential(nn.Linear(2, 2))
@@ -128,19 +121,16 @@ class LoRA(ParameterEfficientTuner):
     def save_adapter(self, model: nn.Module, folder: str | Path, base: str) -> None:
         """Write the updates and the label table as ``peft`` does, for ``PeftModel.from_pretrained`` to open.
 
-        The folder is there whole or not at all, and the same updates give the same bytes.
-
         Args:
             model: A network that this tuner was applied to.
-            folder: Gets ``adapter_config.json``, ``adapter_model.safetensors`` and their ``SHA256SUMS``; an adapter
-                that is there is replaced.
+            folder: Gets ``adapter_config.json``, ``adapter_model.safetensors`` and their ``SHA256SUMS``, whole or not
+                at all; an adapter that is there is replaced. The same updates give the same bytes.
             base: Identity of the pre-trained weights, such as a module's ``base_identity["fingerprint"]``.
 
         Raises:
             CheckpointError: If the folder holds something else, or cannot be written.
         """
-        state = self._state(model)
-        config = self._config()
+        state, config = self._state(model), self._config()
         config.modules_to_save = [TABLE] if f"{TABLE}.weight" in state else None
         config.inference_mode = True  # as peft writes it
         with lora_files.folder_for(folder) as draft:
@@ -183,9 +173,7 @@ class LoRA(ParameterEfficientTuner):
         self._fill(model, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}, file)
 
     def save_lora_weights(self, model: nn.Module, folder: str | Path) -> None:
-        """Write the updates as diffusers' pipelines open them: ``pipeline.load_lora_weights(folder)``.
-
-        That computes what the model computes, for any alpha, which is in the file's metadata.
+        """Write the updates as diffusers' pipelines open them: ``pipeline.load_lora_weights(folder)``, for any alpha.
 
         Args:
             model: A network of diffusers that this tuner was applied to, such as a pipeline's UNet or transformer.
@@ -211,19 +199,14 @@ class LoRA(ParameterEfficientTuner):
             ConfigError: If the network is not of diffusers.
             CheckpointError: If the file is missing, damaged, or has updates that this tuner does not.
         """
-        file, factors, scales = lora_files.read_diffusers(model, source, network_only)
+        file, factors = lora_files.read_diffusers(model, source, self.alpha / self.rank, network_only)
         ranks = sorted({len(tensor) for name, tensor in factors.items() if ".lora_A." in name})
         if ranks != [self.rank]:
             raise CheckpointError(
                 f"{file} has updates of rank {ranks}, this tuner of {self.rank}. Give it the file's rank; a file of "
                 "several ranks is not supported."
             )
-        own = self.alpha / self.rank
-        scaled = {
-            name: tensor * (scales[name.partition(".lora_")[0]] / own) if ".lora_B." in name else tensor
-            for name, tensor in factors.items()
-        }
-        self._fill(model, scaled, file)
+        self._fill(model, factors, file)
 
     def _config(self) -> LoraConfig:
         from peft import LoraConfig
@@ -253,3 +236,64 @@ class LoRA(ParameterEfficientTuner):
         with torch.no_grad():
             for name, tensor in expected.items():
                 tensor.copy_(found[name])
+
+
+class SplitQKV(nn.Module):
+    """A fused linear layer H => 3H as three layers ``q``, ``k`` and ``v``, which adapters find by name.
+
+    The function is the same; :meth:`fuse` gives the layer under the official key names back.
+
+    Example:
+        >>> fused, x = nn.Linear(4, 12), torch.randn(2, 4)
+        >>> split = SplitQKV(fused)
+        >>> torch.allclose(split(x), fused(x)), torch.equal(split.fuse().weight, fused.weight)
+        (True, True)
+    """
+
+    def __init__(self, fused: nn.Linear) -> None:
+        super().__init__()
+        weights = fused.weight.detach().chunk(3)
+        biases = fused.bias.detach().chunk(3) if fused.bias is not None else (None, None, None)
+        self.q, self.k, self.v = (linear_of(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (..., H) => queries, keys and values side by side (..., 3H)."""
+        return torch.cat([self.q(x), self.k(x), self.v(x)], dim=-1)
+
+    def fuse(self) -> nn.Linear:
+        """The three layers as one."""
+        parts = (self.q, self.k, self.v)
+        weight = torch.cat([part.weight.detach() for part in parts])
+        return linear_of(weight, None if self.q.bias is None else torch.cat([part.bias.detach() for part in parts]))
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with copies of the given values."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight.clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.clone())
+    return layer
+
+
+def fused_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """A model's fused layers by name: linear ones called ``qkv`` with three outputs per input."""
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    return {
+        name: layer
+        for name, layer in linears.items()
+        if name.rpartition(".")[2] == "qkv" and layer.out_features == 3 * layer.in_features
+    }
+
+
+def split_qkv(model: nn.Module) -> None:
+    """Split the fused layers of a model in place; ``peft`` then opens adapters of :class:`LoRA` on it."""
+    for name, fused in fused_layers(model).items():
+        model.set_submodule(name, SplitQKV(fused))
+
+
+def fuse_qkv(model: nn.Module) -> None:
+    """Undo :func:`split_qkv` in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SplitQKV):
+            model.set_submodule(name, layer.fuse())

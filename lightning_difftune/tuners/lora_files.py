@@ -115,12 +115,12 @@ def prefix_of(loader: Any) -> str:
 
 
 def read_diffusers(
-    model: nn.Module, source: str | Path, network_only: bool
-) -> tuple[Path, dict[str, Tensor], dict[str, float]]:
+    model: nn.Module, source: str | Path, scale: float, network_only: bool
+) -> tuple[Path, dict[str, Tensor]]:
     """Read a LoRA of diffusers or kohya.
 
     Returns:
-        The file, the factors by peft's names (``layer.lora_A.weight``), and alpha / rank of each layer.
+        The file, and the factors by peft's names (``layer.lora_A.weight``), for layers whose alpha / rank is ``scale``.
 
     Raises:
         CheckpointError: If it cannot be read, holds another method, or updates a text encoder and that was not allowed.
@@ -153,7 +153,11 @@ def read_diffusers(
     factors = network if any(".lora_A." in name for name in network) else convert_unet_state_dict_to_peft(network)
     if not factors:
         raise CheckpointError(f"{file} has no updates of the {prefix}; its names start with {names[:3]}.")
-    return file, factors, scales_of(factors, alphas, metadata, prefix)
+    scales = scales_of(factors, alphas, metadata, prefix)
+    return file, {
+        name: tensor * (scales[name.partition(".lora_")[0]] / scale) if ".lora_B." in name else tensor
+        for name, tensor in factors.items()
+    }
 
 
 def scales_of(

@@ -16,7 +16,7 @@ from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import DiT
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.tuners import LoRA
-from lightning_difftune.tuners.fused_qkv import fuse_qkv, split_qkv
+from lightning_difftune.tuners.lora import fuse_qkv, split_qkv
 
 
 def small_dit(num_classes: int = 6) -> DiT:
