@@ -216,9 +216,9 @@ def text(size: Size) -> Rows:
 
 def controlnet(size: Size) -> Rows:
     """ControlNet."""
-    from gpu_pipeline import grey_maps
+    from gpu_pipeline import GreyMaps
 
-    yield from of_pipeline(size, "ControlNet", partial(ControlNetDiffTuningModule, grey_maps()))
+    yield from of_pipeline(size, "ControlNet", partial(ControlNetDiffTuningModule, GreyMaps()))
 
 
 def of_pipeline(size: Size, label: str, make: Callable[..., Any]) -> Rows:

@@ -74,8 +74,3 @@ class GreyMaps:
     def identity(self) -> str:
         """The name."""
         return "grey"
-
-
-def grey_maps() -> GreyMaps:
-    """The annotator."""
-    return GreyMaps()

@@ -51,9 +51,7 @@ def tiny_autoencoder(*widths: int, **settings: Any) -> Any:
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
         block_out_channels=widths,
-        layers_per_block=1,
-        latent_channels=4,
-        **{"norm_num_groups": 4, **settings},
+        **{"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4, **settings},
     )
 
 

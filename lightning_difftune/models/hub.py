@@ -53,6 +53,12 @@ def repository_of(source: str, revision: str | None = None) -> tuple[str, str | 
     return repo_id, stated or revision
 
 
+def local_folder(source: str | Path) -> Path:
+    """The folder of a bundled pipeline by its name, or else the path that is given, whether it exists or not."""
+    bundled = BUNDLED / source
+    return bundled if bundled.is_dir() else Path(source).expanduser()
+
+
 def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -> Path:
     """The local folder of a pipeline or of a network, fetched from the hub if ``source`` is a repository.
 
@@ -61,8 +67,7 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
     Raises:
         CheckpointError: If it is neither a folder nor a repository that can be reached.
     """
-    bundled = BUNDLED / source
-    folder = bundled if bundled.is_dir() else Path(source).expanduser()
+    folder = local_folder(source)
     if folder.exists():
         return folder
     repository = repository_of(source, revision) if isinstance(source, str) else None

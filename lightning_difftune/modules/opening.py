@@ -9,7 +9,7 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.diffusers_layout import open_network
-from lightning_difftune.models.hub import BUNDLED
+from lightning_difftune.models.hub import local_folder
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.dit import DiTDiffTuningModule
 from lightning_difftune.modules.text_to_image import TextToImageDiffTuningModule
@@ -34,8 +34,7 @@ def open_model(
         ConfigError: If something is missing to draw with it.
         CheckpointError: If it cannot be opened.
     """
-    path = Path(name).expanduser()
-    folder = BUNDLED / name if (BUNDLED / name).is_dir() else path
+    folder = local_folder(name)
     kind = kind_of(folder) if folder.is_dir() else ""
     is_pipeline = (folder / "model_index.json").exists() and kind != "DiTPipeline"
     if is_pipeline or (text and not folder.exists()):
@@ -90,8 +89,8 @@ def autoencoder_of(folder: Path, vae: str | None, dit: DiT, name: str) -> Frozen
         ConfigError: If a model of latents comes without.
     """
     if vae is not None:
-        is_pipeline = any((place / "vae" / "config.json").exists() for place in (BUNDLED / vae, Path(vae).expanduser()))
-        return FrozenAutoencoder(vae, subfolder="vae") if is_pipeline else FrozenAutoencoder(vae)
+        is_pipeline = (local_folder(vae) / "vae" / "config.json").exists()
+        return FrozenAutoencoder(vae, subfolder="vae" if is_pipeline else None)
     if (folder / "vae" / "config.json").exists():
         return FrozenAutoencoder(folder, subfolder="vae")
     named = (dit.sampling or {}).get("autoencoder")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from tiny import tiny_autoencoder
 
 from lightning_difftune import DiTDiffTuningModule
 from lightning_difftune.cli import main
@@ -23,13 +23,7 @@ HIDDEN, DEPTH, SIDE, CHANNELS = 32, 2, 8, 4
 
 def module_of(**settings) -> DiTDiffTuningModule:
     torch.manual_seed(0)
-    autoencoder = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=[8] * 2,
-        norm_num_groups=2,
-        latent_channels=CHANNELS,
-    )
+    autoencoder = tiny_autoencoder(8, 8, norm_num_groups=2)
     model = DiT(SIDE, 2, CHANNELS, HIDDEN, DEPTH, 2, num_classes=6)
     module = DiTDiffTuningModule(model, num_classes=3, autoencoder=FrozenAutoencoder(autoencoder), **settings)
     module.configure_model()

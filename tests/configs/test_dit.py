@@ -23,6 +23,7 @@ from config_files import (
     settings,
     smaller_callbacks,
 )
+from tiny import tiny_autoencoder
 from tiny_data import (
     Pictures,
     accept_flowers,
@@ -87,18 +88,10 @@ DATA_SETS: list[Callable[[Path, Pictures], None]] = [
 
 def make_models(folder: Path) -> None:
     """A DiT and an autoencoder that fit each other and the real label table, as checkpoints on disk."""
-    from diffusers import AutoencoderKL
-
     torch.manual_seed(0)
     dit = DiT(input_size=8, patch_size=4, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=1000)
     export_dit(dit, folder / "dit.safetensors")
-    AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[4] * 4,
-        norm_num_groups=2,
-        latent_channels=4,
-    ).save_pretrained(folder / "vae")
+    tiny_autoencoder(4, 4, 4, 4, norm_num_groups=2).save_pretrained(folder / "vae")
 
 
 @pytest.fixture(scope="module", autouse=True)

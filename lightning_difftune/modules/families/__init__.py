@@ -14,7 +14,6 @@ from lightning_difftune.densities import TimestepDensity
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoint_files import read_json
-from lightning_difftune.models.hub import BUNDLED
 from lightning_difftune.modules.families.flow_matching import Flux, StableDiffusion3
 from lightning_difftune.modules.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_difftune.sampling import NoiseScheduler, Sampler
@@ -132,7 +131,7 @@ def pipeline_class(model: str | Path, revision: str | None = None) -> str:
     Raises:
         CheckpointError: If it is a repository that cannot be had.
     """
-    folder = BUNDLED / model if (BUNDLED / model).is_dir() else Path(model).expanduser()
+    folder = hub.local_folder(model)
     file = folder / "model_index.json"
     if not folder.exists() and (repository := hub.repository_of(str(model), revision)) is not None:
         file = hub.fetch_file(repository[0], "model_index.json", repository[1])
