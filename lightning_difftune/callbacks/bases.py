@@ -1,4 +1,4 @@
-"""What callbacks share that look at generated pictures, measure again and again, or act after optimizer steps."""
+"""What callbacks share that look at generated pictures, measure repeatedly, or act after optimizer steps."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lightning_difftune.pictures import check_pictures
 class GenerationCallback(Callback, ABC):
     """Base of callbacks that have pictures generated at the end of a validation, by the weights it was run with.
 
-    Subclass it to look at pictures in a way of your own: :meth:`evaluate` is called when it is time, on every process,
-    and generates what it needs, in the batches that :meth:`batches` gives. With :class:`EMA` among the callbacks,
+    Subclass it to examine pictures in your own way: :meth:`evaluate` is called when it is time, on every process, and
+    generates what it needs, in the batches that :meth:`batches` gives. With :class:`EMA` among the callbacks,
     the weights are the averaged ones. It is not called in Lightning's sanity check or ``fast_dev_run``. The global
     random state is the same afterwards, so looking at samples more or less often does not change the training. For a
-    value that is to be in checkpoints and in the report, derive from
+    value that should be in checkpoints and in the report, derive from
     :class:`~lightning_difftune.callbacks.MeasuringCallback` as well.
 
     Args:
@@ -148,7 +148,7 @@ class SampleCallback(GenerationCallback):
 
 
 class MeasuringCallback(Callback):
-    """Base of callbacks that measure the same thing again and again.
+    """Base of callbacks that measure the same thing repeatedly.
 
     A subclass has ``self.history = []`` in its constructor and adds a (step, value) for each evaluation. The history is
     part of checkpoints, so that a resumed run has all of it.

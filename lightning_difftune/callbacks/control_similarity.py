@@ -53,8 +53,8 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
     dealt out to the processes in batches of ``batch_size`` and the metric adds up over processes, so one GPU and eight
     give the same value, which is logged as :attr:`monitor`.
 
-    The first examples are shown in ``control/step-0001000.png`` and in every logger that takes images: a column each,
-    with the control above, the generated picture in the middle and its own map below.
+    The first examples are shown in ``control/step-0001000.png`` and in every logger that takes images, in one column
+    each, with the control above, the generated picture in the middle and its own map below.
 
     Eight pictures of 50 guided steps cost about as much as 100 training steps of batch 4. ``control/seconds`` is what
     an evaluation took, ``control/time_share`` the share of these evaluations in the time since training began. To
@@ -230,8 +230,8 @@ def _controlled(pl_module: L.LightningModule) -> SupportsControl:
     if isinstance(pl_module, SupportsControl):
         return pl_module
     raise ConfigError(
-        f"ControlSimilarity needs a module whose pictures follow control maps, but {type(pl_module).__name__} has not "
-        "both `generate_controlled(indices, conditioning, captions)` and `annotate(pictures)`. Add the methods; "
+        f"ControlSimilarity needs a module whose pictures follow control maps, but {type(pl_module).__name__} lacks "
+        "`generate_controlled(indices, conditioning, captions)` or `annotate(pictures)`. Add the methods; "
         "lightning_difftune.callbacks.control_similarity.SupportsControl says what they take and return."
     )
 

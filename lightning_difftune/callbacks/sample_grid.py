@@ -66,7 +66,7 @@ class SampleGrid(SampleCallback):
         self.picture_log.locate(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the first step: what the base model draws, and real pictures, as what there is to compare with."""
+        """Before the first step: what the base model draws and, for comparison, real pictures."""
         begins = self.at_start and trainer.global_step == 0 and trainer.is_global_zero
         if not begins or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

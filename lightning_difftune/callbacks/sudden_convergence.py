@@ -69,7 +69,7 @@ class SuddenConvergence(MeasuringCallback):
         window: How many validations further the end of a leap may lie. 5 are 500 steps in the paper's runs.
 
     Raises:
-        ConfigError: If an argument cannot work or, in the first validation, if nothing logs ``monitor``.
+        ConfigError: If an argument is invalid or, in the first validation, if nothing logs ``monitor``.
 
     Example:
         >>> callback = SuddenConvergence.for_task("edge")
@@ -210,7 +210,7 @@ class SuddenConvergence(MeasuringCallback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report the leap, and convergence that did not come."""
+        """Report the leap, and whether convergence is missing."""
         if self.threshold is not None and self.history and self.convergence_step is None:
             rank_zero_info(
                 f"No sudden convergence: '{self.monitor}' was not {'above' if self.mode == 'max' else 'below'} "

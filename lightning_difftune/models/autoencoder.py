@@ -37,7 +37,7 @@ class FrozenAutoencoder(Frozen):
 
     Raises:
         CheckpointError: If the source is not found, unreadable, not an ``AutoencoderKL``, or normalises its latents in
-            a way that is not known here.
+            an unknown way.
         ConfigError: If the scaling factor is not positive.
     """
 
