@@ -39,9 +39,9 @@ class ForgettingMeter(OptimizerStepCallback):
     :class:`~lightning_difftune.schedules.MeasuredSchedule`, are written. Only the first process measures.
 
     Args:
-        every_n_steps: Optimizer steps between two measurements; there is also one at the start, once enough samples
-            of the bank were seen, and one at the trainer's ``max_steps``. ``None`` measures as often as is estimated to cost 2 %
-            of the training, counting a training step as three forward passes of its batch.
+        every_n_steps: Optimizer steps between two measurements; there is also one at the start, once enough samples of
+            the bank were seen, and one at the trainer's ``max_steps``. ``None`` measures as often as is estimated to
+            cost 2 % of the training, counting a training step as three forward passes of its batch.
         num_bins: Bins of equal width over the T timesteps.
         num_samples: Samples of each of the two kinds in every bin.
         seed: Of their noise.

@@ -164,7 +164,7 @@ def test_every_n_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_what_is_missing_is_said_before_the_first_step(tmp_path: Path, stage: str) -> None:
     trainer = make_trainer(tmp_path, make())
-    with pytest.raises(ConfigError, match=r"BoringModel has not both `generate_controlled\(indices"):
+    with pytest.raises(ConfigError, match=r"BoringModel lacks `generate_controlled\(indices"):
         getattr(trainer, stage)(BoringModel(), ControlData())
     assert trainer.global_step == 0
     with pytest.raises(ConfigError, match="the data module has no num_control_examples"):

@@ -117,7 +117,7 @@ def losses_by_hand(data: Data, weight: Tensor, bins: int, samples: int) -> dict[
 def test_losses_by_bin_of_both_kinds_and_both_networks(tmp_path: Path) -> None:
     meter, model, data = ForgettingMeter(2, num_bins=4, num_samples=4, dirpath=tmp_path / "out"), Denoising(), Data()
     make_trainer(tmp_path, meter, max_steps=7, limit_val_batches=0, val_check_interval=None).fit(model, data)
-    assert [step for step, _ in meter.history] == [3, 4, 6, 7]  # four samples of the bank have come by at batch 3
+    assert [step for step, _ in meter.history] == [3, 4, 6, 7]  # four samples of the bank were seen by batch 3
     assert model.loaded == 1
     assert model.calls == 4 * 8 * len(meter.history)
     for kind, expected in losses_by_hand(data, model.weight.detach(), 4, 4).items():
