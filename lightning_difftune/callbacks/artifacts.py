@@ -21,11 +21,8 @@ if TYPE_CHECKING:
 
 
 def artifact_folder(trainer: L.Trainer, dirpath: str | Path | None, name: str) -> Path:
-    """The folder asked for, or ``name`` in the logger's folder or the trainer's ``default_root_dir``.
-
-    To be called on all processes, since ``trainer.log_dir`` is a broadcast.
-    """
-    log_dir = trainer.log_dir
+    """The folder asked for, or ``name`` in the logger's folder or the trainer's ``default_root_dir``."""
+    log_dir = trainer.log_dir  # a broadcast, so all processes must come here
     return Path(dirpath) if dirpath else Path(log_dir or trainer.default_root_dir) / name
 
 
@@ -53,12 +50,7 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 
 class PictureLog:
-    """Where a callback puts its pictures: ``key/step-0001000.png``, and every logger that takes images.
-
-    Args:
-        key: Name of the folder and in the loggers.
-        dirpath: Another folder; ``None`` is ``key`` in the logger's folder, or in the trainer's ``default_root_dir``.
-    """
+    """Where a callback puts its pictures: ``key/step-0001000.png``, or another folder, and loggers that take images."""
 
     def __init__(self, key: str, dirpath: str | Path | None) -> None:
         self.key = key

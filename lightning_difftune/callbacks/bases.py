@@ -182,11 +182,7 @@ class MeasuringCallback(Callback):
         return {"history": list(self.history)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the history.
-
-        Raises:
-            CheckpointError: If this is the state of another callback.
-        """
+        """Take over the history."""
         if "history" not in state_dict:
             raise CheckpointError(
                 f"The state of {type(self).__name__} holds {sorted(state_dict)}, expected 'history'. Pass what this "
@@ -219,11 +215,7 @@ class OptimizerStepCallback(Callback, ABC):
 
 
 def refuse_sharding(trainer: L.Trainer, needs: str) -> None:
-    """Refuse strategies that hold only a part of each parameter, for a callback that needs whole parameters.
-
-    Raises:
-        ConfigError: If the trainer has one.
-    """
+    """Refuse strategies that hold only a part of each parameter, for a callback that needs whole parameters."""
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ConfigError(
             f"{needs} whole parameters, but {type(trainer.strategy).__name__} shards them. Use strategy='ddp' or a "

@@ -126,11 +126,7 @@ class ChainOfForgetting(DistanceCallback):
 
 
 def swap_meter(callbacks: Iterable[Callback]) -> ChainOfForgetting:
-    """What measures swapped pictures: the run's own callback, or one that measures as a Fréchet distance of it does.
-
-    Raises:
-        ConfigError: If there is neither.
-    """
+    """What measures swapped pictures: the run's own callback, or one that measures as a Fréchet distance of it does."""
     distances = [callback for callback in callbacks if isinstance(callback, DistanceCallback)]
     if not distances:
         raise ConfigError(

@@ -86,12 +86,7 @@ class EMA(OptimizerStepCallback):
         self._restored = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the averages of the checkpoint or of the previous ``fit``, or start from the weights.
-
-        Raises:
-            CheckpointError: If the averages of the checkpoint are not of the parameters that are trained.
-            ConfigError: If nothing is trained.
-        """
+        """Take up the averages of the checkpoint or of the previous ``fit``, or start from the weights."""
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not trained:
             raise ConfigError("EMA has nothing to average: no parameter of the module requires a gradient.")
@@ -196,11 +191,7 @@ class EMA(OptimizerStepCallback):
         return {"num_updates": self.num_updates, "averages": dict(self._averages)} if self._averages else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over averages; they are tied to a module's parameters when one is next seen.
-
-        Raises:
-            CheckpointError: If this is not the state of an EMA.
-        """
+        """Take over averages; they are tied to a module's parameters when one is next seen."""
         if not {"num_updates", "averages"} <= state_dict.keys():
             raise CheckpointError(
                 f"The state of EMA holds {sorted(state_dict)}, expected 'averages' and 'num_updates'. "

@@ -114,12 +114,7 @@ class EWC(OptimizerStepCallback):
         refuse_sharding(trainer, "EWC measures")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the pre-trained values of the checkpoint or of the previous ``fit``, or those the module has.
-
-        Raises:
-            CheckpointError: If the checkpoint has none, or has those of other parameters.
-            ConfigError: If nothing is trained.
-        """
+        """Take up the pre-trained values of the checkpoint or of the previous ``fit``, or those the module has."""
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not trained:
             raise ConfigError("EWC has nothing to measure: no parameter of the module requires a gradient.")
@@ -170,11 +165,7 @@ class EWC(OptimizerStepCallback):
         return {"reference": dict(self._reference)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over pre-trained values; they are tied to a module's parameters when a ``fit`` starts.
-
-        Raises:
-            CheckpointError: If this is not the state of an EWC.
-        """
+        """Take over pre-trained values; they are tied to a module's parameters when a ``fit`` starts."""
         if "reference" not in state_dict:
             raise CheckpointError(
                 f"The state of EWC holds {sorted(state_dict)}, expected 'reference'. Pass what this callback's "

@@ -210,11 +210,7 @@ class ForgettingMeter(OptimizerStepCallback):
         return {"history": list(self.history), "pretrained": dict(self.pretrained), "bank": self._bank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was measured before a run was resumed.
-
-        Raises:
-            CheckpointError: If it was measured with another number of bins.
-        """
+        """Take over what was measured before a run was resumed."""
         widths = {len(by_bin) for by_bin in state_dict["pretrained"].values()}
         if widths - {self.num_bins}:
             raise CheckpointError(

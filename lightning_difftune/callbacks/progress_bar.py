@@ -233,11 +233,7 @@ def fitting(metrics: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 class Throughput:
-    """Pictures per second over the latest steps, pauses such as validation left out.
-
-    Args:
-        window: Steps that count.
-        clock: Seconds, growing.
+    """Pictures per second over the latest ``window`` steps, pauses such as validation left out.
 
     Example:
         >>> seconds = iter([0.0, 0.5, 10.0, 10.5])

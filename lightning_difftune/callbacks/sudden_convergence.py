@@ -173,11 +173,7 @@ class SuddenConvergence(MeasuringCallback):
         self.history = [(step, value) for step, value in self.history if step <= trainer.global_step]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the value of this validation, whichever module or callback logged it.
-
-        Raises:
-            ConfigError: If the scalar was never logged.
-        """
+        """Take up the value of this validation, whichever module or callback logged it."""
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.state.fn != TrainerFn.FITTING:

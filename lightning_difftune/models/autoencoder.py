@@ -155,12 +155,7 @@ def stated_by(source: str | AutoencoderKL | Path, subfolder: str) -> tuple[Mappi
 
 
 def scale_of(config: Mapping[str, Any], name: str) -> LatentScale:
-    """The normalisation of latents that an ``AutoencoderKL``'s configuration states.
-
-    Raises:
-        CheckpointError: If it has statistics of latents under names that this class does not know, as autoencoders of
-            other classes have, or a number of means other than its channels.
-    """
+    """The normalisation of latents that an ``AutoencoderKL``'s configuration states."""
     from diffusers.models import AutoencoderKL as Autoencoder
 
     known = inspect.signature(Autoencoder.__init__).parameters

@@ -25,17 +25,11 @@ VARIANTS = ("", "bf16", "fp16")  # full precision first
 
 
 class WeightFiles(NamedTuple):
-    """The weights of one model.
+    """The files of one model's weights."""
 
-    Attributes:
-        tensors: The files that hold tensors, in order.
-        index_name: The file that says which shard has which tensor, if there are shards.
-        variant: Such as ``"fp16"``; ``None`` for full precision.
-    """
-
-    tensors: list[str]
-    index_name: str | None = None
-    variant: str | None = None
+    tensors: list[str]  # the files that hold tensors, in order
+    index_name: str | None = None  # which shard has which tensor, if there are shards
+    variant: str | None = None  # such as "fp16"; None for full precision
 
     @property
     def names(self) -> list[str]:
@@ -110,11 +104,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def check_records(file: Path) -> None:
-    """Compare the records of a ``torch.save`` file with their CRC-32, which ``torch.load`` does not.
-
-    Raises:
-        CheckpointError: If one was altered.
-    """
+    """Compare the records of a ``torch.save`` file with their CRC-32, which ``torch.load`` does not."""
     try:
         if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which loading it will show
             return

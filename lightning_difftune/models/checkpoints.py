@@ -76,11 +76,7 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The file or folder that a source means, downloaded if necessary.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
+    """The file or folder that a source means, downloaded if necessary."""
     bundled = {file.stem: file for file in sorted(hub.BUNDLED.glob("*.safetensors"))}
     if isinstance(source, str) and source in bundled:
         return bundled[source]
@@ -182,11 +178,7 @@ def unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file: Path) -> dict[str, Any]:
-    """The architecture that official weights imply by their shapes.
-
-    Raises:
-        CheckpointError: If the weights are not a DiT's, or its number of heads is neither given nor published.
-    """
+    """The architecture that official weights imply by their shapes."""
     try:
         hidden_size, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
         _, tokens, _ = state["pos_embed"].shape

@@ -65,11 +65,7 @@ def to_diffusers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 
 
 def from_diffusers(state: dict[str, Tensor], architecture: dict[str, Any], source: Path) -> dict[str, Tensor]:
-    """Rename and rearrange a complete diffusers state dict.
-
-    Raises:
-        CheckpointError: If the blocks' copies of an embedder differ, as they do after training with diffusers' class.
-    """
+    """Rename and rearrange a complete diffusers state dict."""
     side = architecture["input_size"] // architecture["patch_size"]
     with torch.device("cpu"):
         result = {"pos_embed": sincos_2d(side, architecture["hidden_size"])}
@@ -89,11 +85,7 @@ def from_diffusers(state: dict[str, Tensor], architecture: dict[str, Any], sourc
 
 
 def to_config(architecture: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of diffusers' ``DiTTransformer2DModel`` for an architecture.
-
-    Raises:
-        CheckpointError: If ``mlp_ratio`` is not 4, the only one that class has.
-    """
+    """Arguments of diffusers' ``DiTTransformer2DModel`` for an architecture."""
     if architecture["mlp_ratio"] != 4:
         raise CheckpointError(
             f"diffusers' DiT has an mlp_ratio of 4 only, this model has {architecture['mlp_ratio']}. "
@@ -116,11 +108,7 @@ def to_config(architecture: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_architecture(config: dict[str, Any], source: Path) -> dict[str, Any]:
-    """Architecture of a ``DiTTransformer2DModel``'s configuration.
-
-    Raises:
-        CheckpointError: If it is the configuration of another model.
-    """
+    """Architecture of a ``DiTTransformer2DModel``'s configuration."""
     try:
         if config["norm_type"] != "ada_norm_zero" or config["activation_fn"] != "gelu-approximate":
             raise CheckpointError(
@@ -186,19 +174,10 @@ def open_network(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Open a network of one class, refusing weights that do not fill it.
+    """Open a network of a class of diffusers in ``subfolder`` of a folder or hub repository, and cast it to ``dtype``.
 
-    Weights may be in shards. Where a folder has no full precision, its bfloat16 or float16 is read.
-
-    Args:
-        kind: diffusers' class, such as ``UNet2DConditionModel``.
-        source: Local folder or hub repository.
-        subfolder: Folder of the network in ``source``, such as ``"unet"`` of a pipeline.
-        revision: Branch, tag or commit of a hub repository.
-        dtype: What the weights become.
-
-    Raises:
-        CheckpointError: If the source is not found, unreadable, or of another class.
+    Weights may be in shards, and have to fill the network. Where a folder has no full precision, its bfloat16 or
+    float16 is read.
     """
     folder = folder_of(source, subfolder, revision) / subfolder
     diffusers_class: Any = kind

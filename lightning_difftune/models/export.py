@@ -103,11 +103,7 @@ def export_network(network: Any, folder: str | Path, *, overwrite: bool = False)
 
 @contextmanager
 def exported(network: nn.Module, path: Path, overwrite: bool) -> Iterator[Path]:
-    """Where to write an export of a network, which takes the place of ``path`` when the block ends without an error.
-
-    Raises:
-        CheckpointError: If ``path`` is taken or cannot be written, or the network has values that are not finite.
-    """
+    """Where to write an export of a network, which takes the place of ``path`` when the block ends without an error."""
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists. Choose another path, or pass overwrite=True.")
     broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
@@ -189,11 +185,9 @@ def write_json(file: Path, content: dict[str, object]) -> None:
 
 @torch.inference_mode()
 def verify(model: DiT, draft: Path) -> None:
-    """Read an export back and compare it with the model that it was made from.
+    """Read an export back, and refuse it if a weight or an output differs from the model's.
 
-    Raises:
-        CheckpointError: If a weight differs, or an output: at all for safetensors, by more than 1e-5 of the largest
-            output for diffusers' class.
+    Outputs of diffusers' class may differ by 1e-5 of the largest.
     """
     live = model if all(p.dtype == torch.float32 for p in model.parameters()) else copy.deepcopy(model).float()
     device = live.pos_embed.device

@@ -38,9 +38,6 @@ def is_repo_id(name: str) -> bool:
 def repository_of(source: str, revision: str | None = None) -> tuple[str, str | None] | None:
     """The repository and revision that ``owner/repository`` or ``owner/repository@revision`` names; None for a path.
 
-    Raises:
-        CheckpointError: If the revision is given twice, and not the same.
-
     Example:
         >>> repository_of("facebook/DiT-XL-2-256@refs/pr/1"), repository_of("facebook/DiT-XL-2-256", "main")
         (('facebook/DiT-XL-2-256', 'refs/pr/1'), ('facebook/DiT-XL-2-256', 'main'))
@@ -60,13 +57,7 @@ def local_folder(source: str | Path) -> Path:
 
 
 def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -> Path:
-    """The local folder of a pipeline or of a network, fetched from the hub if ``source`` is a repository.
-
-    Bundled pipelines, such as ``"sd-nano-flowers"``, go by their names.
-
-    Raises:
-        CheckpointError: If it is neither a folder nor a repository that can be reached.
-    """
+    """The local folder of a pipeline or of a network, bundled, given, or fetched from a repository of the hub."""
     folder = local_folder(source)
     if folder.exists():
         return folder
@@ -93,16 +84,8 @@ def without_bars(library: Literal["diffusers", "transformers"]) -> Iterator[None
 def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None) -> Path:
     """Download the configuration and weights of one model of a repository, or find them in the cache.
 
-    Args:
-        repo_id: ``owner/repository``.
-        subfolders: Where the model may lie in the repository, the first match counts; ``""`` is its root.
-        revision: Branch, tag or commit.
-
-    Returns:
-        The folder of the repository's snapshot in the hub's cache.
-
-    Raises:
-        CheckpointError: If the repository cannot be reached, does not exist, or holds no such model.
+    The model is in the first of the subfolders that holds one; ``""`` is the repository's root. Returns the folder of
+    the whole repository in the hub's cache.
     """
 
     def download(hub: HfApi, names: list[str]) -> str:
@@ -119,11 +102,7 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
 
 
 def fetch_file(repo_id: str, name: str, revision: str | None = None) -> Path:
-    """Download one file of a repository that is not a model folder, or find it in the cache.
-
-    Raises:
-        CheckpointError: If the repository cannot be reached, does not exist, or holds no such file.
-    """
+    """Download one file of a repository that is not a model folder, or find it in the cache."""
     from huggingface_hub import try_to_load_from_cache
 
     def download(hub: HfApi, names: list[str]) -> str:

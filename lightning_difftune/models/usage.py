@@ -116,13 +116,7 @@ pipeline.load_lora_weights("path/to/this/folder")
 
 
 def usage_of_dit(architecture: dict[str, Any], sampling: dict[str, Any] | None, has_autoencoder: bool) -> str:
-    """How a DiT's diffusers folder is used, as Markdown.
-
-    Args:
-        architecture: Of the model.
-        sampling: What its sampler's ``settings`` say; the authors' protocol without.
-        has_autoencoder: Whether the folder has a ``vae``.
-    """
+    """How a DiT's diffusers folder is used, as Markdown."""
     sampling = sampling or {"scheduler": "DDIMScheduler", "scheduler_config": {"prediction_type": "epsilon"}}
     kind = sampling["scheduler"]
     if sampling["scheduler_config"].get("prediction_type", "flow_prediction") == "flow_prediction":

@@ -80,11 +80,7 @@ class ParameterEfficientTuner(ABC):
 
 
 def find(model: nn.Module, name: str, kind: type[Layer], tuner: str) -> Layer:
-    """The layer of a model under a dotted name.
-
-    Raises:
-        ConfigError: If there is none, or it is of another kind.
-    """
+    """The layer of a model under a dotted name."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:

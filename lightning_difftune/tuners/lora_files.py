@@ -25,11 +25,7 @@ OTHER_METHODS = ("dora_scale", "lora_magnitude_vector", "hada_", "lokr_", "oft_"
 
 @contextmanager
 def folder_for(folder: str | Path) -> Iterator[Path]:
-    """A draft of a LoRA's folder, which takes its place with its digests when the ``with`` block ends.
-
-    Raises:
-        CheckpointError: If the folder holds more than a LoRA, or cannot be written.
-    """
+    """A draft of a LoRA's folder, which takes its place with its digests when the ``with`` block ends."""
     folder = Path(folder)
     ours = {CONFIG, ADAPTER, WEIGHTS, SUMS, "README.md"}
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours) if folder.is_dir() else []
@@ -58,11 +54,7 @@ def write_config(config: LoraConfig, file: Path) -> None:
 
 
 def loader_of(model: nn.Module) -> Any:
-    """The class of diffusers that reads and writes LoRA files of a network.
-
-    Raises:
-        ConfigError: If there is none.
-    """
+    """The class of diffusers that reads and writes LoRA files of a network."""
     import diffusers
 
     name = type(model).__name__
@@ -81,11 +73,7 @@ def loader_of(model: nn.Module) -> Any:
 
 
 def write_diffusers(model: nn.Module, state: dict[str, Tensor], config: LoraConfig, folder: Path) -> None:
-    """Write a LoRA by diffusers' own writer, with rank, alpha and targets in the metadata, and read it back.
-
-    Raises:
-        CheckpointError: If it does not read back as it was.
-    """
+    """Write a LoRA by diffusers' own writer, with rank, alpha and targets in the metadata, and read it back."""
     loader = loader_of(model)
     prefix = prefix_of(loader)
     metadata = settings_of(config)
@@ -117,13 +105,10 @@ def prefix_of(loader: Any) -> str:
 def read_diffusers(
     model: nn.Module, source: str | Path, scale: float, network_only: bool
 ) -> tuple[Path, dict[str, Tensor]]:
-    """Read a LoRA of diffusers or kohya.
+    """Read a LoRA of diffusers or kohya: its file, and its factors for layers whose alpha / rank is ``scale``.
 
-    Returns:
-        The file, and the factors by peft's names (``layer.lora_A.weight``), for layers whose alpha / rank is ``scale``.
-
-    Raises:
-        CheckpointError: If it cannot be read, holds another method, or updates a text encoder and that was not allowed.
+    The names are peft's (``layer.lora_A.weight``). Updates of text encoders are refused unless ``network_only`` leaves
+    them out.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
 
