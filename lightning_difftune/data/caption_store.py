@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_difftune.errors import CheckpointError, StoreError
 from lightning_difftune.files import atomic_path, read_safetensors, text_digest, write_safetensors
 
-RECENT = 128  # captions that a process keeps open
-SMALL = 64  # numbers of a row: sizes and the like, which keep their precision
+_RECENT = 128  # captions that a process keeps open
+_SMALL = 64  # numbers of a row: sizes and the like, which keep their precision
 
 
 class CaptionStore:
@@ -31,26 +31,17 @@ class CaptionStore:
 
     @staticmethod
     def keys(captions: Sequence[str]) -> Tensor:
-        """(B,) int64: 63 bits of each caption's SHA-256.
-
-        Example:
-            >>> CaptionStore.keys(["a cat", "a cat", "a dog"]).unique().numel()
-            2
-        """
+        """(B,) int64: 63 bits of each caption's SHA-256."""
         return torch.tensor([int(text_digest(caption)[:16], 16) >> 1 for caption in captions])
 
     def add(self, keys: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Store the rows of B captions whose keys (B,) are not there yet.
-
-        Raises:
-            StoreError: If the disk refuses.
-        """
+        """Store the rows of B captions whose keys (B,) are not there yet."""
         for row, key in enumerate(keys.tolist()):
             file = self._file(key)
             if file.exists():
                 continue
             tensors = {name: column[row].detach().cpu() for name, column in columns.items()}
-            stored = {n: (x if x.numel() <= SMALL else x.bfloat16()).contiguous() for n, x in tensors.items()}
+            stored = {n: (x if x.numel() <= _SMALL else x.bfloat16()).contiguous() for n, x in tensors.items()}
             try:
                 with atomic_path(file, replace=False) as draft:
                     write_safetensors(stored, draft, {})
@@ -58,14 +49,10 @@ class CaptionStore:
                 raise StoreError(f"{file} cannot be written ({error}). Is the disk full?") from error
 
     def read(self, keys: Tensor) -> dict[str, Tensor]:
-        """Rows of the captions with the keys (B,), float32.
-
-        Raises:
-            StoreError: If a caption is missing or its file was altered.
-        """
+        """Rows of the captions with the keys (B,), float32."""
         rows = [self._recent[key] if key in self._recent else self._open(key) for key in keys.tolist()]
         self._recent = {**self._recent, **dict(zip(keys.tolist(), rows, strict=True))}
-        for key in list(self._recent)[:-RECENT]:
+        for key in list(self._recent)[:-_RECENT]:
             del self._recent[key]
         return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]} if rows else {}
 

@@ -182,11 +182,7 @@ class ControlExamples:
         return len(self.targets)
 
     def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Positions => pictures (B, 3, image_size, image_size) uint8 and their captions.
-
-        Raises:
-            DataError: A damaged picture, unless those are skipped.
-        """
+        """Positions => pictures (B, 3, image_size, image_size) uint8 and their captions."""
         return self.targets.captioned(indices)
 
 

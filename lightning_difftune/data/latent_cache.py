@@ -37,9 +37,8 @@ class LatentCache(ShardReader):
     Mean and standard deviation are stored, so that each epoch draws new latents; and, where training mirrors pictures,
     those of the mirror image too, since an autoencoder does not commute with mirroring. Each sample has what the
     model's ``encode`` makes of a picture, ``latent_mean`` and ``latent_std`` (c, h, w) among them; the same of its
-    mirror image under ``mirrored.`` names; ``source_index``, int64: the picture that was encoded, not i
-    where a damaged file was skipped; and ``picture``, int64: a digest of the file or array it was, 0 if unknown. A
-    folder gets its manifest last and cannot be opened without it, so a cache is complete or refused.
+    mirror image under ``mirrored.`` names; ``source_index``, int64: the picture that was encoded, not i where a damaged
+    file was skipped; and ``picture``, int64: a digest of the file or array it was, 0 if unknown.
 
     Args:
         path: A finished cache.
@@ -121,8 +120,12 @@ class LatentCache(ShardReader):
         digests = cache(targets.picture_digests)  # needed only where something is encoded
 
         def replaces(other: BuildPlan) -> bool:
-            changes = {**other.spec, "targets": {**other.spec["targets"], **_of_pictures(full_spec)}}
-            return changes == full_spec and bool(_encoded([Path(path)], digests()))
+            pictures = {
+                "identity": targets.identity(),
+                "pictures": len(targets),
+            }  # what changes with the pictures alone
+            changed = {**other.spec, "targets": {**other.spec["targets"], **pictures}}
+            return changed == full_spec and bool(_encoded([Path(path)], digests()))
 
         writer = ShardWriter(
             path, kind=_KIND, spec=full_spec, num_samples=len(targets), shard_size=shard_size, replaces=replaces
@@ -235,11 +238,6 @@ def _pictures_at(targets: ImageTargets, work: list[list[int]], position: int) ->
 def _caption_store(path: Path, spec: dict[str, Any]) -> CaptionStore:
     """Captions as this encoder encodes them; the folder may hold an unfinished cache of another encoder."""
     return CaptionStore(path / f"{_CAPTIONS}-{json_digest(spec['autoencoder'])[:12]}")
-
-
-def _of_pictures(spec: dict[str, Any]) -> dict[str, Any]:
-    """The part of a spec that changes with the pictures."""
-    return {name: spec["targets"][name] for name in ("identity", "pictures")}
 
 
 def _encoded(folders: Sequence[Path], digests: Tensor | None) -> dict[int, tuple[Path, int]]:

@@ -92,9 +92,9 @@ class RealPictures(L.LightningDataModule):
         check_depth(self.target)
         labels = self.target.labels()
         if self.num_classes is not None and labels is not None:
-            said = describe_small_classes(labels, self.num_classes, self.class_names)
-            if said is not None:
-                rank_zero_info(said)
+            sentence = describe_small_classes(labels, self.num_classes, self.class_names)
+            if sentence is not None:
+                rank_zero_info(sentence)
 
     def reference_images(self) -> Iterator[Tensor]:
         """The real pictures that generated ones are compared with: batches (B, C, H, W) uint8 in a fixed order."""
@@ -244,9 +244,9 @@ def describe_small_classes(labels: Tensor, num_classes: int, names: Sequence[str
     small = sorted((label for label, count in enumerate(counts) if count < FEW_PICTURES), key=counts.__getitem__)
     if not small:
         return None
-    said = [f"{name_of_class(label, names)} {counts[label]}" for label in small if counts[label]]
+    counted = [f"{name_of_class(label, names)} {counts[label]}" for label in small if counts[label]]
     return (
         f"{len(small)} of {len(counts)} classes have fewer than {FEW_PICTURES} pictures, which is little to learn a "
-        f"class from: {shorten(said, 4) or 'all of them none'}. Samples of these will repeat what there is; add "
+        f"class from: {shorten(counted, 4) or 'all of them none'}. Samples of these will repeat what there is; add "
         "pictures, or merge classes."
     )

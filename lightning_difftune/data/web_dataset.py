@@ -73,33 +73,35 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         self._pictures: list[_Member] = []
         self.left_out: Counter[str] = Counter()
         texts: dict[str, list[_Member | None]] = {label_extension: [], caption_extension: []}
+        accepted = {name: [f".{name.lower()}"] for name in texts}
+        accepted[caption_extension] += CAPTION_EXTENSIONS
         for number, shard in enumerate(self.shards):
             for key, files in _read_contents(shard, number).items():
                 if any(is_system(part) for part in key.split("/")):
                     self.left_out["hidden or system files"] += len(files)
                     continue
-                extension = next((name for name in files if f".{name.lower()}" in IMAGE_EXTENSIONS), None)
-                self.left_out.update(f".{name.lower()}" for name in files if f".{name.lower()}" in UNREAD_PICTURES)
-                if extension is not None:
-                    self.names.append(f"{key}.{extension}")
-                    self._pictures.append(files[extension])
-                    for name, members in texts.items():
-                        others = CAPTION_EXTENSIONS if name == caption_extension else ()
-                        spelled = {f".{other.lower()}": member for other, member in files.items()}
-                        members.append(next((spelled[e] for e in (f".{name.lower()}", *others) if e in spelled), None))
+                spelled = {f".{name.lower()}": name for name in files}
+                self.left_out.update(spelled.keys() & UNREAD_PICTURES)
+                picture = next((name for extension, name in spelled.items() if extension in IMAGE_EXTENSIONS), None)
+                if picture is None:
+                    continue
+                self.names.append(f"{key}.{picture}")
+                self._pictures.append(files[picture])
+                for name, extensions in accepted.items():
+                    texts[name].append(next((files[spelled[e]] for e in extensions if e in spelled), None))
         if not self._pictures:
             raise DataError(f"no pictures in {len(self.shards)} shards, the first is {self.shards[0]}.")
-        kept = {name: [m for m in members if m is not None] for name, members in texts.items()}
         self.labels = np.zeros(len(self), np.int64)
-        extension = next((name for name, members in kept.items() if members), None)
+        extension = next((name for name, members in texts.items() if any(members)), None)
         if extension is None:
             return
-        if len(kept[extension]) < len(self):
-            bare = [name for name, member in zip(self.names, texts[extension], strict=True) if member is None]
+        bare = [name for name, member in zip(self.names, texts[extension], strict=True) if member is None]
+        if bare:
             raise DataError(f"{len(bare)} of {len(self)} pictures have no .{extension}: {shorten(bare)}.")
         words = [
             decode(self._read(member), f"{name.rpartition('.')[0]}.{extension} in {self.shards[member.shard]}").strip()
-            for name, member in zip(self.names, kept[extension], strict=True)
+            for name, member in zip(self.names, texts[extension], strict=True)
+            if member is not None
         ]
         if extension == caption_extension:
             del self.labels
