@@ -21,7 +21,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from lightning_difftune.data import ImageTargets, NpzImages
 from lightning_difftune.data.source_facts import class_names_of
 from lightning_difftune.errors import DataError
-from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
+from lightning_difftune.models.frozen import DEFAULT_PROMPT
 from pretraining.nano_autoencoder import new_autoencoder, peak_signal_to_noise, train_autoencoder
 
 if TYPE_CHECKING:

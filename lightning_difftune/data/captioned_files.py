@@ -24,7 +24,7 @@ from lightning_difftune.data.source_facts import stat_digest
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest
-from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
+from lightning_difftune.models.frozen import DEFAULT_PROMPT
 
 _FOLDER_LAYOUT = (
     'expected metadata.jsonl with lines such as {"file_name": "1.png", "text": "a red house"}, or a text file of '

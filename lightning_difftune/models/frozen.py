@@ -1,52 +1,26 @@
-"""Networks that are used and never trained, and the casting of a network's inputs to its own type."""
+"""Networks that are used and never trained, and the frozen text encoder of text-to-image models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Self, TypeVar
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-Network = TypeVar("Network", bound=nn.Module)
+from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import text_digest
+from lightning_difftune.models.casts import takes_its_own_type
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.hub import folder_of, without_bars
 
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel, CLIPTokenizer
 
-def takes_its_own_type(network: Network) -> Network:
-    """Let a network be called with float32 whatever its weights are: samples and conditions are cast on the way in.
-
-    Draws, noise and noise levels are float32 at any precision, and so is what is computed from them. Timesteps and ids,
-    which a network embeds in float32 itself, stay as they are.
-
-    Returns:
-        The network itself.
-
-    Example:
-        >>> takes_its_own_type(nn.Linear(2, 1).bfloat16())(torch.zeros(3, 2)).dtype
-        torch.bfloat16
-    """
-    if cast_inputs not in network._forward_pre_hooks.values():
-        network.register_forward_pre_hook(cast_inputs, with_kwargs=True)
-    return network
-
-
-@torch.compiler.disable  # a graph of its own otherwise, where the network is compiled
-def cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The hook: arguments of a call => those that the network sees."""
-    weights = (p for p in network.parameters() if isinstance(p, nn.Parameter))  # and not copies, of WeightCasts
-    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
-    return cast(args, dtype), cast(kwargs, dtype)
-
-
-def cast(value: Any, dtype: torch.dtype, name: str = "") -> Any:
-    """Floating-point tensors of two dimensions or more in another type, also inside dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        stays = not value.is_floating_point() or value.ndim < 2 or name.endswith("ids")
-        return value if stays else value.to(dtype)
-    if isinstance(value, Mapping):
-        return {key: cast(entry, dtype, str(key)) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(cast(entry, dtype, name) for entry in value)
-    return value
+DEFAULT_PROMPT = "a high-quality, detailed, and professional image"  # ControlNet's authors', and the paper's (App. C)
 
 
 class Frozen(nn.Module):
@@ -88,3 +62,83 @@ class Frozen(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output."""
         return self.network(*args, **kwargs)
+
+
+class FrozenTextEncoder(Frozen):
+    """CLIP's tokenizer and text model, as Stable Diffusion pipelines hold them; never trained, never in a checkpoint.
+
+    Args:
+        source: A pipeline's hub repository or local folder, with ``tokenizer`` and ``text_encoder`` in it.
+        revision: Branch, tag or commit of a hub repository.
+
+    Raises:
+        CheckpointError: If the source is not found or cannot be opened.
+    """
+
+    keeps_type = True
+
+    def __init__(self, source: str | Path, revision: str | None = None) -> None:
+        tokenizer, network = open_text_encoder(source, revision)
+        super().__init__(network)
+        self.tokenizer: Any = tokenizer
+        self._truncated: set[str] = set()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(L, D): tokens of a prompt and width of an embedding; (77, 768) for Stable Diffusion 1.5."""
+        return self.tokenizer.model_max_length, self.network.config.hidden_size
+
+    def fingerprint(self) -> str:
+        """Identity of weights and vocabulary."""
+        vocabulary = json.dumps([self.tokenizer.get_vocab(), self.shape[0]], sort_keys=True)
+        return text_digest(f"{fingerprint(self.network)} {vocabulary}")
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``prompt_embeds`` (B, L, D) float32 of B prompts, padded to L tokens.
+
+        A prompt of more than L tokens is cut there, and a warning says so once for each.
+        """
+        length = self.shape[0]
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
+        device = self.network.device
+        for prompt in set(prompts) - self._truncated:
+            count = len(self.tokenizer(prompt).input_ids)
+            if count > length:
+                self._truncated.add(prompt)
+                rank_zero_warn(
+                    f"This prompt is truncated: it has {count} tokens, and the text encoder reads {length}: {prompt!r}"
+                )
+        with torch.autocast(device.type, enabled=False):
+            return {"prompt_embeds": self.network(tokens.to(device))[0].float()}
+
+    def null(self) -> dict[str, Tensor]:
+        """What a dropped prompt is, in one row: the empty prompt."""
+        return self.encode([""])
+
+
+def open_text_encoder(source: str | Path, revision: str | None) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Open the tokenizer and, in float32, the text model of a pipeline."""
+    folder = folder_of(source, "text_encoder", revision)
+    import transformers  # slow to import
+
+    text_model: Any = transformers.CLIPTextModel
+    try:
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        with without_bars("transformers"):
+            network, info = text_model.from_pretrained(
+                folder / "text_encoder", local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} has no tokenizer and text_encoder that transformers' CLIP classes can open: {error}. It must be "
+            "the folder of a Stable Diffusion pipeline."
+        ) from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"{folder / 'text_encoder'}: the weights do not fit config.json; {len(info['missing_keys'])} are missing, "
+            f"the first is {sorted(map(str, info['missing_keys']))[0]}."
+        )
+    return tokenizer, network

@@ -20,8 +20,7 @@ from torchmetrics import MeanMetric
 from lightning_difftune.draws import Draws, float32_by_default
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
-from lightning_difftune.models.frozen import takes_its_own_type
-from lightning_difftune.models.weight_casts import WeightCasts
+from lightning_difftune.models.casts import WeightCasts, takes_its_own_type
 from lightning_difftune.modules.bank_sources import EncodedPictures, PretrainedSamples
 from lightning_difftune.modules.checkpoints import ARGUMENTS, arguments_of, complete, make_lean, read_run, rebuild
 from lightning_difftune.modules.diffusion_model import DiffusionModel

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_layout import open_network
-from lightning_difftune.models.frozen import Frozen
-from lightning_difftune.models.text_encoder import DEFAULT_PROMPT
+from lightning_difftune.models.frozen import DEFAULT_PROMPT, Frozen
 from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
 from lightning_difftune.pictures import to_pixels, to_uint8

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, float32_by_default, noise_of
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.models.frozen import takes_its_own_type
-from lightning_difftune.models.weight_casts import WeightCasts, weight_casts_of
+from lightning_difftune.models.casts import WeightCasts, takes_its_own_type, weight_casts_of
 from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch

@@ -12,7 +12,7 @@ from tiny import tiny_dit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_difftune.models.weight_casts import WeightCasts
+from lightning_difftune.models.casts import WeightCasts
 
 X, T, Y = torch.linspace(-1, 1, 256).view(4, 1, 8, 8), torch.tensor([0, 300, 600, 999]), torch.tensor([0, 1, 2, 6])
 

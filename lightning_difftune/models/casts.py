@@ -1,14 +1,54 @@
-"""Weights that are cast together, where autocast casts each by itself."""
+"""What a network is cast to: its inputs to the type of its weights, and its weights together to that of autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def takes_its_own_type(network: Network) -> Network:
+    """Let a network be called with float32 whatever its weights are: samples and conditions are cast on the way in.
+
+    Draws, noise and noise levels are float32 at any precision, and so is what is computed from them. Timesteps and ids,
+    which a network embeds in float32 itself, stay as they are.
+
+    Returns:
+        The network itself.
+
+    Example:
+        >>> takes_its_own_type(nn.Linear(2, 1).bfloat16())(torch.zeros(3, 2)).dtype
+        torch.bfloat16
+    """
+    if cast_inputs not in network._forward_pre_hooks.values():
+        network.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+    return network
+
+
+@torch.compiler.disable  # a graph of its own otherwise, where the network is compiled
+def cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The hook: arguments of a call => those that the network sees."""
+    weights = (p for p in network.parameters() if isinstance(p, nn.Parameter))  # and not copies of WeightCasts
+    dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
+    return cast(args, dtype), cast(kwargs, dtype)
+
+
+def cast(value: Any, dtype: torch.dtype, name: str = "") -> Any:
+    """Floating-point tensors of two dimensions or more in another type, also inside dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        stays = not value.is_floating_point() or value.ndim < 2 or name.endswith("ids")
+        return value if stays else value.to(dtype)
+    if isinstance(value, Mapping):
+        return {key: cast(entry, dtype, str(key)) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(cast(entry, dtype, name) for entry in value)
+    return value
 
 
 class WeightCasts:
