@@ -104,14 +104,8 @@ def bars(
 ) -> None:
     """Draw a bar for each category and group: the mean of its values, with a line from the least to the largest.
 
-    One or two categories take the room of three, in the middle: the bars of all figures are about as wide.
-
-    Args:
-        axes: Where.
-        categories: Names along the axis.
-        groups: Values of each category by the group's name; a category without values has no bar.
-        title: Heading.
-        y_label: What is measured, and its unit.
+    ``groups`` has the values of each category by the group's name; a category without values has no bar. One or two
+    categories take the room of three, in the middle, so that bars are about as wide in all figures.
     """
     width = 0.8 / len(groups)
     labels: list[Annotation] = []
@@ -141,9 +135,8 @@ def bars(
         annotation.set_rotation(90 if upright else 0)
     axes.margins(y=0.2 if upright else 0.1)
     if any(groups):
-        axes.legend(
-            frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(groups)
-        )  # above all bars
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(groups)}
+        axes.legend(frameon=False, fontsize=8, **above)
 
 
 def rounded(value: float, digits: int) -> str:
@@ -209,15 +202,9 @@ def swap_figure(
 
 
 def heat_map(axes: Axes, values: Tensor, steps: Sequence[int], edges: Sequence[int], title: str, label: str) -> None:
-    """Draw values (K bins, N steps) over training steps and noise levels, with a line where they change sign.
+    """Draw values (K bins, N steps) over training steps and timesteps, with a line where they change sign.
 
-    Args:
-        axes: Where.
-        values: One row for each bin of timesteps, data at the bottom.
-        steps: The N steps of the measurements.
-        edges: The K + 1 borders of the bins.
-        title: Above the map.
-        label: What the colours mean.
+    ``edges`` are the K + 1 borders of the bins, data at the bottom; ``label`` says what the colours mean.
     """
     middles = [(a + b) / 2 for a, b in pairwise(steps)]
     borders = [steps[0], *middles, steps[-1]] if middles else [steps[0] - 0.5, steps[0] + 0.5]

@@ -66,19 +66,14 @@ class FrozenAutoencoder(Frozen):
         self._named = (str(source), subfolder) if isinstance(source, str) and not Path(source).exists() else None
 
     @property
-    def autoencoder(self) -> AutoencoderKL:
-        """The network."""
-        return self.network
-
-    @property
     def scaling_factor(self) -> float:
-        """What raw latents are multiplied with."""
+        """What raw latents are multiplied by."""
         return self.scale.scaling_factor
 
     @property
     def downsample(self) -> int:
         """Pixels on one side of a latent's footprint; 8 for Stable Diffusion's."""
-        return 2 ** (len(self.autoencoder.config["block_out_channels"]) - 1)
+        return 2 ** (len(self.network.config["block_out_channels"]) - 1)
 
     def settings(self) -> dict[str, Any] | None:
         """Arguments that make this autoencoder again anywhere; ``None`` if it is an object or a file of this machine.
@@ -101,11 +96,11 @@ class FrozenAutoencoder(Frozen):
         if image_size % self.downsample or image_size <= 0:
             raise ConfigError(f"image_size {image_size} must be a positive multiple of {self.downsample}.")
         side = image_size // self.downsample
-        return self.autoencoder.config["latent_channels"], side, side
+        return self.network.config["latent_channels"], side, side
 
     def fingerprint(self) -> str:
         """Identity of the weights."""
-        return fingerprint(self.autoencoder)
+        return fingerprint(self.network)
 
     def identity(self) -> str:
         """Weights, scale and shift: what decides the latents of a picture; the key of cached ones."""
@@ -124,7 +119,7 @@ class FrozenAutoencoder(Frozen):
         Raises:
             DataError: If the pictures have another type or shape.
         """
-        channels = self.autoencoder.config["in_channels"]
+        channels = self.network.config["in_channels"]
         shape = tuple(pixel_values.shape)
         if len(shape) != 4 or shape[1] != channels or shape[2] % self.downsample or shape[3] % self.downsample:
             raise DataError(
@@ -134,15 +129,15 @@ class FrozenAutoencoder(Frozen):
         if not pixel_values.is_floating_point():
             raise DataError(f"pixel_values must be floats in [-1, 1], got {pixel_values.dtype}.")
         with torch.autocast(pixel_values.device.type, enabled=False):
-            posterior = self.autoencoder.encode(pixel_values.to(self.autoencoder.dtype)).latent_dist
+            posterior = self.network.encode(pixel_values.to(self.network.dtype)).latent_dist
         return self.scale.scale(posterior.mean.float(), posterior.std.float())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) => pixel values (B, 3, H, W) float32, clamped to [-1, 1]."""
-        raw = self.scale.unscale(latents.float()).to(self.autoencoder.dtype)
+        raw = self.scale.unscale(latents.float()).to(self.network.dtype)
         with torch.autocast(latents.device.type, enabled=False):
-            pictures = self.autoencoder.decode(raw).sample
+            pictures = self.network.decode(raw).sample
         return pictures.float().clamp(-1, 1)
 
 

@@ -167,7 +167,7 @@ def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | N
         index["id2label"] = {str(i): name for i, name in enumerate(model.class_names)}
     if autoencoder is not None:
         index["vae"] = ["diffusers", "AutoencoderKL"]
-        autoencoder.autoencoder.save_pretrained(folder / "vae")
+        autoencoder.network.save_pretrained(folder / "vae")
         config_file = folder / "vae" / "config.json"
         config = json.loads(config_file.read_text(encoding="utf-8"))
         write_json(config_file, {**config, **autoencoder.scale.settings()})

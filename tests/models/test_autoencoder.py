@@ -83,7 +83,7 @@ def test_pictures_it_cannot_take(pictures: torch.Tensor, message: str) -> None:
 
 def test_nothing_about_it_trains() -> None:
     parent = Parent(FrozenAutoencoder(tiny())).train()
-    inner = parent.autoencoder.autoencoder
+    inner = parent.autoencoder.network
     assert parent.training
     assert not any(module.training for module in [parent.autoencoder, *inner.modules()])
     assert not any(parameter.requires_grad for parameter in inner.parameters())
@@ -108,8 +108,8 @@ def test_it_follows_its_parent_to_a_device_and_through_copies() -> None:
     parent = Parent(FrozenAutoencoder(tiny()))
     twin = copy.deepcopy(parent)
     parent.to("meta")
-    assert {p.device.type for p in parent.autoencoder.autoencoder.parameters()} == {"meta"}
-    assert {p.device.type for p in twin.autoencoder.autoencoder.parameters()} == {"cpu"}
+    assert {p.device.type for p in parent.autoencoder.network.parameters()} == {"meta"}
+    assert {p.device.type for p in twin.autoencoder.network.parameters()} == {"cpu"}
 
 
 def test_precision_is_its_own_whatever_autocast_is_active() -> None:

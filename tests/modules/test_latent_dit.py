@@ -109,7 +109,7 @@ def test_pictures_are_the_decoded_samples_of_their_index(weights, vae):
     assert (pictures.dtype, pictures.shape) == (torch.uint8, (2, 3, 16, 16))
     null = torch.full((2,), module.dit.null_class)
     latents = SAMPLER(module.dit, noise_of(0, indices, (4, 4, 4)), indices % 3, null)
-    decoded = module.autoencoder.autoencoder.decode(latents).sample.clamp(-1, 1)
+    decoded = module.autoencoder.network.decode(latents).sample.clamp(-1, 1)
     torch.testing.assert_close(pictures.float(), (decoded + 1) * 127.5, rtol=0, atol=0.51)
 
 
