@@ -121,9 +121,9 @@ def test_precision_is_its_own_whatever_autocast_is_active() -> None:
         pictures_again = frozen.decode(mean)
     torch.testing.assert_close(again, mean)
     torch.testing.assert_close(pictures_again, frozen.decode(mean))
-    half = FrozenAutoencoder(copy.deepcopy(frozen.autoencoder), dtype="bfloat16")
+    half = FrozenAutoencoder(copy.deepcopy(frozen.network), dtype="bfloat16")
     rough, _ = half.encode(pictures)
-    assert half.autoencoder.dtype == torch.bfloat16
+    assert half.network.dtype == torch.bfloat16
     assert rough.dtype == half.decode(rough).dtype == torch.float32
     assert not torch.equal(rough, mean)
     assert (rough - mean).abs().max() < 0.1 * std.max()
@@ -194,7 +194,7 @@ def test_a_configuration_file_can_name_it(folder: Path) -> None:
     )
     frozen = parser.instantiate_classes(config).autoencoder
     assert frozen.scaling_factor == 0.5
-    assert frozen.autoencoder.dtype == torch.bfloat16
+    assert frozen.network.dtype == torch.bfloat16
 
 
 # -- shifts and statistics --------------------------------------------------------------------------------------------
