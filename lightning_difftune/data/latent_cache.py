@@ -120,48 +120,38 @@ class LatentCache(ShardReader):
         digests = cache(targets.picture_digests)  # needed only where something is encoded
 
         def replaces(other: BuildPlan) -> bool:
-            pictures = {
-                "identity": targets.identity(),
-                "pictures": len(targets),
-            }  # what changes with the pictures alone
+            pictures = {"identity": targets.identity(), "pictures": len(targets)}
             changed = {**other.spec, "targets": {**other.spec["targets"], **pictures}}
             return changed == full_spec and bool(_encoded([Path(path)], digests()))
 
         writer = ShardWriter(
             path, kind=_KIND, spec=full_spec, num_samples=len(targets), shard_size=shard_size, replaces=replaces
         )
-        kept: dict[int, tuple[Path, int]] = {}
         captions = _caption_store(Path(path), full_spec)
 
-        def read() -> Iterator[_Pictures]:  # begins at the first batch, since other jobs may come first
-            kept.update(_encoded(writer.folder.previous, digests()))
-            batches = writer.work(batch_size, rank, world_size)
-            work = [[i for i in batch.indices.tolist() if i not in kept] for batch in batches]
-            yield from read_ahead(partial(_pictures_at, targets, work), len(work), num_workers)
-
-        pictures = read()
-
-        def generate(indices: Tensor) -> dict[str, Tensor]:
-            found = next(pictures)  # of the same work, in the same order; fills `kept` when it is dealt out
-            old = [i for i in indices.tolist() if i in kept]
-            new = [i for i in indices.tolist() if i not in kept]
-            parts = [{**_row(*kept[i]), "source_index": torch.tensor([i])} for i in old]
-            if found is not None:
-                batch, source_index = found
-                encoded = _encode(encode, batch, mirrored)
-                if of_caption:
-                    keys = CaptionStore.keys(batch["captions"])
-                    captions.add(keys, {name: encoded[name] for name in of_caption})
-                    prefixes = ("", _MIRRORED) if mirrored else ("",)
-                    encoded = {n: x for n, x in encoded.items() if n.removeprefix(_MIRRORED) not in of_caption}
-                    encoded |= {prefix + _CAPTION: keys for prefix in prefixes}
-                stored = {name: x.to(_DTYPES[dtype]) if x.is_floating_point() else x for name, x in encoded.items()}
-                own = source_index == torch.tensor(new)
-                known = digests()
-                picture = torch.zeros_like(source_index) if known is None else known[new] * own
-                parts.append({**stored, "source_index": source_index, "picture": picture})
-            back = torch.tensor(old + new).argsort()
-            return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+        def generate(batches: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+            kept = _encoded(writer.folder.previous, digests())
+            work = [[i for i in indices.tolist() if i not in kept] for indices in batches]
+            pictures = read_ahead(partial(_pictures_at, targets, work), len(work), num_workers)
+            for indices, new, found in zip(batches, work, pictures, strict=True):
+                old = [i for i in indices.tolist() if i in kept]
+                parts = [{**_row(*kept[i]), "source_index": torch.tensor([i])} for i in old]
+                if found is not None:
+                    batch, source_index = found
+                    encoded = _encode(encode, batch, mirrored)
+                    if of_caption:
+                        keys = CaptionStore.keys(batch["captions"])
+                        captions.add(keys, {name: encoded[name] for name in of_caption})
+                        prefixes = ("", _MIRRORED) if mirrored else ("",)
+                        encoded = {n: x for n, x in encoded.items() if n.removeprefix(_MIRRORED) not in of_caption}
+                        encoded |= {prefix + _CAPTION: keys for prefix in prefixes}
+                    stored = {name: x.to(_DTYPES[dtype]) if x.is_floating_point() else x for name, x in encoded.items()}
+                    known = digests()
+                    own = source_index == torch.tensor(new)
+                    picture = torch.zeros_like(source_index) if known is None else known[new] * own
+                    parts.append({**stored, "source_index": source_index, "picture": picture})
+                back = torch.tensor(old + new).argsort()
+                yield {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 
         build(writer, generate, batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
         finished = cls(path)

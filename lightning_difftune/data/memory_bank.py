@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -98,10 +98,11 @@ class MemoryBank(ShardReader):
         spec = {**generator.bank_spec(), "dtype": dtype}
         writer = ShardWriter(path, kind=KIND, spec=spec, num_samples=num_samples, shard_size=shard_size)
 
-        def generate(indices: Tensor) -> dict[str, Tensor]:
-            with context():
-                made = generator.generate_bank(indices)
-            return _as_stored(made, _DTYPES[dtype])
+        def generate(batches: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+            for indices in batches:
+                with context():
+                    made = generator.generate_bank(indices)
+                yield _as_stored(made, _DTYPES[dtype])
 
         build(writer, generate, batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
         return cls(path, num_samples)

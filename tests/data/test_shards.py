@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_difftune.data.shards import ShardReader, ShardWriter, build
+from lightning_difftune.data import shards
+from lightning_difftune.data.shards import ShardReader, ShardWriter
 from lightning_difftune.errors import ConfigError, StoreError
 
 SPEC = {"weights": "abc", "sampler": {"name": "ddim", "steps": 50}, "guidance_scale": 1.5}
@@ -35,6 +36,13 @@ def generate(indices: Tensor) -> dict[str, Tensor]:
 def open_writer(path: Path, **changes: Any) -> ShardWriter:
     arguments = {"kind": "test-store", "spec": SPEC, "num_samples": NUM_SAMPLES, "shard_size": SHARD_SIZE}
     return ShardWriter(path, **(arguments | changes))
+
+
+def build(
+    writer: ShardWriter, generate: Callable[[Tensor], dict[str, Tensor]], batch_size: int, **settings: Any
+) -> None:
+    """Build with a function of one batch."""
+    shards.build(writer, lambda batches: map(generate, batches), batch_size, **settings)
 
 
 def put(writer: ShardWriter, shard: int, tensors: dict[str, Tensor] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,7 +161,7 @@ class ShardWriter:
 
 def build(
     writer: ShardWriter,
-    generate: Callable[[Tensor], dict[str, Tensor]],
+    generate: Callable[[list[Tensor]], Iterator[dict[str, Tensor]]],
     batch_size: int,
     *,
     rank: int = 0,
@@ -175,7 +175,8 @@ def build(
 
     Args:
         writer: The folder.
-        generate: Sample indices (B,) int64 => tensors (B, ...) on the CPU; sample i must depend on i alone.
+        generate: Batches of sample indices, (B,) int64 each => tensors (B, ...) on the CPU for one batch after the
+            other; sample i must depend on i alone.
         batch_size: Most samples generated together.
         rank: This process.
         world_size: Number of processes; all must call this function.
@@ -194,13 +195,13 @@ def build(
         work = writer.work(batch_size, rank, world_size)
         total = sum(len(writer.plan.shard_range(shard)) for shard in range(rank, writer.plan.num_shards, world_size))
         done = total - sum(len(batch.indices) for batch in work)
+        results = generate([batch.indices for batch in work])
         parts: list[dict[str, Tensor]] = []
         with ThreadPoolExecutor(max_workers=1) as thread:  # writes a shard while the samples of the next are made
-            for number, batch in enumerate(work):
+            for number, (batch, made) in enumerate(zip(work, results, strict=False)):
                 path = writer.path / shard_name(batch.shard)
                 if not parts and writer.folder.samples_in(batch.shard):  # what a shorter build has put there
                     parts = [load_file(path)]
-                made = generate(batch.indices)
                 for name, tensor in made.items():
                     if tensor.shape[:1] != batch.indices.shape:
                         raise StoreError(
