@@ -5,7 +5,7 @@
 
 Each job runs in a child process that is killed after a random time. After each kill whatever is there is opened: it
 must be whole, or be refused. Then the job is run again, and killed again, until it gets through; at the end its files
-must equal those of an undisturbed run. Trial k of a job depends on the seed and k alone, and finished trials in the
+must equal those of an undisturbed run. Trial k of a job depends only on the seed and k, and finished trials in the
 JSON file are not repeated.
 """
 

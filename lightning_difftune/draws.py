@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and an index alone: not on the number of processes, nor on what ran before."""
+"""Random numbers that depend only on a seed and an index: not on the number of processes, nor on what ran before."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Draws:
 
 
 def noise_of(seed: int, indices: Tensor, shape: tuple[int, ...], stream: str = "start noise") -> Tensor:
-    """Normal float32 noise (B, *shape) on the CPU for sample indices (B,); row i depends on (seed, indices[i]) alone.
+    """Normal float32 noise (B, *shape) on the CPU for sample indices (B,); row i depends only on (seed, indices[i]).
 
     Noise of another ``stream`` is independent of it.
     """
@@ -93,13 +93,13 @@ def noise_of(seed: int, indices: Tensor, shape: tuple[int, ...], stream: str = "
 
 
 def uniform_of(seed: int, indices: Tensor) -> Tensor:
-    """Numbers (B,) float32 in [0, 1] on the CPU; entry i depends on (seed, indices[i]) alone."""
+    """Numbers (B,) float32 in [0, 1] on the CPU; entry i depends only on (seed, indices[i])."""
     values = [seed_of("uniform", seed, i) / 2**63 for i in indices.tolist()]
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def choices_of(seed: int, indices: Tensor, count: int) -> Tensor:
-    """Choices (B,) int64 among 0 .. count - 1 on the CPU, uniform; entry i depends on (seed, indices[i]) alone.
+    """Choices (B,) int64 among 0 .. count - 1 on the CPU, uniform; entry i depends only on (seed, indices[i]).
 
     Example:
         >>> choices_of(0, torch.arange(8), 5).tolist()
@@ -109,5 +109,5 @@ def choices_of(seed: int, indices: Tensor, count: int) -> Tensor:
 
 
 def choice_of(seed: int, index: int, count: int) -> int:
-    """One of 0 .. count - 1 for sample ``index``, uniform; depends on (seed, index) alone."""
+    """One of 0 .. count - 1 for sample ``index``, uniform; depends only on (seed, index)."""
     return seed_of("choice", seed, index) % count

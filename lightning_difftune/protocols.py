@@ -53,7 +53,7 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class SupportsGenerate(Protocol):
-    """A model that turns sample indices into pictures; sample i depends on its seed and i alone."""
+    """A model that turns sample indices into pictures; sample i depends only on its seed and i."""
 
     def generate(self, indices: Tensor) -> Tensor:
         """Indices (B,) int64 => pictures (B, 1 or 3, H, W) uint8."""
@@ -168,7 +168,7 @@ class SupportsEncode(Protocol):
 
 @runtime_checkable
 class SupportsCaptions(Protocol):
-    """A module whose target batches have columns that depend on the caption alone."""
+    """A module whose target batches have columns that depend only on the caption."""
 
     @property
     def caption_columns(self) -> Sequence[str]:
@@ -185,7 +185,7 @@ class Annotator(Protocol):
     def __call__(self, pictures: Tensor, /) -> Any:
         """Pictures (B, 3, H, W) uint8 => control maps, a Tensor (B, channels, H, W) uint8 on the same device.
 
-        A picture's map depends on that picture alone.
+        A picture's map depends only on that picture.
         """
 
     def identity(self) -> str:

@@ -96,7 +96,7 @@ class StoredPredictions:
     The bank belongs to the objective's schedule and forward process, and is refused where they differ.
 
     Args:
-        seed: Of the timesteps and the noise; sample i's depend on (seed, i) alone.
+        seed: Of the timesteps and the noise; sample i's depend only on (seed, i).
     """
 
     def __init__(self, seed: int = 0) -> None:

@@ -54,7 +54,7 @@ _HOW_TO_GET = (
 class RenderedOmniglot(Dataset[tuple[Tensor, int]]):
     """Every Omniglot drawing, rendered ``variants`` times as MNIST was made.
 
-    Item ``i`` is drawing ``i % N``, variant ``i // N``, and depends on ``(seed, i)`` alone. Per rendering the pen's
+    Item ``i`` is drawing ``i % N``, variant ``i // N``, and depends only on ``(seed, i)``. Per rendering the pen's
     width, its pressure along the strokes, slant, rotation and aspect are drawn anew; the drawing is scaled (aspect
     kept) until its longer side fills the box, antialiased, and shifted by whole pixels until its centre of mass lies at
     pixel ``image_size / 2``, as in MNIST. A pen too wide for a crowded character is narrowed. Everything is rendered at

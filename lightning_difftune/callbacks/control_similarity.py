@@ -28,7 +28,7 @@ class SupportsControl(Protocol):
     """A module whose pictures follow control maps."""
 
     def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
-        """Generate one picture for each control map; sample i's noise depends on the seed and i alone.
+        """Generate one picture for each control map; sample i's noise depends only on the seed and i.
 
         Args:
             indices: Sample indices (B,) int64.

@@ -137,7 +137,7 @@ class FID(DistanceCallback):
 
     Through Inception-v3 this is FID, logged as ``fid``. Through any other extractor it is not, and is logged under the
     extractor's own name, such as ``fd_efficientnet_lite0``; see :attr:`monitor`. Sample indices are dealt out to the
-    processes in batches of ``batch_size``, sums are float64, and sample i depends on i alone, so one GPU and eight give
+    processes in batches of ``batch_size``, sums are float64, and sample i depends only on i, so one GPU and eight give
     the same number. The extractor is on the accelerator during the evaluation only, and never in a checkpoint.
 
     Args:

@@ -83,7 +83,7 @@ class LatentCache(ShardReader):
                 scaled latents, (B, c, h, w) each, and whatever else is trained on.
             spec: What decides the result, as plain JSON values: the autoencoder's fingerprint and scale.
             mirrored: Whether mirror images are stored as well.
-            of_caption: Columns of ``encode`` that depend on the caption alone. They are stored once for each distinct
+            of_caption: Columns of ``encode`` that depend only on the caption. They are stored once for each distinct
                 caption, as bfloat16, and read back with each picture.
             batch_size: Pictures in one call of ``encode``.
             dtype: How floating-point tensors are stored. float16 halves the size and rounds by 2**-11 at

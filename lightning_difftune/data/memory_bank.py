@@ -73,7 +73,7 @@ class MemoryBank(ShardReader):
     ) -> MemoryBank:
         """Open a bank, after generating what is still missing of it.
 
-        Sample i depends on the generator and i alone, so a smaller bank of the same generator and settings grows, an
+        Sample i depends only on the generator and i, so a smaller bank of the same generator and settings grows, an
         interrupted build is resumed, and of a larger bank the first samples are used.
 
         Args:

@@ -69,7 +69,7 @@ class PretrainedSamples:
 class EncodedPictures(PretrainedSamples):
     """Pictures in the space that a module's network denoises, such as photos that it was pre-trained on.
 
-    Sample i is the mean of the latents of the i-th picture in a random order, which depends on the module's seed alone.
+    Sample i is the mean of the latents of the i-th picture in a random order, which depends only on the module's seed.
     """
 
     def __init__(self, module: DiffusionModel, objective: DiffTuningObjective, pictures: BankPictures) -> None:

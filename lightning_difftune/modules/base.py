@@ -38,7 +38,7 @@ class DiffTuningModule(DiffusionModel):
     """Base of the Diff-Tuning modules: subclass it for a model family of your own.
 
     A subclass supplies what :class:`~lightning_difftune.modules.ModelFamily` lists; the training is here. Timesteps,
-    noise and label dropout depend on ``seed`` and the batch's index alone, so a run that is resumed or spread over more
+    noise and label dropout depend only on ``seed`` and the batch's index, so a run that is resumed or spread over more
     processes sees the same numbers.
 
     Args:

@@ -231,7 +231,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
     def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
         """Pictures (B, 3, H, W) uint8 after control maps (B, C, H, W) uint8 and B captions.
 
-        Picture i's noise depends on the seed and indices[i] alone.
+        Picture i's noise depends only on the seed and indices[i].
         """
         return self.generate(indices, self.controlled(captions, conditioning))
 

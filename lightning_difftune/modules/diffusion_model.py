@@ -215,7 +215,7 @@ class DiffusionModel(ModelFamily):
         return noise_of(self.seed, indices, self.sample_shape).to(self.device)
 
     def draw_latents(self, denoise: Denoiser, sampler: Sampler, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
-        """Samples (B, c, h, w) whose start noise depends on the seed and their index alone, for indices (B,)."""
+        """Samples (B, c, h, w) whose start noise depends only on the seed and their index, for indices (B,)."""
         condition, null_condition = conditions
         null_condition, null_denoise = self.null_branch(sampler, null_condition)
         noise = self.start_noise(indices)
@@ -230,7 +230,7 @@ class DiffusionModel(ModelFamily):
         return self.sampler.guided(self.frozen_denoiser(), *map(self.source_condition, conditions))
 
     def generate(self, indices: Tensor, conditions: tuple[Any, Any] | None = None) -> Tensor:
-        """Pictures (B, C, H, W) uint8; picture i depends on the seed and i alone.
+        """Pictures (B, C, H, W) uint8; picture i depends only on the seed and i.
 
         Args:
             indices: Sample indices (B,).

@@ -2,7 +2,7 @@
 
 ``shard-00000.safetensors`` ... hold ``shard_size`` samples each; ``manifest.json`` is written last, so a folder has one
 only when it is complete. Until then ``building.json`` says what is being built. Which samples a shard holds, and which
-of them are generated together, depends on ``shard_size`` and the batch size alone, never on the number of processes.
+of them are generated together, depends only on ``shard_size`` and the batch size, never on the number of processes.
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def misfit(path: Path, found: dict[str, TensorLayout], expected: dict[str, Tenso
 
 
 def dump_json(value: dict[str, Any]) -> bytes:
-    """A JSON file whose bytes depend on the value alone."""
+    """A JSON file whose bytes depend only on the value."""
     return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
