@@ -188,18 +188,9 @@ def difference(module: DiffTuningModule, other: nn.Module) -> float:
 
 
 def push(repo_id: str, files: dict[str, Path], private: bool) -> str:
-    """Upload an export to the Hugging Face hub.
+    """Upload files and folders to their places in a repository of the hub, ``""`` being its root; returns its address.
 
-    Args:
-        repo_id: ``user/name``; created if it is not there.
-        files: Files and folders by their places in the repository; ``""`` is its root.
-        private: Whether a new repository is private.
-
-    Returns:
-        The address.
-
-    Raises:
-        CheckpointError: If the hub refuses, or cannot be reached.
+    A repository that is not there is created.
     """
     from huggingface_hub import HfApi
 

@@ -95,7 +95,7 @@ def model_card(
         title: Its name.
         usage: The card's section about how to open it.
         picture: File of the sample grid, next to the card; empty if there is none.
-        license_name: The base's licence, if it is known better than by asking.
+        license_name: The base's licence; None if the base is to be asked.
         done: Gets a line if the licence is not known.
     """
     license_name = license_name or license_of(str(tuned.module.base_identity.get("name")))

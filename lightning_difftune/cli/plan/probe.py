@@ -125,14 +125,8 @@ def count(
 ) -> Costs:
     """Count what one sample costs, for pictures (C, H, W), on the CPU.
 
-    The networks only go through the motions, on tensors without values, so that the largest is counted in seconds. An
+    The networks compute on tensors without values, of the ``mode``, so that the largest is counted in seconds. An
     annotator, which may not be a network, works on a picture of its own.
-
-    Args:
-        module: Built.
-        picture_shape: (C, H, W).
-        precision: The trainer's.
-        mode: The mode that the module's tensors without values are of.
     """
     annotator: Any = getattr(module, "annotator", None)
     maps = 0.0 if annotator is None else annotator_flops(annotator, picture_shape)

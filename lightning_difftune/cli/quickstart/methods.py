@@ -19,17 +19,10 @@ METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # over
 
 
 def tune(name: str, config: str, output: Path, seed: int, settings: Sequence[str]) -> tuple[DiffTuneCLI, float]:
-    """Run one method in a folder of its own below ``output``, where the memory bank is, too.
+    """Run one of the methods in a folder of its own below ``output``, where the memory bank is, too.
 
-    Args:
-        name: One of :data:`METHODS`.
-        config: The file below the installed configs.
-        output: The quickstart's folder.
-        seed: Seed of the run.
-        settings: Further arguments of the command line.
-
-    Returns:
-        The finished run and the seconds it took.
+    Its config is a file of the installed configs, and ``settings`` are further arguments of the command line. Returns
+    the finished run and its seconds.
     """
     print(f"\n{name}", flush=True)
     folder = output / name.lower().replace(" ", "-")
