@@ -71,7 +71,7 @@ def data(argv: Sequence[str]) -> int:
     else:
         show(report, Console())
     wrong = report["unreadable"], report["split"].get("unreadable"), report["split"].get("unknown_classes")
-    return 1 if any(wrong) or 0 < report["deep"].get("bits", 0) <= MOST_WRONG_BITS else 0
+    return 1 if any(wrong) or is_nearly_black(report["deep"]) else 0
 
 
 def facts_at(path: str, split: str | None, num_workers: int) -> SourceFacts:
@@ -121,6 +121,11 @@ def report_of(path: str, facts: SourceFacts, held_out: SourceFacts | None, image
     }
 
 
+def is_nearly_black(deep: dict[str, int]) -> bool:
+    """Whether there are 16-bit pictures that hold so few bits that a run refuses them."""
+    return bool(deep) and deep["bits"] <= MOST_WRONG_BITS
+
+
 def captions_of_report(facts: SourceFacts) -> dict[str, Any]:
     """How many captions are empty, and the shortest and longest of the others."""
     captions = captions_of(facts.source)
@@ -167,7 +172,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     classes, deep, split = report["classes"], report["deep"], report["split"]
     small = f"{len(classes):,}, {len(report['small_classes'])} of them below {FEW_PICTURES} pictures"
     bits = "{pictures:,} pictures, largest value {largest:,} of 65,535 ({bits} bits)".format(**deep) if deep else ""
-    if deep and deep["bits"] <= MOST_WRONG_BITS:
+    if is_nearly_black(deep):
         bits += ": nearly black, a run refuses them"
     for name, value in (
         ("pictures", f"{report['pictures']:,} with {report['labels']}"),

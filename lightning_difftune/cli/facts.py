@@ -58,23 +58,25 @@ def _target(run: Run) -> str:
     source: Any = run.setting("data", "init_args", "target")
     while isinstance(source, dict) and isinstance(inner := (source.get("init_args") or {}).get("source"), dict):
         source = inner
-    if not isinstance(source, dict) or "class_path" not in source:
-        return ""
-    root = (source.get("init_args") or {}).get("root")
-    return source["class_path"].rpartition(".")[2] + (f" {root}" if root else "")
+    name = _class(source)
+    root = (source.get("init_args") or {}).get("root") if name else None
+    return f"{name} {root}" if root else name
+
+
+def _class(entry: Any) -> str:
+    """The name of the class of an entry of a config; empty without one."""
+    return str(entry.get("class_path", "")).rpartition(".")[2] if isinstance(entry, dict) else ""
 
 
 def _recipe(run: Run) -> str:
     data = run.setting("data", "init_args") or {}
     schedule = run.setting("model", "init_args", "objective", "init_args", "schedule") or {}
-    tuner = run.setting("model", "init_args", "tuner") or {}
     if not data.get("batch_size"):
         return ""
     share = int((data.get("retention_share") or 0) * data["batch_size"]) if data.get("bank") else 0
-    name = str(schedule.get("class_path", "")).rpartition(".")[2]
+    name, network = _class(schedule), _class(run.setting("model", "init_args", "tuner"))
     tau = (schedule.get("init_args") or {}).get("tau")
     counts = run.environment.get("class_counts") or {}
-    network = str(tuner.get("class_path", "")).rpartition(".")[2]
     method = f"Diff-Tuning of {network or 'all weights'}" if share else network or "Full fine-tuning"
     target = f"{sum(counts.values()):,} pictures of {len(counts)} classes, in " if counts else ""
     return (

@@ -17,6 +17,7 @@ from lightning_difftune.cli.init.config import config_text, described, quoted
 from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.image_files import SPLIT_FOLDERS
 from lightning_difftune.data.real_pictures import FEW_PICTURES
+from lightning_difftune.data.source_facts import captions_of
 from lightning_difftune.errors import ConfigError, DataError
 
 DESCRIPTION = """Look at a folder of pictures and write a commented config that tunes a model to them.
@@ -80,16 +81,14 @@ def look(path: str, wants_captions: bool) -> Seen:
     source, captions = source_of(facts.source, parts["train"]), []
     held = facts_at(parts["val"], None, 0) if "val" in parts else None
     val_source = source_of(held.source, parts["val"]) if held is not None else ""
-    has_classes = bool(facts.counts())
-    if unknown := [] if held is None else [name for name in held.counts() if name not in facts.counts()]:
+    counts = facts.counts()
+    if unknown := [] if held is None else [name for name in held.counts() if name not in counts]:
         raise DataError(f"{parts['val']} has classes that {parts['train']} does not have: {', '.join(unknown[:5])}.")
-    if wants_captions and has_classes:
+    if wants_captions and counts:
         named = "class_path: lightning_difftune.data.ClassCaptions\ninit_args:\n  source:\n"
         source, val_source = named + indent(source, 4 * " "), val_source and named + indent(val_source, 4 * " ")
-        captions = [f"a photo of a {name.replace('_', ' ')}" for name in facts.counts()]
-    elif not has_classes:
-        from lightning_difftune.data.source_facts import captions_of
-
+        captions = [f"a photo of a {name.replace('_', ' ')}" for name in counts]
+    elif not counts:
         captions = list(dict.fromkeys(captions_of(facts.source) or [""]))
     if held is not None:
         return Seen(path, facts, source, val_source, captions[:8], len(facts.pictures), len(held.pictures))

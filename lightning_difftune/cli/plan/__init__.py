@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import ModelReader
-from lightning_difftune.cli.plan.phases import PEAKS, UTILISATION, Phase, Speed, num_devices, phases
+from lightning_difftune.cli.plan.phases import PEAKS, UTILISATION, Phase, Speed, num_devices, phases_of
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.data.building import BATCH_SIZE
@@ -58,7 +58,7 @@ def plan(argv: Sequence[str]) -> None:
         timed = measured(module, data, shape, precision) if options.device == "measured" else None
         costs = count(module, shape, precision, mode)
         speed = timed or Speed.of_data_sheet(options.device, options.utilisation, precision, costs)
-        found = phases(config, module, costs, *sizes(reader))
+        found = phases_of(config, module, costs, *sizes(reader))
     memory = Memory.of(costs, data.batch_size, data.latent_cache is not None)
     show(found, costs, speed, memory, num_devices(config.trainer), options.json)
 

@@ -122,7 +122,7 @@ def forward_passes(sampler: Sampler) -> int:
     return int(steps) * (1 if sampler.guidance_scale == 1 else 2)
 
 
-def phases(
+def phases_of(
     config: Namespace, module: DiffTuningModule, costs: Costs, num_targets: int | None, num_held_out: int | None
 ) -> list[Phase]:
     """The phases of ``difftune fit``; a number of pictures is None if they are not here to be counted."""
