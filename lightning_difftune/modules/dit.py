@@ -235,7 +235,7 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def source_conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Classes of the pre-trained model, drawn uniformly from (seed, i) alone."""
-        labels = self.bank_columns(indices, indices)["class_labels"].to(self.device)
+        labels = choices_of(self.seed, indices, self.base_identity["num_classes"]).to(self.device)
         return labels, self.source_condition(labels)
 
     def source_condition(self, condition: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class RunKeeper(Callback):
     - Settings of the optimizer and its scheduler that were changed since the checkpoint take effect, as does the
       patience of ``EarlyStopping``; what cannot is refused. What was not changed is restored to the bit.
     - Batches are float32 at any precision: bf16-true would round pictures, cached latents and the bank's. What a
-      network is given is cast in one place, :func:`~lightning_difftune.models.precision.takes_its_own_type`.
+      network is given is cast in one place, :func:`~lightning_difftune.models.frozen.takes_its_own_type`.
     - The last step is validated, however often validation is due, unless it is off; and ``last.ckpt`` is of the last
       step, however often checkpoints are due.
     - A checkpoint in the middle of a window of accumulated gradients holds them, and a resumed run does not save a

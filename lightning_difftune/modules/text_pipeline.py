@@ -160,10 +160,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
         family = self.family
         return open_network(family.network_class(), self.model, family.network_folder, self.revision, dtype)
 
-    def run(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """A network's output (B, c, h, w) as float32."""
-        return self.family.call(network, x_t, t, condition).float()
-
     def facts(self, network: Any, **identity: Any) -> SourceFacts:
         """What the pipeline says of itself: its ``scheduler_config.json`` and its autoencoder's scale."""
         return SourceFacts.of_scheduler(

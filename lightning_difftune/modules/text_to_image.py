@@ -48,6 +48,10 @@ class TextToImageDiffTuningModule(TextPipelineModule):
         """The same, where its family says that autocast is on throughout."""
         return [self.network] if getattr(self.family, "is_autocast_throughout", False) else []
 
+    def run(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """A network's output (B, c, h, w) as float32."""
+        return self.family.call(network, x_t, t, condition).float()
+
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Network output (B, c, h, w) under the family's conditions, such as ``prompt_embeds`` (B, L, D)."""
         return self.run(self.network, x_t, t, condition)

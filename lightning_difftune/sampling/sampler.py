@@ -74,8 +74,8 @@ domain_guidance=False, pretrained_tail=0.0)
 
     def completed(self, family: Sampler) -> Sampler:
         """This sampler with what it leaves out as another one has it."""
-        absent = {"scheduler": None, "num_inference_steps": None, "guidance_scale": None, "guidance_channels": "family"}
-        left_out = {name for name, nothing in absent.items() if getattr(self, name) == nothing}
+        unset = {"scheduler": None, "num_inference_steps": None, "guidance_scale": None, "guidance_channels": "family"}
+        left_out = {name for name, value in unset.items() if getattr(self, name) == value}
         return replace(self, **{name: getattr(family, name) for name in left_out})
 
     @property

@@ -171,8 +171,11 @@ class StableDiffusionXL(StableDiffusion):
 def encode_sdxl(image_size: int, pipeline: Any, prompts: list[str] | None) -> dict[str, Tensor]:
     """The conditions of B prompts; ``None`` is the pipeline's own negative: zeros, or the empty prompt's embeddings."""
     device, is_null = pipeline.text_encoder_2.device, prompts is None
-    encoded = pipeline.encode_prompt(prompts or [""], device=device, do_classifier_free_guidance=is_null)
-    embeds, pooled = encoded[1::2] if is_null else encoded[::2]
+    embeds, negative_embeds, pooled, negative_pooled = pipeline.encode_prompt(
+        prompts or [""], device=device, do_classifier_free_guidance=is_null
+    )
+    if is_null:
+        embeds, pooled = negative_embeds, negative_pooled
     n = float(image_size)
     sizes = torch.tensor([n, n, 0, 0, n, n], device=pooled.device).expand(len(pooled), 6)
     return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled, "time_ids": sizes}
