@@ -16,13 +16,9 @@ from torch import Tensor
 from lightning_difftune import conditions
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import FrozenAutoencoder
-from lightning_difftune.models.checkpoint_files import read_json
-from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_layout import open_network
-from lightning_difftune.models.hub import folder_of
 from lightning_difftune.modules.base import DiffTuningModule
-from lightning_difftune.modules.families import Family, family_of, sign_of_few_steps
-from lightning_difftune.modules.families.text import PromptConditions
+from lightning_difftune.modules.families import Family, Pipeline
+from lightning_difftune.modules.families.text import PromptConditions, with_guidance
 from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.optimization import adamw
 from lightning_difftune.objective import DiffTuningObjective
@@ -121,56 +117,22 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     def open_pipeline(self) -> Any:
         """The pre-trained network that denoises, on the CPU; the frozen parts around it become this module's."""
-        self.family = family_of(self.model, self.revision)
-        network = self.open_network(self.frozen_dtype if hasattr(self.tuner, "disabled") else torch.float32)
-        self.autoencoder = FrozenAutoencoder(folder_of(self.model, "vae", self.revision), None, "vae")
+        self.pipeline = Pipeline(self.model, self.revision)
+        self.family = self.pipeline.family
+        network = self.pipeline.open_network(self.frozen_dtype if hasattr(self.tuner, "disabled") else torch.float32)
+        self.autoencoder = self.pipeline.open_autoencoder()
         size = self.image_size or self.family.sample_size(network) * self.autoencoder.downsample
         self.sample_shape = self.autoencoder.latent_shape(size)
         self.text_encoder = self.family.open_text(self.model, self.revision, size, self.frozen_dtype)
         self._text = PromptConditions(self.text_encoder)
         self.family.check(self.model, network, self.text_encoder, self.sample_shape[0])
-        self._guidance = self._guidance_of(network)
+        self._guidance = self.pipeline.guidance(network, self.distilled_guidance, self.target_guidance)
         return network
 
-    @property
-    def _folder(self) -> Path:
-        return folder_of(self.model, self.family.network_folder, self.revision)
-
-    def _guidance_of(self, network: Any) -> tuple[float, float] | None:
-        """What a guidance-distilled network is told for drawn and for target samples; refused for others."""
-        drawn, trained = self.distilled_guidance, self.target_guidance
-        if self.family.takes_guidance(network):
-            return 3.5 if drawn is None else float(drawn), 1.0 if trained is None else float(trained)
-        if (drawn, trained) != (None, None):
-            raise ConfigError(
-                f"{self.model} is not told its guidance as a number, but distilled_guidance and target_guidance are "
-                f"{(drawn, trained)}. Leave them out; guidance between two branches is the sampler's guidance_scale."
-            )
-        return None
-
-    def told(self, condition: dict[str, Tensor], guidance: Tensor | float | None) -> dict[str, Tensor]:
-        """A condition of B rows with the guidance that a network is told, a number or (B,), if it is told any."""
-        if self._guidance is None or guidance is None:
-            return condition
-        like = next(iter(condition.values()))
-        return {**condition, "guidance": torch.as_tensor(guidance, device=like.device).float().expand(len(like))}
-
-    def open_network(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The pipeline's pre-trained network, on the CPU."""
-        family = self.family
-        return open_network(family.network_class(), self.model, family.network_folder, self.revision, dtype)
-
     def facts(self, network: Any, **identity: Any) -> SourceFacts:
-        """What the pipeline says of itself: its ``scheduler_config.json`` and its autoencoder's scale."""
-        return SourceFacts.of_scheduler(
-            self.model,
-            fingerprint(network),
-            read_json(self._folder / "scheduler" / "scheduler_config.json"),
-            latents=self.autoencoder.scale,
-            condition="text",
-            density=self.family.density(self.sample_shape[1] * self.sample_shape[2] // 4),
-            identity=identity,
-        )
+        """What the pipeline says of itself."""
+        num_tokens = self.sample_shape[1] * self.sample_shape[2] // 4
+        return self.pipeline.facts(network, self.autoencoder.scale, num_tokens, **identity)
 
     def apply_memory_options(self, network: Any) -> None:
         """Set up gradient checkpointing and the memory format of a network that gradients flow through."""
@@ -195,7 +157,10 @@ class TextPipelineModule(DiffTuningModule, ABC):
         """What fills a memory bank; refused where replay would undo distillation, or has nothing to draw under."""
         network: Any = self.trainable_modules()[0]
         is_replay = self.uses_retention and self.objective.retention_target is None
-        if is_replay and (sign := self._sign_of_few_steps(network)) is not None:
+        sign = "what is_step_distilled says" if self.is_step_distilled else None
+        if is_replay and self.is_step_distilled is None:
+            sign = self.pipeline.sign_of_few_steps(network, self.source_facts.scheduler or {})
+        if is_replay and sign is not None:
             raise ConfigError(
                 f"{self.model} was distilled to a few steps, by {sign}. Training on its samples as data (replay) "
                 "undoes that. Retain by the network's own predictions: set the objective's retention_target to "
@@ -208,11 +173,6 @@ class TextPipelineModule(DiffTuningModule, ABC):
                 "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it is to keep."
             )
         return super().bank_generator(pictures)
-
-    def _sign_of_few_steps(self, network: Any) -> str | None:
-        if self.is_step_distilled is not None:
-            return "what is_step_distilled says" if self.is_step_distilled else None
-        return sign_of_few_steps(self.family, network, self.source_facts.scheduler or {}, self._folder, self.model)
 
     def on_fit_start(self) -> None:
         """Warn if guided samples of the bank would be replayed as if they were plain ones."""
@@ -238,7 +198,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
     def prompted(self, prompts: Sequence[str], indices: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Condition of prompt i mod n for indices (B,), and as many rows of the null condition."""
         condition = conditions.take(self.embed(tuple(prompts)), (indices % len(prompts)).to(self.device))
-        condition = self.told(condition, self._guidance and self._guidance[0])
+        condition = with_guidance(condition, self._guidance and self._guidance[0])
         return condition, self.null_condition(condition)
 
     # -- what the base asks for -----------------------------------------------------------------------------------
@@ -250,14 +210,11 @@ class TextPipelineModule(DiffTuningModule, ABC):
                 f"{type(self).__name__} needs captions, and the target has none. A data set of (image, label) gets "
                 "some from lightning_difftune.data.ClassCaptions."
             )
-        text = self.encode_captions(batch["captions"])
-        return cast("TargetBatch", {**super().encode({"pixel_values": batch["pixel_values"]}), **text})
-
-    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Conditions of B captions on the device."""
         if self._caches_captions:
-            return self._text.captions(captions, self.device)
-        return conditions.to(self.text_encoder.encode(captions), self.device)
+            text = self._text.captions(batch["captions"], self.device)
+        else:
+            text = conditions.to(self.text_encoder.encode(batch["captions"]), self.device)
+        return cast("TargetBatch", {**super().encode({"pixel_values": batch["pixel_values"]}), **text})
 
     @property
     def _caches_captions(self) -> bool:
@@ -292,7 +249,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         """The captions' conditions."""
         columns = cast("dict[str, Tensor]", target)
         condition = {name: columns[name] for name in self.null_text()}
-        return self.told(condition, self._guidance and self._guidance[1])
+        return with_guidance(condition, self._guidance and self._guidance[1])
 
     def null_condition(self, condition: Any) -> Any:
         """The same with the null condition in place of the prompt's."""
@@ -314,7 +271,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
     def retention_condition(self, retention: RetentionBatch) -> Any:
         """The prompts that the bank's samples were drawn with."""
         condition = conditions.take(self.embed(self.bank_prompts), retention["class_labels"])
-        return self.told(condition, cast("dict[str, Tensor]", retention).get("guidance"))
+        return with_guidance(condition, self._guidance and cast("dict[str, Tensor]", retention).get("guidance"))
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The prompts' numbers and, where the network is told its guidance, that."""

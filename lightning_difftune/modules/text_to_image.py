@@ -60,7 +60,7 @@ class TextToImageDiffTuningModule(TextPipelineModule):
         """The network as the pipeline has it: the same one without its adapters, or else a frozen copy."""
         if hasattr(self.tuner, "disabled"):
             return self._without_adapters
-        return partial(self.run, self.frozen(self.open_network(self.frozen_dtype)))
+        return partial(self.run, self.frozen(self.pipeline.open_network(self.frozen_dtype)))
 
     def _without_adapters(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         tuner: Any = self.tuner

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.densities import TimestepDensity
-from lightning_difftune.errors import CheckpointError
-from lightning_difftune.models import hub
+from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.models import FrozenAutoencoder, hub
 from lightning_difftune.models.checkpoint_files import read_json
+from lightning_difftune.models.checkpoints import fingerprint
+from lightning_difftune.models.diffusers_layout import folder_of, open_network
 from lightning_difftune.modules.families.flow_matching import Flux, StableDiffusion3
 from lightning_difftune.modules.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_difftune.sampling import NoiseScheduler, Sampler
-from lightning_difftune.source import SourceFacts
+from lightning_difftune.source import LatentScale, SourceFacts
 
 
 class Family(Protocol):
@@ -90,49 +92,77 @@ def few_step_name(names: Sequence[str]) -> str | None:
     return next((name for name, found in zip(names, words, strict=True) if found & _FEW_STEPS), None)
 
 
-def sign_of_few_steps(
-    family: Family, network: Any, scheduler: Mapping[str, Any], folder: Path, model: str
-) -> str | None:
-    """What says that a pipeline was distilled to a few steps; ``None`` if nothing does.
+class Pipeline:
+    """A text-to-image pipeline: its family, and what its files hold.
 
     Args:
-        family: Its family.
-        network: The network that denoises.
-        scheduler: Settings of the scheduler that it was published with.
-        folder: Where its files lie.
-        model: Its name, or the path that it was asked for by.
-    """
-    if family.is_step_distilled(network, dict(scheduler)):
-        return "what its network and its scheduler are"
-    files = (folder / "model_index.json", folder / family.network_folder / "config.json")
-    stated = [str(read_json(file).get("_name_or_path", "")) for file in files if file.exists()]
-    name = few_step_name([model, *stated])
-    return None if name is None else f"its name {name}"
-
-
-def family_of(model: str | Path, revision: str | None = None) -> Family:
-    """The family of a pipeline, by the class that its ``model_index.json`` states.
+        model: Hub repository or local folder in diffusers' layout, or a bundled name.
+        revision: Branch, tag or commit of a hub repository.
 
     Raises:
-        CheckpointError: If it is of a class that is not supported.
+        CheckpointError: If it cannot be had, or is of a class that is not supported.
     """
-    stated = pipeline_class(model, revision)
-    if stated not in FAMILIES:
-        raise CheckpointError(
-            f"{model} is a {stated}, which is not supported. Supported are pipelines of the class "
-            f"{' or '.join(FAMILIES)}."
+
+    def __init__(self, model: str, revision: str | None = None) -> None:
+        folder = hub.local_folder(model)
+        file = folder / "model_index.json"
+        if not folder.exists() and (repository := hub.repository_of(model, revision)) is not None:
+            file = hub.fetch_file(repository[0], "model_index.json", repository[1])
+        # Folders of Stable Diffusion 1.x and 2.x may state no class.
+        stated = str(read_json(file).get("_class_name")) if file.exists() else next(iter(FAMILIES))
+        if stated not in FAMILIES:
+            raise CheckpointError(
+                f"{model} is a {stated}, which is not supported. Supported are pipelines of the class "
+                f"{' or '.join(FAMILIES)}."
+            )
+        self.model, self.revision, self.family = model, revision, FAMILIES[stated]
+
+    @property
+    def folder(self) -> Path:
+        """Where its network lies, here or in the hub's cache."""
+        return folder_of(self.model, self.family.network_folder, self.revision)
+
+    def open_network(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The pre-trained network that denoises, on the CPU."""
+        family = self.family
+        return open_network(family.network_class(), self.model, family.network_folder, self.revision, dtype)
+
+    def open_autoencoder(self) -> FrozenAutoencoder:
+        """Its frozen autoencoder."""
+        return FrozenAutoencoder(folder_of(self.model, "vae", self.revision), None, "vae")
+
+    def facts(self, network: Any, latents: LatentScale, num_tokens: int, **identity: Any) -> SourceFacts:
+        """What it says of itself: its ``scheduler_config.json``, and the density for pictures of so many tokens."""
+        return SourceFacts.of_scheduler(
+            self.model,
+            fingerprint(network),
+            read_json(self.folder / "scheduler" / "scheduler_config.json"),
+            latents=latents,
+            condition="text",
+            density=self.family.density(num_tokens),
+            identity=identity,
         )
-    return FAMILIES[stated]
 
+    def guidance(self, network: Any, drawn: float | None, trained: float | None) -> tuple[float, float] | None:
+        """What a guidance-distilled network is told for drawn and for target samples.
 
-def pipeline_class(model: str | Path, revision: str | None = None) -> str:
-    """The class of a pipeline; that of Stable Diffusion 1.x and 2.x for a folder that states none.
+        Raises:
+            ConfigError: If numbers are given for a network that is not told any.
+        """
+        if self.family.takes_guidance(network):
+            return 3.5 if drawn is None else float(drawn), 1.0 if trained is None else float(trained)
+        if (drawn, trained) != (None, None):
+            raise ConfigError(
+                f"{self.model} is not told its guidance as a number, but distilled_guidance and target_guidance are "
+                f"{(drawn, trained)}. Leave them out; guidance between two branches is the sampler's guidance_scale."
+            )
+        return None
 
-    Raises:
-        CheckpointError: If it is a repository that cannot be had.
-    """
-    folder = hub.local_folder(model)
-    file = folder / "model_index.json"
-    if not folder.exists() and (repository := hub.repository_of(str(model), revision)) is not None:
-        file = hub.fetch_file(repository[0], "model_index.json", repository[1])
-    return str(read_json(file).get("_class_name")) if file.exists() else next(iter(FAMILIES))
+    def sign_of_few_steps(self, network: Any, scheduler: Mapping[str, Any]) -> str | None:
+        """What says that it was distilled to a few steps, network and scheduler or a name; ``None`` if nothing does."""
+        if self.family.is_step_distilled(network, dict(scheduler)):
+            return "what its network and its scheduler are"
+        files = (self.folder / "model_index.json", self.folder / self.family.network_folder / "config.json")
+        stated = [str(read_json(file).get("_name_or_path", "")) for file in files if file.exists()]
+        name = few_step_name([self.model, *stated])
+        return None if name is None else f"its name {name}"

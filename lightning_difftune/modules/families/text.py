@@ -169,3 +169,11 @@ class PromptConditions:
     def forget_captions(self) -> None:
         """Free what was kept of captions."""
         self._recent.clear()
+
+
+def with_guidance(condition: dict[str, Tensor], guidance: Tensor | float | None) -> dict[str, Tensor]:
+    """A condition of B rows with the guidance that a network is told, a number or (B,), if it is told any."""
+    if guidance is None:
+        return condition
+    like = next(iter(condition.values()))
+    return {**condition, "guidance": torch.as_tensor(guidance, device=like.device).float().expand(len(like))}
