@@ -1,4 +1,4 @@
-"""Conditions of a network: ``None``, a tensor of B rows, or (nested) dicts of such tensors, on one road."""
+"""Conditions of a network: ``None``, a tensor of B rows, or (nested) dicts of such tensors."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def eps_mse_loss(
         noise: The noise eps in them (B, C, H, W).
         t: Timesteps (B,) int64.
         diffusion: The forward process.
-        weighting: Weights of the noise levels; all count alike by default.
+        weighting: Weights of the noise levels; all count equally by default.
         target: What the output is compared with in place of the noise (here) or of v or x0 (below), (B, C, H, W): the
             prediction of another network of the same kind.
 

@@ -118,7 +118,7 @@ class SourceFacts:
     """The facts of one pre-trained model, made by a family's ``build()`` from what lies next to the weights.
 
     Objective, schedule and samplers take process and prediction type from here where the user gave none, and are
-    compared with it where he did. ``None`` means that nothing states it, and the objective's word is taken.
+    compared with it where they did. ``None`` means that nothing states it, and the objective's word is taken.
 
     Args:
         name: What the model is called, for messages.

@@ -29,7 +29,7 @@ class MinSNRWeighting:
     That is min(SNR, gamma) / SNR on the error of eps and min(SNR, gamma) / (SNR + 1) on that of v (their Section 3.4).
 
     Args:
-        gamma: The SNR from which on small noise counts no more than this; 5 in their paper.
+        gamma: The SNR above which the weight on the error of x0 no longer grows; 5 in their paper.
 
     Raises:
         ConfigError: If gamma is not positive.

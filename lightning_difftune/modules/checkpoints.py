@@ -234,7 +234,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def write_whole(strategy: Any) -> None:
-    """Have a trainer's strategy write its checkpoints so, unless it has a way of its own."""
+    """Have a trainer's strategy write its checkpoints this way, unless it has its own."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO and not isinstance(strategy, FSDPStrategy):
         strategy.checkpoint_io = AtomicCheckpointIO()
 

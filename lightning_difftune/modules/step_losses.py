@@ -70,7 +70,7 @@ class FiniteLoss:
         self._steps = []
 
     def check(self, module: Any) -> None:
-        """Look, on all processes alike.
+        """Look, on all processes at once.
 
         Raises:
             NumericsError: If a loss was not finite on one of them.

@@ -26,7 +26,7 @@ class Guided:
     """A network under a condition, guided away from another one: all that the reverse process asks at a step.
 
     The prediction is eps = eps_null + scale * (eps_cond - eps_null) on the first ``channels`` channels; the other
-    channels follow the condition. A network that predicts velocities is guided alike. At a scale of 1, or if the
+    channels follow the condition. Velocities are guided in the same way. At a scale of 1, or if the
     condition is the null condition itself, the unconditional pass is skipped, since it would cancel out.
 
     With ``null_denoise``, eps_null comes from that network: Domain Guidance (arXiv 2504.01521) has the frozen
@@ -95,7 +95,7 @@ class Guided:
 
 
 class Reverse:
-    """A reverse process on its way: the samples so far and the scheduler's memory.
+    """A reverse process under way: the samples so far and the scheduler's memory.
 
     Args:
         noise: Start noise x_T (B, C, H, W).
@@ -125,7 +125,7 @@ class Reverse:
         return len(self.scheduler.timesteps)
 
     def step(self, model: Guided) -> None:
-        """Go one step on by a network's prediction."""
+        """Take one step by a network's prediction."""
         timestep = self.scheduler.timesteps[self.done]
         t = self._network_timesteps[self.done].expand(len(self.x))
         is_scaled = hasattr(self.scheduler, "scale_model_input")
