@@ -66,6 +66,10 @@ class GeneratesClasses(Protocol):
     def num_classes(self) -> int:
         """Classes K."""
 
+    @property
+    def trainer(self) -> Any:
+        """The trainer that it is attached to, whose precision it draws at."""
+
     def class_conditions(self, class_labels: Tensor) -> tuple[Any, Any]:
         """Condition and null condition for classes (B,) int64."""
 
