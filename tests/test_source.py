@@ -25,7 +25,7 @@ from lightning_difftune.diffusion import GaussianDiffusion, RectifiedFlow, same_
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss, v_mse_loss, velocity_mse_loss, x0_mse_loss
 from lightning_difftune.models import FrozenAutoencoder, export_dit
-from lightning_difftune.modules import text_pipeline
+from lightning_difftune.modules import families
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.sampling.sampler import check_scheduler
 from lightning_difftune.source import SourceFacts, process_of
@@ -151,7 +151,7 @@ def opened_once(monkeypatch):
         return opened
 
     for name in ("open_network", "FrozenAutoencoder", "fingerprint"):
-        monkeypatch.setattr(text_pipeline, name, once(getattr(text_pipeline, name)))
+        monkeypatch.setattr(families, name, once(getattr(families, name)))
 
 
 def module_of(family, scheduler, folder, **settings):
