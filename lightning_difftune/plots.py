@@ -135,7 +135,7 @@ def bars(
         annotation.set_rotation(90 if upright else 0)
     axes.margins(y=0.2 if upright else 0.1)
     if any(groups):
-        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(groups)}
+        above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(groups)}
         axes.legend(frameon=False, fontsize=8, **above)
 
 
