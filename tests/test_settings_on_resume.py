@@ -217,7 +217,7 @@ def test_a_run_that_is_past_its_end_is_refused(weights, tmp_path):
 def test_weights_alone_are_refused(weights, tmp_path):
     trainer, _, _ = run(weights, tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-    with pytest.raises(CheckpointError, match=r"weights\.ckpt holds weights alone"):
+    with pytest.raises(CheckpointError, match=r"weights\.ckpt holds only weights"):
         run(weights, tmp_path, 2, ckpt_path=tmp_path / "weights.ckpt")
 
 

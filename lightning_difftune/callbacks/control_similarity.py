@@ -131,7 +131,7 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         held_out = self._examples(trainer).num_control_examples
         if held_out < self.num_samples:
             raise ConfigError(
-                f"ControlSimilarity is to look at {self.num_samples} examples, but only {held_out} are held out. Lower "
+                f"ControlSimilarity needs {self.num_samples} examples, but only {held_out} are held out. Lower "
                 "num_samples, or hold out more pictures."
             )
         steps = getattr(getattr(pl_module, "sampler", None), "num_inference_steps", None)

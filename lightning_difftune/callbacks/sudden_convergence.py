@@ -100,7 +100,7 @@ class SuddenConvergence(MeasuringCallback):
         if stop and threshold is None:
             raise ConfigError(
                 "SuddenConvergence can stop the fit only at a threshold, found none. Pass `threshold=`, or "
-                "`stop=False` to be told the leap at the end."
+                "`stop=False` to get the leap at the end."
             )
         self.monitor = monitor
         self.threshold = threshold

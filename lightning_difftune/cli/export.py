@@ -109,7 +109,7 @@ def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: l
             tuner.save_lora_weights(network, draft)
             tuner.load_lora_weights(network, draft)
         if fingerprint(network) != before:
-            raise CheckpointError("Not exported: the adapter does not read back as it was.")
+            raise CheckpointError("Not exported: the adapter that was read back differs from the tuned one.")
     done.append(f"tuner: LoRA, kept as an adapter for {options.format}\nwrote {options.output}")
     return network
 
@@ -154,8 +154,8 @@ def write(module: DiffTuningModule, network: Any, output: Path, done: list[str])
         error = difference(module, reloaded)
         if not error <= max(TOLERANCE, 4 * coarsest):
             raise CheckpointError(
-                f"Not exported: what was written computes something else than the tuned network, off by {error:.1e} of "
-                "its largest output. If the tuner is one of your own, check its merge."
+                f"Not exported: what was written differs from the tuned network, by {error:.1e} of its largest output. "
+                "If the tuner is one of your own, check its merge."
             )
         done.append(f"checked: read back, its outputs differ from the tuned network's by {error:.1e} of the largest")
     size = sum(file.stat().st_size for file in [output, *output.rglob("*")] if file.is_file())

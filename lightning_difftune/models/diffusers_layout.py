@@ -78,7 +78,7 @@ def from_diffusers(state: dict[str, Tensor], architecture: dict[str, Any], sourc
             if not torch.equal(part, parts[0]):
                 raise CheckpointError(
                     f"{source}: {name} differs from {names[0]}. A DiT has one such embedder for all blocks; copies "
-                    "that differ come from training diffusers' own class, and no DiT computes the same."
+                    "that differ come from training diffusers' own class, and no DiT can compute the same."
                 )
         result[official] = parts[0]
     return result

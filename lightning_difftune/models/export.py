@@ -57,7 +57,7 @@ def export_dit(
     if format == "safetensors" and path.suffix != ".safetensors":
         raise CheckpointError(f"{path} must end in .safetensors, so that load_dit knows what it is.")
     if format == "safetensors" and autoencoder is not None:
-        raise CheckpointError("An autoencoder goes into a diffusers folder; format='safetensors' holds the DiT alone.")
+        raise CheckpointError("An autoencoder goes into a diffusers folder; format='safetensors' holds only the DiT.")
     with torch.device("meta"):
         plain = DiT(**model.architecture)
     check_state(model.state_dict(), plain.state_dict(), "The model to export")
@@ -97,7 +97,7 @@ def export_network(network: Any, folder: str | Path, *, overwrite: bool = False)
         network.save_pretrained(draft)
         write_sums(draft)
         if fingerprint(open_network(type(network), draft)) != fingerprint(network):
-            raise CheckpointError("Not exported: what was written does not read back as the same weights.")
+            raise CheckpointError("Not exported: the weights that were read back differ from the model's.")
     return folder
 
 
@@ -201,7 +201,7 @@ def verify(model: DiT, draft: Path) -> None:
     changed = [name for name, tensor in live.state_dict().items() if not torch.equal(tensor, theirs[name])]
     if changed:
         raise CheckpointError(
-            f"Not exported: {len(changed)} tensors do not survive the way to the file and back, {changed[:3]}. "
+            f"Not exported: {len(changed)} tensors change when they are written and read back, {changed[:3]}. "
             "A diffusers folder holds no position embeddings other than the fixed ones."
         )
     with exact_arithmetic(device):
@@ -209,14 +209,14 @@ def verify(model: DiT, draft: Path) -> None:
         if not expected.isfinite().all():
             raise CheckpointError("Not exported: the model's outputs are not finite.")
         if not torch.equal(reloaded(x, t, y), expected):
-            raise CheckpointError("Not exported: the model computes something else once it is written and read back.")
+            raise CheckpointError("Not exported: the model that was read back computes a different output.")
         if draft.is_dir():
             del reloaded, theirs
             transformer: nn.Module = load_exact_transformer(draft)
             output = transformer.to(device)(x, timestep=t, class_labels=y).sample
             error = (output - expected).abs().max() / expected.abs().max().clamp(min=1)
             if error > 1e-5:
-                raise CheckpointError(f"Not exported: diffusers' class computes something else, off by {error:.1e}.")
+                raise CheckpointError(f"Not exported: diffusers' class differs by {error:.1e}.")
 
 
 @contextmanager

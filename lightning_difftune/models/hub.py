@@ -93,7 +93,7 @@ def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None
         if not wanted:
             raise CheckpointError(
                 f"{repo_id} on the Hugging Face hub holds no diffusers model: no config.json with {DIFFUSERS[0]} or "
-                f"{TRANSFORMERS[0]}, whole or in shards, in "
+                f"{TRANSFORMERS[0]}, complete or in shards, in "
                 f"{' or '.join(repr(folder or '/') for folder in subfolders)}."
             )
         return hub.snapshot_download(repo_id, revision=revision, allow_patterns=wanted)

@@ -64,7 +64,7 @@ def rebuild(kind: type, content: Mapping[str, Any], path: str, trusted: Sequence
         inspect.signature(kind).bind(**values)
     except TypeError as error:
         raise ConfigError(
-            f"{path} does not hold the config of its run, so {kind.__name__} has to be told: {error}."
+            f"{path} does not hold the config of its run, so {kind.__name__} needs arguments: {error}."
         ) from error
     if inspect.isabstract(kind):
         raise ConfigError(f"{path} does not hold the config of its run: load it by the class that was saved.")
@@ -260,5 +260,5 @@ def read_run(
             "run, such as an export, go into --model.init_args.model."
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-        raise CheckpointError(f"{path} is not a checkpoint of a run; weights alone go into --model.init_args.model.")
+        raise CheckpointError(f"{path} is not a checkpoint of a run; pass weights as --model.init_args.model.")
     return content

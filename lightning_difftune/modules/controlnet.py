@@ -92,7 +92,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         if not hasattr(self.family, "unet_inputs"):
             raise CheckpointError(
                 f"{self.model}: ControlNets are trained for the UNets of Stable Diffusion 1.x, 2.x and XL, and this "
-                f"pipeline has a {type(unet).__name__}, whose ControlNets are built otherwise."
+                f"pipeline has a {type(unet).__name__}, whose ControlNets have another architecture."
             )
         self.controlnet = self.new_controlnet(unet)
         for network in (unet, self.controlnet):  # gradients flow through both
@@ -222,7 +222,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         data = getattr(self._trainer, "datamodule", None)
         if not isinstance(data, SupportsControlExamples) or data.num_control_examples == 0:
             raise ConfigError(
-                "A ControlNet draws pictures after control maps, and there are none: the data module has no held-out "
+                "A ControlNet draws pictures from control maps, and there are none: the data module has no held-out "
                 "pictures. Set its val_target, or call generate_controlled with maps of your own."
             )
         pictures, captions = data.control_examples((indices % data.num_control_examples).tolist())
@@ -274,7 +274,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         """A row for each control picture, whose map the annotator makes; under its own prompt or the only one."""
         prompted, controls = super().subjects(asked._replace(controls=None)), asked.controls
         if not controls:
-            raise ConfigError("A ControlNet draws after control maps: name pictures for them, --controls FILE ...")
+            raise ConfigError("A ControlNet draws from control maps: name pictures for them, --controls FILE ...")
         if len(prompted) not in (1, len(controls)):
             raise ConfigError(
                 f"{len(prompted)} prompts for {len(controls)} control pictures: give one, or one for each."

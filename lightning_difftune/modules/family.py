@@ -275,7 +275,7 @@ def class_number(asked: str, names: Sequence[str] | None, count: int) -> int:
     ):
         if len(fitting) > 1:
             found = ", ".join(f"{label} ({names[label]})" for label in fitting)
-            raise ConfigError(f"{asked!r} is the name of {len(fitting)} classes. Ask for one by its number: {found}.")
+            raise ConfigError(f"{asked!r} is the name of {len(fitting)} classes. Select one by its number: {found}.")
         if fitting:
             return fitting[0]
     if not names:

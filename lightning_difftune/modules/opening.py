@@ -44,7 +44,7 @@ def open_model(
     if kind == "UNet2DConditionModel" or (kind.endswith("Transformer2DModel") and not kind.startswith("DiT")):
         return open_part(name, kind, base)
     if kind == "ControlNetModel":
-        raise ConfigError(f"{name} is a ControlNet, which draws after control maps; open it with diffusers' pipelines.")
+        raise ConfigError(f"{name} is a ControlNet, which needs control maps; open it with diffusers' pipelines.")
     return open_dit(name, folder, base, vae, solver)
 
 
@@ -59,7 +59,7 @@ def open_part(name: str, kind: str, base: str | None) -> DiffTuningModule:
     """A pipeline with the UNet or transformer of a folder in place of its own."""
     if base is None:
         raise ConfigError(
-            f"{name} is a {kind} alone. Name the pipeline that it belongs to: --base FOLDER or owner/name."
+            f"{name} is only a {kind}. Name the pipeline that it belongs to: --base FOLDER or owner/name."
         )
     module = TextToImageDiffTuningModule(base)
     module.configure_model()

@@ -74,7 +74,7 @@ def scheduler_config(
         steps = run_length(trainer)
         if steps is None:
             raise ConfigError(
-                f"{kind.__name__} goes to the end of the run, but the run has none. Set trainer.max_steps."  # type: ignore[union-attr]
+                f"{kind.__name__} lasts until the end of the run, but the run has no end. Set trainer.max_steps."  # type: ignore[union-attr]
             )
         missing[length] = max(steps, 1)
     if kind is OneCycleLR:
@@ -163,7 +163,7 @@ def step_plateaus(trainer: L.Trainer) -> None:
         if metric is None:
             found = ", ".join(sorted(trainer.callback_metrics)) or "nothing"
             raise ConfigError(
-                f"ReduceLROnPlateau goes by {config.monitor}, which the validation did not log; it logged {found}. Set "
-                "monitor of lightning.pytorch.cli.ReduceLROnPlateau to one of them, or hold out pictures: val_target."
+                f"ReduceLROnPlateau monitors {config.monitor}, which the validation did not log; it logged {found}. "
+                "Set monitor of lightning.pytorch.cli.ReduceLROnPlateau to one of them, or set val_target."
             )
         config.scheduler.step(float(metric))

@@ -203,6 +203,6 @@ def refuse_weights_alone(trainer: L.Trainer | None, checkpoint: dict[str, Any]) 
     """
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
         raise CheckpointError(
-            f"{trainer.ckpt_path} holds weights alone, without the state of the optimizer: it was saved with "
+            f"{trainer.ckpt_path} holds only weights, without the state of the optimizer: it was saved with "
             "save_weights_only. Take another checkpoint, or open it with load_from_checkpoint and start a new run."
         )

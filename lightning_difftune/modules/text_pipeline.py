@@ -169,8 +169,8 @@ class TextPipelineModule(DiffTuningModule, ABC):
             )
         if is_replay and self.family.takes_guidance(network) and not all(self.bank_prompts):
             raise ConfigError(
-                f"{self.model} is told its guidance and has no unconditional branch that sampling would use, so there "
-                "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it is to keep."
+                f"{self.model} takes its guidance as a number and has no unconditional branch in sampling, so there "
+                "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it should keep."
             )
         return super().bank_generator(pictures)
 

@@ -215,8 +215,8 @@ def check_scheduler(scheduler: Any, source: SourceFacts, role: str = "the sample
         )
     if config.get("timestep_type") == "continuous":
         raise ConfigError(
-            f"{role}: {kind} has timestep_type 'continuous', which tells the network logarithms of its noise, and "
-            f"{source.name} knows timesteps. Set the scheduler's timestep_type to 'discrete'."
+            f"{role}: {kind} has timestep_type 'continuous', which gives the network logarithms of its noise, and "
+            f"{source.name} takes timesteps. Set the scheduler's timestep_type to 'discrete'."
         )
     uses_flow = config.get("use_flow_sigmas")
     if uses_flow is not None and bool(uses_flow) != (wanted == "flow_prediction"):

@@ -85,7 +85,7 @@ def write_diffusers(model: nn.Module, state: dict[str, Tensor], config: LoraConf
     same = {f"{prefix}.{name}" for name in state} == again.keys()
     same = same and all(tensor.equal(again[f"{prefix}.{name}"]) for name, tensor in state.items())
     if not same or stated.get(f"{prefix}.lora_alpha") != config.lora_alpha:
-        raise CheckpointError("Not written: the LoRA does not read back as it was.")
+        raise CheckpointError("Not written: the LoRA that was read back differs from the tuned one.")
 
 
 def open_file(loader: Any, file: Path, **config: Any) -> tuple[dict[str, Tensor], Any, Any]:
@@ -132,7 +132,7 @@ def read_diffusers(
     if encoders and not network_only:
         raise CheckpointError(
             f"{file} has {len(encoders)} tensors beyond the {prefix}'s, such as {encoders[0]}, which are not trained "
-            "here; without them it computes something else. To leave them out, pass network_only=True."
+            "here; without them, the result is different. To leave them out, pass network_only=True."
         )
     network = {name.removeprefix(f"{prefix}."): t for name, t in state.items() if name.startswith(f"{prefix}.")}
     factors = network if any(".lora_A." in name for name in network) else convert_unet_state_dict_to_peft(network)

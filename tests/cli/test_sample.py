@@ -299,7 +299,7 @@ def test_an_exact_name_wins_and_a_loose_one_must_be_of_one_class(asked, number):
     if number is not None:
         assert class_number(asked, names, 6) == number
     else:
-        with pytest.raises(ConfigError, match=r"is the name of 2 classes. Ask for one by its number: \d \(.*\), \d"):
+        with pytest.raises(ConfigError, match=r"is the name of 2 classes. Select one by its number: \d \(.*\), \d"):
             class_number(asked, names, 6)
 
 

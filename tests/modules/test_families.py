@@ -220,7 +220,7 @@ def test_replay_on_a_step_distilled_base_is_refused(tmp_path: Path, folder_of: C
     objective = DiffTuningObjective(retention_target=OnlineTeacher())
     module = module_of(schnell, objective=objective, **settings)
     quiet_trainer(tmp_path, 1).fit(module, data_of(tmp_path))
-    with pytest.raises(ConfigError, match="is not told its guidance as a number"):
+    with pytest.raises(ConfigError, match="does not take its guidance as a number"):
         built(schnell, distilled_guidance=3.5)
 
 

@@ -162,7 +162,7 @@ def test_a_name_is_a_sign_by_its_last_part_and_whole_words() -> None:
 
 
 def test_a_consistency_models_unet_is_refused(tmp_path: Path, folder_of: Callable[..., str]) -> None:
-    """It is told its guidance by an embedding that nothing here makes."""
+    """It takes its guidance as an embedding that nothing here makes."""
     module = built(folder_of("sdxl"))
     module.network.register_to_config(time_cond_proj_dim=256)
     with pytest.raises(CheckpointError, match=r"time_cond_proj_dim.*LCM"):

@@ -279,7 +279,7 @@ class UperNetSegmentation(NetworkAnnotator):
         logits = self.network(pixel_values=(pixels - mean) / std).logits
         if logits.shape[1] > len(self.palette):
             raise ConfigError(
-                f"The network of UperNetSegmentation tells {logits.shape[1]} classes apart, but the palette has "
+                f"The network of UperNetSegmentation distinguishes {logits.shape[1]} classes, but the palette has "
                 f"{len(self.palette)} colours. Pass a `palette` with one for each."
             )
         logits = F.interpolate(logits, pixels.shape[-2:], mode="bilinear")  # a no-op where it has that size

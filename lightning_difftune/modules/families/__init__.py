@@ -153,7 +153,7 @@ class Pipeline:
             return 3.5 if drawn is None else float(drawn), 1.0 if trained is None else float(trained)
         if (drawn, trained) != (None, None):
             raise ConfigError(
-                f"{self.model} is not told its guidance as a number, but distilled_guidance and target_guidance are "
+                f"{self.model} does not take its guidance as a number, but distilled_guidance and target_guidance are "
                 f"{(drawn, trained)}. Leave them out; guidance between two branches is the sampler's guidance_scale."
             )
         return None

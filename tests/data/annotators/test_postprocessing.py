@@ -191,7 +191,7 @@ def test_classes_are_painted_in_the_palette() -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ConfigError, match="tells 151 classes apart, but the palette has 150 colours"):
+    with pytest.raises(ConfigError, match="distinguishes 151 classes, but the palette has 150 colours"):
         UperNetSegmentation(Logits(151))(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ConfigError, match=r"background_threshold of MidasNormal must be in \[0, 1\], found 2"):
         MidasNormal(background_threshold=2)
