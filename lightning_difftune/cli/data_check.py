@@ -17,7 +17,7 @@ from rich.table import Table
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.folders import describe_counts, shorten
-from lightning_difftune.data.inspection import SourceFacts, inspect, open_images
+from lightning_difftune.data.inspection import Inspection, inspect, open_images
 from lightning_difftune.data.real_pictures import FEW_PICTURES, MOST_WRONG_BITS
 from lightning_difftune.data.source_facts import captions_of, class_names_of
 from lightning_difftune.errors import ConfigError
@@ -74,7 +74,7 @@ def data(argv: Sequence[str]) -> int:
     return 1 if any(wrong) or is_nearly_black(report["deep"]) else 0
 
 
-def facts_at(path: str, split: str | None, num_workers: int) -> SourceFacts:
+def facts_at(path: str, split: str | None, num_workers: int) -> Inspection:
     """Open a data set and look at its pictures, with a bar where somebody watches."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -87,7 +87,7 @@ def facts_at(path: str, split: str | None, num_workers: int) -> SourceFacts:
     return facts
 
 
-def report_of(path: str, facts: SourceFacts, held_out: SourceFacts | None, image_size: int) -> dict[str, Any]:
+def report_of(path: str, facts: Inspection, held_out: Inspection | None, image_size: int) -> dict[str, Any]:
     """All that was seen, as plain JSON values."""
     pictures, counts, duplicates = facts.readable, facts.counts(), facts.duplicates()
     largest = max((picture.largest for picture in pictures if picture.largest is not None), default=0)
@@ -126,7 +126,7 @@ def is_nearly_black(deep: dict[str, int]) -> bool:
     return bool(deep) and deep["bits"] <= MOST_WRONG_BITS
 
 
-def captions_of_report(facts: SourceFacts) -> dict[str, Any]:
+def captions_of_report(facts: Inspection) -> dict[str, Any]:
     """How many captions are empty, and the shortest and longest of the others."""
     captions = captions_of(facts.source)
     if captions is None:
@@ -141,7 +141,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": median(values), "max": max(values)} if values else {}
 
 
-def split_of(facts: SourceFacts, held_out: SourceFacts | None) -> dict[str, Any]:
+def split_of(facts: Inspection, held_out: Inspection | None) -> dict[str, Any]:
     """Which pictures a run would train on and hold out, and how many are the same on both sides."""
     if held_out is not None:
         digests = {picture.digest for picture in facts.readable}

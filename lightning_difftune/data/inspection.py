@@ -81,13 +81,8 @@ class PictureFacts(NamedTuple):
     error: str | None = None  # why it cannot be read
 
 
-class SourceFacts:
-    """What a source holds.
-
-    Args:
-        source: The image source.
-        pictures: One entry for each of its pictures.
-    """
+class Inspection:
+    """What was found in a source: an entry of ``pictures`` for each of its pictures."""
 
     def __init__(self, source: Any, pictures: Sequence[PictureFacts]) -> None:
         self.source, self.pictures = source, list(pictures)
@@ -118,13 +113,10 @@ class SourceFacts:
         return [group for group in groups.values() if len(group) > 1]
 
 
-def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] | None = None) -> SourceFacts:
-    """Decode every picture of a source and record what it is like.
+def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] | None = None) -> Inspection:
+    """Decode every picture of a source, in worker processes if there are any, and record what it is like.
 
-    Args:
-        source: A map-style data set of ``(image, label)`` or ``(image, caption)``.
-        num_workers: Worker processes.
-        progress: Called with the number of pictures that are done.
+    ``progress`` is called with the number of pictures that are done.
 
     Raises:
         DataError: If the source yields anything but pictures.
@@ -136,7 +128,7 @@ def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] |
         pictures.append(facts)
         if progress is not None:
             progress(len(pictures))
-    return SourceFacts(source, pictures)
+    return Inspection(source, pictures)
 
 
 def _facts_at(source: Any, labels: list[int] | None, index: int) -> PictureFacts:

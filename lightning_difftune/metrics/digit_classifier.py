@@ -70,7 +70,7 @@ class RecognisedDigits:
         return module.generate(torch.arange(len(self.classes)), module.class_conditions(self.classes)).cpu()
 
     def share(self, samples: Tensor) -> float:
-        """How many of such samples are recognised, between 0 and 1."""
+        """The share of these samples that are recognised, between 0 and 1."""
         return (self.classifier.classify(samples) == self.classes).float().mean().item()
 
     def evaluate(self, module: Any) -> dict[str, float]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lightning_difftune.data.inspection import SourceFacts
+from lightning_difftune.data.inspection import Inspection
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models.checkpoint_files import read_json
 
@@ -122,7 +122,7 @@ class Seen(NamedTuple):
     """What is known before anything is asked."""
 
     path: str
-    facts: SourceFacts
+    facts: Inspection
     source: str  # the data set, as YAML
     val_source: str  # that of a folder's own held-out part, as YAML; empty where a tenth is held out
     captions: list[str]  # a few of them; empty for classes
