@@ -314,7 +314,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def leftovers(folder: Path) -> int:
-    """Hidden files and folders that are left beside the results."""
+    """Hidden files and folders that are left next to the results."""
     return sum(path.name.startswith(".") for path in folder.rglob("*"))
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py
 
-Trains DiTs on pictures of noise and builds memory banks, one size after the other, and draws the curves beside the
+Trains DiTs on pictures of noise and builds memory banks, one size after the other, and draws the curves next to the
 figures (scaling.png). Each process has one thread, so that two of them are twice the hardware.
 """
 

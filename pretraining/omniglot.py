@@ -146,7 +146,7 @@ def _read_npz(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[st
         or not 0 <= labels.min() <= labels.max() < len(names)
     ):
         raise DataError(
-            f"{path}: labels must be {len(ink)} integers in 0..{len(names) - 1}, one a drawing, found {labels.dtype} "
+            f"{path}: labels must be {len(ink)} integers in 0..{len(names) - 1}, one per drawing, found {labels.dtype} "
             f"{labels.shape} {sorted(set(labels.ravel().tolist()))[-3:]}. Make them indices into class_names."
         )
     blank = np.flatnonzero(~ink.any(axis=1))

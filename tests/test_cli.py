@@ -459,12 +459,12 @@ def test_a_full_disk_keeps_the_finished_shards(project, refused, monkeypatch):
 def test_no_internet_where_a_hub_name_is_given(project, refused, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(project / "cache"))
-    cure = "hub cannot be reached .*Pass a local folder"
+    remedy = "hub cannot be reached .*Pass a local folder"
     refused(
-        [*FIT, f"{MODEL}model", "facebook/DiT-XL-2-256"], rf"'facebook/DiT-XL-2-256' is not a local folder .*{cure}"
+        [*FIT, f"{MODEL}model", "facebook/DiT-XL-2-256"], rf"'facebook/DiT-XL-2-256' is not a local folder .*{remedy}"
     )
     autoencoder = [f"{MODEL}autoencoder", "FrozenAutoencoder", f"{MODEL}autoencoder.init_args.source", "owner/vae"]
-    refused([*FIT, *autoencoder], rf"'owner/vae' is not a local folder .*{cure}")
+    refused([*FIT, *autoencoder], rf"'owner/vae' is not a local folder .*{remedy}")
 
 
 def test_home_is_understood_in_every_path_of_a_config(tmp_path, monkeypatch):

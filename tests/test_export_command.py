@@ -172,19 +172,19 @@ def test_what_cannot_be_merged_says_what_to_do(project, tuner, reason, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-def test_the_config_is_in_the_checkpoint_or_beside_it_or_given(project, tmp_path, capsys):
+def test_the_config_is_in_the_checkpoint_or_next_to_it_or_given(project, tmp_path, capsys):
     content = torch.load(checkpoint_of(project), weights_only=True)
     config = content.pop("config")
-    alone, beside = tmp_path / "alone" / "run.ckpt", tmp_path / "beside" / "run.ckpt"
-    for folder in (alone.parent, beside.parent):
+    alone, with_config = tmp_path / "alone" / "run.ckpt", tmp_path / "with_config" / "run.ckpt"
+    for folder in (alone.parent, with_config.parent):
         folder.mkdir()
         torch.save(content, folder / "run.ckpt")
-    (beside.parent / "config.yaml").write_text(config)
+    (with_config.parent / "config.yaml").write_text(config)
     status, said = exported(alone, tmp_path / "tuned.safetensors", capsys)
     assert status == 2
     assert re.search(r"run\.ckpt does not hold the config of its run.*none next to it.*--config BASE", said, re.DOTALL)
     moved = shutil.copy(checkpoint_of(project), tmp_path / "moved.ckpt")
-    for number, (path, options) in enumerate(((alone, ("--config", "run.yaml")), (beside, ()), (moved, ()))):
+    for number, (path, options) in enumerate(((alone, ("--config", "run.yaml")), (with_config, ()), (moved, ()))):
         status, said = exported(path, tmp_path / f"tuned{number}.safetensors", capsys, *options)
         assert status == 0, said
 

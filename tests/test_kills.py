@@ -230,4 +230,4 @@ def test_a_run_of_a_killed_comparison_stops_with_it():
         except (ProcessLookupError, FileNotFoundError):
             return
         time.sleep(0.1)
-    pytest.fail("the run goes on although its comparison is gone")
+    pytest.fail("the run continues although its comparison was killed")

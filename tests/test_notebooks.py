@@ -12,7 +12,7 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-SECONDS_A_CELL = 180
+SECONDS_PER_CELL = 180
 
 
 class ThisPython(AsyncKernelManager):
@@ -47,4 +47,4 @@ def test_it_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = tmp_path / "run"
     folder.mkdir()
     there = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, kernel_manager_class=ThisPython, timeout=SECONDS_A_CELL, resources=there).execute()
+    NotebookClient(notebook, kernel_manager_class=ThisPython, timeout=SECONDS_PER_CELL, resources=there).execute()

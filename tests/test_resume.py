@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or requeued, and gone on with from the command line alone."""
+"""Runs that are killed, stopped or requeued, and resumed from the command line."""
 
 from __future__ import annotations
 

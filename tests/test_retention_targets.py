@@ -257,17 +257,17 @@ def test_resume_is_exact_and_the_teacher_in_no_checkpoint(target, tmp_path, weig
     assert set(resumed.state_dict()) == set(plain.state_dict())
 
 
-class Looks(L.Callback):
-    """While a fit runs with an online teacher, nothing of the module knows it."""
+class TeacherIsHidden(L.Callback):
+    """During a fit with an online teacher, the teacher is not part of the module."""
 
     def on_train_batch_end(self, trainer, pl_module, *args):
         assert not pl_module.frozen_denoiser().training
         assert sum(isinstance(module, DiT) for module in pl_module.modules()) == 1
 
 
-def test_the_teacher_is_no_part_of_the_module(tmp_path, weights):
+def test_the_teacher_is_not_part_of_the_module(tmp_path, weights):
     module = module_of(weights, OnlineTeacher())
-    fit(tmp_path, module, tmp_path / "bank", 2, Looks())
+    fit(tmp_path, module, tmp_path / "bank", 2, TeacherIsHidden())
 
 
 def test_the_bank_of_stored_predictions_is_one_whatever_builds_it(tmp_path, weights):

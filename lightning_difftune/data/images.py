@@ -38,7 +38,7 @@ _MAX_UNREADABLE_RUN = 100
 # Pictures that are read where a source offers no other way to identify its content.
 _IDENTITY_SAMPLES = 64
 # Errors of one file; any other errno (too many open files, an unplugged disk) is about the machine.
-_ERRNOS_OF_A_FILE = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
+_FILE_ERRNOS = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
 
 
 class TargetItem(NamedTuple):
@@ -224,7 +224,7 @@ class ImageTargets:
         except MemoryError:
             raise
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes
-            if isinstance(error, OSError) and error.errno is not None and error.errno not in _ERRNOS_OF_A_FILE:
+            if isinstance(error, OSError) and error.errno is not None and error.errno not in _FILE_ERRNOS:
                 raise
             self._refuse_or_skip(index, image, error)
             return None

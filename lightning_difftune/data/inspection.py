@@ -49,7 +49,7 @@ def open_images(path: str, split: str | None = None) -> Any:
     if place.suffix == ".tar" or any(place.glob("*.tar")):
         return WebDatasetShards(str(place))
     if not place.exists():
-        # What looks like a name on the hub is one; anything else is a folder that does not exist.
+        # A name in the form of a hub name is one; anything else is a folder that does not exist.
         is_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
         return HubImages(path, split or "train") if is_name else ImageFolder(place)
     if any((place / name).exists() for name in _HUB_FILES):

@@ -90,7 +90,7 @@ def carry_settings(checkpoint: dict[str, Any], optimizers: Sequence[Any], schedu
                     target[key] = current[key]
             if new_schedule:
                 for key in [key for key in target if key not in current and key != "params"]:
-                    del target[key]  # of a scheduler that is no longer there
+                    del target[key]  # of a scheduler that was removed
     if schedulers and all(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
         _carry_plateau(record, now, checkpoint, schedulers, changes)
     return list(dict.fromkeys(changes))

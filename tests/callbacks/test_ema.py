@@ -143,7 +143,7 @@ def test_validation_test_and_predict_see_the_averages_and_training_does_not(tmp_
     np.testing.assert_array_equal(model.weights(), raw)
     torch.testing.assert_close(model.frozen.weight, frozen, rtol=0, atol=0)
 
-    trainer.fit_loop.epoch_loop.max_steps = 8  # training goes on after inference mode, from where it was
+    trainer.fit_loop.epoch_loop.max_steps = 8  # training continues after inference mode from the same state
     trainer.fit(model)
     assert ema.num_updates == 8
     np.testing.assert_allclose(

@@ -111,7 +111,7 @@ def test_damaged_reference_statistics_are_computed_again(tmp_path: Path) -> None
     assert data.times_shown == 1
     unread = ReferenceData()
     assert validated(tmp_path, unread, PixelFeatures(), cache) == value
-    assert unread.times_shown == 0  # the file is mended
+    assert unread.times_shown == 0  # the file is repaired
 
 
 def test_an_interrupted_reference_does_not_count(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_nothing_is_shown_where_bars_are_off(tmp_path):
     assert bar.train_progress_bar_id is None
 
 
-def test_the_bar_shows_pictures_a_second(tmp_path):
+def test_the_bar_shows_pictures_per_second(tmp_path):
     rendered = []
 
     class Look(L.Callback):

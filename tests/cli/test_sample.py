@@ -54,9 +54,11 @@ def test_the_same_command_gives_the_same_bytes(tiny_run, tmp_path):
 
 def test_a_picture_does_not_depend_on_those_beside_it(tiny_run, tmp_path):
     alone = ("--classes", "rose", "--num_samples", "1", "--batch_size", "1")
-    beside = ("--classes", "sunflower", "rose", "--num_samples", "2", "--batch_size", "1")
+    in_smaller_batches = ("--classes", "sunflower", "rose", "--num_samples", "2", "--batch_size", "1")
     one = sampled(tmp_path / "one", tiny_run.checkpoint, *alone)
-    assert sampled(tmp_path / "two", tiny_run.checkpoint, *beside)["01-rose-000.png"] == one["00-rose-000.png"]
+    assert (
+        sampled(tmp_path / "two", tiny_run.checkpoint, *in_smaller_batches)["01-rose-000.png"] == one["00-rose-000.png"]
+    )
 
 
 def test_the_text_and_the_grid_say_what_is_shown(tiny_run, tmp_path):

@@ -25,8 +25,8 @@ def opened(path, **settings):
 def test_each_layout_is_recognised(tmp_path):
     save(tmp_path / "classes" / "rose" / "1.png")
     assert opened(tmp_path / "classes") == "ImageFolder"
-    save(tmp_path / "beside" / "1.png").with_suffix(".txt").write_text("a rose")
-    assert opened(tmp_path / "beside") == "CaptionedFolder"
+    save(tmp_path / "text_files" / "1.png").with_suffix(".txt").write_text("a rose")
+    assert opened(tmp_path / "text_files") == "CaptionedFolder"
     save(tmp_path / "listed" / "1.png")
     (tmp_path / "listed" / "metadata.jsonl").write_text(json.dumps({"file_name": "1.png", "text": "a rose"}))
     assert opened(tmp_path / "listed") == "CaptionedFolder"

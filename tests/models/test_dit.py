@@ -204,7 +204,7 @@ def test_labels_outside_the_table_are_an_error_of_the_lookup() -> None:
 
 
 def test_torchvision_was_built_for_the_torch_that_is_installed() -> None:
-    """A wheel of torchvision beside another build of torch does not import its operators, and timm fails with it."""
+    """A wheel of torchvision for another build of torch does not import its operators, and so timm fails."""
     from torchvision.ops import nms
 
     boxes = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 2.0, 2.0]])

@@ -335,7 +335,7 @@ def test_class_names_are_the_given_ones_or_the_datas_and_never_those_of_reused_r
         module.configure_model()
         return module
 
-    assert built().dit.class_names == list("abcdef")  # the same classes go on
+    assert built().dit.class_names == list("abcdef")  # a run with the same classes can be resumed
     assert built(num_classes=3).dit.class_names is None
     assert built(num_classes=3, class_names=["ant", "bee", "cat"]).dit.class_names == names
     with pytest.raises(ConfigError, match="7 class names were given for a label table of 6 rows"):

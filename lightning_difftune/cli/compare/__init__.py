@@ -138,7 +138,7 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
             console.print(f"{count}: another process is doing it")
             continue
         try:
-            if job.result() is None:  # nor was it finished in the meantime
+            if job.result() is None:  # and another process has not finished it in the meantime
                 failed += [] if run_job(job, count, console) else [job]
         finally:
             lock.release()

@@ -48,7 +48,7 @@ _REST = """    objective:
   init_args:
 {target}{num_classes}    image_size: {image_size}  # the shorter side is scaled to it, and the centre cropped
 {channels}    horizontal_flip: {flip}  # half of the pictures are mirrored; false where left and right matter
-{corrupt}    batch_size: {batch_size}  # both streams: {retained} of the memory bank, {of_target} of your pictures
+{corrupt}    batch_size: {batch_size}  # both streams: {retained} of the memory bank, {target_size} of your pictures
     retention_share: {share}
     bank: runs/banks/{bank}  # samples of the pre-trained model, drawn once; runs of the same base share them
     bank_size: {bank_size}
@@ -123,7 +123,7 @@ def config_text(plan: Plan, file: Path) -> str:
         + ("    class_balanced: true  # all classes equally often\n" if is_unbalanced else ""),
         batch_size=base.batch_size,
         retained=retained,
-        of_target=base.batch_size - retained,
+        target_size=base.batch_size - retained,
         share=base.share,
         bank=f"{Path(base.name).name}{'' if task in ('classes', 'captions') else '-' + task}",
         bank_size=plan.bank_size,
@@ -162,7 +162,7 @@ def particulars(plan: Plan) -> str:
     text += base.extras
     if not base.is_large:
         return text
-    text += "    gradient_checkpointing: true  # fits 512 px into 16 GB; false is about a third quicker\n"
+    text += "    gradient_checkpointing: true  # fits 512 px into 16 GB; false is about a third faster\n"
     if task == "captions":
         text += "    tuner:\n      class_path: lightning_difftune.tuners.LoRA  # null trains the whole UNet\n"
         text += "      init_args: {rank: 16, alpha: 16, target_modules: [to_q, to_k, to_v, to_out.0]}\n"

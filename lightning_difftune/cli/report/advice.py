@@ -12,7 +12,7 @@ from itertools import pairwise
 from lightning_difftune.cli.facts import best_of, name_of
 from lightning_difftune.cli.run import Run
 
-FEWEST_OF_A_CLASS = 10
+FEWEST_PER_CLASS = 10
 GAIN = 0.02  # of a score in the last quarter of a run, which is still worth training for
 LOSS = 0.05  # of a score or loss since its best, which is more than a wobble
 LEAP = 3.0  # of the loss over its median until then, if that is also unusual for the run
@@ -178,18 +178,18 @@ def overfits(run: Run) -> Advice | None:
     )
 
 
-def few_of_a_class(run: Run) -> Advice | None:
+def small_classes(run: Run) -> Advice | None:
     """Classes with a handful of pictures."""
     counts = run.environment.get("class_counts")
     if not isinstance(counts, dict):
         return None
-    few = {name: count for name, count in counts.items() if 0 < count < FEWEST_OF_A_CLASS}
+    few = {name: count for name, count in counts.items() if 0 < count < FEWEST_PER_CLASS}
     if not few:
         return None
     least = ", ".join(f"{name} {count}" for name, count in sorted(few.items(), key=lambda item: item[1])[:5])
     return Advice(
         "Add pictures to the small classes, or merge them: so few are learned by heart.",
-        f"{len(few)} of {len(counts)} classes have fewer than {FEWEST_OF_A_CLASS} pictures; the least are {least}.",
+        f"{len(few)} of {len(counts)} classes have fewer than {FEWEST_PER_CLASS} pictures; the least are {least}.",
     )
 
 
@@ -245,7 +245,7 @@ RULES: tuple[Callable[[Run], Advice | None], ...] = (
     stop_earlier,
     retain_more,
     overfits,
-    few_of_a_class,
+    small_classes,
     few_pictures,
     measured_schedule,
     unmeasured,

@@ -164,7 +164,7 @@ class BuildFolder:
     def _found(self) -> tuple[BuildPlan, Path] | None:
         """The plan that the folder has now, and the file that says so."""
         manifest, building = self.path / MANIFEST, self.path / BUILDING
-        for path in (manifest, building, manifest):  # another process may exchange the two between two looks
+        for path in (manifest, building, manifest):  # another process may replace one by the other in between
             try:
                 if path.exists():
                     return (Manifest.load(path).plan if path == manifest else BuildPlan.load(path)), path

@@ -14,7 +14,7 @@ from lightning_difftune.models import DiT, export_dit
 
 @pytest.fixture(scope="package")
 def finished(tmp_path_factory):
-    """The folder of a run of eight steps on 2 x 12 pictures, with three grids; its data and weights lie beside it."""
+    """The folder of a run of eight steps on 2 x 12 pictures, with three grids; its data and weights are next to it."""
     root = tmp_path_factory.mktemp("project")
     torch.manual_seed(0)
     tiny = DiT(input_size=8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)

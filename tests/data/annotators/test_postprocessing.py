@@ -132,7 +132,7 @@ def test_a_slope_to_the_right_is_red_and_a_flat_picture_blue() -> None:
 
 
 class Depth(nn.Module):
-    """A stand-in for DPT: its depth is the mean colour, at half the size it looks at."""
+    """A stand-in for DPT: its depth is the mean colour, at half the size of its input."""
 
     def __init__(self, size: Any = 32) -> None:
         super().__init__()
