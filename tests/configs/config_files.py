@@ -19,6 +19,7 @@ FAMILIES = {
     "base_models": ("sdxl", "flux", "sd3"),
     "dit": ("ablations", "dit", "presets", "tuners"),
     "controlnet": ("controlnet",),
+    "loggers": ("loggers",),
     "photos": ("photos",),
     "photos32": ("photos32",),
     "pretrain": ("pretraining", "quickstart.yaml"),

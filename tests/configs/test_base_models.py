@@ -15,7 +15,7 @@ from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.tuners import LoRA
 
 FILES = files_of("base_models")
-WHOLE = ["--model.tuner", "null", "--model.optimizer.lr", "1e-5"]  # docs/configs.md has it
+WHOLE = "configs/text_to_image/whole_unet.yaml"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,11 +40,11 @@ def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
     assert isinstance(module.tuner, LoRA)
     assert module.frozen_dtype == torch.bfloat16
     assert module.default_bank_sampler().guidance_scale == 1
-    whole = run_lightning([*composition(file), *WHOLE, *tiny(file)], run=False).model
+    whole = run_lightning([*composition(file), "--config", WHOLE, *tiny(file)], run=False).model
     assert (whole.tuner, whole.bank_prompts) == (None, module.bank_prompts)
 
 
-@pytest.mark.parametrize("overlays", [[], WHOLE], ids=["lora", "whole"])
+@pytest.mark.parametrize("overlays", [[], ["--config", WHOLE]], ids=["lora", "whole"])
 @pytest.mark.parametrize("file", FILES)
 def test_two_steps_of_training(file: str, overlays: list[str], tmp_path: Path) -> None:
     smaller = smaller_callbacks(

@@ -56,10 +56,16 @@ def test_a_run_of_more_than_a_thousand_steps_is_saved_on_its_way(file: str) -> N
             assert callback["init_args"]["every_n_train_steps"] <= trainer["max_steps"] / 4
 
 
-METHODS = ("ablations", "presets", "strategy", "tuners")
+METHODS = ("ablations", "loggers", "presets", "strategy", "tuners")
 
 
-@pytest.mark.parametrize("file", [file for family in METHODS for file in ALL_FILES if f"/{family}/" in file])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(file for family in METHODS for file in ALL_FILES if f"/{family}/" in file),
+        "configs/text_to_image/whole_unet.yaml",
+    ],
+)
 def test_an_overlay_of_a_method_sets_no_path(file: str) -> None:
     """Over any base, it would write there what belongs to another, or read it."""
     places = ("dir", "dirpath", "path", "root", "bank", "cache", "folder", "output")

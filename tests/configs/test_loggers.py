@@ -1,14 +1,11 @@
-"""The loggers of docs/configs.md: the services get numbers and pictures, and the run keeps its own folder.
+"""configs/loggers: the services get numbers and pictures, and the run keeps a folder of its own.
 
 The services' packages are stood in for, so that nobody needs them to run the tests.
 """
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import MagicMock
@@ -17,20 +14,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from config_files import CONFIGS
+from config_files import CONFIGS, composition, files_of
+from lightning.pytorch import loggers
 
 from lightning_difftune.cli import main
+from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.models import DiT, export_dit
-
-LOGGERS = {  # the options that docs/configs.md gives
-    name: shlex.split(found[1])
-    for name in ("wandb", "mlflow")
-    if (
-        found := re.search(
-            rf"pip install {name}.*\| `(.*)` \|$", (CONFIGS.parent / "docs/configs.md").read_text(), re.M
-        )
-    )
-}
 
 
 class Run:
@@ -79,7 +68,6 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def install(monkeypatch: pytest.MonkeyPatch, **modules: object) -> None:
     for name, module in modules.items():
-        module.__spec__ = ModuleSpec(name, None)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name.replace("__", "."), module)
 
 
@@ -89,6 +77,13 @@ def run_folder(tmp_path: Path, number: int = 0) -> Path:
     assert sorted(folder.glob("samples/*.png"))
     assert list(folder.glob("checkpoints/*.ckpt"))
     return folder
+
+
+@pytest.mark.parametrize("file", files_of("loggers"))
+def test_the_settings_are_the_loggers_own(file: str) -> None:
+    composed = yaml.safe_load(ConfigReader().compose(composition(file)))
+    logger = composed["trainer"]["logger"]
+    assert hasattr(loggers, logger["class_path"].rpartition(".")[2])
 
 
 def test_without_a_logger_there_is_a_table_and_tensorboard(config: str, tmp_path: Path) -> None:
@@ -125,7 +120,7 @@ def test_wandb_gets_numbers_and_pictures(config: str, tmp_path: Path, monkeypatc
     lib.RunDisabled, runs.Run = int, Run  # type: ignore[attr-defined]
     install(monkeypatch, wandb=wandb, wandb__sdk=MagicMock(), wandb__sdk__lib=lib, wandb__wandb_run=runs)
     monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", True)
-    assert main(["fit", "--config", config, *LOGGERS["wandb"]]) == 0
+    assert main(["fit", "--config", config, "--config", "configs/loggers/wandb.yaml"]) == 0
     names = {name for content in run.logged for name in content}
     assert {"train/loss", "train/reconsolidation", "val/loss", "samples"} <= names
     assert wandb.init.call_args.kwargs["project"] == "difftune"
@@ -141,7 +136,7 @@ def test_mlflow_gets_numbers_and_pictures(config: str, tmp_path: Path, monkeypat
     install(monkeypatch, **parts, mlflow__tracking__context=mlflow.tracking.context, mlflow__utils=mlflow.utils)
     install(monkeypatch, mlflow__utils__mlflow_tags=mlflow.utils.mlflow_tags)
     monkeypatch.setattr("lightning.pytorch.loggers.mlflow._MLFLOW_AVAILABLE", True)
-    assert main(["fit", "--config", config, *LOGGERS["mlflow"]]) == 0
+    assert main(["fit", "--config", config, "--config", "configs/loggers/mlflow.yaml"]) == 0
     batches = [call.kwargs.get("metrics", []) for call in client.log_batch.call_args_list]
     names = {metric["key"] for batch in batches for metric in batch}
     assert {"train/loss", "train/reconsolidation", "val/loss"} <= names

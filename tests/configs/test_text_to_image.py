@@ -19,11 +19,11 @@ from lightning_difftune.losses import eps_mse_loss
 from lightning_difftune.tuners import LoRA
 
 BASE = "configs/text_to_image/base.yaml"
-WHOLE = ["--model.tuner", "null", "--model.optimizer.lr", "1e-5"]  # docs/configs.md has it
+WHOLE = "configs/text_to_image/whole_unet.yaml"
 RUNS = {
     "lora": ("configs/text_to_image/folder.yaml", []),
-    "plain-lora": ("configs/text_to_image/folder.yaml", ["--config", "configs/presets/full.yaml"]),
-    "whole": ("configs/text_to_image/folder.yaml", WHOLE),
+    "plain-lora": (BASE, ["--config", "configs/presets/full.yaml"]),
+    "whole": (WHOLE, []),
 }
 TINY = ["--model.init_args.model=pipeline", "--trainer.accelerator=cpu"]
 
@@ -34,10 +34,9 @@ def ingredients(workplace: Path, pipeline_folder: str) -> None:
     (workplace / "pipeline").symlink_to(pipeline_folder)
 
 
-@pytest.mark.parametrize("options", [[], WHOLE], ids=["lora", "whole"])
 @pytest.mark.parametrize("file", files_of("text_to_image"))
-def test_every_file_is_instantiated_by_its_own_command(file: str, options: list[str]) -> None:
-    cli = run_lightning([*composition(file), *options, *TINY], run=False)
+def test_every_file_is_instantiated_by_its_own_command(file: str) -> None:
+    cli = run_lightning([*composition(file), *TINY], run=False)
     data, module = cli.datamodule, cli.model
     assert isinstance(module, TextToImageDiffTuningModule)
     assert module.image_size == data.target.image_size == 512
@@ -53,7 +52,7 @@ def test_every_file_is_instantiated_by_its_own_command(file: str, options: list[
     assert grid.num_samples % len(module.prompts) == 0, "as many samples of each prompt"
     optimizer = module.optimizer([nn.Parameter(torch.zeros(1))])
     assert (type(optimizer), optimizer.defaults["weight_decay"]) == (torch.optim.AdamW, 0)
-    if options:
+    if file == WHOLE:
         assert (module.tuner, optimizer.defaults["lr"]) == (None, 1e-5)
     else:
         assert isinstance(module.tuner, LoRA)
@@ -73,17 +72,16 @@ def test_two_steps_of_training(run: str, tmp_path: Path) -> None:
         --data.init_args.bank_size 4 --data.init_args.build_batch_size 4
         --model.init_args.sampler.num_inference_steps 2 --model.init_args.bank_sampler.num_inference_steps 2
     """
-    retains = run != "plain-lora"
-    if retains:
+    if not overlay:
         few += f"--data.init_args.bank {tmp_path / 'bank'}"
     cli = run_lightning([*arguments(file), *overlay, *TINY, *few.split()])
 
     assert cli.trainer.global_step == 2
     logged = cli.trainer.callback_metrics
     assert {"train/loss", "val/loss"} <= logged.keys()
-    assert ("train/retention" in logged) == retains
+    assert ("train/retention" in logged) == (not overlay)
     assert all(value.isfinite() for value in logged.values())
-    if retains:
+    if not overlay:
         assert len(MemoryBank(tmp_path / "bank")) == 4
     objective = cli.model.objective
     assert objective.loss is eps_mse_loss, "an overlay keeps what it does not name"
