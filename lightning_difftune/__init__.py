@@ -58,7 +58,7 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, which are imported when they are asked for."""
+    """The public names, which are imported when they are used."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 

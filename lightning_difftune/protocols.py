@@ -60,7 +60,7 @@ class SupportsGenerate(Protocol):
 
 
 class GeneratesClasses(Protocol):
-    """A model of K classes that generates samples of those it is asked for."""
+    """A model of K classes that generates samples of the requested ones."""
 
     @property
     def num_classes(self) -> int:

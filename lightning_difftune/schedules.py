@@ -153,7 +153,7 @@ class SNRSchedule:
 
 
 def unbound(schedule: ForgettingSchedule) -> ConfigError:
-    """What is wrong where a schedule is asked before it knows its process."""
+    """The message for a schedule that is used before it knows its process."""
     return ConfigError(
         f"{schedule!r} depends on the forward process and knows none. An objective binds its own; elsewhere call "
         "schedule.bind(process), such as GaussianDiffusion() for DiT."

@@ -154,7 +154,7 @@ def _reason(name: str, trusted: tuple[str, ...], is_class: bool) -> str | None:
         return "of another package" if _is_importable(name) and not Path(name).exists() else None
     found = _resolve(name)
     if found is None:
-        return None  # whoever reads the config says so
+        return None  # the reader of the config reports it
     if inspect.ismodule(found):
         return "a module" if is_class else None
     home = getattr(found, "__module__", None) or type(found).__module__

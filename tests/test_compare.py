@@ -447,7 +447,7 @@ def test_results_of_other_random_streams_are_not_added_to(finished, capsys):
     assert result("plain-seed0")["draws"] == 2
 
 
-def test_labels_and_output_are_no_part_of_what_is_run(finished, capsys):
+def test_labels_and_output_are_not_part_of_what_is_run(finished, capsys):
     runs = {"plain": {**STUDY["runs"]["plain"], "method": "Everything", "at": {}}}
     write_study(finished, title="Another title", runs=runs, output="moved")
     Path("out").rename("moved")

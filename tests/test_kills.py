@@ -199,7 +199,7 @@ def test_a_waiting_job_goes_on_when_the_other_is_done(tmp_path):
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_a_disk_that_is_full_where_nobody_expects_it_is_no_traceback(monkeypatch, capsys):
+def test_a_disk_that_is_full_where_nobody_expects_it_gives_no_traceback(monkeypatch, capsys):
     def full(args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as writing to an open file does
 

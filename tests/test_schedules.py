@@ -195,7 +195,7 @@ def test_isotonic_regression_is_the_nearest_rising_sequence():
         ('{"s": [0.2, 0.8], "psi": [0, NaN]}', "needs two levels"),
     ],
 )
-def test_files_that_are_no_schedule_are_refused(tmp_path, content, message):
+def test_files_that_are_not_a_schedule_are_refused(tmp_path, content, message):
     if content is not None:
         (tmp_path / "psi.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
@@ -226,6 +226,6 @@ def test_a_floor_lifts_psi_and_leaves_xi(kind):
 
 
 @pytest.mark.parametrize("floor", [-0.1, 1.1, float("nan")])
-def test_a_floor_that_is_no_share_is_refused(floor):
+def test_a_floor_that_is_not_a_share_is_refused(floor):
     with pytest.raises(ConfigError, match="floor is the least psi"):
         PowerSchedule(floor=floor)

@@ -87,7 +87,7 @@ def test_what_configs_are_made_of_is_trusted(name):
     check_trust({"class_path": name}, "a.ckpt")
 
 
-def test_names_of_files_are_no_classes(tmp_path, monkeypatch):
+def test_names_of_files_are_not_classes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test.npz").touch()  # `test` is a package of Python
     (tmp_path / "pictures").mkdir()

@@ -63,7 +63,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find extractor and reference, and say through what the pictures will be looked at."""
+        """Find extractor and reference, and log which extractor is used."""
         super().setup(trainer, pl_module, stage)
         if stage not in ("fit", "validate"):
             return

@@ -59,7 +59,7 @@ class Preemption(OptimizerStepCallback):
             signal.signal(environment.requeue_signal, self._notice_requeue)
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Stop after this step if any process was asked to; inside a window of accumulated batches, at its end."""
+        """Stop after this step if any process got a signal; inside a window of accumulated batches, at its end."""
         self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -68,7 +68,7 @@ class Preemption(OptimizerStepCallback):
             trainer._signal_connector.received_sigterm = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop after this validation if any process was asked to.
+        """Stop after this validation if any process got a signal.
 
         Lightning resumes what is saved now without a second validation, unlike what is saved when the loop is left.
         """

@@ -67,7 +67,7 @@ def hub_name(base: str) -> str | None:
 
 
 def license_of(base: str) -> str | None:
-    """What a pre-trained model says about its licence, or None if it says nothing or cannot be asked."""
+    """What a pre-trained model says about its licence, or None if it says nothing or cannot be reached."""
     if base in BUNDLED_LICENSES:
         return BUNDLED_LICENSES[base]
     from huggingface_hub import HfApi, ModelCard
@@ -95,7 +95,7 @@ def model_card(
         title: Its name.
         usage: The card's section about how to open it.
         picture: File of the sample grid, next to the card; empty if there is none.
-        license_name: The base's licence; None if the base is to be asked.
+        license_name: The base's licence; None to ask the base.
         done: Gets a line if the licence is not known.
     """
     license_name = license_name or license_of(str(tuned.module.base_identity.get("name")))

@@ -1,4 +1,4 @@
-"""How configs and options are read, and what is said about a key, a class or a value that cannot be used."""
+"""How configs and options are read, and the messages about a key, a class or a value that cannot be used."""
 
 from __future__ import annotations
 

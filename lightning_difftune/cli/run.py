@@ -239,7 +239,7 @@ class Run:
 
     @property
     def max_steps(self) -> int | None:
-        """Steps that the run was to have, if it says so."""
+        """The planned number of steps, if the config has it."""
         steps = self.setting("trainer", "max_steps")
         return steps if isinstance(steps, int) and steps > 0 else None
 

@@ -34,7 +34,7 @@ def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> 
     """Double a batch until the device's memory is full, or the limit is reached => the largest that was computed.
 
     Args:
-        run: Computes as many samples as it is told; its error where the memory is full is torch's
+        run: Computes a given number of samples; its error where the memory is full is torch's
             ``OutOfMemoryError``, as accelerators raise it. A CPU has none, so it computes ``limit`` at most.
         limit: Largest batch that is tried.
         start: First batch that is tried; halved if even that is too large, until a single sample is.

@@ -171,7 +171,7 @@ class LatentCache(ShardReader):
             ``class_labels`` (B,) int64 or ``prompt_embeds`` (B, L, D).
 
         Raises:
-            ConfigError: A mirror image is asked for, and the cache was made without.
+            ConfigError: A mirror image is requested, and the cache was made without them.
         """
         pictures, mirrored = torch.as_tensor(indices), torch.as_tensor(flips, dtype=torch.bool)
         if mirrored.any() and not self.spec.get("mirrored"):

@@ -23,7 +23,7 @@ from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import largest_value
 from lightning_difftune.protocols import TargetBatch
 
-# 16-bit pictures that are looked at, and the most bits that count as a mistake: as of cameras and microscopes.
+# How many 16-bit pictures are checked, and up to which number of bits they count as a mistake (cameras, microscopes).
 _DEPTH_SAMPLES = 16
 MOST_WRONG_BITS = 14
 FEW_PICTURES = 10  # of a class

@@ -155,7 +155,7 @@ class BlurredSSIM(MapSimilarity):
         similarity = structural_similarity_index_measure(
             generated, wanted, gaussian_kernel=True, sigma=1.5, data_range=self.data_range, reduction="none"
         )
-        assert isinstance(similarity, Tensor)  # a tuple only where a full picture is asked for
+        assert isinstance(similarity, Tensor)  # a tuple only with return_full_image
         return similarity.view(len(control_maps))  # torchmetrics squeezes a single one
 
 

@@ -55,7 +55,7 @@ class DigitClassifier(nn.Module):
 
 
 class RecognisedDigits:
-    """Share of generated digits that :class:`DigitClassifier` recognises as the digit that was asked for.
+    """Share of generated digits that :class:`DigitClassifier` recognises as the requested digit.
 
     Args:
         per_digit: Pictures of each digit.
@@ -66,7 +66,7 @@ class RecognisedDigits:
         self.classifier = DigitClassifier()
 
     def samples(self, module: GeneratesClasses) -> Tensor:
-        """Pictures (10 * per_digit, 1, 20, 20) uint8 on the CPU, sorted by the digit that was asked for."""
+        """Pictures (10 * per_digit, 1, 20, 20) uint8 on the CPU, sorted by the requested digit."""
         return module.generate(torch.arange(len(self.classes)), module.class_conditions(self.classes)).cpu()
 
     def share(self, samples: Tensor) -> float:

@@ -33,7 +33,7 @@ class SampleQuality:
     - ``precision`` and ``recall``, the shares of samples within the manifold of the held-out pictures and the reverse,
       by the k-th nearest neighbour (Kynkäänniemi et al., 2019), as torch-fidelity computes them;
     - ``recognised``, the share of samples that a linear probe on the features of the training pictures recognises as
-      the class that was asked for, and ``recognised_real``, the same probe's accuracy on the held-out pictures.
+      the requested class, and ``recognised_real``, the same probe's accuracy on the held-out pictures.
 
     Args:
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features``.

@@ -41,7 +41,7 @@ class FrozenAutoencoder(Frozen):
         ConfigError: If the scaling factor is not positive.
     """
 
-    keeps_type = True  # the one that is asked for
+    keeps_type = True  # the requested one
 
     def __init__(
         self,

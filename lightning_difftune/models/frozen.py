@@ -97,7 +97,7 @@ class FrozenTextEncoder(Frozen):
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``prompt_embeds`` (B, L, D) float32 of B prompts, padded to L tokens.
 
-        A prompt of more than L tokens is cut there, and a warning says so once for each.
+        A prompt of more than L tokens is truncated, with one warning per prompt.
         """
         length = self.shape[0]
         tokens = self.tokenizer(

@@ -17,7 +17,7 @@ from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch
 class PretrainedSamples:
     """Samples of a module's pre-trained network, in the space it denoises: the source of a memory bank.
 
-    The network is loaded when the first sample is asked for, and lives as long as this object.
+    The network is loaded for the first sample, and lives as long as this object.
     """
 
     def __init__(self, module: DiffusionModel, objective: DiffTuningObjective) -> None:

@@ -102,7 +102,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return self.facts(unet, **own)
 
     def new_controlnet(self, unet: Any) -> Any:
-        """A copy of the UNet's encoder whose outputs are zero, or the ControlNet that was asked for."""
+        """A copy of the UNet's encoder whose outputs are zero, or the given ControlNet."""
         from diffusers.models import ControlNetModel
 
         halvings = self.autoencoder.downsample.bit_length() - 1

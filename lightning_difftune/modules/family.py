@@ -40,7 +40,7 @@ class Asked(NamedTuple):
         """Refuse ways of asking that a model does not understand.
 
         Raises:
-            ConfigError: If something was asked so; it says ``because`` what the model takes instead.
+            ConfigError: If it was requested in this way; ``because`` says what the model takes instead.
         """
         for way in ways:
             if getattr(self, way) is not None:
@@ -183,10 +183,10 @@ class ModelFamily(L.LightningModule, ABC):
     """Its further tags there."""
 
     def subjects(self, asked: Asked) -> list[Subject]:
-        """The rows of pictures that people ask for; what a family can be asked for is what it does not refuse.
+        """The rows of requested pictures; a family accepts what it does not refuse.
 
         Raises:
-            ConfigError: If something is asked for that the model does not take.
+            ConfigError: If something is requested that the model does not take.
             DataError: If a picture cannot be read.
         """
         asked.refuse("classes", "prompts", "controls", because="its pictures have no condition.")
@@ -236,7 +236,7 @@ class ModelFamily(L.LightningModule, ABC):
 
 
 def class_subjects(asked: Sequence[str] | None, names: Sequence[str] | None, count: int) -> list[Subject]:
-    """A row for each class that is asked for, or for the first ones.
+    """A row for each requested class, or for the first ones.
 
     Args:
         asked: Names or numbers.

@@ -28,7 +28,7 @@ def open_model(
         base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet or transformer.
         vae: The autoencoder of a latent DiT that comes without one.
         text: Whether a hub repository is a text-to-image pipeline.
-        solver: The scheduler that is asked for; if its file does not say so, a DiT predicts what this one takes.
+        solver: The requested scheduler; a DiT whose file states no prediction predicts what this one takes.
 
     Raises:
         ConfigError: If something is missing to draw with it.
@@ -83,7 +83,7 @@ def open_dit(name: str, folder: Path, base: str | None, vae: str | None, solver:
 
 
 def autoencoder_of(folder: Path, vae: str | None, dit: DiT, name: str) -> FrozenAutoencoder | None:
-    """The autoencoder that is asked for, lies in the folder or is named by the export; ``None`` for a model of pixels.
+    """The autoencoder that is requested, is in the folder or is named by the export; ``None`` for a model of pixels.
 
     Raises:
         ConfigError: If a model of latents comes without.

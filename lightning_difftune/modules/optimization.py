@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import (
 
 from lightning_difftune.errors import ConfigError
 
-# The argument in which a scheduler that has an end is told where it is.
+# The argument that sets the length of a scheduler, for schedulers that have one.
 LENGTHS: dict[type[LRScheduler], str] = {
     OneCycleLR: "total_steps",
     CosineAnnealingLR: "T_max",

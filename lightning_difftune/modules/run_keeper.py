@@ -142,7 +142,7 @@ class RunKeeper(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Have the last step saved and validated: a trainer that is asked to stop validates first."""
+        """Have the last step saved and validated: a trainer that should stop validates first."""
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
         is_last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
         if is_last:

@@ -11,7 +11,7 @@ from lightning_difftune.errors import NumericsError
 from lightning_difftune.objective import ObjectiveOutput
 
 BINS = 10  # of equal width over the timesteps
-KEPT = 50  # steps whose losses wait on the device to be looked at
+KEPT = 50  # steps whose losses are kept on the device until they are checked
 
 
 def log_losses(module: Any, losses: dict[str, Tensor], world_size: int) -> None:
@@ -27,12 +27,12 @@ def log_losses(module: Any, losses: dict[str, Tensor], world_size: int) -> None:
         if known is None or known.has_reset:  # the first of an epoch
             # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
             module.log(name, loss)
-        else:  # what `log` does in the end, after 1,900 calls of Python that look through the metric
+        else:  # what `log` does in the end, after 1,900 Python calls that inspect the metric
             known.forward(loss.detach(), 1)
 
 
 class FiniteLoss:
-    """Keeps the losses of the latest steps on the device, and finds the first that is not finite when it is asked to.
+    """Keeps the losses of the latest steps on the device, and finds the first that is not finite on request.
 
     A step costs nothing but the memory of B numbers. Steps between that loss and the check are lost; checkpoints are
     not, since a check precedes each.

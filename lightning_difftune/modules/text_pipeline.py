@@ -41,9 +41,9 @@ class TextPipelineModule(DiffTuningModule, ABC):
         prompts: What generated pictures show; picture i has prompt i mod n.
         bank_prompts: Those that the memory bank is drawn with; by default the empty one, the unconditional branch.
         prompt_dropout: Probability that a target sample is shown without its caption.
-        distilled_guidance: What a guidance-distilled network, such as FLUX.1-dev, is told in sampling and for the bank;
-            the bank keeps it as a column. 3.5 for those, ``None`` for the others, which are not told any.
-        target_guidance: What such a network is told for target samples; 1 for those.
+        distilled_guidance: Guidance of a guidance-distilled network, such as FLUX.1-dev, in sampling and for the bank;
+            the bank keeps it as a column. 3.5 for those, ``None`` for the others, which take none.
+        target_guidance: The guidance of such a network for target samples; 1 for those.
         is_step_distilled: Whether the pipeline was distilled to a few steps, so that replay of its samples is refused.
             By default as its files say: schedulers of few steps, and names such as Turbo.
         frozen_dtype: Precision of the text encoders, and of the pre-trained network under adapters (LoRA) and as the
@@ -226,7 +226,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return tuple(self.null_text())
 
     def on_train_start(self) -> None:
-        """Where captions are cached, move the text encoders off the GPU, since little else is asked of them."""
+        """Where captions are cached, move the text encoders off the GPU, since they are rarely needed then."""
         if self._caches_captions:
             for prompts in (self.prompts, self.bank_prompts):
                 self.embed(prompts)
@@ -274,7 +274,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return with_guidance(condition, self._guidance and cast("dict[str, Tensor]", retention).get("guidance"))
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
-        """The prompts' numbers and, where the network is told its guidance, that."""
+        """The prompts' numbers and, if the network takes one, the guidance."""
         guidance = {} if self._guidance is None else {"guidance": torch.full((len(indices),), self._guidance[0])}
         return {"class_labels": indices % len(self.bank_prompts), **guidance}
 
@@ -290,7 +290,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     def subjects(self, asked: Asked) -> list[Subject]:
         """Prompts; its own where nobody asks for others."""
-        asked.refuse("classes", because="it is asked in words; use --prompts.")
+        asked.refuse("classes", because="it takes prompts; use --prompts.")
         asked.refuse("controls", because="it follows no control pictures.")
         return [Subject(prompt, prompt) for prompt in asked.prompts or self.prompts]
 

@@ -41,7 +41,7 @@ class Guided:
         null_denoise: The network of the unconditional branch; by default ``denoise``, in one doubled batch.
 
     Raises:
-        ConfigError: If guidance is asked for without a ``null_condition``.
+        ConfigError: If there is guidance without a ``null_condition``.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Guided:
             with_variance: Append the learned variance, as the condition has it: (B, 2C, H, W).
 
         Raises:
-            ConfigError: If a variance is asked for and the network predicts none.
+            ConfigError: If a variance is needed and the network predicts none.
         """
         channels = x.shape[1] * (2 if with_variance else 1)
         if not self.is_guided:
@@ -172,7 +172,7 @@ def sample(
         Clean samples (B, C, H, W).
 
     Raises:
-        ConfigError: If guidance is asked for without a ``null_condition``.
+        ConfigError: If there is guidance without a ``null_condition``.
     """
     model = Guided(denoise, condition, null_condition, guidance_scale, guidance_channels, null_denoise)
     process = Reverse(noise, scheduler, num_inference_steps)

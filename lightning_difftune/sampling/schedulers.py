@@ -1,4 +1,4 @@
-"""What the loop asks of a diffusers scheduler, and what a network is told of its grid."""
+"""What the loop needs of a diffusers scheduler, and the timesteps that a network gets for its grid."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def set_grid(
 
 
 def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
-    """What the network is told at each step of the grid: (N,), fractions included.
+    """The network's timestep at each step of the grid: (N,), fractions included.
 
     Schedulers of noise predictions say it themselves. A flow scheduler's own timesteps are T sigma in (0, T]; here
-    index t has the noise level s = (t + 1) / T, so the network is told T sigma - 1.
+    index t has the noise level s = (t + 1) / T, so the network gets T sigma - 1.
     """
     if not is_flow(scheduler):
         return scheduler.timesteps

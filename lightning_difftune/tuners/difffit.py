@@ -93,7 +93,7 @@ class DiffFit(ParameterEfficientTuner):
         blocks = find_blocks(model, "DiffFit")
         count = len(blocks) if self.num_blocks is None else self.num_blocks
         if not 0 < count <= len(blocks):
-            raise ConfigError(f"DiffFit was asked to scale {count} blocks; {type(model).__name__} has {len(blocks)}.")
+            raise ConfigError(f"DiffFit cannot scale {count} blocks; {type(model).__name__} has {len(blocks)}.")
         sites = [find(block, name, nn.Module, "DiffFit") for block in blocks[:count] for name in self.sites]
         linears = [last_linear(site) for site in sites]
         trained = list(biases(model))

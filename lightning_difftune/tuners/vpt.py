@@ -39,7 +39,7 @@ class VPTDeep(ParameterEfficientTuner):
         std: Standard deviation of the prompts' start; not public, the default is that of DiT's embeddings.
 
     Raises:
-        ConfigError: If no block, a block twice, or no token is asked for.
+        ConfigError: If there is no block, a block twice, or no token.
     """
 
     not_merged = (
@@ -62,7 +62,7 @@ class VPTDeep(ParameterEfficientTuner):
         beyond = [index for index in self.blocks if not 0 <= index < len(blocks)]
         if beyond:
             raise ConfigError(
-                f"VPTDeep was asked for prompts in blocks {beyond}; {type(model).__name__} has blocks 0 to "
+                f"VPTDeep cannot put prompts in blocks {beyond}; {type(model).__name__} has blocks 0 to "
                 f"{len(blocks) - 1}."
             )
         trained = list(find(model, "final_layer", nn.Module, "VPTDeep").parameters())

@@ -213,7 +213,7 @@ def test_a_controlnet_follows_pictures(pipeline_folder, tmp_path, monkeypatch, c
         (["control.ckpt"], "name pictures for them, --controls FILE"),
         ([*args, "--prompts", "a", "b", "c"], "3 prompts for 2 control pictures"),
         (["control.ckpt", "--controls", "config.yaml"], "control picture config.yaml cannot be read"),
-        (["control.ckpt", "--classes", "1"], "does not take --classes: it is asked in words; use --prompts."),
+        (["control.ckpt", "--classes", "1"], "does not take --classes: it takes prompts; use --prompts."),
         ([pipeline_folder, "--controls", "plain.png"], "follows no control pictures"),
     ):
         assert main(["sample", *wrong, "--output", "x"]) == 2

@@ -109,7 +109,7 @@ def test_without_tensorboard_installed_there_is_the_table(
     assert not list(run_folder(tmp_path, 0).glob("events.out.tfevents.*"))
 
 
-def test_no_logger_is_no_logger(config: str, tmp_path: Path) -> None:
+def test_a_run_without_a_logger(config: str, tmp_path: Path) -> None:
     assert main(["fit", "--config", config, "--trainer.logger", "false"]) == 0
     assert not (tmp_path / "run" / "lightning_logs").exists()
 

@@ -189,7 +189,7 @@ def test_generator_of_something_else_is_refused_at_once(tmp_path: Path, made: di
         make(tmp_path, Other())
 
 
-def test_store_of_something_else_is_no_bank(tmp_path: Path) -> None:
+def test_a_store_of_something_else_is_not_a_bank(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, kind="memory-bank", spec={}, num_samples=2, shard_size=2)
     build(writer, lambda batches: ({"pixels": torch.zeros(len(indices), 3)} for indices in batches), 2)
     assert len(ShardReader(tmp_path, kind="memory-bank")) == 2

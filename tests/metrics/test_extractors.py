@@ -131,7 +131,7 @@ def test_inception_takes_the_weights_in_the_cache(
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>Not Found</html>"])
-def test_a_file_that_is_no_inception_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_inception_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.pth"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"broken\.pth"):

@@ -122,7 +122,7 @@ def test_labelled_images_are_all_pictures_in_order(data: MemoryBankDataModule) -
     assert data.images_identity("val") == data.reference_identity() != data.images_identity("train")
 
 
-def test_captions_are_no_classes(data: MemoryBankDataModule) -> None:
+def test_captions_are_not_classes(data: MemoryBankDataModule) -> None:
     source = [(picture, "a red square") for picture in pictures_of(np.zeros(4, int), 0)]
     captioned = MemoryBankDataModule(source, image_size=4)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="image 0 has no class label"):

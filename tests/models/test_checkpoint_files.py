@@ -111,7 +111,7 @@ def test_file_without_a_state_dict(tmp_path: Path, content: object) -> None:
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", ""])
-def test_json_that_is_no_object(tmp_path: Path, content: str) -> None:
+def test_json_that_is_not_an_object(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         read_json(tmp_path / "config.json")

@@ -97,7 +97,7 @@ def test_the_bank_is_the_same_with_domain_guidance():
     assert torch.equal(plain.generate_bank(INDICES)["latents"], domain.generate_bank(INDICES)["latents"])
 
 
-def test_the_frozen_copy_is_loaded_once_and_is_no_part_of_the_module():
+def test_the_frozen_copy_is_loaded_once_and_is_not_part_of_the_module():
     module = module_of()
     names = set(module.state_dict())
     frozen = module.frozen_denoiser()

@@ -132,7 +132,7 @@ def config_text(plan: Plan, file: Path) -> str:
         precision="bf16-mixed" if has_bf16 else "32-true",
         name=plan.name,
         interval=interval,
-        limit="" if task not in CONTROLS else "  limit_val_batches: 1  # the pictures are what is looked at\n",
+        limit="" if task not in CONTROLS else "  limit_val_batches: 1  # only the pictures matter\n",
         log=max(1, min(50, plan.steps // 40)),
         callbacks=callbacks(plan),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What both quickstarts share: two methods set side by side, each a ``difftune fit``, and what is told about them."""
+"""What both quickstarts share: two methods side by side, each a ``difftune fit``, and the printed comparison."""
 
 from __future__ import annotations
 

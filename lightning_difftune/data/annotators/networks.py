@@ -30,7 +30,7 @@ class NetworkAnnotator(ABC):
     """Base of annotators that use a network.
 
     It is not an ``nn.Module``, so a module that holds one neither trains its network nor saves it. The network is
-    opened when the first map or the identity is asked for, follows the pictures to their device, and computes in
+    opened for the first map or the identity, follows the pictures to their device, and computes in
     float32 whatever autocast is active around it.
 
     Args:

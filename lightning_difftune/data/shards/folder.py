@@ -162,7 +162,7 @@ class BuildFolder:
         (self.path / MANIFEST).unlink(missing_ok=True)
 
     def _found(self) -> tuple[BuildPlan, Path] | None:
-        """The plan that the folder has now, and the file that says so."""
+        """The plan that the folder has now, and the file that states it."""
         manifest, building = self.path / MANIFEST, self.path / BUILDING
         for path in (manifest, building, manifest):  # another process may replace one by the other in between
             try:

@@ -64,7 +64,7 @@ class Family(Protocol):
         """Whether network and scheduler are those of one distilled to a few steps, which replay would undo."""
 
     def takes_guidance(self, network: Any) -> bool:
-        """Whether the network is told its guidance as a number, ``guidance`` (B,), in place of a second branch."""
+        """Whether the network takes its guidance as a number, ``guidance`` (B,), in place of a second branch."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -144,7 +144,7 @@ class Pipeline:
         )
 
     def guidance(self, network: Any, drawn: float | None, trained: float | None) -> tuple[float, float] | None:
-        """What a guidance-distilled network is told for drawn and for target samples.
+        """The guidance of a guidance-distilled network for generated and for target samples.
 
         Raises:
             ConfigError: If numbers are given for a network that is not told any.

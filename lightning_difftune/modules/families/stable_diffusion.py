@@ -115,7 +115,7 @@ class StableDiffusionXL(StableDiffusion):
     Conditions are ``prompt_embeds`` (B, 77, 2048), the last hidden states but one of both encoders side by side;
     ``pooled_prompt_embeds`` (B, 1280), of the second; and ``time_ids`` (B, 6): the picture's original height and width,
     the top and left of its crop, the height and width to draw. Pictures are squares here, not cropped: (n, n, 0, 0, n,
-    n), which is also what the pipeline is asked by default.
+    n), which is also the pipeline's default.
     """
 
     def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> PipelineText:

@@ -172,7 +172,7 @@ class PromptConditions:
 
 
 def with_guidance(condition: dict[str, Tensor], guidance: Tensor | float | None) -> dict[str, Tensor]:
-    """A condition of B rows with the guidance that a network is told, a number or (B,), if it is told any."""
+    """A condition of B rows with the guidance of the network, a number or (B,), if it takes one."""
     if guidance is None:
         return condition
     like = next(iter(condition.values()))

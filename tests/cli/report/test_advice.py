@@ -97,11 +97,11 @@ def test_advice_from_the_curves(tmp_path, changes, said, evidence):
         [0.01, 0.2, 0.03, 0.02, 0.3, 0.01, 0.4, 0.5] + [0.02, 0.3] * 6,  # batches of four
     ],
 )
-def test_noise_is_no_leap(tmp_path, losses):
+def test_noise_is_not_a_leap(tmp_path, losses):
     assert advise(make_run(tmp_path, {**FLAT, "train/loss": losses})) == []
 
 
-def test_noise_is_no_rise(tmp_path):
+def test_noise_is_not_a_rise(tmp_path):
     """Losses that scatter by more than they rise ask for nothing."""
     noisy = [1.0, 3.0, 0.2, 2.0, 1.0, 1.0, 1.0, 1.0, 0.3, 3.5, 0.4, 3.0]
     assert advise(make_run(tmp_path, {**FLAT, "train/retention": noisy})) == []
