@@ -2,8 +2,8 @@
 
 A loss belongs to what the network predicts, as diffusers names it: ``eps_mse_loss`` and ``hybrid_loss`` are for
 ``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is for
-``flow_prediction``. Each states it in its attribute ``prediction_type``, which a loss of your own may have, too. They all
-take the same arguments.
+``flow_prediction``. Each states it in its attribute ``prediction_type``, which a loss of your own may have, too.
+They all take the same arguments.
 """
 
 from __future__ import annotations
