@@ -15,7 +15,8 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.models import FrozenAutoencoder, hub
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.diffusers_layout import folder_of, open_network
+from lightning_difftune.models.diffusers_layout import open_network
+from lightning_difftune.models.hub import folder_of
 from lightning_difftune.modules.families.flow_matching import Flux, StableDiffusion3
 from lightning_difftune.modules.families.stable_diffusion import StableDiffusion, StableDiffusionXL
 from lightning_difftune.sampling import NoiseScheduler, Sampler
