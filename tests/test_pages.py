@@ -118,6 +118,11 @@ INSTEAD = {  # what cannot be here, why, and what is run in its place
         f" {FAMILY} --model.model flux --trainer.default_root_dir runs/flux --data.latent_cache flux-cache",
     ),
     r"^python benchmarks/": ("minutes to hours, or a GPU: its help", "$", " --help"),
+    r"--trainer.devices 8 ": (
+        "eight GPUs: two processes on the CPU",
+        "devices 8",
+        "devices 2 --trainer.accelerator cpu",
+    ),
     r"^difftune compare configs/studies/": (
         *("hours, and results of the repository: one of its runs is composed", r"--(run|report)\b", "--dry_run"),
     ),
