@@ -58,12 +58,12 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """The public names, which are imported when they are used."""
+    """The public names, imported on first use."""
     return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that importing the package stays quick."""
+    """Import a public name on first use, so that importing the package stays quick."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,4 +1,4 @@
-"""Lightning callbacks for anyone's project: they ask a module for behaviour, never for a class of ours."""
+"""Lightning callbacks for any project: they need methods of a module, never a class of this package."""
 
 from __future__ import annotations
 

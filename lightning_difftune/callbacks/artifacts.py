@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def artifact_folder(trainer: L.Trainer, dirpath: str | Path | None, name: str) -> Path:
-    """The folder asked for, or ``name`` in the logger's folder or the trainer's ``default_root_dir``."""
-    log_dir = trainer.log_dir  # a broadcast, so all processes must come here
+    """``dirpath`` or, by default, ``name`` in the logger's folder or the trainer's ``default_root_dir``."""
+    log_dir = trainer.log_dir  # a broadcast, so all processes must call it
     return Path(dirpath) if dirpath else Path(log_dir or trainer.default_root_dir) / name
 
 
 def write_artifact(path: Path, content: bytes) -> None:
-    """Write a file in one piece. A full disk costs the file, not the training: it is a warning."""
+    """Write a file atomically. A full disk is a warning and does not stop the training."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
@@ -36,7 +36,7 @@ def write_artifact(path: Path, content: bytes) -> None:
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows of numbers and plain words as CSV."""
+    """Write rows of numbers and words as CSV."""
     lines = [",".join(f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in row) for row in rows]
     write_artifact(path, "\n".join([",".join(header), *lines, ""]).encode())
 
@@ -50,7 +50,7 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 
 class PictureLog:
-    """Where a callback puts its pictures: ``key/step-0001000.png``, or another folder, and loggers that take images."""
+    """Saves a callback's pictures, as ``key/step-0001000.png`` or in another folder, and logs them as images."""
 
     def __init__(self, key: str, dirpath: str | Path | None) -> None:
         self.key = key
@@ -62,11 +62,11 @@ class PictureLog:
         self._folder = artifact_folder(trainer, self.dirpath, self.key)
 
     def files(self) -> dict[int, Path]:
-        """The pictures in the folder by their steps, in order."""
+        """The pictures in the folder by step, in order."""
         return {int(file.stem.removeprefix("step-")): file for file in sorted(self._folder.glob("step-*.png"))}
 
     def save(self, name: str, picture: Tensor, **texts: str) -> None:
-        """Save a picture (3, H, W) uint8 that is of no step, with text chunks; call it on the first process."""
+        """Save a picture (3, H, W) uint8 that belongs to no step, with text chunks; call it on the first process."""
         write_artifact(self._folder / f"{name}.png", to_png(picture, **texts))
 
     def show(self, trainer: L.Trainer, picture: Tensor, step: int, **texts: str) -> None:

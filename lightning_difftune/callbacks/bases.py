@@ -1,4 +1,4 @@
-"""What callbacks share that look at generated pictures, measure repeatedly, or act after optimizer steps."""
+"""Bases of callbacks that evaluate generated pictures, measure repeatedly, or act after optimizer steps."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lightning_difftune.pictures import check_pictures
 
 
 class GenerationCallback(Callback, ABC):
-    """Base of callbacks that have pictures generated at the end of a validation, by the weights it was run with.
+    """Base of callbacks that generate pictures at the end of a validation, with the validated weights.
 
-    Subclass it to examine pictures in your own way: :meth:`evaluate` is called when it is time, on every process, and
-    generates what it needs, in the batches that :meth:`batches` gives. With :class:`EMA` among the callbacks,
-    the weights are the averaged ones. It is not called in Lightning's sanity check or ``fast_dev_run``. The global
-    random state is the same afterwards, so looking at samples more or less often does not change the training. For a
-    value that should be in checkpoints and in the report, derive from
+    Subclass it for an evaluation of your own: :meth:`evaluate` is called on every process when it is due, and
+    generates its pictures in the batches of :meth:`batches`. With :class:`EMA` among the callbacks, the weights are
+    the averaged ones. It is not called in Lightning's sanity check or ``fast_dev_run``. The global random state is
+    restored afterwards, so the frequency of evaluations does not change the training. For a value that belongs in
+    checkpoints and in the report, derive from
     :class:`~lightning_difftune.callbacks.MeasuringCallback` as well.
 
     Args:
-        num_samples: How many pictures are generated: indices 0 .. num_samples - 1.
-        batch_size: How many at a time.
-        every_n_steps: Optimizer steps that must lie between two runs in ``fit``; ``None`` runs at each validation.
+        num_samples: Number of generated pictures, indices 0 .. num_samples - 1.
+        batch_size: Pictures generated at a time.
+        every_n_steps: Least number of optimizer steps between two runs in ``fit``; ``None`` runs at each validation.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -61,18 +61,18 @@ class GenerationCallback(Callback, ABC):
 
     @abstractmethod
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Look at pictures of the weights after ``step`` optimizer steps; called on every process."""
+        """Evaluate pictures of the weights after ``step`` optimizer steps; called on every process."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Forget at which step it last ran."""
+        """Reset the step of the last run."""
         self._checkpoint_step = self._latest_step = None
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note how far the weights are trained, which ``trainer.validate(ckpt_path=...)`` would not know."""
+        """Record the step of the weights, which ``trainer.validate(ckpt_path=...)`` does not know."""
         self._checkpoint_step = checkpoint["global_step"]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Run, if it is time to."""
+        """Run, if due."""
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -91,18 +91,18 @@ class GenerationCallback(Callback, ABC):
         return [range(start, min(start + self.batch_size, self.num_samples)) for start in starts]
 
     def share(self, trainer: L.Trainer) -> list[range]:
-        """The batches that this process looks at, where all of them take part."""
+        """The batches of this process, if all processes take part."""
         return self.batches()[trainer.global_rank :: trainer.world_size]
 
 
 class SampleCallback(GenerationCallback):
-    """Base of callbacks that look at pictures asked for by their indices alone.
+    """Base of callbacks that evaluate pictures generated from their indices alone.
 
     The pictures come from the function ``generate`` or, if that is ``None``, from the module's own ``generate``.
     """
 
-    method = "generate(indices)"  # of the module
-    function = "indices (B,) that returns pictures (B, 1 or 3, H, W) uint8"  # that is given in its place
+    method = "generate(indices)"  # the module's method
+    function = "indices (B,) that returns pictures (B, 1 or 3, H, W) uint8"  # the function that may replace it
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class SampleCallback(GenerationCallback):
         self.generate = generate
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say at the start, not after an hour, that nothing can generate pictures."""
+        """Refuse at the start, not after an hour, a module that cannot generate pictures."""
         super().setup(trainer, pl_module, stage)
         if stage in ("fit", "validate"):
             self._generator(pl_module)
@@ -129,7 +129,7 @@ class SampleCallback(GenerationCallback):
     def _generated(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range, *settings: Any
     ) -> tuple[Any, str]:
-        """What is generated for sample indices, and who returned it, for messages."""
+        """The generated pictures for sample indices, and the name of the function for messages."""
         generate, maker = self._generator(pl_module)
         with trainer.precision_plugin.forward_context():
             return generate(torch.tensor(batch, device=pl_module.device), *settings), maker
@@ -150,8 +150,8 @@ class SampleCallback(GenerationCallback):
 class MeasuringCallback(Callback):
     """Base of callbacks that measure the same thing repeatedly.
 
-    A subclass has ``self.history = []`` in its constructor and adds a (step, value) for each evaluation. The history is
-    part of checkpoints, so that a resumed run has all of it.
+    A subclass sets ``self.history = []`` in its constructor and adds a (step, value) per evaluation. Checkpoints hold
+    the history, so that a resumed run has all of it.
     """
 
     history: list[tuple[int, Any]]
@@ -163,17 +163,17 @@ class MeasuringCallback(Callback):
         return self.history[-1][1] if self.history else None
 
     def record(self, pl_module: L.LightningModule, name: str, value: float, step: int) -> None:
-        """Keep a value that all processes hold, and log it."""
+        """Record and log a value that is the same on all processes."""
         self.history.append((step, value))
-        # The maximum of equal values is that value to the bit, which their mean need not be.
+        # The maximum of equal values is that value to the bit; their mean need not be.
         pl_module.log(name, value, prog_bar=True, reduce_fx="max", sync_dist=True)
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """What it logs that tells a better model from a worse one, by name; none by default.
+        """The logged values that rank models, by name; none by default.
 
-        Each has ``higher_is_better``, a ``label`` for figures and, where they are known, ``num_samples`` (generated
-        pictures) and ``num_features`` (of the extractor), as plain JSON values. Runs write it to their
-        ``environment.json``, from which ``difftune report`` has it.
+        Each has ``higher_is_better``, a ``label`` for figures and, if known, ``num_samples`` (generated pictures) and
+        ``num_features`` (of the extractor), as plain JSON values. Runs write them to ``environment.json`` for
+        ``difftune report``.
         """
         return {}
 
@@ -202,7 +202,7 @@ class OptimizerStepCallback(Callback, ABC):
         """Act on the weights after ``step`` optimizer steps."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step that a resumed run continues from."""
+        """Record the step that a resumed run continues from."""
         self._latest_step = trainer.global_step
 
     def on_train_batch_end(
@@ -215,7 +215,7 @@ class OptimizerStepCallback(Callback, ABC):
 
 
 def refuse_sharding(trainer: L.Trainer, needs: str) -> None:
-    """Refuse strategies that hold only a part of each parameter, for a callback that needs whole parameters."""
+    """Refuse strategies that shard parameters, for a callback that needs whole ones."""
     if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ConfigError(
             f"{needs} whole parameters, but {type(trainer.strategy).__name__} shards them. Use strategy='ddp' or a "
@@ -224,13 +224,13 @@ def refuse_sharding(trainer: L.Trainer, needs: str) -> None:
 
 
 def same_objects(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> bool:
-    """Whether the same parameters have the same names."""
+    """Whether the same names have the same parameter objects."""
     return ours.keys() == theirs.keys() and all(p is theirs[name] for name, p in ours.items())
 
 
 @contextmanager
 def on_device(metric: Metric, pl_module: L.LightningModule) -> Iterator[Any]:
-    """A metric, on the module's device inside a ``with`` block; it stays on the CPU for MPS, which has no float64."""
+    """A metric on the module's device inside a ``with`` block; on the CPU for MPS, which has no float64."""
     try:
         yield metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
     finally:
@@ -239,7 +239,7 @@ def on_device(metric: Metric, pl_module: L.LightningModule) -> Iterator[Any]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """A ``with`` block without gradients in which a module is in evaluation mode; its parts get their modes back."""
+    """A ``with`` block without gradients, with a module in eval mode; its parts get their modes back."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

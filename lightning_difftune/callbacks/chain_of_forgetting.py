@@ -1,4 +1,4 @@
-"""The chain of forgetting: what the pre-trained network still does as well as the tuned one, step by step."""
+"""The chain of forgetting: how well the pre-trained network does the last steps of the reverse process."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ class ChainOfForgetting(DistanceCallback):
     """Leave the last p % of the reverse process to the pre-trained network and measure the pictures (Fig. 1).
 
     At the end of a validation every sample is generated once for each p, from the same noise: p = 0 is the tuned model
-    alone, p = 100 the pre-trained one. All p share the trajectory of the tuned model, so the eleven of the default cost
-    6.5 times the steps of one, not eleven times. The Fréchet distances to the real pictures are logged as
+    alone, p = 100 the pre-trained one. All p share the tuned model's trajectory, so the default of eleven costs 6.5
+    times the steps of one, not eleven times. The Fréchet distances to the real pictures are logged as
     ``fid/swap_30`` (or under the name of another extractor, see :class:`FID`) and written, with a curve and a strip of
     pictures, to ``chain-of-forgetting/step-0001000.csv``, ``.svg`` and ``.png``. If the distance falls before it rises,
     the tuned model has forgotten how to denoise near the data.
 
     Args:
-        num_samples: Generated pictures for each p.
-        percents: The p, each in [0, 100].
+        num_samples: Generated pictures per p.
+        percents: The values of p, each in [0, 100].
         feature_extractor: As for :class:`FID`; ``None`` is Inception-v3.
-        every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
+        every_n_steps: Least number of optimizer steps between two evaluations in ``fit``; ``None`` is every validation.
         batch_size: Samples generated at a time.
         shown: Samples in the strip.
         reference: Real pictures, as for :class:`FID`; ``None`` asks the data module.
         generate: Maps sample indices (B,) int64 and P fractions in [0, 1] to pictures (P, B, 1 or 3, H, W) uint8;
             ``None`` asks the module's own ``generate_swapped``.
-        cache_dir: Folder where statistics of the real pictures are kept between runs.
+        cache_dir: Folder that caches statistics of the real pictures between runs.
         dirpath: Folder of the files; ``None`` is ``chain-of-forgetting`` in the logger's folder, or in the trainer's
             ``default_root_dir``.
 
     Raises:
-        ConfigError: If a number is out of range or, when the trainer starts, if there is nothing to generate swapped
-            pictures or to compare them with.
+        ConfigError: If a number is out of range or, when the trainer starts, if the module cannot generate swapped
+            pictures or there are no real pictures.
 
     Example:
         >>> from lightning_difftune.callbacks import EMA
         >>> trainer = L.Trainer(callbacks=[EMA(), ChainOfForgetting(percents=(0, 20, 100))], logger=False)
     """
 
-    trajectories = 6.5  # eleven that share their beginnings
+    trajectories = 6.5  # cost of the default's eleven, which share their beginnings
     method = "generate_swapped(indices, fractions)"
     function = "indices (B,) and P fractions that returns pictures (P, B, 1 or 3, H, W) uint8"
 
@@ -82,13 +82,13 @@ class ChainOfForgetting(DistanceCallback):
         self._folder = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder while all processes are here."""
+        """Find the folder, on all processes."""
         super().setup(trainer, pl_module, stage)
         self._folder = artifact_folder(trainer, self.dirpath, "chain-of-forgetting")
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Measure the distance for each p with all processes, log them and draw them."""
-        strip = []  # batches of the first samples on the first process, which has the first batch
+        """Measure the distance for each p on all processes, log and plot them."""
+        strip = []  # batches of the first samples, kept on the first process, which has them
         with on_device(self.distance, pl_module) as distance, self.progress(trainer) as progress:
             self.measure_reference(trainer, progress)
             distances = [FrechetDistance(distance.feature_extractor) for _ in self.percents]
@@ -126,7 +126,7 @@ class ChainOfForgetting(DistanceCallback):
 
 
 def swap_meter(callbacks: Iterable[Callback]) -> ChainOfForgetting:
-    """What measures swapped pictures: the run's own callback, or one that measures as a Fréchet distance of it does."""
+    """The run's own :class:`ChainOfForgetting`, or one with the settings of its other Fréchet distance."""
     distances = [callback for callback in callbacks if isinstance(callback, DistanceCallback)]
     if not distances:
         raise ConfigError(

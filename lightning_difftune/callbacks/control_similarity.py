@@ -1,4 +1,4 @@
-"""How well generated pictures follow their controls, during validation."""
+"""Measures during validation how well generated pictures follow their controls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SupportsControl(Protocol):
     """A module whose pictures follow control maps."""
 
     def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
-        """Generate one picture for each control map; sample i's noise depends only on the seed and i.
+        """Generate one picture per control map; the noise of sample i depends only on the seed and i.
 
         Args:
             indices: Sample indices (B,) int64.
@@ -46,34 +46,34 @@ class SupportsControl(Protocol):
 
 
 class ControlSimilarity(MeasuringCallback, GenerationCallback):
-    """Generate pictures from the controls of held-out ones, annotate them again, and log how similar the maps are.
+    """Generate pictures from held-out controls, annotate them, and log how similar the maps are.
 
-    The curve on which :class:`~lightning_difftune.callbacks.SuddenConvergence` finds its step (Appendix C of the
-    paper). The controls are annotated once. Sample i has the same noise, control and caption every time. Examples are
-    dealt out to the processes in batches of ``batch_size`` and the metric adds up over processes, so one GPU and eight
-    give the same value, which is logged as :attr:`monitor`.
+    :class:`~lightning_difftune.callbacks.SuddenConvergence` finds its step on this curve (Appendix C of the paper).
+    The controls are annotated once. Sample i has the same noise, control and caption every time. Examples are
+    distributed over the processes in batches of ``batch_size`` and the metric is summed over processes, so the value,
+    which is logged as :attr:`monitor`, does not depend on the number of GPUs.
 
-    The first examples are shown in ``control/step-0001000.png`` and in every logger that takes images, in one column
-    each, with the control above, the generated picture in the middle and its own map below.
+    The first examples are shown in ``control/step-0001000.png`` and in every logger that takes images, one per
+    column: the control at the top, the generated picture in the middle and its own map at the bottom.
 
-    Eight pictures of 50 guided steps cost about as much as 100 training steps of batch 4. ``control/seconds`` is what
-    an evaluation took, ``control/time_share`` the share of these evaluations in the time since training began. To
-    spend less, give the module's sampler fewer steps or raise ``every_n_steps``.
+    Eight pictures of 50 guided steps cost about as much as 100 training steps of batch 4. ``control/seconds`` is the
+    duration of an evaluation, ``control/time_share`` the share of all of them in the time since training began. To
+    reduce it, give the module's sampler fewer steps or raise ``every_n_steps``.
 
     Args:
         metric: Takes ``update(generated_maps, control_maps)`` with maps (B, c, H, W) uint8, such as
             :class:`~lightning_difftune.metrics.BlurredSSIM`.
-        num_samples: Examples: the first of those held out.
-        every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
+        num_samples: Number of examples, the first held-out ones.
+        every_n_steps: Least number of optimizer steps between two evaluations in ``fit``; ``None`` is every validation.
         batch_size: Pictures generated at a time.
         dirpath: Folder of the pictures; ``None`` is ``control`` in the logger's folder, or in the trainer's
             ``default_root_dir``.
-        controls: Where the held-out pictures and captions come from; ``None`` asks the data module.
+        controls: Source of the held-out pictures and captions; ``None`` is the data module.
         num_shown: Examples in the picture.
 
     Raises:
         ConfigError: If a number is not positive or, when the trainer starts, if the module cannot generate from
-            controls, or there are no held-out pictures or too few.
+            controls or there are too few held-out pictures.
 
     Example:
         >>> from lightning_difftune.metrics import BlurredSSIM
@@ -110,17 +110,17 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
 
     @property
     def state_key(self) -> str:
-        """Several of these may stand side by side, with different metrics."""
+        """Distinguishes several of these callbacks with different metrics."""
         return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """The similarity, or the error, as the metric says which it is."""
+        """The similarity or error, with the metric's direction."""
         better = bool(getattr(self.metric, "higher_is_better", True))
         name = type(self.metric).__name__
         return {self.monitor: {"higher_is_better": better, "label": f"How well controls are followed ({name})"}}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say at the start what is missing, and what an evaluation costs."""
+        """Refuse missing parts at the start, and log the cost of an evaluation."""
         super().setup(trainer, pl_module, stage)
         self.picture_log.locate(trainer)
         self._annotated.clear()
@@ -142,11 +142,11 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock that evaluations are compared with."""
+        """Start the clock of ``control/time_share``."""
         self._training_since = perf_counter()
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Generate, annotate, compare with all processes; log the value and the first process's picture."""
+        """Generate, annotate and compare on all processes; log the value and the picture."""
         started = perf_counter()
         module = _controlled(pl_module)
         self.metric.reset()
@@ -204,7 +204,7 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         )
 
     def _controls_of(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> tuple[Tensor, list[str]]:
-        """Control maps (B, c, H, W) uint8 on the CPU and captions, annotated when first asked for."""
+        """Control maps (B, c, H, W) uint8 on the CPU and captions, annotated on first use."""
         if batch.start not in self._annotated:
             source = self._examples(trainer)
             pictures, captions = source.control_examples(list(batch))

@@ -22,15 +22,15 @@ class EMA(OptimizerStepCallback):
 
     After every optimizer step, :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` in float32 for
     each parameter that requires a gradient when ``fit`` starts; frozen parameters and buffers are left alone and cost
-    nothing. The averages stand in for the weights from ``on_validation_start`` to ``on_validation_end``, and likewise
-    in test and predict; other callbacks find them in ``on_validation_epoch_end``, wherever they stand in the list.
+    nothing. The averages replace the weights from ``on_validation_start`` to ``on_validation_end``, and likewise in
+    test and predict; other callbacks see them in ``on_validation_epoch_end``, at any position in the list.
     A checkpoint always holds the raw weights in ``state_dict`` and the averages in this callback's state, so a resumed
-    run is the same to the bit. (One saved with ``save_weights_only`` has no averages.)
+    run is the same to the bit. (A checkpoint saved with ``save_weights_only`` has no averages.)
 
     Args:
-        decay: d. Diff-Tuning's official code has 0.9999 and draws its samples from the average.
-        warmup: Use min(d, (1 + n) / (10 + n)) after n steps, so that short runs forget where they started.
-        every_n_steps: k, update after every k-th optimizer step, with d^k in place of d: the averages are read and
+        decay: d. Diff-Tuning's official code uses 0.9999 and samples from the average.
+        warmup: Use min(d, (1 + n) / (10 + n)) after n steps, so that short runs forget their start.
+        every_n_steps: k: update after every k-th optimizer step, with d^k in place of d. The averages are then read and
             written k times less often, 12 bytes per parameter each time, and are up to k - 1 steps old.
 
     Raises:
@@ -49,27 +49,27 @@ class EMA(OptimizerStepCallback):
         self.every_n_steps = every_n_steps
         self.num_updates = 0
         self._averages: dict[str, Tensor] = {}
-        self._parameters: dict[str, nn.Parameter] = {}  # those the averages are of; empty until a module is seen
-        self._raw: dict[str, Tensor] = {}  # the weights, while the averages stand in for them
-        self._narrow = False  # whether there are weights of fewer bits than their averages
+        self._parameters: dict[str, nn.Parameter] = {}  # the averaged parameters; empty until a module is attached
+        self._raw: dict[str, Tensor] = {}  # the weights, while the averages replace them
+        self._narrow = False  # whether any weights have fewer bits than their averages
         self._restored = False
 
     @contextmanager
     def average_parameters(self, module: nn.Module) -> Iterator[None]:
-        """Let the averages stand in for the weights of ``module`` inside a ``with`` block.
+        """Replace the weights of ``module`` by the averages inside a ``with`` block.
 
-        Do not train inside: the parameters are the averages then.
+        Do not train inside: the parameters are the averages there.
 
         Raises:
             ConfigError: If there are no averages of this module.
-            CheckpointError: If averages that were loaded do not fit it.
+            CheckpointError: If loaded averages do not fit it.
         """
         if not self._attach(module):
             raise ConfigError(
                 f"EMA holds no averages of this {type(module).__name__}. Run trainer.fit with it first, or load the "
                 "callback's state from a checkpoint."
             )
-        if self._raw:  # they already stand in, around a validation
+        if self._raw:  # they already replace the weights, in a validation
             yield
             return
         self._swap_in()
@@ -86,7 +86,7 @@ class EMA(OptimizerStepCallback):
         self._restored = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the averages of the checkpoint or of the previous ``fit``, or start from the weights."""
+        """Continue the averages of the checkpoint or of the previous ``fit``, or start from the weights."""
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not trained:
             raise ConfigError("EMA has nothing to average: no parameter of the module requires a gradient.")
@@ -104,7 +104,7 @@ class EMA(OptimizerStepCallback):
 
     @torch.no_grad()
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Update the averages, if it is time to."""
+        """Update the averages, if due."""
         if step % self.every_n_steps:
             return
         n = self.num_updates * self.every_n_steps
@@ -117,11 +117,11 @@ class EMA(OptimizerStepCallback):
         self.num_updates += 1
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the accelerator together with the module."""
+        """Move off the accelerator together with the module."""
         for name, p in self._parameters.items():
             self._averages[name] = self._averages[name].to(p.device)
 
-    # -- standing in ----------------------------------------------------------------------------------------------
+    # -- swapping -------------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the averages in."""
@@ -139,7 +139,7 @@ class EMA(OptimizerStepCallback):
         self._swap_out()
 
     def _stand_in(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Weights that came from a file without averages must not be replaced by those of an earlier fit.
+        # Weights from a file without averages must not be replaced by averages of an earlier fit.
         of_other_weights = trainer.state.fn != TrainerFn.FITTING and bool(trainer.ckpt_path) and not self._restored
         if not of_other_weights and self._attach(pl_module):
             self._swap_in()
@@ -147,7 +147,7 @@ class EMA(OptimizerStepCallback):
             rank_zero_info("EMA holds no averages of these weights; the weights themselves are used.")
 
     def _attach(self, module: nn.Module) -> bool:
-        """Whether the averages are of this module, after tying ones that were loaded to its parameters."""
+        """Tie loaded averages to a module's parameters; whether the averages belong to this module."""
         named = dict(module.named_parameters())
         if not self._parameters and self._averages:
             averaged = {name: named[name] for name in self._averages.keys() & named.keys()}
@@ -164,7 +164,7 @@ class EMA(OptimizerStepCallback):
             )
 
     def _swap_in(self) -> None:
-        # trainer.validate runs in inference mode, whose tensors could not take part in guidance by gradients.
+        # trainer.validate runs in inference mode, whose tensors cannot take part in guidance by gradients.
         with torch.inference_mode(False):
             self._raw = {name: p.data for name, p in self._parameters.items()}
             for name, p in self._parameters.items():
@@ -178,7 +178,7 @@ class EMA(OptimizerStepCallback):
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the raw weights into a checkpoint that is saved while the averages stand in."""
+        """Put the raw weights into a checkpoint that is saved while the averages replace them."""
         if self._raw:
             self._swap_out()
             try:
@@ -191,7 +191,7 @@ class EMA(OptimizerStepCallback):
         return {"num_updates": self.num_updates, "averages": dict(self._averages)} if self._averages else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over averages; they are tied to a module's parameters when one is next seen."""
+        """Take over averages; they are tied to the parameters of the next module."""
         if not {"num_updates", "averages"} <= state_dict.keys():
             raise CheckpointError(
                 f"The state of EMA holds {sorted(state_dict)}, expected 'averages' and 'num_updates'. "

@@ -1,4 +1,4 @@
-"""How far training has moved the weights from the pre-trained ones."""
+"""Distance of the trained weights from the pre-trained ones."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from lightning_difftune.models.checkpoints import differences
 class EWC(OptimizerStepCallback):
     r"""Log the squared L2 distance of the tunable parameters from their pre-trained values (Fig. 5 of the paper).
 
-    ``ewc/total`` is :math:`\sum_i (\theta_i - \theta_i^0)^2`, ``ewc/mean`` is this divided by the number of parameters
-    that are trained, and ``ewc/<block>`` are the parts of the total, with ``ewc/rest`` for what is in no block.
+    ``ewc/total`` is :math:`\sum_i (\theta_i - \theta_i^0)^2`, ``ewc/mean`` is this divided by the number of trained
+    parameters, and ``ewc/<block>`` are the parts of the total, with ``ewc/rest`` for parameters outside all blocks.
 
-    :math:`\theta^0` are the values of the parameters that require a gradient when ``fit`` starts, so factors and
-    adapters that a tuner has inserted count from their initial values, though the pre-trained network has none. The
-    layers of ``peft`` that state their update of a weight, as LoRA's do, count by that update: merged minus original
-    weight, alpha / r included, whatever the factors are. (DoRA's magnitudes are not such an update and do not count.)
+    :math:`\theta^0` are the values of the parameters that require a gradient when ``fit`` starts, so the factors and
+    adapters of a tuner count from their initial values, though the pre-trained network has none. Layers of ``peft``
+    with a weight update, such as LoRA's, count by that update: merged minus original weight, alpha / r included,
+    instead of by their factors. (DoRA's magnitudes are not such an update and do not count.)
 
-    Nothing is synchronized: under DDP all processes hold the same weights. A second ``fit`` of the same module, and a
-    resumed one, measure from where the first began.
+    Nothing is synchronized: under DDP all processes hold the same weights. A second or resumed ``fit`` of the same
+    module measures from the start of the first.
 
     Args:
-        every_n_steps: Optimizer steps between two measurements; there is also one at the trainer's ``max_steps``. All
-            of them are logged, whatever the trainer's ``log_every_n_steps``.
-        blocks: Regular expression; parameters whose names have the same first match are one block, named after the
-            match. The default is for ``blocks.3`` of transformers and ``down_blocks.1`` or ``mid_block`` of diffusers'
+        every_n_steps: Optimizer steps between two measurements; ``max_steps`` is measured as well. All of them are
+            logged, independently of the trainer's ``log_every_n_steps``.
+        blocks: Regular expression; parameters whose names have the same first match form one block, named after the
+            match. The default matches ``blocks.3`` of transformers and ``down_blocks.1`` or ``mid_block`` of diffusers'
             UNets. ``None`` logs no blocks.
         offload: Keep the pre-trained values in the host's memory, not on the accelerator. They take as much memory as
-            the parameters that are trained, and a measurement copies them over block by block.
-        save_reference: Have checkpoints hold the pre-trained values, which makes them larger by the size of what is
-            trained. Without them a run cannot be resumed with this callback in a new process.
+            the trained parameters; a measurement copies them over block by block.
+            save_reference: Save the pre-trained values in checkpoints, which adds the size of the trained parameters.
+            Without them a run cannot be resumed with this callback in a new process.
 
     Raises:
-        ConfigError: If ``every_n_steps`` is not positive, ``blocks`` is not a regular expression.
+        ConfigError: If ``every_n_steps`` is not positive or ``blocks`` is not a regular expression.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[EWC(every_n_steps=50)], logger=False)
@@ -62,16 +62,16 @@ class EWC(OptimizerStepCallback):
         self.every_n_steps = every_n_steps
         self.offload = offload
         self.save_reference = save_reference
-        self._reference: dict[str, Tensor] | None = None  # None until a fit starts or a checkpoint brings it
-        self._trained: dict[str, nn.Parameter] = {}  # empty until a module is seen
+        self._reference: dict[str, Tensor] | None = None  # None until a fit starts or a checkpoint is loaded
+        self._trained: dict[str, nn.Parameter] = {}  # empty until a module is attached
         self._updates: dict[str, WeightUpdate] = {}  # layers whose trained parameters count by their update
 
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, Tensor]:
-        """Distances of the weights that ``module`` has now, under the names they are logged by.
+        """Distances of the current weights of ``module``, by logged name.
 
         Args:
-            module: The one that was fitted, perhaps inside :meth:`EMA.average_parameters`.
+            module: The fitted module, possibly inside :meth:`EMA.average_parameters`.
 
         Returns:
             Scalar tensors on the module's device.
@@ -90,7 +90,7 @@ class EWC(OptimizerStepCallback):
         for name in [*reference, *self._updates]:
             blocks[self._block(name)].append(name)
 
-        distances = {  # one block after the other, to need little memory
+        distances = {  # block by block, to save memory
             block: nn.utils.get_total_norm(self._moves(names, reference)).square() for block, names in blocks.items()
         }
         total = torch.stack(list(distances.values())).sum()
@@ -100,7 +100,7 @@ class EWC(OptimizerStepCallback):
         return logged
 
     def _moves(self, names: list[str], reference: dict[str, Tensor]) -> list[Tensor]:
-        """What has become of weights since the start, in float32 or better."""
+        """Differences of weights from the start, in float32 or better."""
         plain = [name for name in names if name in reference]
         weights = [full_precision(self._trained[name].detach()) for name in plain]
         starts = [reference[name].to(weight) for name, weight in zip(plain, weights, strict=True)]
@@ -114,7 +114,7 @@ class EWC(OptimizerStepCallback):
         refuse_sharding(trainer, "EWC measures")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the pre-trained values of the checkpoint or of the previous ``fit``, or those the module has."""
+        """Keep the pre-trained values of the checkpoint or of the previous ``fit``, or take the module's."""
         trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
         if not trained:
             raise ConfigError("EWC has nothing to measure: no parameter of the module requires a gradient.")
@@ -141,10 +141,10 @@ class EWC(OptimizerStepCallback):
         self._place()
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Measure, if it is time to."""
+        """Measure, if due."""
         if step % self.every_n_steps and step != trainer.max_steps:
             return
-        # Not by the module's log, which would give loggers this value again at each later step that they log.
+        # Not by the module's log, which would repeat this value at each later step that is logged.
         metrics = self.measure(pl_module)
         trainer.callback_metrics.update(metrics)
         if trainer.loggers:
@@ -153,7 +153,7 @@ class EWC(OptimizerStepCallback):
                 logger.log_metrics(values, step=step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the accelerator together with the module."""
+        """Move off the accelerator together with the module."""
         self._place()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class EWC(OptimizerStepCallback):
         return match.group() if match else "rest"
 
     def _place(self) -> None:
-        """Bring the pre-trained values to where they are kept."""
+        """Move the pre-trained values to the device where they are kept."""
         if self._reference is not None and self._trained:
             for name, tensor in self._reference.items():
                 self._reference[name] = tensor.to("cpu" if self.offload else self._trained[name].device)
@@ -214,7 +214,7 @@ def trained_updates(module: nn.Module) -> dict[str, WeightUpdate]:
 
 
 def factor_prefixes(updates: dict[str, WeightUpdate]) -> tuple[str, ...]:
-    """What the names of the updates' own factors begin with."""
+    """Prefixes of the names of the updates' factors."""
     return tuple(f"{name}.{part}." for name, layer in updates.items() for part in layer.adapter_layer_names)
 
 
@@ -226,5 +226,5 @@ def active_update(layer: WeightUpdate) -> Tensor:
 
 
 def full_precision(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is if it is more precise."""
+    """The tensor in float32, or unchanged if it is more precise."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Fréchet distance of generated to real pictures during validation."""
+"""Fréchet distance between generated and real pictures, during validation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lightning_difftune.protocols import SupportsReferenceImages
 
 
 class DistanceCallback(MeasuringCallback, SampleCallback):
-    """Base of callbacks that measure Fréchet distances of generated to real pictures.
+    """Base of callbacks that measure Fréchet distances between generated and real pictures.
 
-    The sums over the real pictures are measured once, or come from the cache. The extractor is on the accelerator
-    during an evaluation only, and never in a checkpoint. :class:`FID` says what the arguments are.
+    The sums over the real pictures are measured once or read from the cache. The extractor is on the accelerator only
+    during an evaluation, and never in a checkpoint. For the arguments see :class:`FID`.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         self.reference = reference
         self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
         self._distance = FrechetDistance(feature_extractor) if feature_extractor is not None else None
-        self._reference_key: str | None = None  # of what the real sums are to be of
-        self._ready: str | None = None  # of what they are
+        self._reference_key: str | None = None  # key of the wanted real sums
+        self._ready: str | None = None  # key of the measured ones
 
     @property
     def distance(self) -> FrechetDistance:
-        """The metric, made when first asked for if it needs the weights of Inception-v3."""
+        """The metric, made on first use if it needs the weights of Inception-v3."""
         if self._distance is None:
             self._distance = FrechetDistance(InceptionV3Features())
         return self._distance
@@ -59,11 +59,11 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
 
     @property
     def state_key(self) -> str:
-        """Several of these may stand side by side, with different extractors."""
+        """Distinguishes several of these callbacks with different extractors."""
         return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find extractor and reference, and log which extractor is used."""
+        """Find the extractor and the reference, and log the extractor's name."""
         super().setup(trainer, pl_module, stage)
         if stage not in ("fit", "validate"):
             return
@@ -100,7 +100,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         )
 
     def measure_reference(self, trainer: L.Trainer, progress: Progress) -> None:
-        """Fill the real sums if they are not yet, from the cache on the first process or together from the pictures."""
+        """Fill the real sums if needed, from the cache on the first process or from the pictures on all."""
         if self._ready == self._reference_key:
             return
         source, distance = self._source(trainer), self.distance
@@ -125,37 +125,38 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
 
     @staticmethod
     def progress(trainer: L.Trainer) -> Progress:
-        """A bar for what takes long, where the trainer shows bars."""
+        """A bar for long work, if the trainer shows bars."""
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        # A console of its own: Lightning's bar is live on the global one.
+        # Its own console: Lightning's bar is live on the global one.
         console = Console()
         return Progress(console=console, transient=True, disable=not shown or not console.is_terminal)
 
 
 class FID(DistanceCallback):
-    """Generate pictures at the end of a validation and log their Fréchet distance to real ones.
+    """Generate pictures at the end of a validation and log their Fréchet distance to real pictures.
 
-    Through Inception-v3 this is FID, logged as ``fid``. Through any other extractor it is not, and is logged under the
-    extractor's own name, such as ``fd_efficientnet_lite0``; see :attr:`monitor`. Sample indices are dealt out to the
-    processes in batches of ``batch_size``, sums are float64, and sample i depends only on i, so one GPU and eight give
-    the same number. The extractor is on the accelerator during the evaluation only, and never in a checkpoint.
+    With Inception-v3 this is FID, logged as ``fid``. With any other extractor it is not, and is logged under the
+    extractor's name, such as ``fd_efficientnet_lite0``; see :attr:`monitor`. Sample indices are distributed over the
+    processes in batches of ``batch_size``, sums are float64, and sample i depends only on i, so the result does not
+    depend on the number of GPUs. The extractor is on the accelerator only during the evaluation, and never in a
+    checkpoint.
 
     Args:
-        num_samples: Generated pictures; the paper has 10,000.
+        num_samples: Generated pictures; 10,000 in the paper.
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features`` = D and, if it
             has one, a ``name``. ``None`` is :class:`~lightning_difftune.metrics.InceptionV3Features`.
-        every_n_steps: Optimizer steps that must lie between two evaluations in ``fit``; ``None`` is every validation.
+        every_n_steps: Least number of optimizer steps between two evaluations in ``fit``; ``None`` is every validation.
         batch_size: Pictures generated at a time.
-        reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` asks
-            the data module for its ``reference_images()``.
-        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` asks the module's own
+        reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` uses
+            the data module's ``reference_images()``.
+            generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` uses the module's own
             ``generate``.
-        cache_dir: Folder where statistics of the real pictures are kept between runs. It takes a reference that
-            tells its identity, as data modules do (``reference_identity()``).
+            cache_dir: Folder that caches statistics of the real pictures between runs. The reference needs a
+            ``reference_identity()``, which data modules have.
 
     Raises:
-        ConfigError: If a number is not positive or, when the trainer starts, if there is nothing to generate pictures
-            or to compare them with.
+        ConfigError: If a number is not positive or, when the trainer starts, if the module cannot generate pictures or
+            there are no real ones.
 
     Example:
         >>> from lightning_difftune.metrics import EfficientNetLite0Features
@@ -183,7 +184,7 @@ class FID(DistanceCallback):
         return {self.monitor: {"higher_is_better": False, "label": label, **facts}}
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Measure the distance with all processes and log it."""
+        """Measure the distance on all processes and log it."""
         with on_device(self.distance, pl_module) as distance:
             with self.progress(trainer) as progress:
                 self.measure_reference(trainer, progress)

@@ -1,4 +1,4 @@
-"""The forgetting meter: at which noise levels a model learns the target, and at which it forgets the source."""
+"""The forgetting meter: at which noise levels a model learns the target, and where it forgets the source."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from lightning_difftune.plots import forgetting_figure
 from lightning_difftune.protocols import Denoiser, SupportsDenoisingLosses
 from lightning_difftune.schedules import fit_schedule
 
-COST = 0.02  # of the training, at the default interval
-PASSES = 3  # forward passes that a training step of the same batch costs about as much as
+COST = 0.02  # share of the training time, at the default interval
+PASSES = 3  # forward passes that cost about as much as a training step of the same batch
 
 
 class ForgettingMeter(OptimizerStepCallback):
     """Measure the loss by noise level during training, and its gap to the frozen pre-trained model.
 
-    The same few samples, with the same noise and timesteps, are denoised every time: of held-out target data (evenly
-    spaced, since these are often sorted by class) and of the memory bank (from the first training batches). The
-    timesteps of a bin are spread evenly over it. What the loggers get is ``forgetting/target/t000-099``, the loss by
-    the weights of that step, and ``forgetting_gap/target/t000-099``, the loss minus the pre-trained model's; likewise
-    for ``bank``. A negative gap on the target is learning, a positive one on the bank is forgetting. The pre-trained
-    model is loaded for one measurement at the start and dropped.
+    The same few samples, with the same noise and timesteps, are denoised every time: held-out target data (evenly
+    spaced, since these are often sorted by class) and samples of the memory bank (from the first training batches).
+    The timesteps of a bin are spread evenly over it. It logs ``forgetting/target/t000-099``, the current loss, and
+    ``forgetting_gap/target/t000-099``, the loss minus the pre-trained model's; likewise for ``bank``. A negative gap
+    on the target is learning, a positive one on the bank is forgetting. The pre-trained model is loaded for one
+    measurement at the start and dropped.
 
     At the end of training, ``forgetting/losses.csv``, a heat map of the relative loss over steps and timesteps
     (``forgetting.svg`` and ``.png``), and ``schedule.json``, a proposal for
     :class:`~lightning_difftune.schedules.MeasuredSchedule`, are written. Only the first process measures.
 
     Args:
-        every_n_steps: Optimizer steps between two measurements; there is also one at the start, once enough samples of
-            the bank were seen, and one at the trainer's ``max_steps``. ``None`` measures as often as is estimated to
-            cost 2 % of the training, counting a training step as three forward passes of its batch.
-        num_bins: Bins of equal width over the T timesteps.
-        num_samples: Samples of each of the two kinds in every bin.
-        seed: Of their noise.
+        every_n_steps: Optimizer steps between two measurements; it also measures at the start, once there are enough
+            samples of the bank, and at the trainer's ``max_steps``. ``None`` chooses an interval that costs about 2 %
+            of the training, counting a training step as three forward passes of its batch.
+            num_bins: Bins of equal width over the T timesteps.
+            num_samples: Samples per bin of each of the two kinds.
+            seed: Seed of their noise.
         dirpath: Folder of the files; ``None`` is ``forgetting`` in the logger's folder, or in the trainer's
             ``default_root_dir``.
 
     Raises:
-        ConfigError: If a number is not positive or, when training starts, if the module cannot compare itself with a
-            pre-trained network or there are no held-out data.
+        ConfigError: If a number is not positive or, when training starts, if the module has no pre-trained network to
+            compare with or there are no held-out data.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[ForgettingMeter(num_bins=20)], logger=False)
@@ -80,7 +80,7 @@ class ForgettingMeter(OptimizerStepCallback):
         self._probe: tuple[Tensor, Any, Tensor] | None = None  # x0, condition, is_retention; None until complete
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the module and find the folder while all processes are here."""
+        """Check the module and find the folder, on all processes."""
         self._folder = artifact_folder(trainer, self.dirpath, "forgetting")
         if stage == "fit" and not isinstance(pl_module, SupportsDenoisingLosses):
             raise ConfigError(
@@ -111,7 +111,7 @@ class ForgettingMeter(OptimizerStepCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Gather samples of the bank from the first batches, then measure where training starts."""
+        """Collect samples of the bank from the first batches, then measure the start of training."""
         if not trainer.is_global_zero or self._probe is not None:
             return
         retention = batch.get("retention")
@@ -123,14 +123,14 @@ class ForgettingMeter(OptimizerStepCallback):
         self._start(trainer, pl_module, count_of(batch["target"]) + (0 if retention is None else count_of(retention)))
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Measure, if it is time to."""
+        """Measure, if due."""
         if self._probe is None or self.interval is None:
             return
         if step % self.interval == 0 or step == trainer.max_steps:
             self._record(trainer, pl_module, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write table, heat map and proposed schedule, and free the samples."""
+        """Write the table, heat map and proposed schedule, and free the samples."""
         self._target = self._probe = None
         if not trainer.is_global_zero or not self.history:
             return
@@ -177,7 +177,7 @@ class ForgettingMeter(OptimizerStepCallback):
         x0, _, is_retention = self._probe
         kinds = {"target": ~is_retention, "bank": is_retention}
         kinds = {kind: mask for kind, mask in kinds.items() if bool(mask.any())}
-        places = torch.zeros(len(x0), device=x0.device)  # in the bin, from 0 to 1, evenly for each kind
+        places = torch.zeros(len(x0), device=x0.device)  # positions in the bin, from 0 to 1, evenly for each kind
         for mask in kinds.values():
             count = int(mask.sum())
             places[mask] = (torch.arange(count, device=x0.device) + 0.5) / count
@@ -190,7 +190,7 @@ class ForgettingMeter(OptimizerStepCallback):
         return dict(zip(kinds, torch.stack(means, dim=1).tolist(), strict=True))
 
     def _record(self, trainer: L.Trainer, pl_module: Any, step: int) -> None:
-        """Measure the weights of this step, and log."""
+        """Measure the weights of this step and log the losses."""
         assert self._probe is not None
         with evaluating(pl_module), trainer.precision_plugin.forward_context():
             losses = self._losses(pl_module, pl_module.denoise, self._probe[1])
@@ -206,11 +206,11 @@ class ForgettingMeter(OptimizerStepCallback):
             logger.log_metrics(scalars, step=step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was measured so far, and the bank's samples, so that a resumed run measures the same."""
+        """The measurements and the bank's samples, so that a resumed run measures the same samples."""
         return {"history": list(self.history), "pretrained": dict(self.pretrained), "bank": self._bank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was measured before a run was resumed."""
+        """Take over the measurements from before a run was resumed."""
         widths = {len(by_bin) for by_bin in state_dict["pretrained"].values()}
         if widths - {self.num_bins}:
             raise CheckpointError(
@@ -222,7 +222,7 @@ class ForgettingMeter(OptimizerStepCallback):
 
 
 def spread_over(loader: Any, count: int) -> dict[str, Any] | None:
-    """At most ``count`` target samples, evenly spaced over all batches of a loader; ``None`` of an empty loader."""
+    """At most ``count`` target samples, evenly spaced over all batches of a loader; ``None`` if it is empty."""
     found: dict[str, Any] | None = None
     for batch in loader:
         chosen = evenly(batch["target"], -(-count // len(loader)))
@@ -241,7 +241,7 @@ def evenly(samples: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def count_of(samples: dict[str, Any]) -> int:
-    """How many samples a dict of columns has."""
+    """Number of samples in a dict of columns."""
     return len(next(iter(samples.values())))
 
 

@@ -1,4 +1,4 @@
-"""Leaving in good order when a scheduler takes the machine away."""
+"""Saves and stops a run when a scheduler takes the machine away."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
 class Preemption(OptimizerStepCallback):
     """Save ``last.ckpt`` and stop when SIGTERM, or SLURM's warning of the time limit, arrives.
 
-    A run stops where the optimizer has just stepped, all processes after the same step even if only one of them got the
-    signal, so the checkpoint resumes to the bit; a validation that is running or due is finished first. Ask the
-    scheduler for enough notice: ``#SBATCH --signal=SIGUSR1@120``. Fit then ends with ``SIGTERMException``, for which
-    the command line has exit status 143.
+    A run stops right after an optimizer step, the same one on all processes even if only one of them got the signal, so
+    the checkpoint resumes to the bit; a validation that is running or due is finished first. Ask the scheduler for
+    enough notice: ``#SBATCH --signal=SIGUSR1@120``. ``fit`` then ends with ``SIGTERMException``, for which the command
+    line has exit status 143.
 
     In a SLURM job the signal of a ``SLURMEnvironment`` with ``auto_requeue`` (Lightning's default, SIGUSR1) also
     requeues the job. Lightning's own handlers save inside the signal handler, in the middle of a step.
@@ -48,7 +48,7 @@ class Preemption(OptimizerStepCallback):
         self._saved_step = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals from Lightning, which puts the earlier ones back at the end."""
+        """Replace Lightning's signal handlers; Lightning restores the original ones at the end."""
         super().on_train_start(trainer, pl_module)
         self._training, self._asked, self._requeue = True, False, False
         if threading.current_thread() is not threading.main_thread():
@@ -59,18 +59,18 @@ class Preemption(OptimizerStepCallback):
             signal.signal(environment.requeue_signal, self._notice_requeue)
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Stop after this step if any process got a signal; inside a window of accumulated batches, at its end."""
+        """Stop after this step if any process got a signal; within an accumulation window, at its end."""
         self._stop_if_asked(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let a validation that is due after the step run to its end; the loop would stop it at its first batch."""
+        """Let a validation after the step finish; the loop would stop it at its first batch."""
         if self._training:
             trainer._signal_connector.received_sigterm = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop after this validation if any process got a signal.
 
-        Lightning resumes what is saved now without a second validation, unlike what is saved when the loop is left.
+        Lightning resumes a checkpoint of this moment without a second validation, unlike one saved after the loop.
         """
         if self._training and not trainer.fit_loop.epoch_loop._should_accumulate():
             self._stop_if_asked(trainer)
@@ -78,7 +78,7 @@ class Preemption(OptimizerStepCallback):
                 self._save(trainer)
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
-        if trainer.world_size > 1:  # Lightning asks only the first process, and each process raises on its own
+        if trainer.world_size > 1:  # Lightning checks only the first process, and each process raises on its own
             votes = torch.tensor([self._asked, self._requeue], dtype=torch.int32, device=trainer.strategy.root_device)
             distributed.all_reduce(votes, distributed.ReduceOp.MAX)
             self._asked, self._requeue = (bool(vote) for vote in votes.tolist())
@@ -87,14 +87,14 @@ class Preemption(OptimizerStepCallback):
         if trainer.is_last_batch and trainer.num_training_batches > trainer.accumulate_grad_batches:
             return  # the epoch would be counted twice; the next step is soon enough
         if self._asked:
-            trainer._signal_connector.received_sigterm = True  # what the loop looks at when the step is over
+            trainer._signal_connector.received_sigterm = True  # the loop checks it after the step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing more is to be saved."""
+        """Nothing is left to save."""
         self._training = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Save, and requeue the job if that was the signal."""
+        """Save, and requeue the job if the signal asks for it."""
         if not self._training or not isinstance(exception, SIGTERMException):
             return
         if self._saved_step != trainer.global_step:
@@ -116,7 +116,7 @@ class Preemption(OptimizerStepCallback):
 
 
 def checkpoint_folder(trainer: L.Trainer) -> Path:
-    """Where a run's checkpoints go."""
+    """The folder of a run's checkpoints."""
     folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
     return Path(folders[0]) if folders else Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
 
@@ -136,9 +136,9 @@ def requeue() -> None:
 
 
 def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:
-    """The callbacks of a run with what each run has: progress that counts its steps, and leaving in good order."""
+    """The callbacks of a run with the defaults: progress in steps, and :class:`Preemption`."""
     progress = StepProgressBar if Console().is_terminal or Console().is_jupyter else StepLines
     callbacks = [progress() if type(callback) is RichProgressBar else callback for callback in callbacks]
     if any(isinstance(callback, Preemption) for callback in callbacks):
         return callbacks
-    return [*callbacks, Preemption()]  # the last one: it saves what the others have made of a step
+    return [*callbacks, Preemption()]  # last, so that it saves the state after the other callbacks

@@ -1,4 +1,4 @@
-"""The progress of runs that are measured in steps: as a bar, or as lines where nobody watches."""
+"""The progress of runs that are measured in steps: as a bar, or as lines for logs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import Tensor
 
 LOSSES_EVERY = 0.5  # seconds
 NARROW = 110  # characters, below which a bar and its numbers do not fit
-BAR, OTHERS = 41, 10 + 18 + 14 + 5  # characters of the bar; of description, times, rate and what is between them
+BAR, OTHERS = 41, 10 + 18 + 14 + 5  # characters of the bar; of description, times, rate and the gaps
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, counting the steps of the whole run where the trainer has ``max_steps``.
+    """Lightning's rich progress bar, which counts the steps of the whole run if the trainer has ``max_steps``.
 
-    A target of a thousand pictures has epochs of a few seconds, and Lightning's bar starts over at each. This one
-    shows how far the run is and how long it will still take, counted from the step where it was resumed; pictures per
-    second over all processes; the losses of training, ``train/...``, read twice a second so that no step waits for the
-    device; and what was logged for the bar, such as the latest FID.
+    A target of a thousand pictures has epochs of a few seconds, and Lightning's bar restarts at each. This one shows
+    the progress and the remaining time, counted from the step where the run was resumed; pictures per second over all
+    processes; the training losses, ``train/...``, read twice a second so that no step waits for the device; and
+    metrics logged for the bar, such as the latest FID.
 
     Example:
         >>> trainer = L.Trainer(max_steps=24_000, callbacks=[StepProgressBar()], logger=False)
@@ -39,7 +39,7 @@ class StepProgressBar(RichProgressBar):
         self._losses_read = 0.0
 
     def configure_columns(self, trainer: L.Trainer) -> list[Any]:
-        """Lightning's columns with pictures per second; on a narrow terminal the numbers alone, without the bar."""
+        """Lightning's columns with pictures per second; on a narrow terminal only the numbers, without the bar."""
         columns = [*super().configure_columns(trainer)[:-1], PicturesColumn(self)]
         if self._width() < NARROW:
             columns = [column for column in columns if not isinstance(column, BarColumn)]
@@ -48,7 +48,7 @@ class StepProgressBar(RichProgressBar):
         return columns
 
     def _init_progress(self, trainer: L.Trainer) -> None:
-        """Keep everything on one line: metrics that do not fit are left out."""
+        """Keep everything on one line; metrics that do not fit are left out."""
         super()._init_progress(trainer)
         if self._metric_component is not None:
             counts = 2 * len(f"{self.total_train_batches}") + 1
@@ -69,13 +69,13 @@ class StepProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Batches of the run, or of an epoch where ``max_steps`` is not set."""
+        """Batches of the run, or of an epoch if ``max_steps`` is not set."""
         if self.trainer.max_steps < 0:
             return super().total_train_batches
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start a bar; for a run of ``max_steps`` with its first epoch only."""
+        """Start a bar; in a run of ``max_steps`` only in the first epoch."""
         if trainer.max_steps < 0:
             super().on_train_epoch_start(trainer, pl_module)
         else:
@@ -84,12 +84,12 @@ class StepProgressBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count on over the epochs of a run of ``max_steps``."""
+        """Continue counting across the epochs of a run of ``max_steps``."""
         self.throughput.stop(pictures_in(batch) * trainer.world_size)
         if trainer.max_steps < 0:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         else:
-            self._start()  # a run that is resumed in the middle of an epoch does not start that epoch
+            self._start()  # a run that is resumed within an epoch does not start that epoch
             super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.fit_loop.total_batch_idx)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a memory bank is made of: samples of a module's pre-trained network, or pictures."""
+"""Sources of a memory bank: samples of a module's pre-trained network, or pictures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch
 
 
 class PretrainedSamples:
-    """Samples of a module's pre-trained network, in the space it denoises: the source of a memory bank.
+    """Samples of a module's pre-trained network, in the space that it denoises.
 
-    The network is loaded for the first sample, and lives as long as this object.
+    The network is loaded at the first sample and is kept as long as this object.
     """
 
     def __init__(self, module: DiffusionModel, objective: DiffTuningObjective) -> None:
@@ -30,7 +30,7 @@ class PretrainedSamples:
             return self.module.pretrained()
 
     def bank_spec(self) -> dict[str, Any]:
-        """Everything that decides the samples."""
+        """Everything that determines the samples."""
         module, target = self.module, self.objective.retention_target
         return {
             "model": module.base_identity["fingerprint"],
@@ -43,7 +43,7 @@ class PretrainedSamples:
         }
 
     def latents_spec(self) -> dict[str, Any]:
-        """What decides the latents in addition to the weights and the seed."""
+        """What determines the latents in addition to the weights and the seed."""
         return {"sampler": self.module.bank_sampler.spec()}
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
@@ -57,19 +57,19 @@ class PretrainedSamples:
         return {name: column.cpu() for name, column in columns.items()}
 
     def latents(self, indices: Tensor) -> Tensor:
-        """Indices (B,) => what is replayed, (B, c, h, w)."""
+        """Indices (B,) => the replayed samples (B, c, h, w)."""
         module = self.module
         return module.draw_latents(self.denoise, module.bank_sampler, indices, module.source_conditions(indices))
 
     def teacher(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """Like :meth:`DiffTuningModule.teacher`, of this copy."""
+        """Like :meth:`DiffTuningModule.teacher`, with this copy."""
         return self.denoise(x_t, t, self.module.source_condition(condition))
 
 
 class EncodedPictures(PretrainedSamples):
     """Pictures in the space that a module's network denoises, such as photos that it was pre-trained on.
 
-    Sample i is the mean of the latents of the i-th picture in a random order, which depends only on the module's seed.
+    Sample i is the latents' mean of the i-th picture in a random order that depends only on the module's seed.
     """
 
     def __init__(self, module: DiffusionModel, objective: DiffTuningObjective, pictures: BankPictures) -> None:

@@ -42,19 +42,19 @@ class DiffTuningModule(DiffusionModel):
     processes sees the same numbers.
 
     Args:
-        objective: The loss of Eq. 5; the authors' preset by default. Without a loss and a forward process of its own it
-            has those of the model.
-        optimizer: Given the trainable parameters, returns an optimizer; AdamW, lr 1e-4, no weight decay by default.
-        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default. A
-            length that is left out, or is -1, is the run's; ``ReduceLROnPlateau`` steps after each validation, by
+        objective: The loss of Eq. 5; the authors' preset by default. Its loss and forward process default to those of
+            the model.
+        optimizer: Callable that takes the trainable parameters; by default AdamW, lr 1e-4, no weight decay.
+        lr_scheduler: Callable that takes the optimizer; the scheduler steps every training step. Constant by default. A
+            length that is omitted or -1 is set to the run's; ``ReduceLROnPlateau`` steps after each validation, on
             ``val/loss`` or its ``monitor``.
         tuner: A parameter-efficient method; ``None`` trains all of :meth:`trainable_modules`.
-        sampler: How pictures are generated; what it leaves out is as :meth:`default_sampler` has it.
-        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it.
-        seed: Seed of training draws, of generated pictures and of the bank.
+        sampler: How pictures are generated; unset fields are those of :meth:`default_sampler`.
+        bank_sampler: How the memory bank is generated; unset fields are those of ``sampler``.
+        seed: Seed of the training draws, the generated pictures and the bank.
 
     Raises:
-        ConfigError: When the networks are built, if objective or samplers contradict the model.
+        ConfigError: When the networks are built, if the objective or a sampler contradicts the model.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class DiffTuningModule(DiffusionModel):
         self._finite = FiniteLoss()
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Note what the module is made with, for :meth:`load_from_checkpoint`."""
+        """Record the constructor's arguments for :meth:`load_from_checkpoint`."""
         module = super().__new__(cls)
         object.__setattr__(module, "_arguments", arguments_of(cls, args, options))
         return module
@@ -96,21 +96,21 @@ class DiffTuningModule(DiffusionModel):
         trust: Sequence[str] = (),
         **options: Any,
     ) -> Self:
-        """Make the module of a checkpoint again, with its weights.
+        """Rebuild the module of a checkpoint, with its weights.
 
         Args:
             checkpoint_path: The file.
             map_location: Device of the module; the CPU by default.
-            hparams_file: Not used: a checkpoint holds what its module was made with.
-            strict: Whether the weights must be those of the module; its ``strict_loading`` by default.
+            hparams_file: Not used: a checkpoint holds its module's arguments.
+            strict: Whether the keys must match the module's exactly; its ``strict_loading`` by default.
             weights_only: ``False`` also opens objects other than tensors and plain values, which may run code.
-            trust: Packages that the config in the checkpoint may name, as ``difftune --trust``.
-            options: Arguments that replace those of the checkpoint. A run of the command line has all of them in it,
-                one from Python the plain values: pass the objects.
+            trust: Packages that the config in the checkpoint may name, as with ``difftune --trust``.
+            options: Arguments that replace those of the checkpoint. A run from the command line saves all of them, one
+                from Python only the plain values: pass the objects.
 
         Raises:
             CheckpointError: If the file is missing, damaged, or of another model.
-            ConfigError: If an argument is missing, which is named.
+            ConfigError: If an argument is missing; the message names it.
         """
         content = read_run(Path(checkpoint_path), weights_only=weights_only is not False)
         module = rebuild(cls, content, str(checkpoint_path), trust, options)
@@ -135,7 +135,7 @@ class DiffTuningModule(DiffusionModel):
         if isinstance(facts, dict):
             facts = SourceFacts.of_identity(facts)
         if facts.latents is None and self.encoder_identity() is not None:
-            facts = replace(facts, latents=LatentScale())  # they are latents, whatever their scale
+            facts = replace(facts, latents=LatentScale())  # an encoder means latents, of whatever scale
         self.source_facts = self.objective.bind(facts)
         self.sampler = self.sampler  # completed and compared with the facts from here on
         self.bank_sampler = self.bank_sampler
@@ -148,13 +148,13 @@ class DiffTuningModule(DiffusionModel):
         self._is_built = True
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Bind an objective that comes after the model to it."""
+        """Bind an objective that is assigned after the model was built."""
         if name == "objective" and hasattr(self, "source_facts"):
             self.source_facts = value.bind(self.source_facts)
         super().__setattr__(name, value)
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """All parameters; the module is built if it is not yet, since an optimizer may be made before a fit."""
+        """All parameters; builds the module first if needed, since an optimizer may be created before a fit."""
         self.configure_model()
         return super().parameters(recurse)
 
@@ -166,7 +166,7 @@ class DiffTuningModule(DiffusionModel):
         return parameters
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the trainable parameters and, if asked for, a scheduler stepped every training step."""
+        """The optimizer over the trainable parameters and, if set, a scheduler stepped every training step."""
         optimizer = self.optimizer(self.trainable_parameters())
         if self.learning_rate is not None:
             for group in optimizer.param_groups:
@@ -178,22 +178,22 @@ class DiffTuningModule(DiffusionModel):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step a scheduler after an optimizer step; one that goes by a metric is stepped after a validation."""
+        """Step a scheduler after an optimizer step; ``ReduceLROnPlateau`` steps after a validation instead."""
         if not isinstance(scheduler, ReduceLROnPlateau):
             super().lr_scheduler_step(scheduler, metric)
 
     def on_validation_epoch_end(self) -> None:
-        """Step a scheduler that goes by a metric."""
+        """Step the schedulers that follow a metric."""
         step_plateaus(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """What keeps a run what its settings say; extend the list, do not replace it."""
+        """The :class:`RunKeeper` that every run needs; extend the list, do not replace it."""
         return [RunKeeper()]
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        """Clip gradients, also with fused optimizers under bf16-mixed, which Lightning refuses for the sake of fp16."""
+        """Clip gradients, also for fused optimizers under bf16-mixed, which Lightning refuses because of fp16."""
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_val:
             algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
@@ -202,13 +202,13 @@ class DiffTuningModule(DiffusionModel):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
-        """Say what is about to be trained."""
+        """Announce what is about to be trained."""
         self._finite = FiniteLoss()
         self.source_facts = self.objective.bind(self.source_facts)  # its loss or schedule may have been assigned since
         announce(self)
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
-        """What fills a memory bank: the pre-trained model, untouched by training, or pictures if there are any."""
+        """What fills a memory bank: the pre-trained model, untouched by training, or the given pictures."""
         if pictures is None:
             return PretrainedSamples(self, self.objective)
         return EncodedPictures(self, self.objective, pictures)
@@ -242,7 +242,7 @@ class DiffTuningModule(DiffusionModel):
         return output.loss
 
     def on_train_end(self) -> None:
-        """Look at the losses since the last look."""
+        """Check the losses since the last check."""
         self._finite.check(self)
 
     def validation_step(self, batch: DiffTuningBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -282,16 +282,16 @@ class DiffTuningModule(DiffusionModel):
         loss = eps_mse_loss if self.objective.loss is hybrid_loss else self.objective.loss
         return loss(denoise(x_t, t, condition), x0, x_t, noise, t, process)
 
-    # -- checkpoints: what is trained, and the identity of the rest -----------------------------------------------
+    # -- checkpoints: the trained weights, and the identity of the rest -----------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights out and put the identity of the base in; refuse what is not finite."""
+        """Leave out the frozen weights, add the identity of the base, and refuse weights that are not finite."""
         self._finite.check(self)
         make_lean(self, checkpoint)
         checkpoint[ARGUMENTS] = self._arguments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base, and add the frozen weights of this one."""
+        """Refuse a checkpoint of another base, and fill in the frozen weights of this one."""
         refuse_weights_alone(self._trainer, checkpoint)
         path = self._trainer.ckpt_path if self._trainer is not None else None
         complete(self, checkpoint, self.strict_loading, "The checkpoint" if path is None else str(path))

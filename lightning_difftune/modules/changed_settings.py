@@ -1,4 +1,4 @@
-"""Settings of optimizers and schedulers that were changed since the checkpoint that a run is resumed from."""
+"""Settings of optimizers and schedulers that changed since the checkpoint that a run is resumed from."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 
-RECORD = "optimization"  # the key of a checkpoint under which the configured optimizers and schedulers are
+RECORD = "optimization"  # the checkpoint's key for the settings of optimizers and schedulers
 
 
 def describe(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> dict[str, Any]:
-    """How optimizers and schedulers that have not stepped are configured, in plain values."""
+    """The settings of optimizers and schedulers that have not stepped, in plain values."""
     return {
         "optimizers": [
             {"class": _name(optimizer), "groups": _groups(optimizer), "defaults": _plain(optimizer.defaults)}
@@ -28,22 +28,22 @@ def describe(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> dict[str, 
 
 
 def carry_settings(checkpoint: dict[str, Any], optimizers: Sequence[Any], schedulers: Sequence[Any]) -> list[str]:
-    """Let settings that were changed since a checkpoint take effect where its state is about to be restored.
+    """Apply settings that changed since a checkpoint to the state that is about to be restored.
 
-    What was not changed is restored as it was saved, to the bit. A changed scheduler, or changed rates under one, start
-    where the run stands: the rate at step n is what the new settings give at step n.
+    Everything else is restored as it was saved, to the bit. A changed scheduler, or changed rates under one, start at
+    the current step: the rate at step n is what the new settings give at step n.
 
     Args:
-        checkpoint: What is about to be restored; its optimizers' and schedulers' states are changed in place.
+        checkpoint: The checkpoint; its optimizers' and schedulers' states are changed in place.
         optimizers: The new ones, which have not stepped.
-        schedulers: The new ones, which have not stepped; those that changed are stepped to where the run stands.
+        schedulers: The new ones, which have not stepped; those that changed are stepped to the current step.
 
     Returns:
-        What was changed, in words.
+        The changes, in words.
 
     Raises:
         CheckpointError: If the checkpoint is of another kind of optimizer, or of other parameters.
-        ConfigError: If a new scheduler ends before the step where the run stands.
+        ConfigError: If a new scheduler ends before the current step.
     """
     states, record = checkpoint.get("optimizer_states", []), checkpoint.get(RECORD)
     if len(states) != len(optimizers):
@@ -90,7 +90,7 @@ def carry_settings(checkpoint: dict[str, Any], optimizers: Sequence[Any], schedu
                     target[key] = current[key]
             if new_schedule:
                 for key in [key for key in target if key not in current and key != "params"]:
-                    del target[key]  # of a scheduler that was removed
+                    del target[key]  # left over from a scheduler that was removed
     if schedulers and all(isinstance(scheduler, ReduceLROnPlateau) for scheduler in schedulers):
         _carry_plateau(record, now, checkpoint, schedulers, changes)
     return list(dict.fromkeys(changes))
@@ -115,7 +115,7 @@ def _check_kind(saved: str | None, optimizer: Any, state: dict[str, Any]) -> Non
 
 
 def _schedule_changes(record: dict[str, Any], now: dict[str, Any], changes: list[str]) -> bool:
-    """Whether the rates of the steps to come are no longer those that the run was started with."""
+    """Whether the rates of the remaining steps differ from those that the run was started with."""
     old, new = record["schedulers"], now["schedulers"]
     if [scheduler["class"] for scheduler in old] != [scheduler["class"] for scheduler in new]:
         names = [
@@ -124,7 +124,7 @@ def _schedule_changes(record: dict[str, Any], now: dict[str, Any], changes: list
         changes.append(f"scheduler {names[0]} -> {names[1]}")
         return True
     if not new or all(scheduler["class"].endswith("ReduceLROnPlateau") for scheduler in new):
-        return False  # which has no schedule
+        return False  # there is no schedule
     for before, after in zip(old, new, strict=True):
         if before["state"] != after["state"]:
             keys = [key for key in after["state"] if before["state"].get(key) != after["state"][key]]
@@ -139,7 +139,7 @@ def _schedule_changes(record: dict[str, Any], now: dict[str, Any], changes: list
 
 
 def _refuse_unused_rate(record: dict[str, Any], now: dict[str, Any], schedulers: Sequence[Any]) -> None:
-    """Refuse a new rate that has no effect, since the scheduler has one of its own."""
+    """Refuse a new rate that has no effect because the scheduler sets its own."""
     for old, new, scheduler in zip(record["optimizers"], now["optimizers"], schedulers, strict=False):
         rates = [side.get("defaults", {}).get("lr") for side in (old, new)]
         if rates[0] != rates[1] and old["groups"][0].get("lr") == new["groups"][0].get("lr"):
@@ -151,7 +151,7 @@ def _refuse_unused_rate(record: dict[str, Any], now: dict[str, Any], schedulers:
 
 
 def _advance(schedulers: Sequence[Any], checkpoint: dict[str, Any]) -> None:
-    """Step schedulers to where the run stands."""
+    """Step schedulers to the current step of the run."""
     old: list[dict[str, Any]] = checkpoint.get("lr_schedulers", [])
     position = int(old[0]["last_epoch"]) if old and "factor" not in old[0] else int(checkpoint.get("global_step", 0))
     for scheduler in schedulers:
@@ -159,7 +159,7 @@ def _advance(schedulers: Sequence[Any], checkpoint: dict[str, Any]) -> None:
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a scheduler that steps before its optimizer
+                warnings.simplefilter("ignore")  # about a scheduler that steps before its optimizer
                 for _ in range(position):
                     scheduler.step()
         except ValueError as error:
@@ -176,7 +176,7 @@ def _carry_plateau(
     schedulers: Sequence[Any],
     changes: list[str],
 ) -> None:
-    """Set what was changed of schedulers that go by a metric; what they have seen of it stays."""
+    """Apply changed settings of schedulers that follow a metric; their history of it stays."""
     for old, new, state, scheduler in zip(
         record["schedulers"], now["schedulers"], checkpoint["lr_schedulers"], schedulers, strict=True
     ):
@@ -201,7 +201,7 @@ _SKIPPED = object()
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, words and what is made of them; functions and objects, which cannot be compared, are left out."""
+    """Plain values and containers of them; functions and objects, which cannot be compared, are left out."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, dict):

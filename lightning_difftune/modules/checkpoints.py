@@ -1,4 +1,4 @@
-"""What a module's checkpoint holds, and how it is written and read: whole or not at all, without running code in it."""
+"""What a module's checkpoint holds; it is written atomically and read without running code from it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lightning_difftune.models.checkpoint_files import check_records
 from lightning_difftune.models.checkpoints import check_state
 from lightning_difftune.trust import check_trust
 
-CONFIG = "config"  # the key of a checkpoint under which the command line puts its run's settings
-ARGUMENTS = "arguments"  # the key under which a module puts what it was made with
+CONFIG = "config"  # the checkpoint's key for the settings of a run of the command line
+ARGUMENTS = "arguments"  # the checkpoint's key for the module's arguments
 LINKED = {"num_classes": "data", "image_size": "data"}  # the command line sets these once, for the data
 
 
 def arguments_of(kind: type, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a module is made with, by name: its plain values, and of the others that they were given."""
+    """A module's arguments by name: the plain values, and for the others only that they were given."""
     try:
         given = dict(inspect.signature(kind).bind_partial(*args, **options).arguments)
-    except TypeError:  # which the constructor says
+    except TypeError:  # the constructor raises it again
         return {"values": {}, "objects": []}
     given |= given.pop("kwargs", {})
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
@@ -43,17 +43,17 @@ def arguments_of(kind: type, args: Sequence[Any], options: Mapping[str, Any]) ->
 
 
 def rebuild(kind: type, content: Mapping[str, Any], path: str, trusted: Sequence[str], options: dict[str, Any]) -> Any:
-    """Make the module of a checkpoint, without its weights.
+    """Rebuild the module of a checkpoint, without its weights.
 
     Args:
         kind: The module's class, or a base of it.
         content: What the checkpoint holds.
-        path: Names it in errors.
-        trusted: Packages and names that its config may name in addition.
-        options: Arguments that count more than what the checkpoint knows.
+        path: Its name in error messages.
+        trusted: Further packages and names that its config may name.
+        options: Arguments that override the checkpoint's.
 
     Raises:
-        ConfigError: If the checkpoint does not know enough, is of another class, or names what could run other code.
+        ConfigError: If the checkpoint lacks an argument, is of another class, or names code that is not trusted.
     """
     if isinstance(content.get(CONFIG), str):
         return _from_config(kind, content[CONFIG], path, trusted, options)
@@ -102,13 +102,13 @@ def _from_config(kind: type, text: str, path: str, trusted: Sequence[str], optio
     parser.add_class_arguments(found, "model", instantiate=False, skip=set(options))
     try:
         arguments = parser.instantiate_classes(parser.parse_object({"model": given})).model
-    except Exception as error:  # jsonargparse's, about each type that an argument could have had
+    except Exception as error:  # jsonargparse's, which lists each type that an argument could have
         raise ConfigError(f"The config in {path} cannot be used: {error}") from error
     return found(**vars(arguments), **options)
 
 
 def parameter_names(kind: type) -> set[str]:
-    """The arguments of a class, those that it passes on by ``**kwargs`` included."""
+    """The arguments of a class, including those that it passes on by ``**kwargs``."""
     return {parameter.name for parameter in get_signature_parameters(kind, "__init__")}
 
 
@@ -130,16 +130,16 @@ def _is_plain(value: Any) -> bool:
 
 def frozen_names(module: nn.Module) -> set[str]:
     """State-dict names of the parameters that are not trained."""
-    # FSDP wraps layers, which state dicts do not show.
+    # FSDP wraps layers; state dicts do not show that.
     names = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     return {name.replace("_fsdp_wrapped_module.", "") for name in names}
 
 
 def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Leave the frozen weights out of a checkpoint and put the identity of the base in.
+    """Leave the frozen weights out of a checkpoint and add the identity of the base.
 
     Raises:
-        NumericsError: If a weight is not finite; the checkpoint that was written last is then the one to resume from.
+        NumericsError: If a weight is not finite; resume from the last checkpoint that was written.
     """
     frozen = frozen_names(module)
     state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in frozen}
@@ -156,7 +156,7 @@ def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def complete(module: Any, checkpoint: dict[str, Any], strict: bool, source: str) -> None:
-    """Refuse a checkpoint of another base and complete it by the frozen weights of this one.
+    """Refuse a checkpoint of another base, and add the frozen weights of this one.
 
     Raises:
         CheckpointError: If the checkpoint was trained from other pre-trained weights, or lacks tensors.
@@ -188,19 +188,19 @@ def complete(module: Any, checkpoint: dict[str, Any], strict: bool, source: str)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that no kill, full disk or loss of power leaves half-written, and whose damage is noticed.
+    """Writes checkpoints atomically, safe from kills, full disks and power loss, and detects damage on reading.
 
-    Lightning's own writes to the system's folder of temporary files and moves the result, which is a copy where that
-    is another disk, and does not wait for the disk. This one writes in the folder of the old checkpoint, waits, and
-    exchanges the two; nor does it hold a second copy in memory. Each record is compared with its CRC-32 before it is
-    used, which ``torch.load`` does not do. Addresses such as ``s3://`` are left to Lightning.
+    Lightning's own writes to the system's temporary folder and moves the result, which is a copy if that is another
+    disk, without an fsync. This one writes next to the old checkpoint, syncs, and replaces it; it holds no second copy
+    in memory. Each record is compared with its CRC-32 before use, which ``torch.load`` does not do. Addresses such as
+    ``s3://`` are left to Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
         Raises:
-            CheckpointError: If the disk is full or refuses; what was at ``path`` stays.
+            CheckpointError: If the disk is full or refuses; the old file at ``path`` stays.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -211,7 +211,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             discard_temporaries(file.parent, file.name)
             with atomic_file(file) as opened:
                 torch.save(checkpoint, opened)
-        except (OSError, RuntimeError) as error:  # torch's writer may put an error of its own before the disk's
+        except (OSError, RuntimeError) as error:  # torch's writer may raise an error of its own over the disk's
             cause = next((cause for cause in (error, error.__context__) if isinstance(cause, OSError)), error)
             state = "the one that was there is as it was" if file.exists() else "none is there"
             raise CheckpointError(
@@ -234,7 +234,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def write_whole(strategy: Any) -> None:
-    """Have a trainer's strategy write its checkpoints this way, unless it has its own."""
+    """Make a trainer's strategy use :class:`AtomicCheckpointIO`, unless it has its own."""
     if type(strategy.checkpoint_io) is TorchCheckpointIO and not isinstance(strategy, FSDPStrategy):
         strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -242,7 +242,7 @@ def write_whole(strategy: Any) -> None:
 def read_run(
     path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False, checked: bool = True
 ) -> dict[str, Any]:
-    """The checkpoint of a run; ``checked``, each of its records is compared with its CRC-32.
+    """The checkpoint of a run; if ``checked``, each of its records is compared with its CRC-32.
 
     Raises:
         CheckpointError: If it is missing, truncated, altered or something else.

@@ -25,19 +25,19 @@ from lightning_difftune.source import SourceFacts
 class ControlNetDiffTuningModule(TextPipelineModule):
     """Diff-Tuning of a ControlNet for the frozen UNet of a Stable Diffusion pipeline.
 
-    The ControlNet starts as a copy of the UNet's encoder, whose outputs are zero at first. The memory bank holds
-    pictures that the pipeline draws with the default prompt, and the control maps that ``annotator`` finds in these
-    very pictures (App. C). Guidance drops the prompt and keeps the control, as diffusers' pipeline does.
+    The ControlNet starts as a copy of the UNet's encoder with zero outputs. The memory bank holds pictures that the
+    pipeline draws with the default prompt, and the control maps that ``annotator`` extracts from these pictures
+    (App. C). Guidance drops the prompt and keeps the control, as in diffusers' pipeline.
 
-    Arguments as those of :class:`~lightning_difftune.modules.TextPipelineModule`, such as ``tuner``, except for
+    Takes the arguments of :class:`~lightning_difftune.modules.TextPipelineModule`, such as ``tuner``, except for
     ``frozen_dtype``, ``distilled_guidance`` and ``target_guidance``; and:
 
     Args:
-        annotator: Turns pictures into control maps: the target's, the bank's, and those of generated pictures.
+        annotator: Turns pictures of the target, of the bank and generated ones into control maps.
         controlnet: A ControlNet in diffusers' layout to continue from, instead of a copy of the UNet's encoder.
-        conditioning_embedding_out_channels: Widths of the layers that bring a control map down to the latents' size,
+        conditioning_embedding_out_channels: Widths of the layers that reduce a control map to the latents' size,
             one more than there are halvings. By default as many of diffusers' (16, 32, 96, 256) as are needed.
-        conditioning_scale: Factor of the ControlNet's outputs in generated pictures.
+        conditioning_scale: Factor of the ControlNet's outputs in sampling.
 
     Raises:
         ConfigError: If control maps have the wrong number of channels, or the widths do not fit the autoencoder.
@@ -86,7 +86,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         """Open the pipeline's networks and make a ControlNet for them.
 
         Raises:
-            CheckpointError: If the pipeline's network is not a UNet, that of Stable Diffusion 1.x, 2.x or XL.
+            CheckpointError: If the pipeline's network is not the UNet of Stable Diffusion 1.x, 2.x or XL.
         """
         unet = self.open_pipeline()
         if not hasattr(self.family, "unet_inputs"):
@@ -139,7 +139,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return controlnet
 
     def configure_model(self) -> None:
-        """Build the networks; in addition to a tuner's layers, those without pre-trained weights are trained whole."""
+        """Build the networks; a tuner's layers and those without pre-trained weights are trained."""
         fresh = not self._is_built
         super().configure_model()
         if fresh and self.tuner is not None:
@@ -179,7 +179,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return partial(self.family.call, self.unet)
 
     def source_condition(self, condition: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The prompt alone: the pre-trained network knows no control."""
+        """The prompt alone: the pre-trained network takes no control."""
         return {name: condition[name] for name in self.null_text()}
 
     # -- control --------------------------------------------------------------------------------------------------
@@ -189,10 +189,10 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return self.checked(self.annotator(pictures), type(self.annotator).__name__)
 
     def checked(self, maps: Tensor, maker: str) -> Tensor:
-        """Control maps (B, C, H, W) uint8 as they are.
+        """Control maps (B, C, H, W) uint8, unchanged.
 
         Raises:
-            ConfigError: If the ControlNet takes another number of channels, or they are not 8-bit maps.
+            ConfigError: If the ControlNet takes another number of channels, or the maps are not 8-bit.
         """
         channels = self.annotator.channels
         if maps.ndim != 4 or maps.shape[1] != channels or maps.dtype != torch.uint8:
@@ -229,16 +229,16 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return self.controlled(captions, self.annotate(pictures.to(self.device)))
 
     def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
-        """Pictures (B, 3, H, W) uint8 after control maps (B, C, H, W) uint8 and B captions.
+        """Pictures (B, 3, H, W) uint8 for control maps (B, C, H, W) uint8 and B captions.
 
         Picture i's noise depends only on the seed and indices[i].
         """
         return self.generate(indices, self.controlled(captions, conditioning))
 
-    # -- what the base asks for -----------------------------------------------------------------------------------
+    # -- hooks of the base ----------------------------------------------------------------------------------------
 
     def encode(self, batch: TargetBatch) -> TargetBatch:
-        """Adds the control maps (B, C, H, W) uint8: the target's own, or the annotator's."""
+        """Add the control maps (B, C, H, W) uint8: the target's own, or the annotator's."""
         encoded = super().encode(batch)
         own = batch.get("conditioning_pixel_values")
         maps = self.annotate(to_uint8(batch["pixel_values"])) if own is None else self.checked(own, "The target")
@@ -268,10 +268,10 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         vae = self.autoencoder.identity()
         return {**super().bank_spec(), "autoencoder": vae, "annotator": self.annotator.identity()}
 
-    # -- what people ask it for -------------------------------------------------------------------------------------
+    # -- requests of users -------------------------------------------------------------------------------------------
 
     def subjects(self, asked: Asked) -> list[Subject]:
-        """A row for each control picture, whose map the annotator makes; under its own prompt or the only one."""
+        """One row per control picture, under its own prompt or the only one; the annotator makes the map."""
         prompted, controls = super().subjects(asked._replace(controls=None)), asked.controls
         if not controls:
             raise ConfigError("A ControlNet draws from control maps: name pictures for them, --controls FILE ...")

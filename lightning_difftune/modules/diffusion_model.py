@@ -1,4 +1,4 @@
-"""A pre-trained diffusion model: its samplers, what a batch becomes, and how pictures are drawn with it."""
+"""A pre-trained diffusion model: its samplers, the preparation of batches, and sampling."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class DiffusionModel(ModelFamily):
-    """A pre-trained diffusion model, which encodes pictures and draws them.
+    """A pre-trained diffusion model that encodes and generates pictures.
 
     :class:`~lightning_difftune.modules.DiffTuningModule` adds the training.
 
     Args:
-        sampler: How pictures are generated for FID and grids; without a scheduler it gets one for the model.
+        sampler: How pictures are generated for FID and grids; by default with the model's scheduler.
         bank_sampler: How the memory bank is generated; like ``sampler`` by default.
-        seed: Seed of training draws, of generated pictures and of the bank.
+        seed: Seed of the training draws, the generated pictures and the bank.
 
     Attributes:
         source_facts: What the pre-trained model is, once it is built.
@@ -47,30 +47,30 @@ class DiffusionModel(ModelFamily):
         self.sampler = sampler if sampler is not None else Sampler()
         self.bank_sampler = bank_sampler if bank_sampler is not None else Sampler()
         self.seed = seed
-        # In a tuple, where nn.Module does not register it: it is not a part of the model.
+        # In a tuple, so that nn.Module does not register it: it is not part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
 
     # -- the model and its samplers --------------------------------------------------------------------------------
 
     @property
     def base_identity(self) -> dict[str, Any]:
-        """Name, fingerprint and what else identifies the pre-trained model, as flat plain values."""
+        """Name, fingerprint and whatever else identifies the pre-trained model, as flat plain values."""
         return self.source_facts.base_identity if hasattr(self, "source_facts") else {}
 
     def default_scheduler(self) -> NoiseScheduler:
-        """The scheduler of a sampler that has none, for :attr:`source_facts`: DDIM, or Euler steps in a flow."""
+        """The default scheduler for :attr:`source_facts`: DDIM, or Euler for a flow."""
         return ddim_for(self.source_facts)
 
     def default_sampler(self) -> Sampler:
-        """What :attr:`sampler` has where it says nothing, without a scheduler: here 50 steps without guidance."""
+        """Defaults of :attr:`sampler` except for the scheduler: here 50 steps without guidance."""
         return Sampler(None, 50, 1.0, None)
 
     def default_bank_sampler(self) -> Sampler:
-        """What :attr:`bank_sampler` has where it says nothing: here what :attr:`sampler` has."""
+        """Defaults of :attr:`bank_sampler`: here those of :attr:`sampler`."""
         return self.sampler
 
     def fitted(self, sampler: Sampler, role: str = "the sampler") -> Sampler:
-        """A sampler for the pre-trained model: completed as its family has it, and its scheduler made or compared.
+        """A sampler completed for the pre-trained model; its scheduler is created, or compared with the model.
 
         Raises:
             ConfigError: If its scheduler reverses another process, takes another prediction, or clips latents.
@@ -86,7 +86,7 @@ class DiffusionModel(ModelFamily):
 
     @property
     def sampler(self) -> Sampler:
-        """How pictures are generated: as it was given and, once the model is built, complete and made for it."""
+        """How pictures are generated; completed for the model once it is built."""
         return self._sampler
 
     @sampler.setter
@@ -95,12 +95,12 @@ class DiffusionModel(ModelFamily):
 
     @property
     def bank_sampler(self) -> Sampler:
-        """How the memory bank is generated; as :attr:`sampler`, complete once the model is built."""
+        """How the memory bank is generated; completed for the model once it is built."""
         return self._bank_sampler
 
     @bank_sampler.setter
     def bank_sampler(self, sampler: Sampler) -> None:
-        # The bank is of the pre-trained model, where Domain Guidance would be plain guidance.
+        # The pre-trained model draws the bank, so Domain Guidance would be plain guidance.
         sampler = replace(sampler, domain_guidance=False, pretrained_tail=0.0)
         if hasattr(self, "source_facts"):
             own = replace(self.default_bank_sampler(), domain_guidance=False, pretrained_tail=0.0)
@@ -114,7 +114,7 @@ class DiffusionModel(ModelFamily):
         return {role: {name: getattr(sampler, name) for name in names} for role, sampler in samplers.items()}
 
     def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """:meth:`encode_pixels`, checked: mean and standard deviation (B, c, h, w), if any, of what is denoised.
+        """:meth:`encode_pixels`, checked: mean and, if any, standard deviation (B, c, h, w) of the latents.
 
         Raises:
             ConfigError: If the model denoises another shape.
@@ -130,7 +130,7 @@ class DiffusionModel(ModelFamily):
     def encode(self, batch: TargetBatch) -> TargetBatch:
         """Pictures (B, C, H, W) => ``latent_mean`` and, in latent models, ``latent_std`` (B, c, h, w).
 
-        Other tensors, such as class labels, stay.
+        Other tensors, such as class labels, are kept.
 
         Raises:
             ConfigError: If the model denoises another shape.
@@ -141,10 +141,10 @@ class DiffusionModel(ModelFamily):
         return cast("TargetBatch", {"latent_mean": mean, **deviation, **others})
 
     def prepare(self, batch: DiffTuningBatch, draws: Draws) -> tuple[Tensor, Any, Tensor]:
-        """One batch of both streams: x0 (B, c, h, w), its condition, and which samples are retained, (B,) bool.
+        """One batch of both streams: x0 (B, c, h, w), its condition, and (B,) bool, true for retained samples.
 
         A target sample is drawn from its latents' posterior and, in training, loses its condition with probability
-        ``condition_dropout``. A retained one is as the bank has it, under :meth:`retention_condition`.
+        ``condition_dropout``. A retained sample comes from the bank unchanged, under :meth:`retention_condition`.
         """
         if not isinstance(batch, Mapping) or not isinstance(batch.get("target"), Mapping):
             found = f"the keys {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
@@ -171,17 +171,17 @@ class DiffusionModel(ModelFamily):
         return x0, condition, is_retention
 
     def draws(self, step: int) -> Draws:
-        """Random numbers of one step for this process's share of the global batch."""
+        """Random numbers of one step, for this process's share of the global batch."""
         return Draws(self.seed, step, self.device, *self._place)
 
     @property
     def _place(self) -> tuple[int, int]:
-        """This process's number, and how many there are."""
+        """Rank of this process, and the world size."""
         place: Any = self.trainer if self._fabric is None else self._fabric
         return place.global_rank, place.world_size
 
     def frozen(self, network: Model) -> Model:
-        """A network that stays as it is, on this module's device and at its precision, for :meth:`pretrained`."""
+        """A network, frozen, on this module's device and at its precision, for :meth:`pretrained`."""
         network = takes_its_own_type(network).requires_grad_(False).eval().to(self.device)
         return network if self.dtype == torch.float32 else network.to(self.dtype)
 
@@ -199,19 +199,19 @@ class DiffusionModel(ModelFamily):
             return denoise(x_t, t, self.source_condition(condition))
 
     def weights_cast(self, denoise: Denoiser) -> AbstractContextManager[None]:
-        """Under autocast, the weights of a network are cast in few operations (:class:`WeightCasts`)."""
+        """Cast the weights of a network in few operations under autocast (:class:`WeightCasts`)."""
         if not self.denoising_modules():
             return nullcontext()
         if isinstance(denoise, nn.Module):
             return weight_casts_of(denoise).active()
         plugin = None if self._trainer is None else self._trainer.precision_plugin
-        # Of one device and of DDP: strategies that shard weights have plugins of their own.
+        # For one device and DDP: strategies that shard weights have plugins of their own.
         return self._weight_casts.active() if isinstance(plugin, MixedPrecision) else nullcontext()
 
     # -- drawing ----------------------------------------------------------------------------------------------------
 
     def start_noise(self, indices: Tensor) -> Tensor:
-        """Noise (B, c, h, w) on the device, from the seed and each of the indices (B,) alone."""
+        """Noise (B, c, h, w) on the device; each row depends only on the seed and its index (B,)."""
         return noise_of(self.seed, indices, self.sample_shape).to(self.device)
 
     def draw_latents(self, denoise: Denoiser, sampler: Sampler, indices: Tensor, conditions: tuple[Any, Any]) -> Tensor:
@@ -226,7 +226,7 @@ class DiffusionModel(ModelFamily):
             return sampler(denoise, noise, condition, null_condition, null_denoise=null_denoise)
 
     def guided_source(self, conditions: tuple[Any, Any]) -> Guided:
-        """The pre-trained network under what it understands of a condition and a null condition of this module."""
+        """The pre-trained network under the part of this module's conditions that it understands."""
         return self.sampler.guided(self.frozen_denoiser(), *map(self.source_condition, conditions))
 
     def generate(self, indices: Tensor, conditions: tuple[Any, Any] | None = None) -> Tensor:
@@ -240,7 +240,7 @@ class DiffusionModel(ModelFamily):
         return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Pictures (B, C, H, W) uint8 for sample indices (B,); of a data module, ``predict`` builds the memory bank."""
+        """Pictures (B, C, H, W) uint8 for sample indices (B,); on a data module, ``predict`` builds the memory bank."""
         return self.generate(batch)
 
     def null_branch(self, sampler: Sampler, null_condition: Any) -> tuple[Any, Denoiser | None]:
@@ -257,18 +257,18 @@ class DiffusionModel(ModelFamily):
     def generate_swapped(
         self, indices: Tensor, fractions: Sequence[float], tail: DiffusionModel | None = None
     ) -> Tensor:
-        """Pictures whose last steps are done by another network (Fig. 1 of the paper).
+        """Pictures whose last steps are denoised by another network (Fig. 1 of the paper).
 
         Args:
             indices: Sample indices (B,); at fraction 0, picture i is that of :meth:`generate`.
             fractions: P numbers in [0, 1], the parts of the reverse process that are swapped.
-            tail: The module whose network does them; ``None`` is the pre-trained one.
+            tail: The module whose network takes these steps; ``None`` is the pre-trained one.
 
         Returns:
             (P, B, C, H, W) uint8.
 
         Raises:
-            ConfigError: If the other network makes other predictions, or knows other noise or latents.
+            ConfigError: If the other network has another prediction type, noise process or latent scale.
         """
         if tail is None:
             last = self.guided_source(self.conditions(indices))

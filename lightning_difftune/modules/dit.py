@@ -33,25 +33,24 @@ class DiTDiffTuningModule(DiffTuningModule):
         model: The pre-trained model: a bundled name, a file or folder or hub id that
             :func:`~lightning_difftune.models.load_dit` reads, or a :class:`DiT` as it is (fresh weights included).
         num_classes: Classes K of the target; by default those of the model.
-        class_names: Names of the target's classes, saved with checkpoints and exports; those of the data by default.
+        class_names: Names of the target's classes, saved in checkpoints and exports; those of the data by default.
         label_table: ``"keep"`` reuses rows 0..K-1 of the pre-trained table and its null row, as the authors' code
-            does; ``"resize"`` starts K fresh rows next to the copied null row, as Table 1 counts them.
+            does; ``"resize"`` creates K fresh rows next to the copied null row, as Table 1 counts them.
         retention_labels: ``"null"`` retains samples under the null class, as the paper does; ``"source"`` under the
-            source class that a sample was drawn for, if its row is not one of the target's, else under the null class.
+            source class that a sample was drawn for, or the null class if the target uses its row.
         label_dropout: Probability that a target sample is shown without its label.
         autoencoder: Frozen autoencoder of latent models; ``None`` for pixel models.
         objective: The loss of Eq. 5; the authors' preset by default.
-        optimizer: Given the trainable parameters, returns an optimizer; AdamW, lr 1e-4, no weight decay by default.
-        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
+        optimizer: Callable that takes the trainable parameters; by default AdamW, lr 1e-4, no weight decay.
+        lr_scheduler: Callable that takes the optimizer; the scheduler steps every training step. Constant by default.
         tuner: A parameter-efficient method; ``None`` trains everything but ``pos_embed``.
-        sampler: How pictures are generated; what it leaves out is the authors' protocol, DDIM-50 with guidance 1.5 on 3
-            channels.
-        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it.
-        seed: Seed of training draws, of generated pictures and of the bank.
+        sampler: How pictures are generated; by default the authors' protocol, DDIM-50 with guidance 1.5 on 3 channels.
+        bank_sampler: How the memory bank is generated; unset fields are those of ``sampler``.
+        seed: Seed of the training draws, the generated pictures and the bank.
 
     Raises:
-        ConfigError: If K is larger than a table that is kept, source classes are to be retained in a table that is not
-            kept or by a teacher, or the autoencoder's latents do not fit the model.
+        ConfigError: If K exceeds the rows of a kept table, if ``retention_labels="source"`` meets a resized table or a
+            teacher, or if the autoencoder's latents do not fit the model.
 
     Example:
         >>> from lightning_difftune import DiTDiffTuningModule
@@ -90,7 +89,7 @@ class DiTDiffTuningModule(DiffTuningModule):
                 f"the noise (no retention_target); found label_table: {label_table} and retention_target: "
                 f"{self.objective.retention_target}. Set retention_labels: null."
             )
-        # A given model is trained in place; its copy draws the bank. In a tuple, where nn.Module registers neither.
+        # A given model is trained in place; its copy draws the bank. In a tuple, so that nn.Module registers neither.
         self._given = (model, copy.deepcopy(model)) if isinstance(model, DiT) else None
         self._source = "a DiT built here" if isinstance(model, DiT) else str(model)
         self._num_classes = num_classes
@@ -133,7 +132,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         elif self.class_names is not None:
             self.name_classes(self.class_names)
         elif self.num_classes != self.dit.num_classes:
-            self.dit.class_names = None  # the rows are reused, and their names are of what they were
+            self.dit.class_names = None  # the names are of the source's classes, whose rows are reused
         if self.autoencoder is not None:
             channels = self.autoencoder.latent_shape(64)[0]
             if channels != self.dit.sample_shape[0]:
@@ -143,7 +142,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         return facts
 
     def _facts(self) -> SourceFacts:
-        """What the DiT's file states, and what its architecture and the autoencoder tell."""
+        """The facts that the DiT's file states, completed from its architecture and the autoencoder."""
         sampling = self.dit.sampling or {}
         scheduler = None
         if "scheduler" in sampling:
@@ -157,7 +156,7 @@ class DiTDiffTuningModule(DiffTuningModule):
             )
         latents = latents or named
         if latents is None and self.dit.sample_shape[0] not in (1, 3):
-            latents = LatentScale()  # of an autoencoder that is not here
+            latents = LatentScale()  # the autoencoder is not available
         return SourceFacts.of_scheduler(
             self._source,
             fingerprint(self.dit),
@@ -182,12 +181,12 @@ class DiTDiffTuningModule(DiffTuningModule):
             self.name_classes(names[: self.num_classes])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the names of the classes as well."""
+        """Add the names of the classes."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["class_names"] = self.dit.class_names
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the names of the classes over, unless names were given."""
+        """Take over the names of the classes, unless names were given."""
         super().on_load_checkpoint(checkpoint)
         if self.class_names is None and checkpoint.get("class_names") is not None:
             self.dit.class_names = checkpoint["class_names"]
@@ -197,11 +196,11 @@ class DiTDiffTuningModule(DiffTuningModule):
         return [self.dit]
 
     def denoising_modules(self) -> list[nn.Module]:
-        """The transformer, too."""
+        """The transformer."""
         return [self.dit]
 
     def reconstruct(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) uint8 => what the autoencoder makes of them, uint8; pixel models lose nothing."""
+        """Pictures (B, C, H, W) uint8 => the autoencoder's reconstructions, uint8; unchanged for pixel models."""
         if self.autoencoder is None:
             return pictures
         mean, _ = self.autoencoder.encode(to_pixel_values(pictures.to(self.device)))
@@ -221,7 +220,7 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """(c, h, w) that the transformer denoises."""
+        """Shape (c, h, w) that the transformer denoises."""
         return self.dit.sample_shape
 
     def conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +233,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         return [names.get(index % self.num_classes, f"class {index % self.num_classes}") for index in indices]
 
     def source_conditions(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Classes of the pre-trained model, drawn uniformly from (seed, i) alone."""
+        """Classes of the pre-trained model, drawn uniformly; class i depends only on the seed and i."""
         labels = choices_of(self.seed, indices, self.base_identity["num_classes"]).to(self.device)
         return labels, self.source_condition(labels)
 
@@ -243,7 +242,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         return torch.full_like(condition, self.base_identity["num_classes"])
 
     def retention_condition(self, retention: RetentionBatch) -> Tensor:
-        """The null class (Section 3.2, "Conditional Generation"), or the source class if its row is still its own."""
+        """The null class (Section 3.2, "Conditional Generation"), or the source class if the target left it its row."""
         null = torch.full((len(retention["latents"]),), self.dit.null_class, device=self.device)
         if self.retention_labels == "null":
             return null
@@ -278,7 +277,7 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     @property
     def lacks_class_names(self) -> bool:
-        """Whether nothing has named the rows of the label table."""
+        """Whether the rows of the label table have no names."""
         return self.dit.class_names is None
 
     def write_export(self, network: DiT, path: Path) -> DiT:
@@ -293,7 +292,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         return load_dit(path)
 
     def usage(self, network: DiT, path: Path, base: str) -> str:
-        """How the file or the folder is opened."""
+        """How to open the file or folder."""
         if path.suffix == ".safetensors":
             named = "autoencoder" in (network.sampling or {}) or network.sample_shape[0] in (1, 3)
             return usage_of_file(path.name, needs_autoencoder=not named)

@@ -1,4 +1,4 @@
-"""What a family of models supplies: its networks, its conditions, and what people may ask it for."""
+"""What a model family supplies: its networks, its conditions, and the requests that it answers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_difftune.models.usage import usage_of_network
 from lightning_difftune.protocols import Denoiser, RetentionBatch, TargetBatch
 from lightning_difftune.source import SourceFacts
 
-FEW = 10  # classes that are shown where nobody asks for any
+FEW = 10  # classes shown by default
 
 
 class Asked(NamedTuple):
-    """What people ask a model to show; ``None`` where they ask for nothing.
+    """What a user wants a model to show; ``None`` for what was not requested.
 
     Attributes:
         classes: Names or numbers of classes.
@@ -37,10 +37,10 @@ class Asked(NamedTuple):
     controls: Sequence[str] | None = None
 
     def refuse(self, *ways: str, because: str) -> None:
-        """Refuse ways of asking that a model does not understand.
+        """Refuse kinds of requests that a model does not support.
 
         Raises:
-            ConfigError: If it was requested in this way; ``because`` says what the model takes instead.
+            ConfigError: If one of ``ways`` was requested; ``because`` says what the model takes instead.
         """
         for way in ways:
             if getattr(self, way) is not None:
@@ -51,9 +51,9 @@ class Subject(NamedTuple):
     """What one row of a grid of generated pictures shows.
 
     Attributes:
-        name: For people.
-        asked: What the module makes a condition of: a class number, or a prompt.
-        control: The control map (c, H, W) uint8 that the pictures follow, if they follow one.
+        name: Its label for the reader.
+        asked: What becomes the condition: a class number, or a prompt.
+        control: The control map (c, H, W) uint8 that the pictures follow, if any.
     """
 
     name: str
@@ -62,15 +62,15 @@ class Subject(NamedTuple):
 
 
 class ModelFamily(L.LightningModule, ABC):
-    """What a family of diffusion models says of its own; the rest, with defaults, follows from it.
+    """What is specific to a family of diffusion models, with defaults where possible.
 
     A family supplies :meth:`build`, :meth:`trainable_modules`, :meth:`denoise`, :attr:`sample_shape` and
-    :meth:`pretrained`; one of latents sets :attr:`autoencoder`, or has :meth:`encode_pixels`, :meth:`decode` and
-    :meth:`encoder_identity` of its own; and a conditional one :meth:`target_condition`, :meth:`null_condition`,
+    :meth:`pretrained`; a latent model sets :attr:`autoencoder`, or overrides :meth:`encode_pixels`, :meth:`decode`
+    and :meth:`encoder_identity`; a conditional one overrides :meth:`target_condition`, :meth:`null_condition`,
     :meth:`retention_condition`, :meth:`conditions`, :meth:`source_conditions` and :meth:`source_condition`.
 
     Attributes:
-        autoencoder: Turns pictures into latents and back; ``None`` for a model of pixels.
+        autoencoder: Turns pictures into latents and back; ``None`` for a pixel model.
     """
 
     autoencoder: FrozenAutoencoder | None
@@ -89,7 +89,7 @@ class ModelFamily(L.LightningModule, ABC):
         """Create the networks with their pre-trained weights and return the facts of the pre-trained model.
 
         Called once, before the tuner is applied. Checkpoints carry the facts, and a checkpoint of another model is
-        refused. A dict with ``name`` and ``fingerprint`` stands for facts that state nothing else.
+        refused. A dict with ``name`` and ``fingerprint`` is enough if nothing else is known.
         """
 
     @abstractmethod
@@ -101,16 +101,16 @@ class ModelFamily(L.LightningModule, ABC):
         """The networks that are trained, or that the tuner is applied to."""
 
     def denoising_modules(self) -> list[nn.Module]:
-        """The networks that :meth:`denoise` calls whose weights can be cast together under autocast; none by default.
+        """Networks called by :meth:`denoise` whose weights may be cast together under autocast; none by default.
 
-        One that switches autocast off for some of its layers does not belong here.
+        A network that switches autocast off for some of its layers does not belong here.
         """
         return []
 
     @property
     @abstractmethod
     def sample_shape(self) -> tuple[int, ...]:
-        """(c, h, w) of what is denoised."""
+        """Shape (c, h, w) of a denoised sample."""
 
     @abstractmethod
     def pretrained(self) -> Denoiser:
@@ -121,17 +121,17 @@ class ModelFamily(L.LightningModule, ABC):
         """
 
     def encode_pixels(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pictures (B, C, H, W) in [-1, 1] => mean and deviation of their latents; themselves and none without any."""
+        """Pictures (B, C, H, W) in [-1, 1] => latents' mean and std; pictures and ``None`` without an autoencoder."""
         return (
             (pixel_values, None) if self.autoencoder is None else self.autoencoder.encode(pixel_values.to(self.device))
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; a model of pixels clamps."""
+        """Latents (B, c, h, w) => pixel values (B, C, H, W) in [-1, 1]; a pixel model clamps."""
         return latents.clamp(-1, 1) if self.autoencoder is None else self.autoencoder.decode(latents)
 
     def encoder_identity(self) -> str | None:
-        """What decides the result of :meth:`encode`; ``None`` for a model of pixels, which has nothing to cache."""
+        """What determines the result of :meth:`encode`; ``None`` for a pixel model, which has nothing to cache."""
         return None if self.autoencoder is None else self.autoencoder.identity()
 
     @property
@@ -144,11 +144,11 @@ class ModelFamily(L.LightningModule, ABC):
         return None
 
     def null_condition(self, condition: Any) -> Any:
-        """The same condition with what guidance drops replaced, such as by the null class or the empty prompt."""
+        """The condition with the part that guidance drops replaced, such as by the null class or the empty prompt."""
         return None
 
     def conditions(self, indices: Tensor) -> tuple[Any, Any]:
-        """Condition and null condition of the generated pictures ``indices`` (B,); ``None`` twice if there are none."""
+        """Condition and null condition of the generated pictures ``indices`` (B,); two ``None`` if unconditional."""
         return None, None
 
     def names_of(self, indices: Sequence[int]) -> list[str] | None:
@@ -160,22 +160,22 @@ class ModelFamily(L.LightningModule, ABC):
         return None, None
 
     def source_condition(self, condition: Any) -> Any:
-        """What the pre-trained network understands of a condition of this module; all of it by default."""
+        """The part of this module's condition that the pre-trained network understands; all of it by default."""
         return condition
 
     def retention_condition(self, retention: RetentionBatch) -> Any:
-        """The condition that retained samples are trained under, as :meth:`prepare` gives it; none by default."""
+        """The condition that retained samples are trained under, for :meth:`prepare`; none by default."""
         return None
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
-        """What the bank keeps of the samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
+        """Columns that the bank stores for the samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
         return {}
 
     def bank_spec(self) -> dict[str, Any]:
-        """What decides :meth:`source_conditions` and :meth:`bank_columns`, as plain JSON values."""
+        """What determines :meth:`source_conditions` and :meth:`bank_columns`, as plain JSON values."""
         return {}
 
-    # -- what people ask a family for, and how its network is handed on --------------------------------------------
+    # -- requests of users, and the export of the network ----------------------------------------------------------
 
     pipeline_tag: ClassVar[str] = "unconditional-image-generation"
     """The hub's word for what it does, on model cards."""
@@ -183,36 +183,36 @@ class ModelFamily(L.LightningModule, ABC):
     """Its further tags there."""
 
     def subjects(self, asked: Asked) -> list[Subject]:
-        """The rows of requested pictures; a family accepts what it does not refuse.
+        """The rows of the requested grid; a family refuses what it does not support.
 
         Raises:
-            ConfigError: If something is requested that the model does not take.
+            ConfigError: If the model does not support a request.
             DataError: If a picture cannot be read.
         """
         asked.refuse("classes", "prompts", "controls", because="its pictures have no condition.")
         return [Subject("samples")]
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:
-        """Condition and null condition of one picture of each subject, for :meth:`generate`."""
+        """Condition and null condition of one picture per subject, for :meth:`generate`."""
         return self.conditions(torch.arange(len(subjects)))
 
     @property
     def lacks_class_names(self) -> bool:
-        """Whether its classes could have names and have none."""
+        """Whether the model has classes without names."""
         return False
 
     def name_classes(self, names: Sequence[str]) -> None:
         """Name the first classes."""
 
     def write_export(self, network: Any, path: Path) -> nn.Module:
-        """Write its plain network for others to open, and return what is read back; by default a network of diffusers.
+        """Write the network for other programs, and return it as read back; in diffusers' format by default.
 
         Args:
             network: The trained network, with a tuner's layers merged.
             path: A file ending in ``.safetensors``, or a folder.
 
         Raises:
-            ConfigError: If nothing says how the network is written.
+            ConfigError: If no format for the network is known.
             CheckpointError: If it cannot be written.
         """
         if not hasattr(network, "save_pretrained"):
@@ -225,23 +225,23 @@ class ModelFamily(L.LightningModule, ABC):
         return open_network(type(network), export_network(network, path))
 
     def usage(self, network: Any, path: Path, base: str) -> str:
-        """The section of a model card that says how an export is opened, as Markdown.
+        """The section of a model card that shows how to open an export, as Markdown.
 
         Args:
-            network: What was exported.
-            path: Where.
+            network: The exported network.
+            path: The export.
             base: Name of the pre-trained model.
         """
         return usage_of_network(network, base)
 
 
 def class_subjects(asked: Sequence[str] | None, names: Sequence[str] | None, count: int) -> list[Subject]:
-    """A row for each requested class, or for the first ones.
+    """One row per requested class, or per class of the first ``FEW``.
 
     Args:
         asked: Names or numbers.
-        names: Of the first classes, or of all.
-        count: How many classes there are.
+        names: Names of the first classes, or of all.
+        count: Number of classes.
     """
     first = range(min(FEW, count if names is None else len(names)))
     labels = first if asked is None else [class_number(name, names, count) for name in asked]
@@ -250,9 +250,9 @@ def class_subjects(asked: Sequence[str] | None, names: Sequence[str] | None, cou
 
 
 def class_number(asked: str, names: Sequence[str] | None, count: int) -> int:
-    """The number of a class, by its exact name, a loose one, a number, or one of several names between commas.
+    """The number of a class, given by its exact name, a loose match, a number, or one of its comma-separated names.
 
-    A name is loose in case, underscores and hyphens. The first of the four that fits is taken.
+    A loose match ignores case, underscores and hyphens. The first of the four that matches is used.
 
     Raises:
         ConfigError: If there is no such class, or the name fits several.

@@ -1,4 +1,4 @@
-"""Published models, exports and pipelines, each opened as the module of its family, to draw with it."""
+"""Opens published models, exports and pipelines as the module of their family, for sampling."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lightning_difftune.sampling import Sampler
 def open_model(
     name: str, *, base: str | None = None, vae: str | None = None, text: bool = False, solver: str | None = None
 ) -> DiffTuningModule:
-    """Open a model that is not a run, by its path or name.
+    """Open a model other than a run, by its path or name.
 
     Args:
         name: A DiT or an export of one, a text-to-image pipeline, the folder of its UNet or
             transformer, or the name of a bundled model.
         base: The pre-trained model of an export, for Domain Guidance; or the pipeline of a UNet or transformer.
-        vae: The autoencoder of a latent DiT that comes without one.
+        vae: The autoencoder of a latent DiT that includes none.
         text: Whether a hub repository is a text-to-image pipeline.
-        solver: The requested scheduler; a DiT whose file states no prediction predicts what this one takes.
+        solver: The requested scheduler; it gives the prediction type of a DiT whose file states none.
 
     Raises:
-        ConfigError: If something is missing to draw with it.
+        ConfigError: If a part that sampling needs is missing.
         CheckpointError: If it cannot be opened.
     """
     folder = local_folder(name)
@@ -49,14 +49,14 @@ def open_model(
 
 
 def kind_of(folder: Path) -> str:
-    """The class that a diffusers folder states; empty if it states none."""
+    """The class name in a diffusers folder; empty if there is none."""
     files = (folder / "model_index.json", folder / "config.json")
     stated = next((read_json(file) for file in files if file.exists()), {})
     return str(stated.get("_class_name", ""))
 
 
 def open_part(name: str, kind: str, base: str | None) -> DiffTuningModule:
-    """A pipeline with the UNet or transformer of a folder in place of its own."""
+    """A pipeline with its UNet or transformer replaced by that of a folder."""
     if base is None:
         raise ConfigError(
             f"{name} is only a {kind}. Name the pipeline that it belongs to: --base FOLDER or owner/name."
@@ -68,7 +68,7 @@ def open_part(name: str, kind: str, base: str | None) -> DiffTuningModule:
 
 
 def open_dit(name: str, folder: Path, base: str | None, vae: str | None, solver: str | None) -> DiffTuningModule:
-    """A DiT with the sampler that it was exported with, and its autoencoder if it denoises latents."""
+    """A DiT with the sampler of its export and, if it denoises latents, its autoencoder."""
     dit = load_dit(name)
     is_flow = dit.sampling is None and solver is not None and "flow" in solver.lower()
     module = DiTDiffTuningModule(
@@ -83,10 +83,10 @@ def open_dit(name: str, folder: Path, base: str | None, vae: str | None, solver:
 
 
 def autoencoder_of(folder: Path, vae: str | None, dit: DiT, name: str) -> FrozenAutoencoder | None:
-    """The autoencoder that is requested, is in the folder or is named by the export; ``None`` for a model of pixels.
+    """The autoencoder that is requested, in the folder, or named by the export; ``None`` for a pixel model.
 
     Raises:
-        ConfigError: If a model of latents comes without.
+        ConfigError: If a latent model has none.
     """
     if vae is not None:
         is_pipeline = (local_folder(vae) / "vae" / "config.json").exists()

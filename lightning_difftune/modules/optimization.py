@@ -25,13 +25,13 @@ from torch.optim.lr_scheduler import (
 
 from lightning_difftune.errors import ConfigError
 
-# The argument that sets the length of a scheduler, for schedulers that have one.
+# The argument that sets a scheduler's length, for schedulers that have one.
 LENGTHS: dict[type[LRScheduler], str] = {
     OneCycleLR: "total_steps",
     CosineAnnealingLR: "T_max",
     PolynomialLR: "total_iters",
 }
-LEFT_OUT = (None, -1)  # what stands for "take it from the trainer" or, as max_lr, "from the optimizer"
+LEFT_OUT = (None, -1)  # means: take it from the trainer or, for max_lr, from the optimizer
 ADAMW_RATE = 1e-4
 
 
@@ -41,11 +41,11 @@ def adamw(parameters: Iterable[nn.Parameter]) -> Optimizer:
 
 
 def run_length(trainer: L.Trainer) -> int | None:
-    """Optimizer steps of a run: ``max_steps``, or those of ``max_epochs``; ``None`` if it has no end."""
+    """Optimizer steps of a run, from ``max_steps`` or ``max_epochs``; ``None`` if it has no end."""
     if trainer.max_epochs in (None, -1):
         return trainer.max_steps if trainer.max_steps != -1 else None
     steps = trainer.estimated_stepping_batches
-    trainer.fit_loop._combined_loader = None  # made for the count; the loop makes its own when it knows where it starts
+    trainer.fit_loop._combined_loader = None  # made only for the count; the loop makes its own
     return None if math.isinf(steps) else int(steps)
 
 
@@ -54,18 +54,18 @@ def scheduler_config(
 ) -> dict[str, Any]:
     """Build a scheduler that ends with the run, as ``configure_optimizers`` returns it.
 
-    A length that is left out (``total_steps`` of ``OneCycleLR``, ``T_max`` of ``CosineAnnealingLR``, ``total_iters`` of
-    ``PolynomialLR``), or is -1, is the run's; the ``max_lr`` of ``OneCycleLR`` is the optimizer's rate.
+    A length that is omitted or -1 (``total_steps`` of ``OneCycleLR``, ``T_max`` of ``CosineAnnealingLR``,
+    ``total_iters`` of ``PolynomialLR``) is set to the run's; ``max_lr`` of ``OneCycleLR`` to the optimizer's rate.
 
     Args:
-        build: Given the optimizer, returns a scheduler; a class, a ``functools.partial`` of one, or what Lightning's
-            command line makes of a ``class_path`` can be given what is left out.
+        build: Callable that takes the optimizer and returns a scheduler. Omitted arguments are filled in for a class,
+            a ``functools.partial`` of one, and what Lightning's command line makes of a ``class_path``.
         optimizer: The optimizer.
         trainer: The trainer that is about to fit.
-        default_lr: A rate of the optimizer that nobody asked for.
+        default_lr: The optimizer's rate if it was not set.
 
     Raises:
-        ConfigError: If the scheduler ends elsewhere than the run.
+        ConfigError: If the scheduler and the run end at different steps.
     """
     kind, given = _class_of(build)
     length = next((name for known, name in LENGTHS.items() if kind is not None and issubclass(kind, known)), None)
@@ -91,13 +91,13 @@ def scheduler_config(
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         check_length(scheduler, trainer)
     config = {"scheduler": scheduler, "interval": "step"}
-    if isinstance(scheduler, ReduceLROnPlateau):  # `step_plateaus` steps it, before a checkpoint is saved
+    if isinstance(scheduler, ReduceLROnPlateau):  # stepped by `step_plateaus`, before a checkpoint is saved
         config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "strict": False}
     return config
 
 
 def check_length(scheduler: Any, trainer: L.Trainer) -> None:
-    """Refuse a scheduler that ends elsewhere than the run.
+    """Refuse a scheduler that does not end with the run.
 
     Raises:
         ConfigError: If it does.
@@ -121,7 +121,7 @@ def check_length(scheduler: Any, trainer: L.Trainer) -> None:
 
 
 def length_of(scheduler: Any) -> tuple[str, int] | None:
-    """The name and value of a scheduler's last step, counted from the run's start; ``None`` if it has no end."""
+    """The name and value of the argument for a scheduler's last step; ``None`` if it has no end."""
     if isinstance(scheduler, SequentialLR):
         last = length_of(scheduler._schedulers[-1])
         return None if last is None else (last[0], last[1] + scheduler._milestones[-1])
@@ -132,27 +132,27 @@ def length_of(scheduler: Any) -> tuple[str, int] | None:
 
 
 def default_rate(optimizer: Optimizer) -> float | None:
-    """The learning rate that an optimizer's class has if nobody sets it."""
+    """The default learning rate of an optimizer's class."""
     parameter = inspect.signature(type(optimizer)).parameters.get("lr")
     default = None if parameter is None else parameter.default
     return float(default) if isinstance(default, int | float) else None
 
 
 def _class_of(build: Any) -> tuple[type[LRScheduler] | None, Mapping[str, Any]]:
-    """The class that a factory makes and the arguments it gives, where they can be seen."""
+    """The class that a factory makes and the arguments that it passes, if they are visible."""
     given: Mapping[str, Any] = {}
     parts: list[Any] = [build]
-    if isinstance(build, partial):  # jsonargparse's has the class among its arguments
+    if isinstance(build, partial):  # jsonargparse's partial has the class among its arguments
         parts, given = [build.func, *build.args], build.keywords
     found = next((part for part in parts if inspect.isclass(part) and issubclass(part, LRScheduler)), None)
     return found, given
 
 
 def step_plateaus(trainer: L.Trainer) -> None:
-    """Step the schedulers that go by a metric, after a validation of ``fit``.
+    """Step the schedulers that follow a metric, after a validation of ``fit``.
 
     Raises:
-        ConfigError: If the metric is not there.
+        ConfigError: If the metric was not logged.
     """
     if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
         return

@@ -1,4 +1,4 @@
-"""The two presets, the authors' released code and the paper to the letter, and which of them a run matches."""
+"""The two presets, the authors' released code and the paper to the letter, compared with a run's settings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def active_settings(module: Any, datamodule: Any) -> Preset:
     """The choices of a run as it is about to start."""
     objective, channels, share = module.objective, module.sampler.guidance_channels, "no retention"
     if module.uses_retention and not hasattr(datamodule, "retention_share"):
-        share = "that of the data"  # batches of a loader of one's own may have any
+        share = "that of the data"  # the batches of a custom loader may have any share
     elif module.uses_retention and getattr(datamodule, "bank_path", True) is not None:
         share = f"int({datamodule.retention_share:g} B)"
     schedule, kind = objective.schedule, type(objective)
@@ -55,7 +55,7 @@ def active_settings(module: Any, datamodule: Any) -> Preset:
 
 
 def describe_preset(module: Any, datamodule: Any) -> str:
-    """One paragraph that says which preset is active, and what differs from it."""
+    """One paragraph that names the active preset and the deviations from it."""
     active = asdict(active_settings(module, datamodule))
     presets = {"official code": asdict(OFFICIAL), "paper-literal": asdict(PAPER)}
     differences = {
@@ -73,7 +73,7 @@ def describe_preset(module: Any, datamodule: Any) -> str:
 
 
 def announce(module: Any) -> None:
-    """Say what is about to be trained and which preset that is, and warn of a precision that the CPU emulates."""
+    """Announce what is trained and by which preset, and warn of a precision that the CPU emulates."""
     trained = sum(parameter.numel() for parameter in module.trainable_parameters())
     rank_zero_info(f"Training {trained:,} parameters of {module.base_identity.get('name', 'the model')}.")
     rank_zero_info(describe_preset(module, getattr(module.trainer, "datamodule", None)))

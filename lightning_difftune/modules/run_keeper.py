@@ -1,4 +1,4 @@
-"""What makes a run the run that its settings describe, also when it is stopped and resumed."""
+"""Keeps a run true to its settings, also when it is stopped and resumed."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
 from lightning_difftune.modules.checkpoints import write_whole
 
-WINDOW = "open_window"  # the key of a checkpoint under which the gradients of a window that was not yet full are
+WINDOW = "open_window"  # the checkpoint's key for the gradients of an unfinished accumulation window
 
 
 class RunKeeper(Callback):
-    """Keeps a run what its settings say; every Diff-Tuning module brings one along.
+    """Keeps a run true to its settings; every Diff-Tuning module adds one.
 
-    - Checkpoints are written whole, and one that was altered is refused (:class:`AtomicCheckpointIO`).
-    - Settings of the optimizer and its scheduler that were changed since the checkpoint take effect, as does the
-      patience of ``EarlyStopping``; what cannot is refused. What was not changed is restored to the bit.
-    - Batches are float32 at any precision: bf16-true would round pictures, cached latents and the bank's. What a
-      network is given is cast in one place, :func:`~lightning_difftune.models.frozen.takes_its_own_type`.
-    - The last step is validated, however often validation is due, unless it is off; and ``last.ckpt`` is of the last
-      step, however often checkpoints are due.
-    - A checkpoint in the middle of a window of accumulated gradients holds them, and a resumed run does not save a
-      second time what it was resumed from.
+    - Checkpoints are written atomically, and damaged ones are refused (:class:`AtomicCheckpointIO`).
+    - Settings of the optimizer and its scheduler that changed since the checkpoint take effect, as does the
+    patience of ``EarlyStopping``, or are refused. Everything else is restored to the bit.
+    - Batches stay float32 at any precision: bf16-true would round pictures, cached latents and the bank's. The inputs
+    of networks are cast in one place, :func:`~lightning_difftune.models.casts.takes_its_own_type`.
+    - The last step is validated unless validation is off, and ``last.ckpt`` holds the last step, at any interval of
+    validation and checkpoints.
+    - A checkpoint within an accumulation window holds the accumulated gradients, and a resumed run does not save the
+    checkpoint that it was resumed from again.
     """
 
     def __init__(self) -> None:
@@ -40,16 +40,16 @@ class RunKeeper(Callback):
         self._forced = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take over the files, before a checkpoint is read, and keep batches as the data module made them."""
+        """Take over reading and writing checkpoints, and keep batches as the data module made them."""
         self._resumed = self._configured = self._gradients = None
         plugin: Any = trainer.precision_plugin
-        plugin.convert_input = Precision.convert_input.__get__(plugin)  # it changes nothing
+        plugin.convert_input = Precision.convert_input.__get__(plugin)  # converts nothing
         write_whole(trainer.strategy)
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Look at a checkpoint before anything of it is restored."""
+        """Check a checkpoint before anything in it is restored."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
         step = checkpoint.get("global_step", 0)
@@ -73,7 +73,7 @@ class RunKeeper(Callback):
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             current, batches = progress["current"], trainer.accumulate_grad_batches
             if current["ready"] % batches or (batches > 1 and progress["is_last_batch"]):
-                # Other windows than before begin here, or an epoch: Lightning would cut the first window short.
+                # The windows differ from before, or an epoch begins: Lightning would cut the first window short.
                 current["completed"] -= current["ready"]
                 current["ready"] = current["started"] = current["processed"] = 0
             return None
@@ -87,7 +87,7 @@ class RunKeeper(Callback):
         return gradients
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note how the optimizers are configured, and what of it was changed since the checkpoint."""
+        """Record the optimizers' settings, and report changes since the checkpoint."""
         self._check_clipping(trainer)
         self._carry(trainer)
 
@@ -113,7 +113,7 @@ class RunKeeper(Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the gradients of an open window back, and take what was resumed from as saved."""
+        """Restore the gradients of an open window, and mark the step that was resumed from as saved."""
         self._forced = False
         if self._gradients is not None:
             parameters = dict(pl_module.named_parameters())
@@ -126,7 +126,7 @@ class RunKeeper(Callback):
                     callback._last_global_step_saved = trainer.global_step
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add how the optimizers were configured and the gradients of an open window."""
+        """Add the optimizers' settings and the gradients of an open window."""
         if self._configured is not None:
             checkpoint[RECORD] = self._configured
         if in_open_window(trainer):
@@ -142,7 +142,7 @@ class RunKeeper(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Have the last step saved and validated: a trainer that should stop validates first."""
+        """Save and validate the last step: a trainer that should stop validates first."""
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
         is_last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
         if is_last:
@@ -162,14 +162,14 @@ class RunKeeper(Callback):
 
 
 def save_last(trainer: L.Trainer, callback: ModelCheckpoint) -> None:
-    """Write ``last.ckpt`` at a last step where nothing is due, or say that the steps since the latest one are lost."""
+    """Write ``last.ckpt`` at a last step where none is due, or warn that the steps since the latest are lost."""
     every, epochs, step = callback._every_n_train_steps, callback._every_n_epochs, trainer.global_step
     is_epoch_due = epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0  # at its end, which follows
     is_due = step % every == 0 if every else is_epoch_due
     if is_due or callback._last_global_step_saved == step:
         return
     if callback.save_last:
-        callback._last_checkpoint_saved = ""  # so that save_last: link writes a file, and no link to an earlier step
+        callback._last_checkpoint_saved = ""  # so that save_last: link writes a file, not a link to an earlier step
         callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
     else:
         rank_zero_warn(
@@ -180,7 +180,7 @@ def save_last(trainer: L.Trainer, callback: ModelCheckpoint) -> None:
 
 
 def has_validation(trainer: L.Trainer) -> bool:
-    """Whether there are held-out batches; without any, checkpoints are saved at the end of an epoch anyway."""
+    """Whether there are held-out batches; without any, checkpoints are saved at the end of each epoch."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if trainer.enable_validation:
         loop.setup_data()
@@ -188,7 +188,7 @@ def has_validation(trainer: L.Trainer) -> bool:
 
 
 def in_open_window(trainer: L.Trainer) -> bool:
-    """Whether gradients have been accumulated that the optimizer has not yet used."""
+    """Whether there are accumulated gradients that the optimizer has not used yet."""
     if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
         return False
     loop = trainer.fit_loop.epoch_loop
@@ -196,10 +196,10 @@ def in_open_window(trainer: L.Trainer) -> bool:
 
 
 def refuse_weights_alone(trainer: L.Trainer | None, checkpoint: dict[str, Any]) -> None:
-    """Say that a run cannot be resumed from a checkpoint without the state of the optimizer.
+    """Refuse to resume a run from a checkpoint without the optimizer's state.
 
     Raises:
-        CheckpointError: If the trainer is about to.
+        CheckpointError: If the trainer is about to do so.
     """
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The losses of a step, logged and looked at without waiting for the device in every step."""
+"""The losses of a step, logged and checked without waiting for the device in every step."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ def log_losses(module: Any, losses: dict[str, Tensor], world_size: int) -> None:
     """Log the losses of a step, as the means over all processes."""
     if world_size > 1:
         # All processes have the same shares of both streams, so the mean of their means is that of the global batch.
-        # `sync_dist` would stop all of them at a barrier for each value; this is one gathering, which nobody waits for.
+        # `sync_dist` would hold all of them at a barrier for each value; this is one gather, which nobody waits for.
         everyone: Any = module.all_gather(torch.stack(list(losses.values())).detach())  # (W, number of losses)
         losses = dict(zip(losses, everyone.mean(0), strict=True))
     results: Any = None if module._trainer is None else module._trainer._results
     for name, loss in losses.items():
         known = None if results is None else results.get(f"training_step.{name}")
-        if known is None or known.has_reset:  # the first of an epoch
-            # Not for Lightning's bar, which would wait for the device in each step to have them as numbers.
+        if known is None or known.has_reset:  # the first step of an epoch
+            # Not for Lightning's progress bar, which would wait for the device in each step to get the numbers.
             module.log(name, loss)
-        else:  # what `log` does in the end, after 1,900 Python calls that inspect the metric
+        else:  # what `log` does after 1,900 Python calls that inspect the metric
             known.forward(loss.detach(), 1)
 
 
 class FiniteLoss:
     """Keeps the losses of the latest steps on the device, and finds the first that is not finite on request.
 
-    A step costs nothing but the memory of B numbers. Steps between that loss and the check are lost; checkpoints are
-    not, since a check precedes each.
+    A step costs only the memory of B numbers. The steps between that loss and the check are lost; checkpoints are not,
+    since each is preceded by a check.
     """
 
     def __init__(self) -> None:
-        # (4,) int64: whether there is one, and its step, timestep and stream (0 target, 1 retention, -1 unknown)
+        # (4,) int64: whether a loss is not finite, its step, timestep and stream (0 target, 1 retention, -1 unknown)
         self._first: Tensor | None = None
         self._steps: list[tuple[int, ObjectiveOutput, Tensor]] = []
 
     def watch(self, step: int, output: ObjectiveOutput, is_retention: Tensor) -> None:
-        """Take note of a step's losses (B,), whose streams are ``is_retention`` (B,) bool."""
+        """Keep a step's losses (B,), whose streams are ``is_retention`` (B,) bool."""
         nothing = is_retention.new_empty(0)
         kept = ObjectiveOutput(output.loss.detach(), nothing, nothing, output.per_sample.detach(), output.timesteps)
         self._steps.append((step, kept, is_retention))
@@ -53,7 +53,7 @@ class FiniteLoss:
 
     @torch.no_grad()
     def _look(self) -> None:
-        """Reduce the losses that are kept to the first that is not finite, on the device."""
+        """Find the first kept loss that is not finite, on the device."""
         for step, output, is_retention in self._steps:
             bad = ~output.per_sample.isfinite()
             sample = bad.long().argmax().view(1)
@@ -70,7 +70,7 @@ class FiniteLoss:
         self._steps = []
 
     def check(self, module: Any) -> None:
-        """Look, on all processes at once.
+        """Check the kept losses on all processes at once.
 
         Raises:
             NumericsError: If a loss was not finite on one of them.

@@ -1,4 +1,4 @@
-"""What the Diff-Tuning modules of text-to-image pipelines share: their family, text and latents."""
+"""Base of the Diff-Tuning modules of text-to-image pipelines: family, text and latents."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ from lightning_difftune.source import SourceFacts
 
 
 class TextPipelineModule(DiffTuningModule, ABC):
-    """Base of the modules whose condition is text: the frozen autoencoder and text encoder of a pipeline, and prompts.
+    """Base of the modules conditioned on text: a pipeline's frozen autoencoder and text encoders, and prompts.
 
-    The memory bank's sample i is drawn and retained under prompt i mod n of ``bank_prompts``. What one class of
-    pipelines has of its own is its :class:`~lightning_difftune.modules.families.Family`.
+    Sample i of the memory bank is drawn and retained under prompt i mod n of ``bank_prompts``. What is specific to
+    a class of pipelines is its :class:`~lightning_difftune.modules.families.Family`.
 
     Args:
-        model: A Stable Diffusion pipeline: hub repository or local folder in diffusers' layout, or the bundled
+        model: A text-to-image pipeline: hub repository or local folder in diffusers' layout, or the bundled
             ``"sd-nano-flowers"``.
         revision: Branch, tag or commit of a hub repository.
-        image_size: Side of the pictures in pixels; by default the size that the UNet was made for.
-        prompts: What generated pictures show; picture i has prompt i mod n.
-        bank_prompts: Those that the memory bank is drawn with; by default the empty one, the unconditional branch.
+        image_size: Side of the pictures in pixels; by default the size that the network was made for.
+        prompts: Prompts of generated pictures; picture i has prompt i mod n.
+        bank_prompts: Prompts of the memory bank; by default the empty one, the unconditional branch.
         prompt_dropout: Probability that a target sample is shown without its caption.
-        distilled_guidance: Guidance of a guidance-distilled network, such as FLUX.1-dev, in sampling and for the bank;
-            the bank keeps it as a column. 3.5 for those, ``None`` for the others, which take none.
-        target_guidance: The guidance of such a network for target samples; 1 for those.
+        distilled_guidance: Guidance of a guidance-distilled network, such as FLUX.1-dev, in sampling and for the bank,
+            which stores it as a column. By default 3.5; ``None`` for the other networks, which take none.
+        target_guidance: Guidance of such a network for target samples; 1 by default.
         is_step_distilled: Whether the pipeline was distilled to a few steps, so that replay of its samples is refused.
-            By default as its files say: schedulers of few steps, and names such as Turbo.
-        frozen_dtype: Precision of the text encoders, and of the pre-trained network under adapters (LoRA) and as the
-            source of the bank. What is trained is float32.
+            By default read from its files: few-step schedulers, and names such as Turbo.
+        frozen_dtype: Precision of the text encoders, and of the pre-trained network under adapters (LoRA) and when it
+            draws the bank. Trained weights are float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         channels_last: Keep the trained network's weights in the memory format that convolutions prefer on GPUs.
-        objective: The loss of Eq. 5; by default MirroredPowerSchedule(tau=1) and the simple loss of what the pipeline
-            predicts, over its own noise and at the noise levels that its family is trained at.
-        optimizer: Given the trainable parameters, returns an optimizer.
-        lr_scheduler: Given the optimizer, returns a scheduler that steps every training step; constant by default.
+        objective: The loss of Eq. 5; by default MirroredPowerSchedule(tau=1) and the simple loss for the pipeline's
+            prediction type and noise process, at the noise levels that its family is trained at.
+        optimizer: Callable that takes the trainable parameters; by default AdamW, lr 1e-4, no weight decay.
+        lr_scheduler: Callable that takes the optimizer; the scheduler steps every training step. Constant by default.
         tuner: A parameter-efficient method; ``None`` trains the whole network.
-        sampler: How pictures are generated; what it leaves out is as the family has it, for Stable Diffusion
-            DPM-Solver++ in 20 steps with guidance 7.5.
-        bank_sampler: How the memory bank is generated; what it leaves out is as ``sampler`` has it, without guidance.
-        seed: Seed of training draws, of generated pictures and of the bank.
+        sampler: How pictures are generated; unset fields are the family's, for Stable Diffusion DPM-Solver++ in 20
+            steps with guidance 7.5.
+            bank_sampler: How the memory bank is generated; unset fields are those of ``sampler``, without guidance.
+            seed: Seed of the training draws, the generated pictures and the bank.
 
     Raises:
         ConfigError: If the prompts are empty lists, the dropout is out of range or, when the networks are built, if
-            objective or samplers contradict the pipeline.
+            the objective or a sampler contradicts the pipeline.
     """
 
     family: Family
@@ -116,7 +116,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
     # -- networks -------------------------------------------------------------------------------------------------
 
     def open_pipeline(self) -> Any:
-        """The pre-trained network that denoises, on the CPU; the frozen parts around it become this module's."""
+        """Open the pipeline: return its denoising network, on the CPU, and keep the frozen parts in this module."""
         self.pipeline = Pipeline(self.model, self.revision)
         self.family = self.pipeline.family
         network = self.pipeline.open_network(self.frozen_dtype if hasattr(self.tuner, "disabled") else torch.float32)
@@ -130,12 +130,12 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return network
 
     def facts(self, network: Any, **identity: Any) -> SourceFacts:
-        """What the pipeline says of itself."""
+        """The facts of the pipeline."""
         num_tokens = self.sample_shape[1] * self.sample_shape[2] // 4
         return self.pipeline.facts(network, self.autoencoder.scale, num_tokens, **identity)
 
     def apply_memory_options(self, network: Any) -> None:
-        """Set up gradient checkpointing and the memory format of a network that gradients flow through."""
+        """Apply gradient checkpointing and the memory format to a network that gradients flow through."""
         if self.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if self.channels_last:
@@ -150,11 +150,11 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return self.family.sampler()
 
     def default_bank_sampler(self) -> Sampler:
-        """What :attr:`sampler` has, without guidance: what is replayed under a prompt is drawn under it alone."""
+        """Those of :attr:`sampler`, without guidance: a sample replayed under a prompt is drawn under it alone."""
         return replace(self.sampler, guidance_scale=1.0)
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
-        """What fills a memory bank; refused where replay would undo distillation, or has nothing to draw under."""
+        """What fills a memory bank; refused if replay would undo distillation or there is no prompt to draw under."""
         network: Any = self.trainable_modules()[0]
         is_replay = self.uses_retention and self.objective.retention_target is None
         sign = "what is_step_distilled says" if self.is_step_distilled else None
@@ -188,7 +188,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
     # -- text -----------------------------------------------------------------------------------------------------
 
     def embed(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
-        """Conditions of a fixed list of n prompts, n rows by name, made once."""
+        """Conditions of a fixed list of n prompts, n rows by name, computed once."""
         return self._text.table(prompts, self.device)
 
     def null_text(self) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         condition = with_guidance(condition, self._guidance and self._guidance[0])
         return condition, self.null_condition(condition)
 
-    # -- what the base asks for -----------------------------------------------------------------------------------
+    # -- hooks of the base ----------------------------------------------------------------------------------------
 
     def encode(self, batch: TargetBatch) -> TargetBatch:
         """Pictures (B, 3, H, W) and captions => latents' mean and std (B, c, h, w), and the captions' conditions."""
@@ -222,11 +222,11 @@ class TextPipelineModule(DiffTuningModule, ABC):
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
-        """What a caption becomes, such as ``prompt_embeds``."""
+        """The columns that a caption becomes, such as ``prompt_embeds``."""
         return tuple(self.null_text())
 
     def on_train_start(self) -> None:
-        """Where captions are cached, move the text encoders off the GPU, since they are rarely needed then."""
+        """If captions are cached, move the text encoders off the GPU, since they are rarely needed then."""
         if self._caches_captions:
             for prompts in (self.prompts, self.bank_prompts):
                 self.embed(prompts)
@@ -242,7 +242,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return self.prompt_dropout
 
     def encoder_identity(self) -> str | None:
-        """Autoencoder, its scale, and text encoder."""
+        """Autoencoder with its scale, and text encoders."""
         return f"{self.autoencoder.identity()}; {self.text_encoder.fingerprint()}"
 
     def target_condition(self, target: TargetBatch) -> Any:
@@ -252,7 +252,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return with_guidance(condition, self._guidance and self._guidance[1])
 
     def null_condition(self, condition: Any) -> Any:
-        """The same with the null condition in place of the prompt's."""
+        """The condition with the prompt's part replaced by the null condition."""
         null = self.null_text()
         return {name: null[name].expand_as(value) if name in null else value for name, value in condition.items()}
 
@@ -283,13 +283,13 @@ class TextPipelineModule(DiffTuningModule, ABC):
         guidance = {} if self._guidance is None else {"guidance": self._guidance[0]}
         return {"prompts": list(self.bank_prompts), "text_encoder": self.text_encoder.fingerprint(), **guidance}
 
-    # -- what people ask it for -------------------------------------------------------------------------------------
+    # -- requests of users ------------------------------------------------------------------------------------------
 
     pipeline_tag = "text-to-image"
     card_tags = ("stable-diffusion",)
 
     def subjects(self, asked: Asked) -> list[Subject]:
-        """Prompts; its own where nobody asks for others."""
+        """The requested prompts; by default the module's own."""
         asked.refuse("classes", because="it takes prompts; use --prompts.")
         asked.refuse("controls", because="it follows no control pictures.")
         return [Subject(prompt, prompt) for prompt in asked.prompts or self.prompts]

@@ -13,10 +13,9 @@ from lightning_difftune.source import SourceFacts
 
 
 class TextToImageDiffTuningModule(TextPipelineModule):
-    """Diff-Tuning of a text-to-image pipeline's network on pictures with captions, whole or by a tuner such as LoRA.
+    """Diff-Tuning of a text-to-image pipeline's network on captioned pictures, in full or by a tuner such as LoRA.
 
-    Arguments as those of
-    :class:`~lightning_difftune.modules.TextPipelineModule`.
+    Takes the arguments of :class:`~lightning_difftune.modules.TextPipelineModule`.
 
     Example:
         >>> from lightning_difftune import MemoryBankDataModule, TextToImageDiffTuningModule
@@ -37,7 +36,7 @@ class TextToImageDiffTuningModule(TextPipelineModule):
 
     @property
     def network(self) -> Any:
-        """The network that is trained; also the attribute ``unet``, by the name of its folder in the pipeline."""
+        """The trained network; also an attribute named after its folder in the pipeline, such as ``unet``."""
         return getattr(self, self.family.network_folder)
 
     def trainable_modules(self) -> list[nn.Module]:
@@ -45,7 +44,7 @@ class TextToImageDiffTuningModule(TextPipelineModule):
         return [self.network]
 
     def denoising_modules(self) -> list[nn.Module]:
-        """The same, where its family says that autocast is on throughout."""
+        """The same, if its family keeps autocast on throughout."""
         return [self.network] if getattr(self.family, "is_autocast_throughout", False) else []
 
     def run(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
@@ -57,7 +56,7 @@ class TextToImageDiffTuningModule(TextPipelineModule):
         return self.run(self.network, x_t, t, condition)
 
     def pretrained(self) -> Denoiser:
-        """The network as the pipeline has it: the same one without its adapters, or else a frozen copy."""
+        """The pipeline's original network: the trained one without its adapters, or else a frozen copy."""
         if hasattr(self.tuner, "disabled"):
             return self._without_adapters
         return partial(self.run, self.frozen(self.pipeline.open_network(self.frozen_dtype)))

@@ -24,23 +24,23 @@ from lightning_difftune.source import LatentScale, SourceFacts
 
 
 class Family(Protocol):
-    """What one class of pipelines has of its own. No base class is needed."""
+    """What is specific to one class of pipelines. No base class is needed."""
 
     network_folder: str  # of the network that denoises, such as "unet"; the module's attribute has the same name
     # Optional: is_autocast_throughout, true where no layer of the network switches autocast off. Weights are then cast
     # together, see WeightCasts.
 
     def network_class(self) -> Any:
-        """Class of diffusers that the network has; imported here, since diffusers is slow to import."""
+        """The network's class in diffusers; imported here, since diffusers is slow to import."""
 
     def sample_size(self, network: Any) -> int:
         """Latents per side of the pictures that the network was made for."""
 
     def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> Any:
-        """The text encoders of a pipeline; :class:`~.text.PipelineText` makes them of a pipeline's class."""
+        """The text encoders of a pipeline, such as a :class:`~.text.PipelineText`."""
 
     def check(self, model: str, network: Any, text: Any, latent_channels: int) -> None:
-        """Refuse networks that need more than they are given here.
+        """Refuse networks that need more inputs than they get here.
 
         Raises:
             CheckpointError: If the parts do not fit, or the network takes further inputs.
@@ -53,19 +53,19 @@ class Family(Protocol):
         """
 
     def sampler(self) -> Sampler:
-        """How pictures are drawn by default: steps and guidance, without a scheduler."""
+        """The default sampler: steps and guidance, without a scheduler."""
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
-        """The default scheduler over a model's process and for what it predicts."""
+        """The default scheduler for a model's noise process and prediction type."""
 
     def density(self, num_tokens: int) -> TimestepDensity | None:
-        """At which noise levels the family is trained, for pictures of 2 x 2 latents' tokens; ``None`` is uniform."""
+        """The noise levels that the family is trained at, for tokens of 2 x 2 latents; ``None`` is uniform."""
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
-        """Whether network and scheduler are those of one distilled to a few steps, which replay would undo."""
+        """Whether network and scheduler show a distillation to a few steps, which replay would undo."""
 
     def takes_guidance(self, network: Any) -> bool:
-        """Whether the network takes its guidance as a number, ``guidance`` (B,), in place of a second branch."""
+        """Whether the network takes its guidance as a number, ``guidance`` (B,), instead of a second branch."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -80,9 +80,9 @@ _FEW_STEPS = {"turbo", "lightning", "schnell", "lcm", "hyper", "flash", "tcd", "
 
 
 def few_step_name(names: Sequence[str]) -> str | None:
-    """The first name with a word that models distilled to a few steps are called by, such as ``sdxl-turbo``.
+    """The first name with a word that marks models distilled to a few steps, such as ``sdxl-turbo``.
 
-    Of a path or a repository the last part counts.
+    Only the last part of a path or repository counts.
 
     Example:
         >>> few_step_name(["models/base", "stabilityai/stable-diffusion-3.5-large-turbo"])
@@ -94,14 +94,14 @@ def few_step_name(names: Sequence[str]) -> str | None:
 
 
 class Pipeline:
-    """A text-to-image pipeline: its family, and what its files hold.
+    """A text-to-image pipeline: its family and its files.
 
     Args:
         model: Hub repository or local folder in diffusers' layout, or a bundled name.
         revision: Branch, tag or commit of a hub repository.
 
     Raises:
-        CheckpointError: If it cannot be had, or is of a class that is not supported.
+        CheckpointError: If it is not found, or its class is not supported.
     """
 
     def __init__(self, model: str, revision: str | None = None) -> None:
@@ -120,7 +120,7 @@ class Pipeline:
 
     @property
     def folder(self) -> Path:
-        """Where its network lies, here or in the hub's cache."""
+        """The folder of its network, local or in the hub's cache."""
         return folder_of(self.model, self.family.network_folder, self.revision)
 
     def open_network(self, dtype: torch.dtype = torch.float32) -> Any:
@@ -133,7 +133,7 @@ class Pipeline:
         return FrozenAutoencoder(folder_of(self.model, "vae", self.revision), None, "vae")
 
     def facts(self, network: Any, latents: LatentScale, num_tokens: int, **identity: Any) -> SourceFacts:
-        """What it says of itself: its ``scheduler_config.json``, and the density for pictures of so many tokens."""
+        """Its facts: from ``scheduler_config.json``, and the timestep density for pictures of ``num_tokens``."""
         return SourceFacts.of_scheduler(
             self.model,
             fingerprint(network),
@@ -145,10 +145,10 @@ class Pipeline:
         )
 
     def guidance(self, network: Any, drawn: float | None, trained: float | None) -> tuple[float, float] | None:
-        """The guidance of a guidance-distilled network for generated and for target samples.
+        """The guidance of a guidance-distilled network, for generated samples and for target samples.
 
         Raises:
-            ConfigError: If numbers are given for a network that is not told any.
+            ConfigError: If numbers are given for a network that takes none.
         """
         if self.family.takes_guidance(network):
             return 3.5 if drawn is None else float(drawn), 1.0 if trained is None else float(trained)
@@ -160,7 +160,7 @@ class Pipeline:
         return None
 
     def sign_of_few_steps(self, network: Any, scheduler: Mapping[str, Any]) -> str | None:
-        """What says that it was distilled to a few steps, network and scheduler or a name; ``None`` if nothing does."""
+        """The sign that it was distilled to a few steps, network and scheduler or a name; ``None`` if there is none."""
         if self.family.is_step_distilled(network, dict(scheduler)):
             return "what its network and its scheduler are"
         files = (self.folder / "model_index.json", self.folder / self.family.network_folder / "config.json")

@@ -1,4 +1,4 @@
-"""Families by flow matching, whose network is a transformer: Stable Diffusion 3 and 3.5, and FLUX.1."""
+"""Flow-matching transformers: Stable Diffusion 3 and 3.5, and FLUX.1."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T5_TOKENS = 512  # of FLUX's prompts
 class StableDiffusion3:
     """The family of diffusers' ``StableDiffusion3Pipeline``.
 
-    Conditions are ``prompt_embeds`` (B, 333, 4096), both CLIPs' padded to T5's width and T5's behind them; and
+    Conditions are ``prompt_embeds`` (B, 333, 4096), both CLIPs' embeddings padded to T5's width followed by T5's; and
     ``pooled_prompt_embeds`` (B, 2048). The null condition is the empty prompt's.
     """
 
@@ -40,16 +40,16 @@ class StableDiffusion3:
         return size
 
     def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> PipelineText:
-        """The three encoders; without T5's its part is zeros, as in the pipeline."""
+        """The three encoders; without T5, its part is zeros, as in the pipeline."""
         from diffusers import StableDiffusion3Pipeline
 
         return PipelineText(StableDiffusion3Pipeline, model, revision, encode_sd3, dtype)
 
     def check(self, model: str, network: Any, text: PipelineText, latent_channels: int) -> None:
-        """Refuse parts of several pipelines.
+        """Refuse parts of different pipelines.
 
         Raises:
-            CheckpointError: If they are.
+            CheckpointError: If they do not fit.
         """
         config, encoders = network.config, text.network
         found = config.in_channels, config.out_channels, config.pooled_projection_dim
@@ -71,25 +71,25 @@ class StableDiffusion3:
         return output
 
     def sampler(self) -> Sampler:
-        """28 steps with guidance 7, as the pipeline has."""
+        """28 steps with guidance 7, the pipeline's defaults."""
         return Sampler(num_inference_steps=28, guidance_scale=7.0, guidance_channels=None)
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
-        """The published one: Euler's steps over a shifted grid."""
+        """The published one: Euler steps over a shifted grid."""
         config = dict(source.scheduler or {})
         scheduler: NoiseScheduler = scheduler_from(str(config["_class_name"]), config)
         return scheduler
 
     def density(self, num_tokens: int) -> Uniform:
-        """Uniform over the grid that sampling has: shift 3."""
+        """Uniform over the grid of sampling: shift 3."""
         return Uniform(3.0)
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
-        """Not visible here: Turbo's transformer and scheduler are those of the others, and only its name differs."""
+        """False: Turbo has the same transformer and scheduler as the others, and differs only by name."""
         return False
 
     def takes_guidance(self, network: Any) -> bool:
-        """No: guidance is between two branches."""
+        """False: guidance combines two branches."""
         return False
 
 
@@ -105,8 +105,8 @@ class Flux:
     """The family of diffusers' ``FluxPipeline``.
 
     Conditions are ``prompt_embeds`` (B, 512, 4096) of T5, ``pooled_prompt_embeds`` (B, 768) of CLIP and, where the
-    network is guidance-distilled, ``guidance`` (B,). There is no unconditional branch that sampling asks, so the bank
-    is drawn and retained under captions.
+    network is guidance-distilled, ``guidance`` (B,). Sampling has no unconditional branch, so the bank is drawn and
+    retained under captions.
     """
 
     network_folder = "transformer"
@@ -132,7 +132,7 @@ class Flux:
         """Refuse a transformer with other inputs, such as Fill's, Depth's and Canny's.
 
         Raises:
-            CheckpointError: If it takes others, or the parts are of several pipelines.
+            CheckpointError: If it takes others, or the parts are of different pipelines.
         """
         config = network.config
         clip, t5 = text.network
@@ -171,7 +171,7 @@ class Flux:
         return Sampler(num_inference_steps=28, guidance_scale=1.0, guidance_channels=None)
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
-        """The published one: Euler's steps from sigma = 1 to 1/N, shifted by the picture's size or (schnell) not."""
+        """The published one: Euler steps from sigma = 1 to 1/N, shifted by the picture's size except for schnell."""
         config = dict(source.scheduler or {})
         if not config.get("use_dynamic_shifting", False):  # the same shift at each size, over the same grid
             shift = math.log(config.get("shift", 1.0))
@@ -180,12 +180,12 @@ class Flux:
         return scheduler
 
     def density(self, num_tokens: int) -> Uniform:
-        """Uniform over the grid that sampling has at this size: shift exp(mu), mu from 0.5 at 256 to 1.15 at 4096."""
+        """Uniform over the grid of sampling at this size: shift exp(mu), mu from 0.5 at 256 tokens to 1.15 at 4096."""
         mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
         return Uniform(math.exp(mu))
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
-        """Schnell: without a guidance number, and with a grid that no size shifts."""
+        """True for schnell: no guidance number, and a grid without a shift by size."""
         return not network.config.guidance_embeds and not scheduler.get("use_dynamic_shifting", False)
 
     def takes_guidance(self, network: Any) -> bool:

@@ -15,7 +15,7 @@ from lightning_difftune.modules.families.text import PipelineText
 from lightning_difftune.sampling import NoiseScheduler, Sampler, ddim_for
 from lightning_difftune.source import SourceFacts, betas_of
 
-FURTHER_INPUTS = (  # of other pipelines' UNets: upscalers, unCLIP, SDXL, consistency models, IP adapters
+FURTHER_INPUTS = (  # of UNets in other pipelines: upscalers, unCLIP, SDXL, consistency models, IP adapters
     "class_embed_type",
     "num_class_embeds",
     "addition_embed_type",
@@ -25,7 +25,7 @@ FURTHER_INPUTS = (  # of other pipelines' UNets: upscalers, unCLIP, SDXL, consis
 
 
 class StableDiffusion:
-    """The family of diffusers' ``StableDiffusionPipeline``, whatever it predicts."""
+    """The family of diffusers' ``StableDiffusionPipeline``, with any prediction type."""
 
     network_folder = "unet"
     is_autocast_throughout = True
@@ -44,7 +44,7 @@ class StableDiffusion:
     def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> Any:
         """CLIP's embeddings; the null condition is the empty prompt's."""
         encoder = FrozenTextEncoder(model, revision)
-        if encoder.network.dtype != dtype:  # without values, as plan has it, nothing can be cast
+        if encoder.network.dtype != dtype:  # `plan` has meta tensors, which cannot be cast
             encoder.network.to(dtype)
         return encoder
 
@@ -52,7 +52,7 @@ class StableDiffusion:
         """Refuse a UNet with inputs beyond noisy latents and text, such as those of inpainting.
 
         Raises:
-            CheckpointError: If there are any, or the parts are of several pipelines.
+            CheckpointError: If there are any, or the parts are of different pipelines.
         """
         config = network.config
         channels = config.in_channels, config.out_channels
@@ -75,16 +75,16 @@ class StableDiffusion:
             )
 
     def unet_inputs(self, condition: dict[str, Tensor]) -> dict[str, Any]:
-        """``prompt_embeds`` (B, L, D), as the UNet and a ControlNet of it take them."""
+        """``prompt_embeds`` (B, L, D), as the UNet and its ControlNets take them."""
         return {"encoder_hidden_states": condition["prompt_embeds"]}
 
     def call(self, network: Any, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """The UNet under what :meth:`unet_inputs` gives it."""
+        """Output of the UNet for the inputs of :meth:`unet_inputs`."""
         output: Tensor = network(x_t, t, **self.unet_inputs(condition)).sample
         return output
 
     def sampler(self) -> Sampler:
-        """20 steps of DPM-Solver++, which stand for the 50 of DDIM that the paper has, with guidance 7.5."""
+        """20 steps of DPM-Solver++ in place of the paper's 50 of DDIM, with guidance 7.5."""
         return Sampler(num_inference_steps=20, guidance_scale=7.5, guidance_channels=None)
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
@@ -99,27 +99,27 @@ class StableDiffusion:
         """Stable Diffusion is trained at uniform timesteps."""
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
-        """Turbo, LCM and the like, by the few-step scheduler that they are published with."""
+        """True for Turbo, LCM and the like, by the few-step scheduler that they are published with."""
         kind, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
         few = kind in ("LCMScheduler", "TCDScheduler") or (spacing == "trailing" and str(kind).startswith("Euler"))
         return few and scheduler.get("prediction_type", "epsilon") == "epsilon"
 
     def takes_guidance(self, network: Any) -> bool:
-        """No: guidance is between two branches."""
+        """False: guidance combines two branches."""
         return False
 
 
 class StableDiffusionXL(StableDiffusion):
     """The family of diffusers' ``StableDiffusionXLPipeline``.
 
-    Conditions are ``prompt_embeds`` (B, 77, 2048), the last hidden states but one of both encoders side by side;
+    Conditions are ``prompt_embeds`` (B, 77, 2048), the penultimate hidden states of both encoders side by side;
     ``pooled_prompt_embeds`` (B, 1280), of the second; and ``time_ids`` (B, 6): the picture's original height and width,
     the top and left of its crop, the height and width to draw. Pictures are squares here, not cropped: (n, n, 0, 0, n,
     n), which is also the pipeline's default.
     """
 
     def open_text(self, model: str | Path, revision: str | None, image_size: int, dtype: torch.dtype) -> PipelineText:
-        """Both encoders; the null condition is zeros where the pipeline forces them, as the published one does."""
+        """Both encoders; the null condition is zeros if the pipeline forces them, as the published one does."""
         from diffusers import StableDiffusionXLPipeline
 
         ours, null = partial(encode_sdxl, image_size), partial(encode_sdxl, image_size, prompts=None)
@@ -129,7 +129,7 @@ class StableDiffusionXL(StableDiffusion):
         """Refuse a UNet with other inputs, such as the refiner's and those of inpainting.
 
         Raises:
-            CheckpointError: If it takes others, or the parts are of several pipelines.
+            CheckpointError: If it takes others, or the parts are of different pipelines.
         """
         config = network.config
         widths = [encoder.config.hidden_size for encoder in text.network]
@@ -151,16 +151,16 @@ class StableDiffusionXL(StableDiffusion):
             )
 
     def unet_inputs(self, condition: dict[str, Tensor]) -> dict[str, Any]:
-        """Text and sizes, as the UNet and a ControlNet of it take them."""
+        """Text and sizes, as the UNet and its ControlNets take them."""
         added = {"text_embeds": condition["pooled_prompt_embeds"], "time_ids": condition["time_ids"]}
         return {"encoder_hidden_states": condition["prompt_embeds"], "added_cond_kwargs": added}
 
     def sampler(self) -> Sampler:
-        """30 steps with guidance 5, which is the pipeline's."""
+        """30 steps with the pipeline's guidance, 5."""
         return Sampler(num_inference_steps=30, guidance_scale=5.0, guidance_channels=None)
 
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
-        """Euler's steps, with which SDXL is published."""
+        """The published one: Euler steps."""
         from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
         settings = {name: value for name, value in betas_of(source).items() if value is not None}
@@ -169,7 +169,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 def encode_sdxl(image_size: int, pipeline: Any, prompts: list[str] | None) -> dict[str, Tensor]:
-    """The conditions of B prompts; ``None`` is the pipeline's own negative: zeros, or the empty prompt's embeddings."""
+    """The conditions of B prompts; ``None`` is the pipeline's null condition: zeros, or the empty prompt's."""
     device, is_null = pipeline.text_encoder_2.device, prompts is None
     embeds, negative_embeds, pooled, negative_pooled = pipeline.encode_prompt(
         prompts or [""], device=device, do_classifier_free_guidance=is_null

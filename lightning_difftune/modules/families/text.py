@@ -1,4 +1,4 @@
-"""A pipeline's text encoders, asked as the pipeline itself asks them, and what is kept of their answers."""
+"""A pipeline's text encoders, called as the pipeline calls them, and a cache of their outputs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.models.hub import folder_of, without_bars
 
-RECENT_CAPTIONS = 64  # whose conditions are kept while a cache is made, or a validation repeats them
+RECENT_CAPTIONS = 64  # captions whose conditions are kept, while a cache is built or a validation repeats them
 
 
 class TextConditions(Protocol):
-    """Frozen text encoders, as a module that follows its parent to any device."""
+    """Frozen text encoders; a module that follows its parent to any device."""
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """B prompts => tensors of B rows by name, float32; their names are columns of cached targets, too."""
+        """B prompts => tensors of B rows by name, float32; the names are also columns of cached targets."""
 
     def null(self) -> dict[str, Tensor]:
-        """The condition of the unconditional branch, which guidance and dropped captions have: one row."""
+        """The condition of guidance's unconditional branch and of dropped captions, in one row."""
 
     def fingerprint(self) -> str:
         """Identity of weights and vocabularies."""
@@ -37,13 +37,13 @@ class PipelineText(Frozen):
     """The tokenizers and text encoders of a pipeline; never trained, never in a checkpoint.
 
     Args:
-        pipeline_class: Of diffusers.
+        pipeline_class: A pipeline's class in diffusers.
         model: Pipeline: hub repository or local folder.
         revision: Branch, tag or commit of a hub repository.
         encode: Given the pipeline (without its other parts) and B prompts, returns tensors of B rows by name.
-        dtype: Of the weights.
-        null: Given the pipeline, returns the condition of the unconditional branch in one row, which is then also what
-            the empty prompt means; by default what ``encode`` makes of that.
+        dtype: Type of the weights.
+        null: Given the pipeline, returns the condition of the unconditional branch in one row, which then also stands
+            for the empty prompt; by default ``encode`` of the empty prompt.
 
     Raises:
         CheckpointError: If the text encoders are not found or cannot be opened.
@@ -91,7 +91,7 @@ class PipelineText(Frozen):
 
     @torch.no_grad()
     def null(self) -> dict[str, Tensor]:
-        """What a dropped prompt is, in one row, float32."""
+        """The condition of a dropped prompt, in one row, float32."""
         device = next(self.network.parameters()).device
         with torch.autocast(device.type, enabled=False):
             return {name: value.float() for name, value in self._null(self.pipeline).items()}
@@ -146,7 +146,7 @@ class PromptConditions:
         self._recent: dict[str, dict[str, Tensor]] = {}
 
     def table(self, prompts: tuple[str, ...], device: torch.device) -> dict[str, Tensor]:
-        """Conditions of a fixed list of n prompts, n rows, made once; the null condition, one row, without prompts."""
+        """Conditions of a fixed list of n prompts, n rows, computed once; without prompts, the null condition."""
         if prompts not in self._tables:
             rows = [self.encoder.encode([prompt]) for prompt in prompts] or [self.encoder.null()]
             self._tables[prompts] = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
@@ -154,9 +154,9 @@ class PromptConditions:
         return table
 
     def captions(self, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-        """Conditions of B captions for a cache: encoded one by one, so that a batch does not change how one is rounded.
+        """Conditions of B captions for a cache: encoded one by one, so that the batch does not change the rounding.
 
-        Those seen last are kept, since pictures of a class, mirror images and validations repeat them.
+        The latest are kept, since pictures of a class, mirror images and validations repeat them.
         """
         for caption in dict.fromkeys(captions):
             if caption not in self._recent:
@@ -167,12 +167,12 @@ class PromptConditions:
         return {name: torch.cat([row[name].to(device) for row in rows]) for name in rows[0]}
 
     def forget_captions(self) -> None:
-        """Free what was kept of captions."""
+        """Free the kept conditions of captions."""
         self._recent.clear()
 
 
 def with_guidance(condition: dict[str, Tensor], guidance: Tensor | float | None) -> dict[str, Tensor]:
-    """A condition of B rows with the guidance of the network, a number or (B,), if it takes one."""
+    """A condition of B rows with the network's guidance, a number or (B,), if it takes any."""
     if guidance is None:
         return condition
     like = next(iter(condition.values()))
