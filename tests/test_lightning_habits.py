@@ -188,7 +188,7 @@ def test_plateaus_in_yaml_step_by_the_metric(project):
     cli = run_lightning(["fit", "--config", "run.yaml", "--config", "plateau.yaml", "--trainer.max_steps", "4"])
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4 / 2**3)  # the first one is the best
     monitor = "--model.init_args.lr_scheduler.init_args.monitor"
-    with pytest.raises(ConfigError, match="goes by val/nothing, which the validation did not log; it logged train/"):
+    with pytest.raises(ConfigError, match="monitors val/nothing, which the validation did not log; it logged train/"):
         run_lightning(["fit", "--config", "run.yaml", "--config", "plateau.yaml", monitor, "val/nothing"])
 
 

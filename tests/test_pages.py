@@ -27,6 +27,7 @@ import yaml
 from PIL import Image
 
 from lightning_difftune.cli import main
+from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.plan import duration
 from lightning_difftune.data import NpzImages
 from lightning_difftune.schedules import fit_schedule
@@ -189,8 +190,9 @@ def here(line: str) -> str:
         if re.search(pattern, line):
             line = re.sub(place, longer, line, count=1)
     if " --dry_run" in line and "--only" not in line:
-        study = yaml.safe_load(Path(line.split()[2]).read_text())
-        line += f" --only {next(iter(study['runs']))} --seeds 0"
+        part = re.search(r" --part (\w+)", line)
+        study = read_study(Path(line.split()[2]), part[1] if part else None)
+        line += f" --only {next(iter(study.runs))} --seeds 0"
     return line
 
 
