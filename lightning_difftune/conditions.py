@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def _each(function: Callable[..., Tensor], first: Any, *others: Any) -> Any:
-    """The function of each tensor of a condition, and of those in its place in others of the same structure."""
+    """Apply a function to each tensor of a condition and its counterparts in others of the same structure."""
     if isinstance(first, dict):
         return {name: _each(function, value, *(other[name] for other in others)) for name, value in first.items()}
     return None if first is None else function(first, *others)

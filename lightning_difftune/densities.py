@@ -1,4 +1,4 @@
-"""Timestep densities: which noise levels a family is trained at, before psi and xi say what of it each stream gets."""
+"""Timestep densities: the noise levels that a family is trained at, before psi and xi weight them per stream."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class TimestepDensity(Protocol):
     """A family's own training density p0 as a function of s in (0, 1): s near 0 is data, s = 1 is noise.
 
     The target's timesteps are drawn from q(s) ~ p0(s) psi(s) and the bank's from q(s) ~ p0(s) xi(s), so that tau = 0
-    is the recipe that the family is known by. Only the shape of p0 matters.
+    is the family's own recipe. Only the shape of p0 matters.
     """
 
     def density(self, s: Tensor) -> Tensor:
-        """Non-negative values of s's shape."""
+        """Non-negative values, same shape as s."""
 
 
 class Uniform:
-    """A uniform u in (0, 1), moved towards noise as flow-matching samplers move it: s = shift u / (1 + (shift - 1) u).
+    """A uniform u in (0, 1), shifted towards noise as in flow-matching samplers: s = shift u / (1 + (shift - 1) u).
 
-    Then p0(s) = shift / (shift - (shift - 1) s)^2. More ``shift`` is more noise, which large pictures need: 3 in
-    Stable Diffusion 3, exp(1.15) = 3.16 in FLUX.1 at 1024 px.
+    Then p0(s) = shift / (shift - (shift - 1) s)^2. A larger ``shift`` means more noise, which large pictures need: 3
+    in Stable Diffusion 3, exp(1.15) = 3.16 in FLUX.1 at 1024 px.
 
     Args:
         shift: Above 0; 1 moves nothing.
@@ -52,15 +52,15 @@ class Uniform:
 
 
 class LogitNormal:
-    """logit(u) ~ N(mean, std^2), then moved as in :class:`Uniform` (Esser et al., 2024, Section 3.1).
+    """logit(u) ~ N(mean, std^2), then shifted as in :class:`Uniform` (Esser et al., 2024, Section 3.1).
 
-    Then logit(s) ~ N(mean + log shift, std^2). A larger ``mean`` is more noise. diffusers' scripts count from noise to
-    data: their ``logit_mean`` has the other sign.
+    Then logit(s) ~ N(mean + log shift, std^2). A larger ``mean`` means more noise. diffusers' scripts count from noise
+    to data: their ``logit_mean`` has the opposite sign.
 
     Args:
-        mean: Of the logits.
-        std: Of the logits, above 0.
-        shift: Above 0; 1 moves nothing, 3 is the script for Stable Diffusion 3.
+        mean: Mean of the logits.
+        std: Standard deviation of the logits, above 0.
+        shift: Above 0; 1 shifts nothing, 3 is that of the script for Stable Diffusion 3.
 
     Raises:
         ConfigError: If ``std`` or ``shift`` is not positive.
@@ -91,7 +91,7 @@ def positive(name: str, value: float) -> float:
 
 
 def masses(density: TimestepDensity, steps: int) -> Tensor:
-    """Mass (T,) float64 of each of T noise levels, their mean 1; level t stands for s from t / T to (t + 1) / T.
+    """Mass (T,) float64 of each of T noise levels, with mean 1; level t covers s from t / T to (t + 1) / T.
 
     Raises:
         ConfigError: If the density is negative or not finite somewhere, or 0 everywhere.
@@ -107,15 +107,15 @@ def masses(density: TimestepDensity, steps: int) -> Tensor:
 
 
 def cdf(weights: Tensor) -> Tensor:
-    """The distribution function (T,) of weights (T,), at least 0 and not all 0."""
+    """The cumulative distribution (T,) of weights (T,), at least 0 and not all 0."""
     return (weights / weights.sum()).cumsum(0)
 
 
 def describe_missing_half(density: TimestepDensity, psi: Tensor, xi: Tensor) -> str | None:
-    """What to say of a density that hardly shows a stream the end of the process that it is there for.
+    """A warning about a density that gives a stream too little of the noise levels that it needs, if any.
 
-    The target is there for the noisiest tenth and the bank for the cleanest 30 %. A stream that gets less than a
-    quarter of what a uniform density would give it there is named.
+    The target needs the noisiest tenth and the bank the cleanest 30 %. The warning names a stream that gets less than
+    a quarter of its share under a uniform density.
 
     Args:
         density: p0.

@@ -1,4 +1,4 @@
-"""Forward processes: how clean samples become noise, and what a network's prediction says about them."""
+"""Forward processes: how clean samples become noise, and what a network's prediction implies about them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
 class Tables(nn.Module):
-    """A module whose buffers follow it to a device and keep their type: float32, whatever the network computes in.
+    """A module whose buffers follow it to a device but stay float32, whatever type the network computes in.
 
     Example:
         >>> from lightning_difftune.diffusion import GaussianDiffusion
@@ -50,7 +50,7 @@ class ForwardProcess(Tables, ABC):
         return a * x0 + b * noise
 
     def snr(self, t: Tensor) -> Tensor:
-        """Signal-to-noise ratio (a_t / b_t)^2 at t (B,) int64, same shape; abar / (1 - abar) in a diffusion."""
+        """Signal-to-noise ratio (a_t / b_t)^2 at t (B,) int64, same shape; abar / (1 - abar) for a diffusion."""
         a, b = self.coefficients(t, t)
         return (a / b).square()
 
@@ -81,13 +81,13 @@ class GaussianDiffusion(ForwardProcess):
         beta_schedule: ``"linear"`` in beta, or ``"scaled_linear"``, which is linear in the square root of beta; the
             names are those of diffusers' schedulers.
         rescale_betas_zero_snr: Rescale to pure noise at the last step (Lin et al., 2024), where abar is then exactly 0
-            and a noise prediction says nothing about x_0: for networks that predict v or the clean sample.
+            and a noise prediction implies nothing about x_0: for networks that predict v or the clean sample.
 
     Attributes:
-        scheduler_settings: What makes a scheduler of diffusers reverse this process.
+        scheduler_settings: Settings with which a diffusers scheduler reverses this process.
 
     Raises:
-        ConfigError: If there are fewer than two steps, the betas are not in (0, 1) or fall, or the schedule is neither.
+        ConfigError: If there are fewer than two steps, betas outside (0, 1) or decreasing, or an unknown schedule.
 
     Example:
         >>> process = GaussianDiffusion()
@@ -134,7 +134,7 @@ class GaussianDiffusion(ForwardProcess):
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Tensor) -> GaussianDiffusion:
-        """The process of a table of abar_t (T,), which falls from below 1 to at least 0.
+        """The process of a table of abar_t (T,), which decreases from below 1 to at least 0.
 
         Raises:
             ConfigError: If it does not.
@@ -155,7 +155,7 @@ class GaussianDiffusion(ForwardProcess):
         previous = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), alphas_cumprod[:-1]])
         betas = 1 - alphas_cumprod / previous if betas is None else betas
         posterior_variance = betas * (1 - previous) / (1 - alphas_cumprod)
-        posterior_variance[0] = posterior_variance[1]  # it is 0 at t = 0, where its logarithm is wanted
+        posterior_variance[0] = posterior_variance[1]  # 0 at t = 0, where its logarithm is needed
         tables = {
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
             "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
@@ -178,7 +178,7 @@ class GaussianDiffusion(ForwardProcess):
 
     @property
     def has_zero_terminal_snr(self) -> bool:
-        """Whether the last step is pure noise, where a noise prediction says nothing about x_0."""
+        """Whether the last step is pure noise, where a noise prediction implies nothing about x_0."""
         return bool(self.sqrt_alphas_cumprod[-1] == 0)
 
     def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ def same_process(first: ForwardProcess, second: ForwardProcess) -> bool:
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Entries of a table (T,) at t (B,), shaped (B, 1, ...) to multiply ``like`` (B, ...); between them, on a line."""
+    """Entries of a table (T,) at t (B,), interpolated linearly, shaped (B, 1, ...) to multiply ``like`` (B, ...)."""
     if t.is_floating_point():
         low = t.floor().long().clamp(0, len(table) - 1)
         entries = torch.lerp(table[low], table[(low + 1).clamp(max=len(table) - 1)], (t - low).to(table.dtype))

@@ -1,4 +1,4 @@
-"""Random numbers that depend only on a seed and an index: not on the number of processes, nor on what ran before."""
+"""Random numbers that depend only on a seed and an index, not on the number of processes or on earlier draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION = 2
 def seed_of(stream: str, *key: int) -> int:
     """Mix the name of a stream and integers into one 63-bit seed; nearby keys give unrelated seeds.
 
-    The name keeps apart what is drawn for different purposes: no two of them share a seed, whatever their keys are.
+    The name separates draws for different purposes: no two streams share a seed, whatever their keys.
 
     Example:
         >>> len({seed_of("noise", 7), seed_of("noise", 7, 0), seed_of("labels", 7), seed_of("labels", 7, 0)})
@@ -29,9 +29,9 @@ def seed_of(stream: str, *key: int) -> int:
 
 @contextmanager
 def float32_by_default() -> Iterator[None]:
-    """A ``with`` block, or a decorator, inside which tensors of no stated type are float32.
+    """A ``with`` block, or a decorator, in which tensors without a stated type are float32.
 
-    Lightning's bf16-true and 64-true set another default around each step.
+    Lightning's bf16-true and 64-true change the default around each step.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -45,14 +45,14 @@ class Draws:
     """The random numbers of one training step.
 
     Every method draws for the global batch and returns this process's share: sample j of rank r is sample
-    ``j * world_size + r`` of the global batch. So a step sees the same numbers on one process or on many, and a
-    resumed run sees the numbers that it would have seen.
+    ``j * world_size + r`` of the global batch. So a step sees the same numbers on any number of processes, and a
+    resumed run sees the same numbers as an uninterrupted one.
 
     Args:
         seed: Seed of the run.
         step: Index of the batch since the start of training.
         device: Where the numbers are drawn and returned.
-        rank: This process.
+        rank: Rank of this process.
         world_size: Number of processes.
     """
 
@@ -77,7 +77,7 @@ class Draws:
 
     @property
     def _like(self) -> dict[str, Any]:
-        # Whatever the default type is: bfloat16 would reach 737 of 1,000 timesteps.
+        # Independent of the default type: bfloat16 would reach only 737 of 1,000 timesteps.
         return {"generator": self.generator, "device": self.generator.device, "dtype": torch.float32}
 
 

@@ -1,8 +1,8 @@
-"""Errors that a user can fix. Each says what was wrong, what was found and what to do."""
+"""Errors that a user can fix. Each message states what is wrong, what was found and what to do."""
 
 
 class DiffTuneError(Exception):
-    """Base of every error that is the input's fault, not the program's.
+    """Base of errors caused by the input, not by a bug.
 
     The command line prints its message without a traceback and exits with status 2.
     """
@@ -32,7 +32,7 @@ def check_counts(owner: str, **counts: int | None) -> None:
     """Refuse counts below 1 among the settings of a class; ``None`` is a count that is not set.
 
     Raises:
-        ConfigError: If there is one.
+        ConfigError: If one of them is below 1.
     """
     for name, count in counts.items():
         if count is not None and count < 1:

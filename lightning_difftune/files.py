@@ -1,4 +1,4 @@
-"""Files and folders that exist whole or not at all and state their digests; one job at a time in a folder."""
+"""Atomic files and folders with digests, and a lock that admits one job at a time to a folder."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_difftune.errors import CheckpointError, StoreError
 
 LOCK = ".lock"
-SHA256 = "sha256"  # the key of a safetensors file's metadata under which our own files state their digest
+SHA256 = "sha256"  # the key of the digest in the metadata of our safetensors files
 SUMS = "SHA256SUMS"  # in folders that we write
 
-# -- written whole ----------------------------------------------------------------------------------------------------
+# -- atomic writes ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which appears under its name when the ``with`` block ends, and only if it succeeds.
+    """A file to write to, which appears under its name only when the ``with`` block succeeds.
 
     An ``OSError``, such as of a full disk, leaves nothing behind.
     """
@@ -57,31 +57,30 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write(path: Path, data: bytes) -> None:
-    """Write a file so that it exists whole or not at all, whatever kills the process; see :func:`atomic_file`."""
+    """Write a file whole or not at all, whatever kills the process; see :func:`atomic_file`."""
     with atomic_file(path) as file:
         file.write(data)
 
 
 def discard_temporaries(folder: Path, name: str = "*") -> None:
-    """Delete the temporary files that killed runs left of the file ``name``, or of any file."""
+    """Delete the temporary files that killed runs left behind for the file ``name``, or for any file."""
     for leftover in folder.glob(f".{name}.*-*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
-    """Where to write a file or folder, which takes the place of ``path`` when the block ends, and only if it succeeds.
+    """A path for a file or folder that replaces ``path`` only when the ``with`` block succeeds.
 
-    For writers that need a path, such as ``save_pretrained``. It is on the same disk as ``path`` and has its name.
-    What killed processes left behind is deleted.
+    For writers that need a path, such as ``save_pretrained``. It is on the same disk as ``path`` and has the same name.
+    Remains of killed processes are deleted.
 
     Args:
-        path: Its final place.
-        replace: Whether it takes the place of what is at ``path``; otherwise that stays, as when two processes make
-            the same.
+        path: The final path.
+        replace: Whether to replace an existing ``path``; otherwise it stays, as when two processes write the same.
 
     Raises:
-        OSError: The disk is full or refuses; what was at ``path`` stays.
+        OSError: The disk is full or refuses; an existing ``path`` stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{path.name}.*-draft-*"):
@@ -96,7 +95,7 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
         if not path.is_dir():
             draft.replace(path)
             return
-        path.rename(replaced)  # a folder has no atomic exchange
+        path.rename(replaced)  # folders cannot be exchanged atomically
         try:
             draft.rename(path)
         except OSError:
@@ -105,7 +104,7 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def _follow_umask(folder: Path) -> None:
-    """Give files their usual modes; safetensors writes them for their owner alone."""
+    """Give files their usual modes; safetensors makes them readable by their owner only."""
     usual = folder / ".usual"
     usual.touch()
     for file in folder.rglob("*"):
@@ -127,7 +126,7 @@ def _is_running(pid: str) -> bool:
 
 
 class FolderLock:
-    """Held by the job that writes into a folder; the operating system releases it when a job is killed.
+    """A lock for the job that writes into a folder; the operating system releases it when the job is killed.
 
     Args:
         folder: The folder; the lock is a file in it.
@@ -141,7 +140,7 @@ class FolderLock:
         """Take the lock.
 
         Args:
-            waits: Wait for a job that holds it, and say so; otherwise refuse to start.
+            waits: Log and wait while another job holds it; otherwise refuse to start.
 
         Raises:
             StoreError: Another job holds it and ``waits`` is not set, or the folder cannot be written to.
@@ -156,7 +155,7 @@ class FolderLock:
         self._lock.acquire(poll_interval=0.5)
 
     def try_acquire(self) -> bool:
-        """Take the lock if no other job holds it; whether it is held now.
+        """Take the lock if no other job holds it, and return whether it was taken.
 
         Raises:
             StoreError: The folder cannot be written to.
@@ -173,19 +172,19 @@ class FolderLock:
         return True
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock, if it is held."""
         self._lock.release()
 
     def discard(self) -> None:
-        """Delete the file: the folder is finished, so the lock is no longer needed."""
+        """Delete the lock file of a finished folder."""
         (self.folder / LOCK).unlink(missing_ok=True)
 
 
-# -- tensors and folders that state their digests ---------------------------------------------------------------------
+# -- digests of tensors and folders -----------------------------------------------------------------------------------
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Map a safetensors file into memory => tensors, metadata; compared with its hash where it states one."""
+    """Map a safetensors file into memory => tensors, metadata; checked against its hash, if it has one."""
     try:
         with safe_open(file, "pt") as content:
             tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
@@ -201,13 +200,13 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that states its hash, and whose bytes depend only on its contents."""
+    """Write a safetensors file that contains its hash, and whose bytes depend only on its contents."""
     save_file(dict(tensors), file, {**metadata, SHA256: tensor_digest(tensors, metadata)})
     order_metadata(file)
 
 
 def order_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file in place, which the library writes in a random order."""
+    """Sort a safetensors file's metadata in place; the library writes it in random order."""
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
@@ -219,14 +218,14 @@ def order_metadata(file: Path) -> None:
 
 
 def write_sums(folder: Path) -> None:
-    """State the SHA-256 of all files below a folder but ``README.md``, which people edit, in its ``SHA256SUMS``."""
+    """Write the SHA-256 of all files below a folder, except ``README.md``, which people edit, to ``SHA256SUMS``."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in (SUMS, "README.md"))
     lines = [f"{file_digest(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def check_sums(folder: Path) -> None:
-    """Compare the files in a folder with ``SHA256SUMS`` in it, or in the folder above, if there is such a file.
+    """Compare the files in a folder with ``SHA256SUMS`` there or in the parent folder, if it exists.
 
     Raises:
         CheckpointError: If a file was altered.
@@ -258,7 +257,7 @@ def text_digest(text: str) -> str:
 
 
 def json_digest(content: Any) -> str:
-    """The SHA-256 of what JSON can hold; the order of keys does not count."""
+    """The SHA-256 of a JSON value; the order of keys does not matter."""
     return text_digest(json.dumps(content, sort_keys=True))
 
 
@@ -281,10 +280,9 @@ def array_digest(*parts: npt.NDArray[Any] | str) -> str:
 
 
 def tensor_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """The SHA-256 of tensors by name, with dtypes and shapes, and metadata; neither order nor device counts.
+    """The SHA-256 of named tensors, with dtypes and shapes, and metadata; order and device do not matter.
 
-    At most one tensor is copied at a time. Of tensors without values, as `difftune plan` has them, only names, dtypes
-    and shapes count.
+    At most one tensor is copied at a time. Of meta tensors, as in `difftune plan`, only names, dtypes and shapes count.
 
     Example:
         >>> tensor_digest({"a": torch.zeros(2)}) == tensor_digest({"a": torch.zeros(2, 1)})

@@ -1,4 +1,4 @@
-"""Theorem 1: the denoiser that no network can beat on a finite data set, in closed form."""
+"""Theorem 1: the optimal denoiser of a finite data set, in closed form."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ideal_denoiser(
     diffusion = GaussianDiffusion().to(x_t.device) if diffusion is None else diffusion
     x_t = x_t.float()
     a, b = (coefficient.view(-1, 1) for coefficient in diffusion.coefficients(t, x_t))
-    a = a.clamp(min=1e-6)  # 0 at the pure noise of a flow, where all samples weigh the same
+    a = a.clamp(min=1e-6)  # 0 at a flow's pure noise, where all samples have the same weight
     points = (x_t.flatten(1) / a).contiguous()
     largest = torch.full_like(a, -torch.inf)  # logarithm of the largest weight so far, (B, 1)
     total = torch.zeros_like(a)  # sum of the weights, over the largest one
@@ -91,16 +91,16 @@ def distance_to_ideal(
     seed: int = 0,
     chunk_size: int = 4096,
 ) -> list[tuple[int, float]]:
-    """How far a network is from the ideal denoiser of a data set, over the noise levels.
+    """Distance of a network from the ideal denoiser of a data set, per noise level.
 
     Args:
         denoise: The network.
-        x0: Clean samples (B, C, H, W) that are noised, not necessarily of the data set.
+        x0: Clean samples (B, C, H, W) to add noise to, not necessarily from the data set.
         condition: Their condition, as the network takes it.
         data: The samples (N, C, H, W) whose ideal denoiser it is.
-        timesteps: Where to measure.
+        timesteps: Timesteps to measure at.
         diffusion: The forward process; :class:`~lightning_difftune.diffusion.GaussianDiffusion` by default.
-        seed: Of the noise, which is the same at all timesteps.
+        seed: Seed of the noise, which is the same at all timesteps.
         chunk_size: Samples compared at a time.
 
     Returns:

@@ -2,7 +2,7 @@
 
 A loss belongs to what the network predicts, as diffusers names it: ``eps_mse_loss`` and ``hybrid_loss`` are for
 ``epsilon``, ``v_mse_loss`` for ``v_prediction``, ``x0_mse_loss`` for ``sample``, and ``velocity_mse_loss`` is for
-``flow_prediction``. Each states it in its attribute ``prediction_type``, which a loss of your own may have, too.
+``flow_prediction``. Each has the attribute ``prediction_type``, which a loss of your own may also have.
 They all take the same arguments.
 """
 
@@ -33,7 +33,7 @@ def _for(prediction_type: PredictionType) -> Callable[[L], L]:
 
 
 def prediction_type_of(loss: Loss) -> PredictionType | None:
-    """What a loss takes a network's output for; ``None`` for a function that does not say.
+    """The prediction type of a loss; ``None`` for a function without one.
 
     Example:
         >>> prediction_type_of(v_mse_loss), prediction_type_of(lambda *args: args[0])
@@ -45,7 +45,7 @@ def prediction_type_of(loss: Loss) -> PredictionType | None:
 
 
 def loss_for(prediction_type: PredictionType, learned_variance: bool = False) -> Loss:
-    """The loss of a prediction type; the hybrid one for a network that predicts noise and its variance."""
+    """The loss for a prediction type; the hybrid one if the network also predicts the variance."""
     if prediction_type == "epsilon":
         return hybrid_loss if learned_variance else eps_mse_loss
     return {"v_prediction": v_mse_loss, "sample": x0_mse_loss, "flow_prediction": velocity_mse_loss}[prediction_type]
@@ -72,7 +72,7 @@ def eps_mse_loss(
         t: Timesteps (B,) int64.
         diffusion: The forward process.
         weighting: Weights of the noise levels; all count equally by default.
-        target: What the output is compared with in place of the noise (here) or of v or x0 (below), (B, C, H, W): the
+        target: Replaces the noise (here), v or x0 (below) that the output is compared with, (B, C, H, W): the
             prediction of another network of the same kind.
 
     Returns:
@@ -151,7 +151,7 @@ def velocity_mse_loss(
         (B,) float32.
 
     Raises:
-        ConfigError: If the forward process is another one, of which eps - x0 is not the velocity.
+        ConfigError: If the forward process is another one, whose velocity is not eps - x0.
     """
     if not isinstance(diffusion, RectifiedFlow):
         raise ConfigError(
@@ -173,13 +173,13 @@ def hybrid_loss(
     weighting: LossWeighting | None = None,
     target: Tensor | None = None,
 ) -> Tensor:
-    """Eps-MSE plus the variational term of a learned variance, as DiT was trained with (Nichol & Dhariwal, 2021).
+    """Eps-MSE plus the variational term of a learned variance, as in DiT's training (Nichol & Dhariwal, 2021).
 
     Same arguments as :func:`eps_mse_loss`; the output must have 2C channels. The variational term is in bits per
-    dimension, is not scaled down, and reaches the variance only: the mean in it is detached.
+    dimension, is not scaled down, and trains only the variance: the mean in it is detached.
 
-    ``weighting`` and ``target`` concern the eps-MSE alone. The variational term always measures the variance against
-    x0, that is against the errors which the mean makes on samples. Another network's prediction knows nothing of them:
+    ``weighting`` and ``target`` apply only to the eps-MSE. The variational term always measures the variance against
+    x0, that is against the errors of the mean on samples. Another network's prediction does not contain them:
     where both agree, a variance fitted to it would shrink to its lower bound.
 
     Returns:

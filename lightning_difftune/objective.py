@@ -31,7 +31,7 @@ from lightning_difftune.weightings import LossWeighting
 class ObjectiveOutput(NamedTuple):
     """The training loss and its parts."""
 
-    loss: Tensor  # scalar, what is minimised
+    loss: Tensor  # scalar, the minimised value
     reconsolidation: Tensor  # scalar, mean over the target samples (Eq. 4)
     retention: Tensor  # scalar, mean over the memory bank's samples (Eq. 3); 0 if there are none
     per_sample: Tensor  # (B,), weighted within its stream, not across streams
@@ -44,29 +44,29 @@ class DiffTuningObjective(Tables):
     loss = ``reconsolidation_weight`` * mean over target of L(t ~ psi / sum psi)
     + ``retention_weight`` * mean over bank of L(t ~ xi / sum xi).
 
-    With a ``retention_target`` the retention term compares with the pre-trained network's predictions in place of the
-    noise; the variational term of a hybrid loss stays as it is (see :func:`~lightning_difftune.losses.hybrid_loss`).
+    With a ``retention_target`` the retention term compares with the pre-trained network's predictions instead of the
+    noise; the variational term of a hybrid loss does not change (see :func:`~lightning_difftune.losses.hybrid_loss`).
 
-    Forward process and loss are those of the pre-trained model, which a module binds the objective to (:meth:`bind`);
-    what is given here is compared with it. Unbound, the objective has DiT's process and the hybrid loss. The process
-    and the two distributions are buffers outside the state dict.
+    The forward process and the loss default to those of the pre-trained model, which a module binds the objective to
+    (:meth:`bind`); given ones are compared with it. Unbound, the objective has DiT's process and the hybrid loss. The
+    process and the two distributions are buffers outside the state dict.
 
     Args:
         schedule: Psi and xi; ``MirroredPowerSchedule(tau=1)`` by default.
-        loss: Per-sample loss of :mod:`~lightning_difftune.losses`; by default the one of what the model predicts.
+        loss: Per-sample loss of :mod:`~lightning_difftune.losses`; by default the one for the model's prediction type.
         retention_weight: Weight of the retention term; 0.1 in the authors' code, 1 in the paper. 0 is the ablation
             "reconsolidation only" (Fig. 6b).
         diffusion: The forward process, such as ``RectifiedFlow()``; by default that of the model.
         reconsolidation_weight: Weight of the reconsolidation term; 0 is the ablation "retention only" (Fig. 6b).
         weighting: Weights of the noise levels in both terms, of :mod:`~lightning_difftune.weightings`; none by default.
-        retention_target: What retained samples are compared with, see :mod:`~lightning_difftune.retention_targets`;
-            their noise by default, which is replay (Eq. 3).
-        density: What psi and xi are multiplied by, of :mod:`~lightning_difftune.densities`; by default that which the
-            model's family is trained with.
+        retention_target: Target of retained samples, see :mod:`~lightning_difftune.retention_targets`; by default their
+            noise, which is replay (Eq. 3).
+            density: Factor of psi and xi, of :mod:`~lightning_difftune.densities`; by default the one that the model's
+            family is trained with.
 
     Raises:
         ConfigError: If psi or xi is negative or not finite somewhere, psi is zero everywhere, both terms have no
-            weight, or loss, forward process and model do not go together.
+            weight, or loss, forward process and model do not match.
 
     Example:
         >>> objective = DiffTuningObjective()
@@ -113,17 +113,17 @@ class DiffTuningObjective(Tables):
         self.bind(SourceFacts("The model", "", learned_variance=True))
 
     def bind(self, source: SourceFacts) -> SourceFacts:
-        """Take forward process and loss from a model where none were given, compare those that were, bind the schedule.
+        """Take the forward process and loss of a model, or compare the given ones with them, and bind the schedule.
 
         Returns:
-            The facts, with process and prediction type of this objective where the model states none.
+            The facts, with the process and prediction type of this objective if the model states none.
 
         Raises:
-            ConfigError: If loss, process and model contradict each other, or noise is to be predicted where the last
-                step is nothing else.
+            ConfigError: If loss, process and model contradict each other, or a noise prediction meets a last step of
+                pure noise.
         """
         for name, value in self._bound.items():
-            if getattr(self, name) is not value:  # assigned since, which counts from now on
+            if getattr(self, name) is not value:  # assigned since, and used from now on
                 self._given[name] = getattr(self, name)
         loss, process, density = self._given.values()
         said = prediction_type_of(loss) if loss is not None else None
@@ -202,7 +202,7 @@ class DiffTuningObjective(Tables):
         return torch.where(is_retention, retained, target).clamp_(max=self.diffusion.num_timesteps - 1)
 
     def weights(self, t: Tensor, is_retention: Tensor) -> Tensor:
-        """Weights (B,) of the samples within their stream: 1, since t was drawn from psi or xi."""
+        """Weights (B,) of the samples within their stream: 1, since t is drawn from psi or xi."""
         return torch.ones_like(t, dtype=torch.float32)
 
     def forward(
@@ -220,11 +220,11 @@ class DiffTuningObjective(Tables):
         Args:
             denoise: The network, ``denoise(x_t, t, condition)``.
             x0: Clean samples (B, C, H, W), target and retained ones in one batch.
-            condition: Their condition, passed to ``denoise`` untouched.
-            is_retention: (B,) bool, which samples come from the memory bank.
-            draws: Where random numbers come from; torch's global generator seeds them by default.
-            retained: What the bank knows of the retained samples, in the mask's order, for a ``retention_target``.
-            teacher: The pre-trained network, for one that asks it about the retained samples.
+            condition: Their condition, passed to ``denoise`` unchanged.
+            is_retention: (B,) bool, true for samples of the memory bank.
+            draws: Source of random numbers, by default seeded by torch's global generator.
+            retained: The bank's columns of the retained samples, in the mask's order, for a ``retention_target``.
+            teacher: The pre-trained network, for a ``retention_target`` that evaluates it on the retained samples.
         """
         if draws is None:
             draws = Draws(seed_of("objective", int(torch.randint(2**31, ()))), 0, x0.device)
@@ -268,15 +268,16 @@ class DiffTuningObjective(Tables):
 
     def _losses(self, batch: tuple[Tensor, ...], target: Tensor | None = None) -> Tensor:
         options = {"weighting": self.weighting, "target": target}
-        used = {name: option for name, option in options.items() if option is not None}  # a loss may know neither
+        used = {name: option for name, option in options.items() if option is not None}  # a loss may take neither
         return self.loss(*batch, self.diffusion, **used)
 
 
 class WeightedDiffTuningObjective(DiffTuningObjective):
-    """Draw t uniformly and weight the loss by psi(s) or xi(s): Eqs. 3-5 as they are written.
+    """Draw t uniformly and weight the loss by psi(s) or xi(s), as written in Eqs. 3-5.
 
-    Same arguments as :class:`DiffTuningObjective`, whose terms it has times Z_psi = mean_t psi(s_t) and Z_xi = mean_t
-    xi(s_t) in expectation; for tau = 1 both are 1/2 in the limit of many steps. It trains less stably (App. B.2).
+    Same arguments as :class:`DiffTuningObjective`. In expectation its terms are those of that class times Z_psi =
+    mean_t psi(s_t) and Z_xi = mean_t xi(s_t), both 1/2 for tau = 1 in the limit of many steps. It trains less stably
+    (App. B.2).
     """
 
     def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
@@ -296,5 +297,5 @@ def _name(loss: Any) -> str:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of values (B,) where the mask is set, 0 if it never is; without waiting for the device."""
+    """Mean of values (B,) where the mask is set, 0 if it is nowhere set; without waiting for the device."""
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Pictures: 8-bit pixels of what a data set yields, values in [-1, 1] and back, checks, grids and PNG."""
+"""Pictures: conversion to 8-bit pixels and to values in [-1, 1], checks, grids and PNG."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ UInt8Array = npt.NDArray[np.uint8]
 
 _MODES = {1: "L", 3: "RGB"}
 _SIDE = 96  # pixels; smaller pictures are shown enlarged
-_GAP = 2  # pixels around each
+_GAP = 2  # pixels around each picture
 _LABEL = 130  # pixels for the names of rows
 
 # -- uint8 and [-1, 1] ------------------------------------------------------------------------------------------------
 
 
 def to_uint8(pixel_values: Tensor) -> Tensor:
-    """Pixel values in [-1, 1], clamped there => pictures uint8 of the same shape."""
+    """Pixel values, clamped to [-1, 1] => pictures uint8 of the same shape."""
     return ((pixel_values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -39,13 +39,13 @@ def to_pixel_values(pixels: Tensor) -> Tensor:
 
 
 def check_pictures(pictures: Any, whose: str, count: int | None = None, channels: tuple[int, ...] = (1, 3)) -> None:
-    """Check that these are pictures (B, C, H, W) uint8.
+    """Check that ``pictures`` are (B, C, H, W) uint8.
 
     Args:
-        pictures: What to check.
+        pictures: The object to check.
         whose: Subject and verb of the message, for example ``"Canny was given"``.
-        count: How many there must be, if that is known.
-        channels: What C may be.
+        count: The expected B, if known.
+        channels: The allowed values of C.
 
     Raises:
         DataError: If they are not, or there are none.
@@ -68,15 +68,15 @@ def check_pictures(pictures: Any, whose: str, count: int | None = None, channels
         raise DataError(f"{whose} {len(pictures)} pictures for {count} indices, expected one each.")
 
 
-# -- what a data set yields -------------------------------------------------------------------------------------------
+# -- pixels of a data set ---------------------------------------------------------------------------------------------
 
 
 def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
     """Centre-cropped 8-bit pixels of one picture.
 
-    EXIF orientation is applied, transparency is laid on white, colour and grey are converted into each other (ITU-R
-    601-2 luma), 16-bit grey keeps its high byte. An array or tensor that has the size and channels already is passed
-    through untouched.
+    EXIF orientation is applied, transparency is composited on white, colour and grey are converted into each other
+    (ITU-R 601-2 luma), 16-bit grey keeps its high byte. An array or tensor of the right size and channels is not
+    changed.
 
     Args:
         image: A ``PIL.Image``, an array (H, W) or (H, W, 1, 3 or 4), or a tensor (H, W) or (1, 3 or 4, H, W); arrays
@@ -88,8 +88,7 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
         (channels, image_size, image_size) uint8, a copy.
 
     Raises:
-        DataError: The data set yields something that is not a picture. Errors that Pillow raises on damaged bytes are
-            passed on.
+        DataError: The object is not a picture. Pillow's errors on damaged bytes are passed on.
         ValueError: A picture without a defined white level (32-bit integer or floating point).
     """
     if isinstance(image, Tensor):
@@ -111,14 +110,14 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
 
 
 def largest_value(image: object) -> int | None:
-    """The largest value of a picture of 16 bits, from 0 to 65,535; None for one of 8 bits.
+    """The largest value of a 16-bit picture, from 0 to 65,535; ``None`` for an 8-bit one.
 
-    Pillow keeps only the high bytes of colour pictures, so the largest value that fits them is given.
+    Pillow keeps only the high bytes of colour pictures, so the result is the largest value with that high byte.
     """
     if isinstance(image, Tensor):
         image = image.numpy()
     if isinstance(image, Image.Image):
-        tile: Any = getattr(image, "tile", None)  # how it is stored; empty once it is decoded
+        tile: Any = getattr(image, "tile", None)  # the stored format; empty after decoding
         stored = tile[0][3] if tile else ""
         if image.mode.startswith("RGB") and ";16" in str(stored):
             return int(np.asarray(image)[..., :3].max()) * 256 + 255
@@ -127,9 +126,9 @@ def largest_value(image: object) -> int | None:
 
 
 def center_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """The centre crop of Dhariwal & Nichol (2021), which DiT was trained with.
+    """The centre crop of Dhariwal & Nichol (2021), used in DiT's training.
 
-    The picture is halved with a box filter for as long as its shorter side stays at least ``image_size`` afterwards,
+    The picture is halved with a box filter as long as its shorter side stays at least ``image_size``,
     resized bicubically until that side is ``image_size``, and cropped to the central square.
 
     Args:
@@ -137,7 +136,7 @@ def center_crop(image: Image.Image, image_size: int) -> Image.Image:
         image_size: Height and width of the result, in pixels.
 
     Raises:
-        ValueError: The sides differ so much that the resized picture would be larger than Pillow's bound on
+        ValueError: The aspect ratio is so extreme that the resized picture would exceed Pillow's limit against
             decompression bombs.
     """
     while min(image.size) >= 2 * image_size:
@@ -198,12 +197,12 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
 
 
 def grid_of(pictures: Tensor, columns: int, names: Sequence[str] | None = None) -> Tensor:
-    """Pictures in rows, small ones enlarged, with the name of each row at its left.
+    """A grid of pictures, small ones enlarged, with the name of each row on the left.
 
     Args:
         pictures: (N, 1 or 3, H, W) uint8.
-        columns: Pictures in a row.
-        names: Of the rows; ``None`` leaves them out. :func:`to_png` should then have them as ``rows``.
+        columns: Pictures per row.
+        names: Names of the rows, if any. Pass them to :func:`to_png` as ``rows``.
 
     Returns:
         (3, height, width) uint8.
@@ -213,7 +212,7 @@ def grid_of(pictures: Tensor, columns: int, names: Sequence[str] | None = None) 
     factor = max(1, _SIDE // pictures.shape[-1])
     enlarged = pictures.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
     grid = make_grid(enlarged, nrow=columns, padding=_GAP)
-    if len(pictures) == 1:  # which make_grid leaves without the gap around it
+    if len(pictures) == 1:  # make_grid adds no gap around a single picture
         grid = torch.nn.functional.pad(grid, (_GAP,) * 4)
     return grid if names is None else torch.cat([_labels(names, grid.shape[1]), grid], 2)
 
@@ -231,7 +230,7 @@ def _labels(names: Sequence[str], height: int) -> Tensor:
 
 
 def pictures_of(grid: Path, rows: int, columns: int) -> Tensor:
-    """The pictures (rows, columns, 3, H, W) uint8 of a saved :func:`grid_of`, at the size they have there."""
+    """The pictures (rows, columns, 3, H, W) uint8 of a saved :func:`grid_of`, at their size in the grid."""
     with Image.open(grid) as image:
         left = _GAP + (_LABEL if "rows" in image.info else 0)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[:, _GAP:, left:]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
-LINES: tuple[dict[str, Any], ...] = (  # colour, dash and marker; all three differ, so that a grey print can be read
+LINES: tuple[dict[str, Any], ...] = (  # colour, dash and marker; all three differ, for prints in grey
     {"color": "#0b5fa5", "linestyle": "-", "marker": "o"},
     {"color": "#c1440e", "linestyle": "--", "marker": "s"},
     {"color": "#2e7d32", "linestyle": "-.", "marker": "^"},
@@ -34,7 +34,7 @@ BARS: tuple[dict[str, Any], ...] = (  # fill and hatch; brightness and pattern b
 
 
 def picture_grid(axes: Axes, images: Tensor, columns: int, title: str, row_labels: Sequence[str] = ()) -> None:
-    """Draw pictures (N, 1 or 3, H, W) uint8 in rows of ``columns``, with an optional label in front of each row."""
+    """Draw pictures (N, 1 or 3, H, W) uint8 in rows of ``columns``, with an optional label before each row."""
     count, channels, height, width = images.shape
     rows = -(-count // columns)
     padding = torch.zeros(rows * columns - count, channels, height, width, dtype=images.dtype)
@@ -56,7 +56,7 @@ def curves(
     y_label: str,
     x_label: str = "training step",
 ) -> None:
-    """Draw named series of (x, values): a line through the means, and a band from the least value to the largest."""
+    """Draw named series of (x, values): a line through the means, and a band from the minimum to the maximum."""
     for style, (name, points) in zip(cycle(LINES), series.items(), strict=False):
         xs, values = zip(*points, strict=True)
         axes.plot(xs, [statistics.fmean(group) for group in values], label=name, markersize=4, **style)
@@ -76,7 +76,7 @@ def scatter(
     x_label: str,
     y_label: str,
 ) -> None:
-    """Draw named series of (label, (x, y) by seed) on axes of percent: a small marker for each seed, a large mean."""
+    """Draw named series of (label, (x, y) by seed) on axes of percent: small markers per seed, a large mean."""
     labelled = set()
     for style, (name, groups) in zip(cycle(LINES), series.items(), strict=False):
         look = {"color": style["color"], "marker": style["marker"], "linestyle": "none"}
@@ -102,10 +102,10 @@ def scatter(
 def bars(
     axes: Axes, categories: Sequence[str], groups: Mapping[str, Sequence[Sequence[float]]], title: str, y_label: str
 ) -> None:
-    """Draw a bar for each category and group: the mean of its values, with a line from the least to the largest.
+    """Draw a bar per category and group: the mean of its values, with a line from the minimum to the maximum.
 
-    ``groups`` has the values of each category by the group's name; a category without values has no bar. One or two
-    categories take the room of three, in the middle, so that bars are about as wide in all figures.
+    ``groups`` maps a group's name to the values of each category; a category without values has no bar. One or two
+    categories are centred in the space of three, so that bars are about as wide in all figures.
     """
     width = 0.8 / len(groups)
     labels: list[Annotation] = []
@@ -127,7 +127,7 @@ def bars(
         middle = (len(categories) - 1) / 2
         axes.set_xlim(middle - slots / 2, middle + slots / 2)
     _label(axes, title, y_label)
-    # About fourteen characters of labels go side by side on an inch; labels that need more room stand upright.
+    # About fourteen characters of labels fit in an inch; labels that need more space are rotated.
     longest = max((len(label.get_text()) for label in labels), default=0)
     inches = axes.bbox.width / axes.figure.dpi
     upright = longest * slots * len(groups) > 14 * inches
@@ -140,12 +140,12 @@ def bars(
 
 
 def rounded(value: float, digits: int) -> str:
-    """A number to be read, in so many significant digits, zeros included, or all that it has before the point."""
+    """A number with ``digits`` significant digits, including zeros, or with all digits before the point."""
     return f"{value:#,.{digits}g}".rstrip(".") if abs(value) < 10**digits - 0.5 else f"{value:,.0f}"
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG and, to be scaled at will, as SVG; the same figure gives the same bytes."""
+    """Write a figure as PNG and SVG; the same figure gives the same bytes."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "difftune"}):
@@ -160,7 +160,7 @@ def _label(axes: Axes, title: str, y_label: str) -> None:
 
 
 def swap_curves(axes: Axes, series: Mapping[str, Mapping[float, float]], y_label: str, x_label: str) -> None:
-    """Draw distances against the part of the reverse process that is left to another model, in percent."""
+    """Draw distances over the percentage of the reverse process that another model does."""
     for style, (name, distances) in zip(cycle(LINES), series.items(), strict=False):
         percents = sorted(distances)
         values = [distances[percent] for percent in percents]
@@ -177,13 +177,13 @@ def swap_figure(
     y_label: str,
     tail: str = "the pre-trained model",
 ) -> Figure:
-    """The chain of forgetting of one model or several: a curve each, and a strip of pictures each (paper, Fig. 1).
+    """The chain of forgetting of one or more models: a curve and a strip of pictures for each (paper, Fig. 1).
 
     Args:
         series: Distance by percent of swapped steps, for each model.
         strips: Pictures (P, n, 1 or 3, H, W) uint8 of each model, P in the order of the sorted percents.
-        y_label: What the distance is.
-        tail: Who does the swapped steps.
+        y_label: Name of the distance.
+        tail: Name of the model that does the swapped steps.
     """
     from matplotlib.figure import Figure
 
@@ -204,7 +204,7 @@ def swap_figure(
 def heat_map(axes: Axes, values: Tensor, steps: Sequence[int], edges: Sequence[int], title: str, label: str) -> None:
     """Draw values (K bins, N steps) over training steps and timesteps, with a line where they change sign.
 
-    ``edges`` are the K + 1 borders of the bins, data at the bottom; ``label`` says what the colours mean.
+    ``edges`` are the K + 1 borders of the bins, data at the bottom; ``label`` explains the colours.
     """
     middles = [(a + b) / 2 for a, b in pairwise(steps)]
     borders = [steps[0], *middles, steps[-1]] if middles else [steps[0] - 0.5, steps[0] + 0.5]
@@ -245,7 +245,7 @@ def forgetting_figure(
 
 
 def ideal_distances(axes: Axes, series: Mapping[str, Sequence[tuple[int, float]]], title: str) -> None:
-    """Draw named distances to ideal denoisers over the timestep: (t, root mean squared difference of x0) for each."""
+    """Draw named distances to ideal denoisers by timestep, each a list of (t, root mean squared difference of x0)."""
     for style, (name, points) in zip(cycle(LINES), series.items(), strict=False):
         timesteps, values = zip(*points, strict=True)
         axes.plot(timesteps, values, label=name, markersize=3, **style)

@@ -1,4 +1,4 @@
-"""What the rooms ask of each other: structural types only, so that nobody has to inherit from us.
+"""Interfaces between the subpackages: structural types only, so that no inheritance is needed.
 
 Convention everywhere: t = 0 is data, t = T is noise, T = 1000 discrete steps indexed 0..T-1, s = (t + 1) / T.
 """
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 
 class TargetBatch(TypedDict):
-    """One batch of the target domain: pictures with their labels or captions, or what frozen networks make of them."""
+    """One batch of the target domain: pictures with labels or captions, or the encodings of both."""
 
     pixel_values: NotRequired[Tensor]  # (B, C, H, W) float32 in [-1, 1]
     latent_mean: NotRequired[Tensor]  # (B, c, h, w), scaled latents
     latent_std: NotRequired[Tensor]  # (B, c, h, w), same scale
     class_labels: NotRequired[Tensor]  # (B,) int64
-    captions: NotRequired[list[str]]  # B of them
+    captions: NotRequired[list[str]]  # B captions
     prompt_embeds: NotRequired[Tensor]  # (B, L, D), the captions' embeddings
     conditioning_pixel_values: NotRequired[Tensor]  # (B, 1 or 3, H, W) uint8, control maps
 
@@ -27,15 +27,15 @@ class RetentionBatch(TypedDict):
     """One batch of the memory bank: samples of the pre-trained model, in the space it denoises."""
 
     latents: Tensor  # (B, c, h, w) float32
-    class_labels: NotRequired[Tensor]  # (B,) int64, the source classes they were drawn for
+    class_labels: NotRequired[Tensor]  # (B,) int64, the source classes of the samples
     conditioning_pixel_values: NotRequired[Tensor]  # (B, 1 or 3, H, W) uint8, control maps of the samples themselves
-    timesteps: NotRequired[Tensor]  # (B,) int64, the one timestep that a prediction is stored of
+    timesteps: NotRequired[Tensor]  # (B,) int64, the timestep of the stored prediction
     noise: NotRequired[Tensor]  # (B, c, h, w) float32, the noise of that prediction
-    predictions: NotRequired[Tensor]  # (B, c, h, w) float32, what the pre-trained network said
+    predictions: NotRequired[Tensor]  # (B, c, h, w) float32, the pre-trained network's output
 
 
 class DiffTuningBatch(TypedDict):
-    """What :class:`MemoryBankDataModule` yields; ``retention`` is absent in plain fine-tuning."""
+    """A batch of :class:`MemoryBankDataModule`; ``retention`` is absent in plain fine-tuning."""
 
     target: TargetBatch
     retention: NotRequired[RetentionBatch]
@@ -47,7 +47,7 @@ class Denoiser(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """x_t (B, c, h, w), t (B,) in [0, T), condition of B entries => (B, c or 2c, h, w).
 
-        Training has whole timesteps, int64; many schedulers sample at fractions, float32.
+        Timesteps are int64 in training; many schedulers sample at fractional ones, float32.
         """
 
 
@@ -68,7 +68,7 @@ class GeneratesClasses(Protocol):
 
     @property
     def trainer(self) -> Any:
-        """The trainer that it is attached to, whose precision it draws at."""
+        """The attached trainer, whose precision is used for sampling."""
 
     def class_conditions(self, class_labels: Tensor) -> tuple[Any, Any]:
         """Condition and null condition for classes (B,) int64."""
@@ -79,23 +79,23 @@ class GeneratesClasses(Protocol):
 
 @runtime_checkable
 class SupportsDenoisingLosses(Protocol):
-    """A module whose denoising can be compared with that of the network it was tuned from."""
+    """A module whose denoising can be compared with that of its pre-trained network."""
 
     @property
     def num_timesteps(self) -> int:
         """T of the forward process."""
 
     def prepare(self, batch: Any, draws: Any) -> tuple[Tensor, Any, Tensor]:
-        """A batch of its data => x0 (B, c, h, w), condition, is_retention (B,) bool; eval mode drops no condition."""
+        """Batch => x0 (B, c, h, w), condition, is_retention (B,) bool; eval mode drops no condition."""
 
     def denoise(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
-        """Output of the network as it is now; see :class:`Denoiser`."""
+        """Output of the current network; see :class:`Denoiser`."""
 
     def pretrained(self) -> Denoiser:
         """The network as it was before tuning, frozen, on this module's device."""
 
     def source_condition(self, condition: Any) -> Any:
-        """What the pre-trained network understands of a condition of this module."""
+        """The part of this module's condition that the pre-trained network understands."""
 
     def denoising_losses(self, denoise: Denoiser, x0: Tensor, condition: Any, t: Tensor, noise: Tensor) -> Tensor:
         """Simple losses (B,) of a network on x0 (B, c, h, w) under noise of that shape at t (B,) int64."""
@@ -103,7 +103,7 @@ class SupportsDenoisingLosses(Protocol):
 
 @runtime_checkable
 class SupportsReferenceImages(Protocol):
-    """A data module that can show the real pictures which generated ones are compared with."""
+    """A data module with real pictures that generated ones are compared with."""
 
     def reference_images(self) -> Iterator[Tensor]:
         """Batches (B, 1 or 3, H, W) uint8 in a fixed order."""
@@ -114,7 +114,7 @@ class SupportsReferenceImages(Protocol):
 
 @runtime_checkable
 class SupportsLabelledImages(Protocol):
-    """A data module that can show its training and its held-out pictures with their classes."""
+    """A data module whose training and held-out pictures have classes."""
 
     def labelled_images(self, split: Literal["train", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of pictures (B, 1 or 3, H, W) uint8 and their classes (B,) int64, in a fixed order."""
@@ -128,23 +128,23 @@ class BankGenerator(Protocol):
     """The pre-trained model as the source of a memory bank."""
 
     def bank_spec(self) -> dict[str, Any]:
-        """What decides a bank's bytes (weights' fingerprint, sampler, guidance, seed), as plain JSON values."""
+        """What determines a bank's bytes (weights' fingerprint, sampler, guidance, seed), as plain JSON values."""
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
-        """Indices (B,) int64 => ``{"latents": (B, c, h, w) float32, ...}`` on the CPU, other columns as they please."""
+        """Indices (B,) int64 => ``{"latents": (B, c, h, w) float32, ...}`` on the CPU, with any other columns."""
 
 
 class BankPictures(Protocol):
-    """Pictures that a memory bank is made of, in place of samples."""
+    """Pictures that fill a memory bank in place of samples."""
 
     def __len__(self) -> int:
         """How many there are."""
 
     def identity(self) -> str:
-        """Digest of what decides them."""
+        """Digest of everything that determines the pictures."""
 
     def pixels(self, indices: Sequence[int], flips: Sequence[bool]) -> TargetBatch:
-        """Those at ``indices``, B, mirrored where ``flips``: ``pixel_values`` (B, C, H, W) in [-1, 1] and more."""
+        """B pictures at ``indices``, mirrored where ``flips``: ``pixel_values`` (B, C, H, W) in [-1, 1] and more."""
 
 
 @runtime_checkable
@@ -156,18 +156,18 @@ class SupportsBankGeneration(Protocol):
         """Whether training gives the bank any weight."""
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
-        """The pre-trained model, untouched by training, or pictures in place of its samples."""
+        """The pre-trained model, unchanged by training, or pictures in place of its samples."""
 
 
 @runtime_checkable
 class SupportsEncode(Protocol):
-    """A module whose frozen networks turn target samples into what it trains on, such as latents."""
+    """A module whose frozen networks encode target samples, for example as latents."""
 
     def encode(self, batch: TargetBatch) -> TargetBatch:
-        """A target batch as read => tensors as trained on, ``latent_mean`` and ``latent_std`` among them."""
+        """A target batch as read => tensors for training, including ``latent_mean`` and ``latent_std``."""
 
     def encoder_identity(self) -> str | None:
-        """What decides the result of :meth:`encode`; ``None`` if the model denoises pixels and there is none."""
+        """What determines the result of :meth:`encode`; ``None`` for a pixel model."""
 
 
 @runtime_checkable
@@ -181,7 +181,7 @@ class SupportsCaptions(Protocol):
 
 @runtime_checkable
 class Annotator(Protocol):
-    """What turns a picture into the control map that a ControlNet follows: edges, depth, a segmentation."""
+    """Turns pictures into the control maps that a ControlNet follows: edges, depth, segmentation."""
 
     channels: int  # of its control maps, 1 or 3
 
@@ -193,12 +193,12 @@ class Annotator(Protocol):
         """
 
     def identity(self) -> str:
-        """What decides the maps: name, constants and, for networks, the weights' fingerprint; a key of stores."""
+        """What determines the maps: name, constants and, for networks, the weights' fingerprint; a key of stores."""
 
 
 @runtime_checkable
 class SupportsControlExamples(Protocol):
-    """A data module, or anything else, with held-out pictures that controls can be taken from."""
+    """A data module, or another object, with held-out pictures to take controls from."""
 
     @property
     def num_control_examples(self) -> int:
@@ -213,14 +213,14 @@ class SupportsControlExamples(Protocol):
 
 @runtime_checkable
 class Tuner(Protocol):
-    """A parameter-efficient method: what to insert into a network and what to train of it."""
+    """A parameter-efficient method: inserts layers into a network and selects what is trained."""
 
     def apply(self, model: nn.Module) -> None:
-        """Insert the method's layers and set ``requires_grad``; the function computed stays the same."""
+        """Insert the method's layers and set ``requires_grad``; the network's function stays the same."""
 
 
 class Evaluator(Protocol):
     """A measurement at the end of a run, named in the study file of ``difftune compare``."""
 
     def evaluate(self, module: Any) -> dict[str, float]:
-        """Figures by name, of the LightningModule ``module`` with the weights it has now."""
+        """Metrics by name, of the LightningModule ``module`` with its current weights."""

@@ -1,7 +1,7 @@
-"""What retained samples teach: their own noise (replay, Eq. 3), or what the pre-trained network says about them.
+"""Targets of retained samples: their own noise (replay, Eq. 3), or the pre-trained network's predictions.
 
 Replay is the objective's default and needs no object. The other two are knowledge distillation on the memory bank's
-samples: the squared error is taken from the pre-trained network's prediction, in the network's own parametrisation.
+samples: the squared error to the pre-trained network's prediction, in the network's own parametrisation.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_difftune.protocols import Denoiser, RetentionBatch
 
 
 class DrawsTimesteps(Protocol):
-    """What a retention target asks of an objective: its forward process, and timesteps as it draws them."""
+    """What a retention target needs of an objective: its forward process and its distribution of timesteps."""
 
     diffusion: ForwardProcess
 
@@ -28,7 +28,7 @@ class DrawsTimesteps(Protocol):
 
 @runtime_checkable
 class RetentionTarget(Protocol):
-    """Where the target of the retention term comes from, for an objective and for its bank."""
+    """Source of the retention term's target, for an objective and its bank."""
 
     def draws(self, retained: RetentionBatch, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Timesteps (K,) and noise (K, c, h, w) of K retained samples: those drawn for this step, or the bank's."""
@@ -36,22 +36,22 @@ class RetentionTarget(Protocol):
     def predictions(
         self, retained: RetentionBatch, x_t: Tensor, t: Tensor, condition: Any, teacher: Denoiser | None
     ) -> Tensor:
-        """What the network's outputs at x_t (K, c, h, w) and t (K,) are compared with (K, c, h, w)."""
+        """The targets (K, c, h, w) of the network's outputs at x_t (K, c, h, w) and t (K,)."""
 
     def bank_columns(
         self, objective: DrawsTimesteps, indices: Tensor, latents: Tensor, condition: Any, teacher: Denoiser
     ) -> dict[str, Tensor]:
-        """What the bank keeps of its samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
+        """Columns that the bank stores for its samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
 
     def bank_spec(self, objective: DrawsTimesteps) -> dict[str, Any]:
-        """What decides :meth:`bank_columns`, as plain JSON values."""
+        """What determines :meth:`bank_columns`, as plain JSON values."""
 
 
 class OnlineTeacher:
     """The frozen pre-trained network's prediction at the same x_t, computed in every step.
 
-    Costs a forward pass of the retained samples and the memory of the pre-trained weights. Any memory bank will do, and
-    before the first step the squared error is zero.
+    Costs a forward pass of the retained samples and the memory of the pre-trained weights. Works with any memory bank;
+    the squared error is zero before the first step.
     """
 
     def __repr__(self) -> str:
@@ -88,15 +88,14 @@ class OnlineTeacher:
 class StoredPredictions:
     """The pre-trained network's prediction at one timestep and noise per sample, computed once and kept in the bank.
 
-    Costs nothing in training, and three times the bank's size on disk: in addition to the latents it holds
-    ``timesteps`` (drawn as the objective draws those of retention), ``noise`` and ``predictions``. Sample i always
-    comes at its one noise level. The noise is stored, not drawn again, since other releases of PyTorch may draw other
-    numbers.
+    Costs nothing in training, but triples the bank's size on disk: in addition to the latents it holds ``timesteps``
+    (drawn as in the objective's retention term), ``noise`` and ``predictions``. Sample i always has the same noise
+    level. The noise is stored, not drawn again, since another release of PyTorch may draw other numbers.
 
-    The bank belongs to the objective's schedule and forward process, and is refused where they differ.
+    The bank belongs to the objective's schedule and forward process, and is refused if they differ.
 
     Args:
-        seed: Of the timesteps and the noise; sample i's depend only on (seed, i).
+        seed: Seed of the timesteps and the noise; those of sample i depend only on (seed, i).
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -132,7 +131,7 @@ class StoredPredictions:
         """``timesteps`` (B,) int64, ``noise`` and ``predictions`` (B, c, h, w) float32."""
         uniform = uniform_of(self.seed, indices).to(latents.device)
         t = objective.timesteps(uniform, torch.ones_like(uniform, dtype=torch.bool))
-        # A stream of its own: noise that the sample itself was made from would not be independent of it.
+        # A separate stream: the noise that a sample was generated from is not independent of it.
         noise = noise_of(self.seed, indices, tuple(latents.shape[1:]), "noise of predictions").to(latents.device)
         x_t = objective.diffusion.add_noise(latents, noise, t)
         predictions = teacher(x_t, t, condition)[:, : latents.shape[1]].float()
@@ -156,12 +155,12 @@ class StoredPredictions:
 
 
 def retained_rows(is_retention: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Positions (count,) of the retained samples and (B - count,) of the others, by the mask (B,), in its order.
+    """Positions (count,) of the retained samples and (B - count,) of the others, in the order of the mask (B,).
 
-    Their number is known to the batch, so nothing waits for the device.
+    Their number is known from the batch, so nothing waits for the device.
 
     Raises:
-        ConfigError: If the mask has another number of them; looked at on the CPU.
+        ConfigError: If the mask has another number of them; checked only on the CPU.
     """
     if is_retention.device.type == "cpu" and int(is_retention.sum()) != count:
         raise ConfigError(f"The mask has {int(is_retention.sum())} retained samples and the bank's batch {count}.")

@@ -39,7 +39,7 @@ class PowerSchedule:
 
     Args:
         tau: Exponent, at least 0.
-        floor: Least psi: psi = max(floor, s^tau), so that small noise is learned of the target, too. xi stays as it is.
+        floor: Least psi: psi = max(floor, s^tau), so that the target is also learned at small noise. xi is unchanged.
 
     Raises:
         ConfigError: If tau is negative or not finite, or the floor is outside [0, 1].
@@ -153,7 +153,7 @@ class SNRSchedule:
 
 
 def unbound(schedule: ForgettingSchedule) -> ConfigError:
-    """The message for a schedule that is used before it knows its process."""
+    """The error for a schedule that is used before it is bound to a process."""
     return ConfigError(
         f"{schedule!r} depends on the forward process and knows none. An objective binds its own; elsewhere call "
         "schedule.bind(process), such as GaussianDiffusion() for DiT."
@@ -180,12 +180,12 @@ def tables_of(schedule: ForgettingSchedule, steps: int) -> tuple[Tensor, Tensor]
 
 
 def describe_backwards(schedule: ForgettingSchedule, psi: Tensor, xi: Tensor) -> str | None:
-    """What to say of a schedule that retains noise and learns details; ``None`` for one that runs as the paper's do.
+    """A warning about a schedule that retains noise and learns details; ``None`` for one that runs as the paper's do.
 
     Args:
-        schedule: Whose weights they are.
+        schedule: The schedule.
         psi: Its psi at rising s, (T,).
-        xi: Its xi there, (T,).
+        xi: Its xi at the same s, (T,).
     """
     falls, rises = bool((psi.diff() < -1e-6 * psi.max()).any()), bool((xi.diff() > 1e-6 * xi.max()).any())
     if not falls and not rises:
@@ -205,7 +205,7 @@ class MeasuredSchedule:
     between the measured levels and constant beyond them.
 
     Args:
-        path: A JSON file as :func:`fit_schedule` writes it.
+        path: A JSON file written by :func:`fit_schedule`.
 
     Raises:
         ConfigError: If the file is missing or is not a schedule.
@@ -250,10 +250,10 @@ class MeasuredSchedule:
 def fit_schedule(
     path: str | Path, s: Sequence[float], pretrained_loss: Sequence[float], tuned_loss: Sequence[float]
 ) -> MeasuredSchedule:
-    """Turn losses on target data into a schedule, write it as JSON and open it.
+    """Fit a schedule to losses on target data, write it as JSON and open it.
 
-    Psi is the part of the pre-trained model's loss that tuning removed, 1 - tuned / pretrained, at least 0; made
-    non-decreasing in s by least squares (isotonic regression) and scaled to a maximum of 1.
+    Psi is the fraction of the pre-trained model's loss that tuning removed, 1 - tuned / pretrained, at least 0; it is
+    made non-decreasing in s by least squares (isotonic regression) and scaled to a maximum of 1.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""What a pre-trained model is: the noise it knows, what it predicts, the space it denoises, what conditions it."""
+"""Facts of a pre-trained model: its noise process, prediction type, latent space and condition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 @dataclass(frozen=True)
 class LatentScale:
-    """How raw latents of an autoencoder become those that a model denoises: (raw - shift) * scale, or per channel.
+    """How an autoencoder's raw latents become those that a model denoises: (raw - shift) * scale, or per channel.
 
     z = (raw - ``shift_factor``) * ``scaling_factor``; with ``latents_mean`` and ``latents_std``, one number per
     channel, it is (raw - mean) / std * ``scaling_factor``. The names are those of diffusers' autoencoders.
@@ -51,7 +51,7 @@ class LatentScale:
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any], scaling_factor: float = 0.18215) -> Self:
-        """What an autoencoder's ``config.json`` states; ``scaling_factor`` where it states none."""
+        """The scale in an autoencoder's ``config.json``; ``scaling_factor`` is the default."""
         stated = config.get("scaling_factor")
         mean, std = (config.get(name) for name in ("latents_mean", "latents_std"))
         return cls(
@@ -63,11 +63,11 @@ class LatentScale:
 
     @classmethod
     def of_export(cls, sampling: Mapping[str, Any], own: LatentScale | None) -> LatentScale | None:
-        """What an export's settings state of its latents, if anything; early ones state the autoencoder's factor alone.
+        """The scale in an export's settings, if any; early exports have only the autoencoder's factor.
 
         Args:
             sampling: The settings.
-            own: The scale of the autoencoder that goes with it.
+            own: The scale of the autoencoder of the export.
         """
         if sampling.get("latents") is not None:
             return cls.of_config(sampling["latents"])
@@ -75,12 +75,12 @@ class LatentScale:
         return None if factor is None or own is None else replace(own, scaling_factor=factor)
 
     def scale(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation (B, c, h, w) of raw latents => of those that are denoised."""
+        """Mean and standard deviation (B, c, h, w) of raw latents => of scaled latents."""
         offset, factor = self._affine(mean)
         return (mean - offset) * factor, std * factor
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) => raw ones."""
+        """Scaled latents (B, c, h, w) => raw latents."""
         offset, factor = self._affine(latents)
         return latents / factor + offset
 
@@ -92,14 +92,14 @@ class LatentScale:
         return mean, self.scaling_factor / std
 
     def settings(self) -> dict[str, Any]:
-        """What differs from no shift, as JSON values; the scale always."""
+        """The scale, and shift or statistics if any, as JSON values."""
         others = {"shift_factor": self.shift_factor or None, "latents_mean": self.latents_mean}
         others["latents_std"] = self.latents_std
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in others.items() if v is not None}
         return {"scaling_factor": self.scaling_factor, **plain}
 
     def is_close(self, other: LatentScale) -> bool:
-        """Whether latents become the same to three digits."""
+        """Whether both give the same latents to three digits."""
 
         def numbers(one: LatentScale) -> list[float]:
             return [one.scaling_factor, one.shift_factor, *(one.latents_mean or ()), *(one.latents_std or ())]
@@ -108,30 +108,30 @@ class LatentScale:
         return len(ours) == len(theirs) and all(math.isclose(*pair, rel_tol=1e-3) for pair in zip(ours, theirs))  # noqa: B905
 
     def __str__(self) -> str:
-        """For identities: the scale alone where there is nothing else."""
+        """For identities: only the scale if there is nothing else."""
         others = ", ".join(f"{name} {value}" for name, value in self.settings().items() if name != "scaling_factor")
         return f"{self.scaling_factor}" + (f" ({others})" if others else "")
 
 
 @dataclass(frozen=True, eq=False)
 class SourceFacts:
-    """The facts of one pre-trained model, made by a family's ``build()`` from what lies next to the weights.
+    """The facts of one pre-trained model, read by a family's ``build()`` from the files next to the weights.
 
-    Objective, schedule and samplers take process and prediction type from here where the user gave none, and are
-    compared with it where they did. ``None`` means that nothing states it, and the objective's word is taken.
+    Objective, schedule and samplers take their process and prediction type from here unless the user gave them, in
+    which case they are compared. ``None`` means that the model states none, and the objective's is used.
 
     Args:
-        name: What the model is called, for messages.
+        name: Name of the model, for messages.
         fingerprint: Identity of its weights.
-        process: The forward process that it was trained with.
-        prediction_type: What it predicts, in diffusers' words.
+        process: The forward process of its training.
+        prediction_type: What it predicts, in diffusers' terms.
         learned_variance: Whether its output has a second half of channels for the variance.
-        latents: The scale of the latents that it denoises; ``None`` for a model of pixels.
+        latents: The scale of the latents that it denoises; ``None`` for a pixel model.
         condition: What conditions it, such as ``"classes"`` or ``"text"``.
         scheduler: Class (``_class_name``) and settings of the scheduler that it was published with.
-        density: At which noise levels its family is trained, see :mod:`~lightning_difftune.densities`; ``None`` is
-            uniformly.
-        identity: More of what identifies it, as plain values; checkpoints carry it with name and fingerprint.
+        density: Noise levels that its family is trained at, see :mod:`~lightning_difftune.densities`; ``None`` is
+            uniform.
+            identity: What else identifies it, as plain values; checkpoints hold it with name and fingerprint.
     """
 
     name: str
@@ -147,17 +147,16 @@ class SourceFacts:
 
     @classmethod
     def of_identity(cls, identity: Mapping[str, Any]) -> Self:
-        """Facts that state name, fingerprint and what else identifies the model, and nothing more."""
+        """Facts with only name, fingerprint and what else identifies the model."""
         others = {key: value for key, value in identity.items() if key not in ("name", "fingerprint")}
         return cls(identity["name"], identity["fingerprint"], identity=others)
 
     @classmethod
     def of_scheduler(cls, name: str, fingerprint: str, scheduler: Mapping[str, Any] | None, **others: Any) -> Self:
-        """Facts whose process and prediction type are those of a scheduler's settings, if there are any.
+        """Facts with the process and prediction type of a scheduler's settings, if there are any.
 
         Raises:
-            CheckpointError: If the settings are of no scheduler that the installed diffusers has, or describe none of
-                the processes that are known here.
+            CheckpointError: If the installed diffusers lacks the scheduler, or its process is not supported.
         """
         if scheduler is None:
             return cls(name, fingerprint, **others)
@@ -174,7 +173,7 @@ class SourceFacts:
         return {"name": self.name, "fingerprint": self.fingerprint, **self.identity}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps to compare with: prediction type, noise levels a_t, scale of the latents."""
+        """What a checkpoint stores for comparison: prediction type, noise levels a_t, scale of the latents."""
         return {
             "prediction_type": self.prediction_type,
             "signal": None if self.process is None else self.process.levels()[0],
@@ -182,7 +181,7 @@ class SourceFacts:
         }
 
     def differences(self, state: Mapping[str, Any]) -> list[str]:
-        """What differs from a checkpoint's :meth:`state`, in words; what one side does not state is not compared."""
+        """Differences from a checkpoint's :meth:`state`, in words; what one side lacks is not compared."""
         ours = self.state()
         found = [
             f"{name.replace('_', ' ')} {state[name]} instead of {ours[name]}"
@@ -201,7 +200,7 @@ class SourceFacts:
 
 
 def scheduler_from(name: str, config: Mapping[str, Any]) -> Any:
-    """A scheduler of diffusers by its class and all of its settings.
+    """A diffusers scheduler, by its class name and all of its settings.
 
     Raises:
         ConfigError: If this version of diffusers does not have it.
@@ -215,13 +214,13 @@ def scheduler_from(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def prediction_type_of(scheduler: Any) -> PredictionType | None:
-    """What a scheduler takes a network's output for; ``None`` if it does not say.
+    """The prediction type of a scheduler; ``None`` if it has none.
 
-    Those made for flow matching alone, such as ``FlowMatchEulerDiscreteScheduler``, have no ``prediction_type``.
+    Schedulers only for flow matching, such as ``FlowMatchEulerDiscreteScheduler``, have no such setting.
     """
     stated, is_flow = scheduler.config.get("prediction_type"), "flow" in type(scheduler).__name__.lower()
     if stated == "flow_prediction" and not is_flow and "use_flow_sigmas" not in scheduler.config:
-        return None  # whose steps know nothing of it
+        return None  # its steps do not use it
     if stated in PREDICTION_TYPES:
         return stated
     return "flow_prediction" if stated is None and is_flow else None
@@ -245,18 +244,18 @@ def process_of(scheduler: Any) -> ForwardProcess:
         process = GaussianDiffusion(
             len(table), config.beta_start, config.beta_end, config.beta_schedule, rescale_betas_zero_snr=is_zero
         )
-        # Ours is exact; theirs, in float32, is the truth about what they do.
+        # Ours is exact; theirs, in float32, is what the scheduler uses.
         if (process.sqrt_alphas_cumprod - table.sqrt()).abs().max() < 1e-3:
             return process
     if is_zero:
-        table[-1] = 0  # where some have 2^-24, to divide by
+        table[-1] = 0  # some have 2^-24 there, to divide by
     return GaussianDiffusion.from_alphas_cumprod(table)
 
 
 def betas_of(source: SourceFacts) -> dict[str, Any]:
-    """The settings that give a scheduler of diffusers the model's process and prediction type.
+    """The settings that give a diffusers scheduler the model's process and prediction type.
 
-    For a Gaussian diffusion: ``num_train_timesteps``, the betas, and ``rescale_betas_zero_snr`` where the last step is
+    For a Gaussian diffusion: ``num_train_timesteps``, the betas, and ``rescale_betas_zero_snr`` if the last step is
     pure noise.
     """
     process = source.process

@@ -1,4 +1,4 @@
-"""Which classes and functions a config that came inside a file may name: a file that is sent must run no code."""
+"""Which classes and functions a config inside a file may name: opening a downloaded file must not run its code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_difftune.errors import ConfigError
 
 PACKAGES = ("lightning_difftune", "torch", "torchvision", "lightning", "diffusers", "transformers", "peft", "datasets")
 
-# In the packages of others: classes of these kinds do nothing but what their arguments, which are checked, say.
+# In other packages: classes of these kinds do only what their arguments say, which are checked.
 _BASES = {
     "torch.optim.optimizer.Optimizer",
     "torch.optim.lr_scheduler.LRScheduler",
@@ -39,7 +39,7 @@ _BASES = {
     "transformers.tokenization_utils_base.PreTrainedTokenizerBase",
     "peft.config.PeftConfigMixin",
 }
-# Rooms whose functions, and whose classes of any kind, may be named.
+# Modules whose functions, and whose classes of any kind, may be named.
 _ROOMS = (
     "torch.nn.functional",
     "torchvision.transforms",
@@ -48,7 +48,7 @@ _ROOMS = (
         for room in ("losses", "diffusion", "schedules", "weightings", "sampling", "metrics", "modules", "prompts")
     ),
 )
-# What runs code, or unpickles, although it is of one of those kinds or packages.
+# Classes of those kinds or packages that nevertheless run code or unpickle.
 _REFUSED = (
     "torch.jit",
     "torch.fx",
@@ -59,27 +59,27 @@ _REFUSED = (
     "torchvision.datasets.lsun",
     "lightning_difftune.cli",
 )
-# Arguments by which a trusted class would run code from elsewhere.
+# Arguments with which a trusted class would run code from elsewhere.
 _SWITCHES = {"trust_remote_code": True, "weights_only": False, "allow_pickle": True}
 _PLAIN = ("datetime.timedelta", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath")
 _DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
-_LARGEST_CONFIG = 1 << 20  # bytes of a file that could be a part of a config
+_LARGEST_CONFIG = 1 << 20  # bytes; larger files cannot be part of a config
 
 
 def check_trust(settings: Any, source: str, trusted: Sequence[str] = ()) -> None:
-    """Refuse settings from a file that name classes or functions which could run anything.
+    """Refuse settings from a file that name classes or functions which could run arbitrary code.
 
     Allowed are the classes of this package; optimizers, schedulers, networks, data sets, transforms, callbacks, loggers
-    and their like of torch, torchvision, lightning, diffusers, transformers, peft and datasets; functions of a few
-    rooms, such as losses; and what is ``trusted``. Nothing outside these packages is imported.
+    and similar classes of torch, torchvision, lightning, diffusers, transformers, peft and datasets; functions of a few
+    modules, such as losses; and ``trusted`` names. Nothing outside these packages is imported.
 
     Args:
         settings: A config: mappings, lists and plain values.
-        source: Names the file in the error.
-        trusted: Packages, modules or names that the user trusts in addition.
+        source: Name of the file in the error message.
+        trusted: Further packages, modules or names that the user trusts.
 
     Raises:
-        ConfigError: With every name that is refused, and how to allow it.
+        ConfigError: If a name is refused; the message lists all of them and how to allow them.
     """
     refused = sorted({f"{name} ({reason})" for name, reason in _refusals(settings, tuple(trusted), {})})
     if refused:
@@ -114,11 +114,11 @@ def split_trusted(args: Sequence[str]) -> tuple[list[str], list[str]]:
 def _refusals(
     value: Any, trusted: tuple[str, ...], seen: dict[tuple[int, Any], Any], key: Any = None
 ) -> Iterator[tuple[str, str]]:
-    """(name, reason) of what is refused in a value; the parts of YAML may be the same object in many places."""
+    """(name, reason) of each refused name in a value; parts of YAML may share one object."""
     if isinstance(value, Mapping | list | tuple | set):
         if (id(value), key) in seen:
             return
-        seen[id(value), key] = value  # which keeps it, and so its id, alive
+        seen[id(value), key] = value  # keeps the value alive, so that its id is not reused
     if len(seen) > 100_000:
         yield "settings", "too many"
     elif isinstance(value, Mapping):
@@ -145,7 +145,7 @@ def _refusals(
 
 
 def _reason(name: str, trusted: tuple[str, ...], is_class: bool) -> str | None:
-    """Why a dotted name is refused; ``None`` if it is allowed, or does not name anything."""
+    """Why a dotted name is refused; ``None`` if it is allowed or names nothing."""
     if _below(name, trusted) or name in _PLAIN:
         return None
     if not _below(name, PACKAGES):
@@ -154,7 +154,7 @@ def _reason(name: str, trusted: tuple[str, ...], is_class: bool) -> str | None:
         return "of another package" if _is_importable(name) and not Path(name).exists() else None
     found = _resolve(name)
     if found is None:
-        return None  # the reader of the config reports it
+        return None  # the config's parser reports it
     if inspect.ismodule(found):
         return "a module" if is_class else None
     home = getattr(found, "__module__", None) or type(found).__module__
@@ -183,7 +183,7 @@ def _is_importable(name: str) -> bool:
     parts = name.split(".")
     for end in range(1, len(parts)):
         try:
-            spec = find_spec(".".join(parts[:end]))  # imports its parents, which are folders without code
+            spec = find_spec(".".join(parts[:end]))  # imports its parents, which are packages without code
         except (ImportError, ValueError, AttributeError):
             return False
         if spec is None:
@@ -194,7 +194,7 @@ def _is_importable(name: str) -> bool:
 
 
 def _resolve(name: str) -> Any:
-    """What a dotted name of a trusted package names; ``None`` if nothing."""
+    """The object that a dotted name of a trusted package refers to, if any."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         try:
@@ -208,7 +208,7 @@ def _resolve(name: str) -> Any:
 
 
 def _part(value: str) -> Any:
-    """The content of a file that a string names, if it could be a part of a config; jsonargparse would read it."""
+    """The content of the file that a string names, if it could be part of a config; jsonargparse would read it."""
     try:
         file = Path(value)
         if "\n" in value or len(value) > 4096 or not file.is_file() or file.stat().st_size > _LARGEST_CONFIG:

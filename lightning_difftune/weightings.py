@@ -13,8 +13,8 @@ from lightning_difftune.errors import ConfigError
 class LossWeighting(Protocol):
     """A weight for each noise level, as a function of its signal-to-noise ratio.
 
-    It is the weight of the *noise's* squared error, || eps - eps_hat ||^2, whatever the network predicts: the losses
-    know their prediction type and convert it, so that one weighting means one objective. From x_t = a x0 + b eps and
+    It weights the squared error of the *noise*, || eps - eps_hat ||^2, for any prediction type: the losses convert it
+    to theirs, so that a weighting means the same objective for all. From x_t = a x0 + b eps and
     SNR = (a / b)^2 it follows that || eps - eps_hat ||^2 = SNR || x0 - x0_hat ||^2, and in a Gaussian diffusion, where
     a^2 + b^2 = 1, that it is SNR / (SNR + 1) || v - v_hat ||^2. The weights of x0 and v are those factors times eps's.
     """
@@ -29,7 +29,7 @@ class MinSNRWeighting:
     That is min(SNR, gamma) / SNR on the error of eps and min(SNR, gamma) / (SNR + 1) on that of v (their Section 3.4).
 
     Args:
-        gamma: The SNR above which the weight on the error of x0 no longer grows; 5 in their paper.
+        gamma: The SNR above which the weight on the error of x0 stops growing; 5 in their paper.
 
     Raises:
         ConfigError: If gamma is not positive.
@@ -56,8 +56,8 @@ class MinSNRWeighting:
 class P2Weighting:
     """1 / (k + SNR)^gamma on the error of eps (Choi et al., 2022, "Perception Prioritized Training", Eq. 8).
 
-    Their loss is of eps; for v and x0 it is converted (see :class:`LossWeighting`). This weights the loss of target and
-    bank alike, while :class:`~lightning_difftune.schedules.SNRSchedule` has the same function as psi.
+    Their loss is of eps; for v and x0 it is converted (see :class:`LossWeighting`). This weights the losses of target
+    and bank alike, while :class:`~lightning_difftune.schedules.SNRSchedule` uses the same function as psi.
 
     Args:
         k: Keeps the weight bounded at pure noise; 1 in their paper.

@@ -102,12 +102,12 @@ class StepProgressBar(RichProgressBar):
 
     def _start(self) -> None:
         if self.progress is not None and self.train_progress_bar_id is None:
-            name = "Training".ljust(len(self.validation_description))  # the bars below each other start at one place
+            name = "Training".ljust(len(self.validation_description))  # so that the bars are aligned
             self.train_progress_bar_id = self.progress.add_task(name, total=self.total_train_batches)
 
 
 class PicturesColumn(ProgressColumn):
-    """Pictures per second, of the bar of training."""
+    """Pictures per second, in the bar of training."""
 
     max_refresh = 0.5
 
@@ -122,13 +122,12 @@ class PicturesColumn(ProgressColumn):
 
 
 class StepLines(ProgressBar):
-    """The progress as one line per interval, for logs and other places where a bar cannot move.
+    """The progress as one line per interval, for logs and other outputs where a bar cannot move.
 
-    A line has the step, pictures per second over all processes, the time that is left, and what was logged for the bar.
+    A line has the step, pictures per second over all processes, the remaining time, and metrics logged for the bar.
 
     Args:
-        every_n_steps: Optimizer steps between two lines; by default the trainer's ``log_every_n_steps``, so that there
-            is a line for each that is logged.
+        every_n_steps: Optimizer steps between two lines; the trainer's ``log_every_n_steps`` by default.
 
     Example:
         >>> trainer = L.Trainer(max_steps=24_000, callbacks=[StepLines(every_n_steps=100)], logger=False)
@@ -143,15 +142,15 @@ class StepLines(ProgressBar):
         self._began = (0.0, 0)
 
     def disable(self) -> None:
-        """Print nothing, on all processes but the first."""
+        """Disable the lines, on all processes but the first."""
         self._is_enabled = False
 
     def enable(self) -> None:
-        """Print again."""
+        """Enable the lines."""
         self._is_enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note where the run, or its resumed part, begins."""
+        """Record where the run, or its resumed part, begins."""
         super().on_train_start(trainer, pl_module)
         self._began, self._latest = (time.perf_counter(), trainer.global_step), trainer.global_step
 
@@ -164,13 +163,13 @@ class StepLines(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Print a line if it is time to."""
+        """Print a line, if due."""
         self.throughput.stop(pictures_in(batch) * trainer.world_size)
         if trainer.global_step >= self._latest + self._interval(trainer) or trainer.global_step == trainer.max_steps:
             self._print(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print what was measured."""
+        """Print the metrics of the validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._latest = -1
             self._print(trainer, pl_module)
@@ -202,12 +201,12 @@ class StepLines(ProgressBar):
 
 
 def training_losses(trainer: L.Trainer) -> dict[str, float]:
-    """What was last logged as ``train/...``; waits for the device."""
+    """The last logged values of ``train/...``; waits for the device."""
     return {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
 
 
 def shown_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of a bar, those of training by their short names and without the logger's version number.
+    """Metrics for a bar, training losses by their short names, without the logger's version number.
 
     Example:
         >>> shown_metrics({"v_num": 3, "train/loss": 0.5, "val/loss": 0.25, "fid": 31.0})
@@ -233,7 +232,7 @@ def fitting(metrics: dict[str, Any], width: int) -> dict[str, Any]:
 
 
 class Throughput:
-    """Pictures per second over the latest ``window`` steps, pauses such as validation left out.
+    """Pictures per second over the latest ``window`` steps, excluding pauses such as validation.
 
     Example:
         >>> seconds = iter([0.0, 0.5, 10.0, 10.5])
@@ -249,11 +248,11 @@ class Throughput:
         self._started: float | None = None
 
     def start(self) -> None:
-        """A step begins, the wait for its data included where there is none before it."""
+        """Begin a step; it includes the wait for its data unless it follows a pause."""
         self._started = self._clock()
 
     def stop(self, pictures: int) -> None:
-        """The step is done, with so many pictures on all processes."""
+        """End the step, with the number of pictures on all processes."""
         if self._started is not None:
             self._steps.append((self._clock() - self._started, pictures))
         self._started = None
@@ -266,7 +265,7 @@ class Throughput:
 
 
 def pictures_in(batch: Any) -> int:
-    """How many samples a batch has: those of all streams of :class:`DiffTuningBatch`, or the first tensor's.
+    """Number of samples in a batch: of all streams of a :class:`DiffTuningBatch`, or in the first tensor.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Regional compilation: the repeated blocks of a network are compiled, each kind once, instead of the whole network."""
+"""Regional compilation: compiles the repeated blocks of a network, each kind once, instead of the whole network."""
 
 from __future__ import annotations
 
@@ -19,23 +19,22 @@ class RegionalCompile(Callback):
     """Compile the repeated blocks of the module's networks by ``torch.compile``, in place.
 
     Blocks of one class and shape share their compiled code, so a transformer of 28 blocks is compiled in the time of
-    one. Names in the state dict stay, and so do checkpoints, averages and exports. On other devices than ``devices``
-    nothing is compiled: on a CPU it rarely pays.
+    one. Names in the state dict stay the same, so checkpoints, averages and exports do too. On devices other than
+    ``devices`` nothing is compiled: on a CPU it rarely pays.
 
     Args:
-        blocks: Class names of the blocks; ``None`` takes those that a network calls repeated (diffusers'
-            ``_repeated_blocks``) and otherwise those of which a ``ModuleList`` has two or more.
+        blocks: Class names of the blocks; ``None`` uses a network's ``_repeated_blocks`` (diffusers) or else the
+            classes that occur at least twice in a ``ModuleList``.
         devices: Device types to compile on.
         backend: As for ``torch.compile``.
         mode: As for ``torch.compile``, such as ``max-autotune-no-cudagraphs``.
-        whole: Compile the trained networks as a whole, each as one graph. That takes minutes in place of seconds, and
-            spares the host the work between the blocks, which is what small batches wait for. With
-            ``mode="reduce-overhead"`` the graph is also replayed from CUDA graphs: batches must have one size then, and
-            gradients are not accumulated.
+        whole: Compile the trained networks as a whole, each as one graph. That takes minutes instead of seconds, and
+            saves the host's work between the blocks, which limits small batches. ``mode="reduce-overhead"`` also
+            replays the graph from CUDA graphs: batches must then have one size, and gradients are not accumulated.
 
     Raises:
-        ConfigError: If blocks are named together with ``whole`` or, when training starts, nothing is to be compiled, or
-            gradients are to be accumulated over CUDA graphs, whose memory the next batch overwrites.
+        ConfigError: If blocks are given together with ``whole`` or, when training starts, if there is nothing to
+            compile, or gradients are accumulated over CUDA graphs, whose memory the next batch overwrites.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[RegionalCompile()], logger=False)
@@ -58,7 +57,7 @@ class RegionalCompile(Callback):
         self.whole = whole
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compile, once the module is built and where it trains."""
+        """Compile the module, which is built and on its device."""
         if pl_module.device.type not in self.devices:
             return
         if self.has_cuda_graphs and trainer.accumulate_grad_batches > 1:
@@ -73,7 +72,7 @@ class RegionalCompile(Callback):
                 f"{type(pl_module).__name__}. Name the classes of its blocks, or remove the callback."
             )
         for block in found:
-            block.compile(backend=self.backend, mode=self.mode)  # in place: forward alone is another one
+            block.compile(backend=self.backend, mode=self.mode)  # in place: only forward is replaced
         kinds = sorted({type(block).__name__ for block in found})
         what = "networks" if self.whole else "blocks"
         rank_zero_info(f"RegionalCompile: {len(found)} {what} ({', '.join(kinds)}); the first steps compile them.")
@@ -86,13 +85,13 @@ class RegionalCompile(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Say that graphs may be replayed into the memory of the previous step."""
+        """Mark the step, so that graphs may reuse the memory of the previous one."""
         if self.has_cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
 
 def trained(module: nn.Module) -> list[nn.Module]:
-    """The outermost parts of a module that are called as networks and have something to train."""
+    """The outermost submodules that are called as networks and have trainable parameters."""
     networks = getattr(module, "trainable_modules", None)
     if networks is not None:
         return networks()
@@ -100,7 +99,7 @@ def trained(module: nn.Module) -> list[nn.Module]:
 
 
 def repeated_blocks(module: nn.Module, names: Sequence[str] | None = None) -> Iterator[nn.Module]:
-    """The outermost blocks of these class names, or of those that repeat, those of frozen networks included."""
+    """The outermost blocks of these class names, or of repeated ones, including those of frozen networks."""
     names = repeated_names(module) if names is None else names
     for child in children_of(module):
         if type(child).__name__ in names:
@@ -110,7 +109,7 @@ def repeated_blocks(module: nn.Module, names: Sequence[str] | None = None) -> It
 
 
 def repeated_names(module: nn.Module) -> list[str]:
-    """Class names that a network itself calls repeated or, where none does, of which a list has two or more."""
+    """Class names in ``_repeated_blocks`` or, without any, those that occur at least twice in a list."""
     parts = list(descendants(module))
     declared = [name for part in parts for name in getattr(part, "_repeated_blocks", None) or ()]
     if declared:
@@ -120,12 +119,12 @@ def repeated_names(module: nn.Module) -> list[str]:
 
 
 def descendants(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and all that it is made of."""
+    """A module and all of its submodules."""
     yield module
     for child in children_of(module):
         yield from descendants(child)
 
 
 def children_of(module: nn.Module) -> list[nn.Module]:
-    """A module's children, among them a frozen network that is kept out of its checkpoints."""
+    """A module's children, including a frozen network that is kept out of its checkpoints."""
     return [*module.children(), *([module.network] if isinstance(module, Frozen) else [])]

@@ -22,21 +22,21 @@ from lightning_difftune.protocols import SupportsReferenceImages
 class SampleGrid(SampleCallback):
     """Generate the same samples at the start and at the end of every validation and save them as one picture.
 
-    The grid is written to ``samples/step-0001000.png`` and given to every logger that takes images (TensorBoard,
-    Weights & Biases, MLflow). ``step-0000000.png`` is what the base model draws, and ``real.png`` has real pictures of
-    the same classes or captions. Rows are named by their class or prompt, where the module has ``names_of(indices)``.
-    Only the first process generates, and nothing here waits for the others.
+    The grid is written to ``samples/step-0001000.png`` and sent to every logger that takes images (TensorBoard,
+    Weights & Biases, MLflow). ``step-0000000.png`` has samples of the base model, and ``real.png`` real pictures of
+    the same classes or captions. Rows are named by class or prompt if the module has ``names_of(indices)``. Only the
+    first process generates, without waiting for the others.
 
     Args:
         num_samples: Samples in the grid: indices 0 .. num_samples - 1.
-        columns: Samples in a row.
-        every_n_steps: Optimizer steps that must lie between two grids in ``fit``; ``None`` makes one each validation.
+        columns: Samples per row.
+        every_n_steps: Least number of optimizer steps between two grids in ``fit``; ``None`` makes one each validation.
         batch_size: Samples generated at a time.
-        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` asks the module's own
+        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` uses the module's own
             ``generate``.
         dirpath: Folder of the pictures; ``None`` is ``samples`` in the logger's folder, or in the trainer's
             ``default_root_dir``.
-        at_start: Whether the base model's and real pictures are saved before the first step.
+        at_start: Whether to save the base model's and real pictures before the first step.
 
     Raises:
         ConfigError: If a number is not positive or, when the trainer starts, if nothing can generate pictures.
@@ -61,12 +61,12 @@ class SampleGrid(SampleCallback):
         self.picture_log = PictureLog("samples", dirpath)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find the folder while all processes are here."""
+        """Find the folder, on all processes."""
         super().setup(trainer, pl_module, stage)
         self.picture_log.locate(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the first step: what the base model draws and, for comparison, real pictures."""
+        """Before the first step, save samples of the base model and, for comparison, real pictures."""
         begins = self.at_start and trainer.global_step == 0 and trainer.is_global_zero
         if not begins or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -78,7 +78,7 @@ class SampleGrid(SampleCallback):
             self.picture_log.save("real", grid_of(pictures, self.columns, rows), rows=", ".join(rows))
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Generate, save and log the grid on the first process; rows are of one class or prompt if all have one."""
+        """Generate, save and log the grid on the first process, one class or prompt per row if possible."""
         if not trainer.is_global_zero:
             return
         samples = torch.cat([self.pictures(trainer, pl_module, batch).cpu() for batch in self.batches()])
@@ -87,7 +87,7 @@ class SampleGrid(SampleCallback):
         self.picture_log.show(trainer, grid_of(samples[order], self.columns, rows), step, **texts)
 
     def _names(self, pl_module: L.LightningModule) -> list[str] | None:
-        """What the samples show, where the module can say it and draws them itself."""
+        """Names of the samples, if the module has names and generates the samples itself."""
         if self.generate is not None or not hasattr(pl_module, "names_of"):
             return None
         return pl_module.names_of(range(self.num_samples))  # type: ignore[operator]
@@ -96,8 +96,8 @@ class SampleGrid(SampleCallback):
 def arranged(names: Sequence[str] | None, columns: int, count: int) -> tuple[list[int], list[str] | None]:
     """The order of samples in a grid, and the names of its rows.
 
-    Where there are rows for all names, each row has samples of one, and those that fill no row are left out. Else
-    samples stay in their order, and a row is named by all that it shows.
+    If there are rows for all names, each row has the samples of one name, and the rest are left out. Otherwise samples
+    stay in order, and a row is named by all of its samples.
 
     Example:
         >>> arranged(["rose", "lily"] * 4, 2, 8)
@@ -123,15 +123,15 @@ class SupportsExamples(Protocol):
     """A data module that finds real pictures of a class or caption."""
 
     def examples_of(self, subject: str, count: int, skip: int = 0) -> Tensor:
-        """Pictures (at most ``count``, C, H, W) uint8 of it, after the first ``skip``."""
+        """Pictures (at most ``count``, C, H, W) uint8 of ``subject``, after the first ``skip``."""
         ...
 
 
 def real_pictures(data: Any, rows: list[str] | None, columns: int, count: int) -> tuple[Tensor, list[str]]:
-    """Real pictures in the rows of a grid of samples, each of what the row shows, and the names of the rows.
+    """Real pictures for a grid of samples, each of its row's subject, and the names of the rows.
 
-    A row with fewer real pictures than columns ends in black. Where none of the rows has any, it is the first ``count``
-    reference pictures, or nothing where nothing is held out.
+    A row with fewer real pictures than columns ends in black. If no row has any, the first ``count`` reference pictures
+    are used, or none if nothing is held out.
     """
     if rows is not None and isinstance(data, SupportsExamples):
         found = [data.examples_of(name, columns, columns * rows[:row].count(name)) for row, name in enumerate(rows)]

@@ -1,4 +1,4 @@
-"""Sudden convergence: the step at which a validation score leaps."""
+"""Sudden convergence: the step at which a validation score jumps."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _TABLE_4: dict[ControlTask, tuple[str, float, Mode]] = {
 
 
 class Leap(NamedTuple):
-    """A change for the better between two validations.
+    """An improvement between two validations.
 
     Attributes:
-        rise: How much better the second value is: positive in either mode.
+        rise: Improvement of the second value over the first; positive in either mode.
         start_step: The optimizer step of the first validation.
-        end_step: That of the second.
+        end_step: The optimizer step of the second.
     """
 
     rise: float
@@ -45,28 +45,28 @@ class Leap(NamedTuple):
 class SuddenConvergence(MeasuringCallback):
     """Find the step at which a logged scalar converges suddenly, as ControlNets do (Appendix C of the paper).
 
-    Two answers come from the values of all validations of a ``fit``. With a threshold, the step of convergence is the
-    first of ``patience`` successive validations beyond it, known once the last of them is over. With or without one,
-    the leap is the largest rise (in mode ``"min"``, fall) from a validation to one of the next ``window``; any curve
-    has one, so it tells when convergence was sudden, not whether.
+    The values of all validations of a ``fit`` give two results. With a threshold, the step of convergence is the first
+    of ``patience`` successive validations beyond it, known after the last of them. With or without one, the leap is
+    the largest rise (in mode ``"min"``, fall) from a validation to one of the next ``window``; any curve has one, so
+    it tells when convergence was sudden, not whether.
 
-    The step goes to the trainer's loggers as ``sudden_convergence/step``, and at the end of training the leap as
+    The step is logged as ``sudden_convergence/step``, and at the end of training the leap as
     ``sudden_convergence/leap``, ``/leap_start_step`` and ``/leap_end_step``. Steps are optimizer steps
-    (``trainer.global_step``). A validation in which the scalar is not logged, or is NaN or infinite, is passed over: it
-    neither counts nor interrupts. The sanity check and ``fast_dev_run`` are not watched. The values are part of
-    checkpoints, so a resumed run gives the same answers. (Only the validation right after a checkpoint of
-    ``ModelCheckpoint(every_n_train_steps=...)`` is missing then: Lightning does not run it again on resuming. Save
-    after validation, or at other steps.) All processes follow the value of the first one, which is also the one that
-    loggers show; log with ``sync_dist=True`` for it to be that of all data.
+    (``trainer.global_step``). A validation in which the scalar is not logged, or is NaN or infinite, is skipped: it
+    neither counts nor interrupts. The sanity check and ``fast_dev_run`` are ignored. The values are part of
+    checkpoints, so a resumed run gives the same results. (Only the validation right after a checkpoint of
+    ``ModelCheckpoint(every_n_train_steps=...)`` is then missing: Lightning does not repeat it on resuming. Save after
+    validation, or at other steps.) All processes follow the first one's value, which loggers show; log with
+    ``sync_dist=True`` to average over all data.
 
     Args:
-        monitor: Name of the scalar, logged in validation by anything.
-        threshold: Value to be passed, in the scalar's units; ``None`` looks for the leap alone.
+        monitor: Name of the scalar, logged in validation by any module or callback.
+        threshold: Value to pass, in the scalar's units; ``None`` finds only the leap.
         mode: ``"max"`` if larger is better, ``"min"`` if smaller is.
-        patience: Successive validations that must lie beyond the threshold. The paper does not say how many it asked
-            for; 1 is the plain crossing.
+        patience: Successive validations that must lie beyond the threshold. The paper does not state its number; 1 is
+            the plain crossing.
         stop: Stop the fit at convergence. ``min_steps`` and ``min_epochs`` of the trainer still hold.
-        window: How many validations further the end of a leap may lie. 5 are 500 steps in the paper's runs.
+        window: Largest number of validations in a leap. 5 are 500 steps in the paper's runs.
 
     Raises:
         ConfigError: If an argument is invalid or, in the first validation, if nothing logs ``monitor``.
@@ -115,7 +115,7 @@ class SuddenConvergence(MeasuringCallback):
     def for_task(
         cls, task: ControlTask, monitor: str | None = None, patience: int = 1, stop: bool = False, window: int = 5
     ) -> SuddenConvergence:
-        """With the threshold and the direction that the paper has for a control task (Table 4).
+        """The callback with the paper's threshold and direction for a control task (Table 4).
 
         The scores are SSIM of blurred maps for edge (0.55) and sketch (0.75), mean squared error for depth (0.04) and
         normal (0.06), and pixel accuracy for segmentation (0.5 on COCO, 0.4 on ADE20k). A configuration file writes
@@ -123,14 +123,14 @@ class SuddenConvergence(MeasuringCallback):
 
         Args:
             task: One of the six.
-            monitor: Name of the task's score, as logged; ``None`` is what
-                :class:`~lightning_difftune.callbacks.ControlSimilarity` logs with the task's metric.
+            monitor: Logged name of the task's score; by default that of
+                :class:`~lightning_difftune.callbacks.ControlSimilarity` with the task's metric.
             patience: As for the class.
             stop: As for the class.
             window: As for the class.
 
         Raises:
-            ConfigError: If the task is none of the six.
+            ConfigError: If the task is not one of the six.
         """
         if task not in _TABLE_4:
             raise ConfigError(
@@ -142,7 +142,7 @@ class SuddenConvergence(MeasuringCallback):
 
     @property
     def convergence_step(self) -> int | None:
-        """The first of ``patience`` successive steps beyond the threshold, or ``None`` so far."""
+        """The first of ``patience`` successive steps beyond the threshold, or ``None`` if there is none yet."""
         if self.threshold is None:
             return None
         run: list[int] = []
@@ -154,7 +154,7 @@ class SuddenConvergence(MeasuringCallback):
 
     @property
     def leap(self) -> Leap | None:
-        """The largest rise over ``window`` validations, the shortest and earliest of equals; ``None`` if none rose."""
+        """The largest rise over ``window`` validations, on ties the shortest and earliest; ``None`` without a rise."""
         best: Leap | None = None
         for distance in range(1, self.window + 1):
             for (start, before), (end, after) in zip(self.history, self.history[distance:], strict=False):
@@ -165,15 +165,15 @@ class SuddenConvergence(MeasuringCallback):
 
     @property
     def state_key(self) -> str:
-        """Several of these may stand side by side, watching different scalars."""
+        """Distinguishes several of these callbacks with different scalars."""
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget what an earlier ``fit`` saw after the step that this one starts from."""
+        """Discard values of an earlier ``fit`` after the step that this one starts from."""
         self.history = [(step, value) for step, value in self.history if step <= trainer.global_step]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take up the value of this validation, whichever module or callback logged it."""
+        """Record the value of this validation, whichever module or callback logged it."""
         if trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.state.fn != TrainerFn.FITTING:
@@ -188,7 +188,7 @@ class SuddenConvergence(MeasuringCallback):
         if not math.isfinite(value):
             return
         step = trainer.global_step
-        # A resumed run may validate once more where the checkpoint was saved.
+        # A resumed run may validate again at the checkpoint's step.
         self.history = [(s, v) for s, v in self.history if s < step]
         known = self.convergence_step is not None
         self.history.append((step, value))
@@ -206,7 +206,7 @@ class SuddenConvergence(MeasuringCallback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report the leap, and whether convergence is missing."""
+        """Report the leap, and warn if there was no convergence."""
         if self.threshold is not None and self.history and self.convergence_step is None:
             rank_zero_info(
                 f"No sudden convergence: '{self.monitor}' was not {'above' if self.mode == 'max' else 'below'} "
@@ -233,7 +233,7 @@ class SuddenConvergence(MeasuringCallback):
         return after - before if self.mode == "max" else before - after
 
     def _logged_value(self, trainer: L.Trainer) -> float | None:
-        """This validation's value, NaN if there is none, ``None`` if there has never been one."""
+        """This validation's value, NaN if there is none, ``None`` if there has never been any."""
         logged = trainer.callback_metrics.get(self.monitor)
         if logged is None:
             return None if self._latest_logged is None and not self.history else math.nan

@@ -10,7 +10,7 @@ from lightning_difftune.tuners.base import ParameterEfficientTuner, find, find_b
 
 
 class Adapter(nn.Module):
-    """Down-projection, ReLU and up-projection; zero before the first step."""
+    """Down-projection, ReLU and up-projection; its output is zero before the first step."""
 
     def __init__(self, width: int, bottleneck: int, scale: float, like: Tensor) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ def add_adapter(mlp: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor
 class AdaptFormer(ParameterEfficientTuner):
     """Train one adapter per block, with its biases, and the label table.
 
-    The adapter has the MLP's input, the modulated norm, and its output goes through the MLP's gate. 4,280,320
+    The adapter gets the MLP's input, the modulated norm, and its output passes through the MLP's gate. 4,280,320
     parameters of DiT-XL/2 with 101 classes at bottleneck 64 (Table 1).
 
     Args:
         bottleneck: Width of the adapter's hidden layer.
-        scale: Factor of the adapter's output. The value of Table 1 is not public; 0.1 is AdaptFormer's own.
+        scale: Factor of the adapter's output. The value behind Table 1 is not public; 0.1 is AdaptFormer's own.
     """
 
     not_merged = (
@@ -52,7 +52,7 @@ class AdaptFormer(ParameterEfficientTuner):
         self.scale = scale
 
     def insert(self, model: nn.Module) -> list[nn.Parameter]:
-        """Put an adapter parallel to the MLP of every block."""
+        """Add an adapter parallel to the MLP of every block."""
         blocks = find_blocks(model, "AdaptFormer")
         mlps = [find(block, "mlp", nn.Module, "AdaptFormer") for block in blocks]
         inputs = [find(mlp, "fc1", nn.Linear, "AdaptFormer") for mlp in mlps]

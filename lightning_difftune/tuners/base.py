@@ -1,4 +1,4 @@
-"""What the parameter-efficient methods share: freezing, the label table, and finding layers by name."""
+"""Base of the parameter-efficient methods: freezing, the label table, and finding layers by name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class ParameterEfficientTuner(ABC):
-    """Base of the methods: a subclass says what to insert into a network and what to train of it.
+    """Base of the methods: a subclass inserts layers into a network and selects what is trained.
 
-    Everything else is frozen but the label table, which Table 1 trains in every method; a model without classes has
-    none.
+    Everything else is frozen except the label table of class-conditional models, which every method of Table 1 trains.
     """
 
     not_merged: str = "it does not say what its layers fold into"
@@ -29,7 +28,7 @@ class ParameterEfficientTuner(ABC):
     def insert(self, model: nn.Module) -> Iterable[nn.Parameter]:
         """Insert the method's layers in place and return the parameters to train.
 
-        Layers are found and checked before the first one is changed, so that an error leaves the model as it was.
+        Layers are found and checked before the first one is changed, so that an error leaves the model unchanged.
         """
 
     def apply(self, model: nn.Module) -> None:
@@ -39,7 +38,7 @@ class ParameterEfficientTuner(ABC):
             model: The pre-trained network, changed in place.
 
         Raises:
-            ConfigError: If a tuner was applied to it before, or it lacks the layers that this one looks for.
+            ConfigError: If a tuner was already applied to it, or it lacks the layers that this one needs.
         """
         previous = getattr(model, "tuned_by", None)
         if previous is not None:
@@ -57,7 +56,7 @@ class ParameterEfficientTuner(ABC):
         cast("Any", model).tuned_by = type(self).__name__
 
     def merge(self, model: Model) -> Model:
-        """A frozen copy that computes the same without the method's layers, and so can be exported.
+        """A frozen copy that computes the same without the method's layers, for export.
 
         Args:
             model: A network that this tuner was applied to; it is not changed.
@@ -68,7 +67,7 @@ class ParameterEfficientTuner(ABC):
         raise ConfigError(f"{type(self).__name__} cannot be merged: {self.not_merged}.")
 
     def _untuned_copy(self, model: Model) -> Model:
-        """A frozen copy that any tuner may be applied to; the inserted layers are still in it."""
+        """A frozen copy that another tuner may be applied to; it still has the inserted layers."""
         previous = getattr(model, "tuned_by", None)
         if previous != type(self).__name__:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""BitFit (Ben Zaken et al., 2022), which trains the biases; DiffFit (Xie et al., 2023), also factors in the blocks."""
+"""BitFit (Ben Zaken et al., 2022) trains the biases; DiffFit (Xie et al., 2023) also factors in the blocks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class BitFit(ParameterEfficientTuner):
         return found
 
     def merge(self, model: Model) -> Model:
-        """A frozen copy; the trained biases are the plain model's own."""
+        """A frozen copy; the trained biases belong to the plain model."""
         return self._untuned_copy(model)
 
 
 class Gamma(nn.Module):
     """A factor per channel, starting at 1, on the output of the layer that it is attached to.
 
-    It works through a forward hook, so that the layer's own parameters keep their names.
+    It is a forward hook, so that the layer's own parameters keep their names.
     """
 
     def __init__(self, site: nn.Module, linear: nn.Linear) -> None:
@@ -49,7 +49,7 @@ class Gamma(nn.Module):
         return output * self.weight.to(output.dtype)
 
     def fold_into(self, linear: nn.Linear) -> None:
-        """Scale the rows of the linear layer that makes the output, and remove the hook."""
+        """Scale the rows of the linear layer that produces the output, and remove the hook."""
         with torch.no_grad():
             linear.weight.mul_(self.weight[:, None])
             if linear.bias is not None:
@@ -61,18 +61,18 @@ class DiffFit(ParameterEfficientTuner):
     """Train all biases, the label table, and factors ("gammas") on the outputs of layers in the blocks.
 
     Table 1's 832,928 parameters of DiT-XL/2 with 101 classes imply 7H factors in each of the 28 blocks, or 14H in the
-    first 14; where they sit is not public. The default is the authors' four places and the MLP's second layer, 7H in
-    all, in every block. The placement of the DiffFit authors' code is 6H in half of the blocks (1,739,552 parameters
+    first 14; their places are not public. The default is the authors' four places and the MLP's second layer, 7H in
+    total, in every block. The DiffFit authors' code has 6H in half of the blocks (1,739,552 parameters
     with the 1001 rows of ImageNet's label table)::
 
         DiffFit(sites=("attn.qkv", "attn.proj", "attn", "mlp"), num_blocks=14)
 
-    The paper trains it with batch 64, and with ten times the learning rate of full fine-tuning.
+    The paper trains it with batch size 64 and ten times the learning rate of full fine-tuning.
 
     Args:
-        sites: Layers of a block whose output is scaled: linear ones, or branches that end in one. ``attn`` and
+        sites: Layers of a block whose output is scaled: linear layers, or branches that end in one. ``attn`` and
             ``attn.proj`` have one output, but two factors on it learn faster than one.
-        num_blocks: How many blocks, from the first on; all by default.
+        num_blocks: Number of blocks, counted from the first; all by default.
 
     Raises:
         ConfigError: If a site is named twice.
@@ -104,7 +104,7 @@ class DiffFit(ParameterEfficientTuner):
         return trained
 
     def merge(self, model: Model) -> Model:
-        """A frozen copy whose linear layers have taken up the factors."""
+        """A frozen copy with the factors merged into its linear layers."""
         merged = self._untuned_copy(model)
         for site in list(merged.modules()):
             gamma = getattr(site, "gamma", None)
@@ -115,7 +115,7 @@ class DiffFit(ParameterEfficientTuner):
 
 
 def last_linear(site: nn.Module) -> nn.Linear:
-    """The linear layer whose output is the site's own: the site itself, or the last one that it registers."""
+    """The linear layer that produces a site's output: the site itself, or the last one that it registers."""
     linears = [layer for layer in site.modules() if isinstance(layer, nn.Linear)]
     if not linears:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al., 2022) by ``peft``; it reads and writes the files of ``peft`` and of diffusers' pipelines."""
+"""LoRA (Hu et al., 2022) with ``peft``; reads and writes the files of ``peft`` and of diffusers' pipelines."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 PREFIX = "base_model.model."  # of every name in peft's files
 TABLE = "y_embedder.embedding_table"
-PROJECTIONS = ("q", "v"), ("to_q", "to_v")  # of timm's attention once it is split, and of diffusers'
+PROJECTIONS = ("q", "v"), ("to_q", "to_v")  # names in timm's split attention, and in diffusers'
 
 
 class LoRA(ParameterEfficientTuner):
     """Train low-rank updates of the query and value projections, and the label table.
 
-    timm's attention fuses query, key and value; they are split into three layers of the same function, and
-    :meth:`merge` fuses them again. 1,149,696 parameters of DiT-XL/2 with 101 classes at rank 8 (Table 1).
+    timm's attention fuses query, key and value; they are split into three equivalent layers, and :meth:`merge` fuses
+    them again. 1,149,696 parameters of DiT-XL/2 with 101 classes at rank 8 (Table 1).
 
     Args:
         rank: Rank r of the updates.
-        alpha: Updates are scaled by alpha / r. The value of Table 1 is not public; the default, r, scales by 1.
-        target_modules: Names, or last parts of names, of the linear layers that are updated, as ``peft`` has them. By
-            default the network's query and value projections: ``q`` and ``v`` of a DiT, ``to_q`` and ``to_v`` of
-            diffusers' networks.
+        alpha: Updates are scaled by alpha / r. The value behind Table 1 is not public; the default, r, scales by 1.
+        target_modules: Names, or last parts of names, of the updated linear layers, as in ``peft``. By default the
+        network's query and value projections: ``q`` and ``v`` of a DiT, ``to_q`` and ``to_v`` of diffusers'
+        networks.
 
     Raises:
         ConfigError: If the rank is not positive.
@@ -75,13 +75,13 @@ class LoRA(ParameterEfficientTuner):
             split_qkv(model)
         inject_adapter_in_model(self._config(), model)
         updates = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-        for parameter in updates:  # peft gives them the type of the frozen weights, too coarse to train in
+        for parameter in updates:  # peft gives them the frozen weights' type, too coarse for training
             parameter.data = parameter.data.float()
         return updates
 
     @contextmanager
     def disabled(self, model: nn.Module) -> Iterator[None]:
-        """A ``with`` block in which the updates are off: a network of diffusers is as before tuning, to the bit.
+        """A ``with`` block with the updates off: a diffusers network is as before tuning, to the bit.
 
         Example:
             >>> tuner, model = LoRA(1, 1, ("0",)), nn.Sequential(nn.Linear(2, 2))
@@ -106,10 +106,10 @@ class LoRA(ParameterEfficientTuner):
                 layer._disable_adapters = False
 
     def merge(self, model: Model) -> Model:
-        """A frozen copy whose linear layers have taken up the updates, with query, key and value fused again."""
+        """A frozen copy with the updates merged into its linear layers, and query, key and value fused again."""
         from peft.tuners.lora import LoraLayer
 
-        merged = self._untuned_copy(model).float()  # which holds what bfloat16 would round away
+        merged = self._untuned_copy(model).float()  # float32, since bfloat16 would round the updates away
         for name, layer in list(merged.named_modules()):
             if isinstance(layer, LoraLayer):
                 layer.merge(safe_merge=True)
@@ -119,16 +119,16 @@ class LoRA(ParameterEfficientTuner):
         return merged.requires_grad_(False)
 
     def save_adapter(self, model: nn.Module, folder: str | Path, base: str) -> None:
-        """Write the updates and the label table as ``peft`` does, for ``PeftModel.from_pretrained`` to open.
+        """Write the updates and the label table in ``peft``'s format, for ``PeftModel.from_pretrained``.
 
         Args:
             model: A network that this tuner was applied to.
-            folder: Gets ``adapter_config.json``, ``adapter_model.safetensors`` and their ``SHA256SUMS``, whole or not
-                at all; an adapter that is there is replaced. The same updates give the same bytes.
+            folder: For ``adapter_config.json``, ``adapter_model.safetensors`` and their ``SHA256SUMS``, written
+                atomically; an existing adapter is replaced. The same updates give the same bytes.
             base: Identity of the pre-trained weights, such as a module's ``base_identity["fingerprint"]``.
 
         Raises:
-            CheckpointError: If the folder holds something else, or cannot be written.
+            CheckpointError: If the folder contains other files or cannot be written.
         """
         state, config = self._state(model), self._config()
         config.modules_to_save = [TABLE] if f"{TABLE}.weight" in state else None
@@ -139,15 +139,15 @@ class LoRA(ParameterEfficientTuner):
             write_safetensors(tensors, draft / lora_files.ADAPTER, {"format": "pt", "base": base})
 
     def load_adapter(self, model: nn.Module, folder: str | Path, base: str) -> None:
-        """Read what :meth:`save_adapter`, or ``peft``, has written.
+        """Read an adapter written by :meth:`save_adapter` or ``peft``.
 
         Args:
-            model: A network that this tuner was applied to; it stays as it is if the files do not fit.
-            folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
-            base: Identity of the pre-trained weights; files of ``peft`` itself state none, and are taken.
+            model: A network that this tuner was applied to; unchanged if the files do not fit.
+            folder: Folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            base: Identity of the pre-trained weights; files of ``peft`` itself have none and are accepted.
 
         Raises:
-            CheckpointError: If the files are missing or damaged, of another base, or of other settings.
+            CheckpointError: If the files are missing or damaged, or have another base or other settings.
         """
         from peft import LoraConfig
 
@@ -173,31 +173,31 @@ class LoRA(ParameterEfficientTuner):
         self._fill(model, {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}, file)
 
     def save_lora_weights(self, model: nn.Module, folder: str | Path) -> None:
-        """Write the updates as diffusers' pipelines open them: ``pipeline.load_lora_weights(folder)``, for any alpha.
+        """Write the updates for diffusers' ``pipeline.load_lora_weights(folder)``, with any alpha.
 
         Args:
             model: A network of diffusers that this tuner was applied to, such as a pipeline's UNet or transformer.
-            folder: Gets ``pytorch_lora_weights.safetensors`` and ``SHA256SUMS``; a LoRA that is there is replaced.
+            folder: For ``pytorch_lora_weights.safetensors`` and ``SHA256SUMS``; an existing LoRA is replaced.
 
         Raises:
             ConfigError: If the network is not of diffusers.
-            CheckpointError: If the folder holds something else or cannot be written.
+            CheckpointError: If the folder has other files or cannot be written.
         """
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self._state(model).items()}
         with lora_files.folder_for(folder) as draft:
             lora_files.write_diffusers(model, state, self._config(), draft)
 
     def load_lora_weights(self, model: nn.Module, source: str | Path, *, network_only: bool = False) -> None:
-        """Read a LoRA of diffusers' trainers or of kohya's (``lora_unet_...``), whatever its alpha.
+        """Read a LoRA of diffusers' or kohya's trainers (``lora_unet_...``), with any alpha.
 
         Args:
-            model: A network of diffusers that this tuner was applied to; it stays as it is if the file does not fit.
+            model: A network of diffusers that this tuner was applied to; unchanged if the file does not fit.
             source: A safetensors file, or a folder with ``pytorch_lora_weights.safetensors``.
-            network_only: Leave out what the file has for text encoders, which this tuner does not train.
+            network_only: Ignore the file's updates of text encoders, which this tuner does not train.
 
         Raises:
             ConfigError: If the network is not of diffusers.
-            CheckpointError: If the file is missing, damaged, or has updates that this tuner does not.
+            CheckpointError: If the file is missing, damaged, or has updates that this tuner lacks.
         """
         file, factors = lora_files.read_diffusers(model, source, self.alpha / self.rank, network_only)
         ranks = sorted({len(tensor) for name, tensor in factors.items() if ".lora_A." in name})
@@ -214,12 +214,12 @@ class LoRA(ParameterEfficientTuner):
         return LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.target_modules))
 
     def _state(self, model: nn.Module) -> dict[str, Tensor]:
-        """The trained tensors under the names of peft's files, sharing the model's memory."""
+        """The trained tensors, named as in peft's files, sharing the model's memory."""
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         return {name.replace(".default.", "."): parameter for name, parameter in trained.items()}
 
     def _fill(self, model: nn.Module, found: dict[str, Tensor], file: Path) -> None:
-        """Copy tensors into the model if all of them fit, and none is missing."""
+        """Copy tensors into the model if all of them fit and none is missing."""
         expected = self._state(model)
         differing = sorted(
             name
@@ -239,9 +239,9 @@ class LoRA(ParameterEfficientTuner):
 
 
 class SplitQKV(nn.Module):
-    """A fused linear layer H => 3H as three layers ``q``, ``k`` and ``v``, which adapters find by name.
+    """A fused linear layer H => 3H as three layers ``q``, ``k`` and ``v``, for adapters to find by name.
 
-    The function is the same; :meth:`fuse` gives the layer under the official key names back.
+    The function is the same; :meth:`fuse` restores the layer with the official key names.
 
     Example:
         >>> fused, x = nn.Linear(4, 12), torch.randn(2, 4)
@@ -277,7 +277,7 @@ def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def fused_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """A model's fused layers by name: linear ones called ``qkv`` with three outputs per input."""
+    """A model's fused layers by name: linear layers named ``qkv`` with three outputs per input."""
     linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     return {
         name: layer
@@ -287,7 +287,7 @@ def fused_layers(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def split_qkv(model: nn.Module) -> None:
-    """Split the fused layers of a model in place; ``peft`` then opens adapters of :class:`LoRA` on it."""
+    """Split the fused layers of a model in place, so that ``peft`` can open adapters of :class:`LoRA` on it."""
     for name, fused in fused_layers(model).items():
         model.set_submodule(name, SplitQKV(fused))
 

@@ -1,4 +1,4 @@
-"""A LoRA's files: peft's adapters, and what diffusers' pipelines, its trainers and kohya's have."""
+"""LoRA files: peft's adapters, and the formats of diffusers' pipelines and trainers, and of kohya."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lightning_difftune.files import SUMS, atomic_path, check_sums, order_metada
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # as peft calls them
-WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers calls them
+CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 OTHER_METHODS = ("dora_scale", "lora_magnitude_vector", "hada_", "lokr_", "oft_")
 
 
 @contextmanager
 def folder_for(folder: str | Path) -> Iterator[Path]:
-    """A draft of a LoRA's folder, which takes its place with its digests when the ``with`` block ends."""
+    """A draft of a LoRA's folder, which replaces it, with digests, when the ``with`` block ends."""
     folder = Path(folder)
     ours = {CONFIG, ADAPTER, WEIGHTS, SUMS, "README.md"}
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in ours) if folder.is_dir() else []
@@ -44,24 +44,24 @@ def folder_for(folder: str | Path) -> Iterator[Path]:
 
 
 def settings_of(config: LoraConfig) -> dict[str, Any]:
-    """A configuration of peft as JSON holds it, its sets in order."""
+    """A configuration of peft as JSON values, with sorted sets."""
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
 
 def write_config(config: LoraConfig, file: Path) -> None:
-    """Write a configuration as peft does, but the same one always as the same bytes."""
+    """Write a configuration as peft does, but with reproducible bytes."""
     file.write_text(json.dumps(settings_of(config), indent=2, sort_keys=True), encoding="utf-8")
 
 
 def loader_of(model: nn.Module) -> Any:
-    """The class of diffusers that reads and writes LoRA files of a network."""
+    """The class of diffusers that reads and writes a network's LoRA files."""
     import diffusers
 
     name = type(model).__name__
     if name == "UNet2DConditionModel":
         is_xl = getattr(model.config, "addition_embed_type", None) == "text_time"
         return diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
-    # A pipeline is called as its transformer: FluxTransformer2DModel, StableDiffusion3 by the short name SD3.
+    # A pipeline is named after its transformer: FluxTransformer2DModel, StableDiffusion3 by the short name SD3.
     stem = name.removesuffix("Model").removesuffix("2D").removesuffix("Transformer")
     pipeline = getattr(diffusers, f"{ {'SD3': 'StableDiffusion3'}.get(stem, stem) }Pipeline", None)
     if not hasattr(model, "save_pretrained") or not hasattr(pipeline, "save_lora_weights"):
@@ -73,7 +73,7 @@ def loader_of(model: nn.Module) -> Any:
 
 
 def write_diffusers(model: nn.Module, state: dict[str, Tensor], config: LoraConfig, folder: Path) -> None:
-    """Write a LoRA by diffusers' own writer, with rank, alpha and targets in the metadata, and read it back."""
+    """Write a LoRA with diffusers' own writer, with rank, alpha and targets in the metadata, and read it back."""
     loader = loader_of(model)
     prefix = prefix_of(loader)
     metadata = settings_of(config)
@@ -89,7 +89,7 @@ def write_diffusers(model: nn.Module, state: dict[str, Tensor], config: LoraConf
 
 
 def open_file(loader: Any, file: Path, **config: Any) -> tuple[dict[str, Tensor], Any, Any]:
-    """Tensors, alphas by layer and metadata of a LoRA's file, by diffusers' own reader; the last may be ``None``."""
+    """Tensors, alphas by layer and metadata (or ``None``) of a LoRA's file, by diffusers' own reader."""
     config |= {"weight_name": file.name, "local_files_only": True, "return_lora_metadata": True}
     if "return_alphas" in inspect.signature(loader.lora_state_dict).parameters:
         config["return_alphas"] = True
@@ -98,17 +98,17 @@ def open_file(loader: Any, file: Path, **config: Any) -> tuple[dict[str, Tensor]
 
 
 def prefix_of(loader: Any) -> str:
-    """What the names in a pipeline's LoRA files start with: ``"unet"`` or ``"transformer"``."""
+    """The prefix of names in a pipeline's LoRA files: ``"unet"`` or ``"transformer"``."""
     return "unet" if "unet" in loader._lora_loadable_modules else "transformer"
 
 
 def read_diffusers(
     model: nn.Module, source: str | Path, scale: float, network_only: bool
 ) -> tuple[Path, dict[str, Tensor]]:
-    """Read a LoRA of diffusers or kohya: its file, and its factors for layers whose alpha / rank is ``scale``.
+    """Read a LoRA of diffusers or kohya: its file, and its factors rescaled to layers whose alpha / rank is ``scale``.
 
-    The names are peft's (``layer.lora_A.weight``). Updates of text encoders are refused unless ``network_only`` leaves
-    them out.
+    The names are peft's (``layer.lora_A.weight``). Updates of text encoders are refused, or ignored with
+    ``network_only``.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
 
@@ -148,7 +148,7 @@ def read_diffusers(
 def scales_of(
     factors: dict[str, Tensor], alphas: dict[str, Any] | None, metadata: dict[str, Any] | None, prefix: str
 ) -> dict[str, float]:
-    """Alpha / rank of each layer: by its own alpha (kohya), the file's metadata (diffusers), else 1."""
+    """Alpha / rank of each layer: from its own alpha (kohya), the file's metadata (diffusers), else 1."""
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft.utils.other import get_pattern_key
 

@@ -1,4 +1,4 @@
-"""VPT-Deep (Jia et al., 2022): prompt tokens of their own in some blocks."""
+"""VPT-Deep (Jia et al., 2022): separate prompt tokens in some blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_difftune.tuners.base import ParameterEfficientTuner, find, find_b
 
 
 def prepend_prompt(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Forward pre-hook of a block: put its prompt before the tokens (B, N, H)."""
+    """Forward pre-hook of a block: prepend its prompt to the tokens (B, N, H)."""
     tokens, *rest = inputs
     prompt = block.get_parameter("prompt")
     return torch.cat([prompt.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1), *rest
@@ -28,18 +28,18 @@ class VPTDeep(ParameterEfficientTuner):
 
     2,816,672 parameters of DiT-XL/2 with 101 classes at one token in each of five blocks (Table 1).
 
-    The other methods start as the pre-trained function; this one cannot. Every token attends to the prompt, with
+    The other methods start as the pre-trained function; this one cannot. Every token attends to the prompt with
     weight p > 0, so attention heads start at (1 - p) times their pre-trained output plus p times the prompt's value.
-    No start of the prompt makes p zero, zeros included: the block norms and modulates the prompt like any token. With
-    one prompt among N tokens of like keys, p is about 1 / (N + 1).
+    No initial prompt makes p zero, not even zeros: the block norms and modulates the prompt like any token. With one
+    prompt among N tokens with similar keys, p is about 1 / (N + 1).
 
     Args:
-        blocks: Which blocks have prompts. Table 1 has five; which ones is not public, the default is the first five.
+        blocks: Blocks with prompts. Table 1 has five; which ones is not public, the default is the first five.
         num_tokens: Prompt tokens in each of them.
-        std: Standard deviation of the prompts' start; not public, the default is that of DiT's embeddings.
+        std: Standard deviation of the initial prompts; not public, the default is that of DiT's embeddings.
 
     Raises:
-        ConfigError: If there is no block, a block twice, or no token.
+        ConfigError: If there is no block, a block is given twice, or there is no token.
     """
 
     not_merged = (
@@ -57,7 +57,7 @@ class VPTDeep(ParameterEfficientTuner):
         self.std = std
 
     def insert(self, model: nn.Module) -> list[nn.Parameter]:
-        """Give the blocks their prompts."""
+        """Add prompts to the blocks."""
         blocks = find_blocks(model, "VPTDeep")
         beyond = [index for index in self.blocks if not 0 <= index < len(blocks)]
         if beyond:
