@@ -66,6 +66,11 @@ class Run:
         if place.is_file() or place.suffix == ".ckpt":
             if not place.exists():
                 raise CheckpointError(f"The checkpoint {place} does not exist. Check the path.")
+            if place.suffix in (".yaml", ".yml"):
+                raise DataError(
+                    f"{place} is a config, not a run. Start a run by `difftune fit --config {place}`, or name a run by "
+                    "its folder or one of its checkpoints."
+                )
             return cls(launch_of(place), place)
         if not place.is_dir():
             raise DataError(f"{place} does not exist. Name a run by its folder or one of its checkpoints.")

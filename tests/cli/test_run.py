@@ -83,11 +83,13 @@ def test_a_folder_of_several_runs_is_refused(root, tmp_path, saved):
     [
         ("nowhere", DataError, "nowhere does not exist"),
         ("none.ckpt", CheckpointError, "none.ckpt does not exist"),
+        ("my.yaml", DataError, "my.yaml is a config, not a run. Start a run by `difftune fit --config .*my.yaml`"),
         ("empty", DataError, "empty is not the folder of a run"),
     ],
 )
 def test_what_is_not_a_run_is_refused(tmp_path, place, error, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "my.yaml").write_text("trainer: {max_steps: 10}\n")
     with pytest.raises(error, match=message):
         Run.find(tmp_path / place)
 
