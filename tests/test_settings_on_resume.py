@@ -459,3 +459,11 @@ def test_last_ckpt_is_of_the_last_step_however_often_checkpoints_are_due(weights
 def test_steps_that_no_checkpoint_holds_are_said(weights, tmp_path):
     with pytest.warns(UserWarning, match="saved step 2 and the run ends at step 3.*save_last: true"):
         fit_of_three_steps(weights, tmp_path, every_n_train_steps=2)
+
+
+def test_a_fast_dev_run_which_saves_nothing_is_not_warned_of_it(weights, tmp_path, recwarn):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "saved", every_n_train_steps=50)
+    module = DiTDiffTuningModule(str(weights), num_classes=3, sampler=Sampler(num_inference_steps=2))
+    data = MemoryBankDataModule(tiny_pictures(8), 3, 8, 1, val_target=tiny_pictures(4), batch_size=4)
+    quiet_trainer(tmp_path, -1, checkpoint, fast_dev_run=True).fit(module, data)
+    assert not [warning for warning in recwarn if "in no checkpoint" in str(warning.message)]

@@ -166,7 +166,7 @@ def save_last(trainer: L.Trainer, callback: ModelCheckpoint) -> None:
     every, epochs, step = callback._every_n_train_steps, callback._every_n_epochs, trainer.global_step
     is_epoch_due = epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0  # at its end, which follows
     is_due = step % every == 0 if every else is_epoch_due
-    if is_due or callback._last_global_step_saved == step:
+    if is_due or callback._should_skip_saving_checkpoint(trainer):
         return
     if callback.save_last:
         callback._last_checkpoint_saved = ""  # so that save_last: link writes a file, not a link to an earlier step
