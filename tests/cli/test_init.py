@@ -63,6 +63,7 @@ def test_folders_for_classes_become_a_dit(folder, capsys) -> None:
     assert data["bank_size"] <= int(data["retention_share"] * data["batch_size"]) * trainer["max_steps"]
     said = capsys.readouterr().out
     assert "36 pictures of 3 classes in photos, 4 of them held out" in said
+    assert "fewer" not in said
     assert "Next: difftune fit --config my.yaml" in said
 
 
@@ -147,6 +148,15 @@ def test_what_is_wrong_with_the_pictures_is_taken_into_account(folder, capsys) -
     assert data["on_corrupt"] == "skip"
     assert data["class_balanced"] is True
     assert "1 cannot be read, such as photos/rose/0.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("count", "said"), [(1, "1 class has fewer"), (2, "2 classes have fewer")])
+def test_small_classes_are_counted(folder, capsys, count, said) -> None:
+    for name in ("rose", "lily")[:count]:
+        for index in range(9):
+            Path("photos", name, f"{index}.png").unlink()
+    written("photos")
+    assert f"{said} than 10 pictures" in capsys.readouterr().out
 
 
 def test_too_few_to_hold_some_out(tmp_path, monkeypatch) -> None:

@@ -154,7 +154,8 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
         plan.notes.append(f"{len(unreadable)} cannot be read, such as {first}; on_corrupt: skip leaves them out.")
     counts = seen.facts.counts()
     if few := [name for name, count in counts.items() if 0 < count < FEW_PICTURES]:
-        plan.notes.append(f"{len(few)} classes have fewer than {FEW_PICTURES} pictures: so few are learned by heart.")
+        have = f"{len(few)} class{'es have' if len(few) > 1 else ' has'}"
+        plan.notes.append(f"{have} fewer than {FEW_PICTURES} pictures: so few are learned by heart.")
     if model is None and not has_gpu:
         large = next(base for base in reversed(known.values()) if base.is_large)
         plan.notes.append(
