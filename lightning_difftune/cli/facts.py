@@ -165,9 +165,15 @@ def after_fit(trainer: Any) -> str:
     told = [name for name in run.metrics if name in run.scores or name == "val/loss"]
     latest = [f"{name} {series[-1][1]:.4g}" for name in told if (series := run.finite(name))]
     pictures = [str(grids[max(grids)]) for grids in run.grids.values()]
+    checkpoint = str(run.checkpoint)
+    if run.checkpoint is None:
+        callbacks = trainer.checkpoint_callbacks
+        saved = [path for callback in callbacks if (path := callback.last_model_path or callback.best_model_path)]
+        nothing = "no new one" if callbacks else "none: the config has no ModelCheckpoint"
+        checkpoint = saved[0] if saved else nothing
     rows = [
         ("Run", f"{folder}, {trainer.global_step:,} steps"),
-        ("Checkpoint", str(run.checkpoint or "none: the config has no ModelCheckpoint")),
+        ("Checkpoint", checkpoint),
         ("Metrics", f"{folder / 'metrics.csv'}: {', '.join(latest) or 'losses alone'}"),
         *(("Pictures", picture) for picture in pictures),
         ("Next", f"difftune report {name_of(run)}"),

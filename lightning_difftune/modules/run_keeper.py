@@ -58,6 +58,8 @@ class RunKeeper(Callback):
                 f"The checkpoint stands at step {step:,}, and trainer.max_steps is {trainer.max_steps:,}: nothing is "
                 "left to train. Raise max_steps."
             )
+        if step == trainer.max_steps:
+            rank_zero_info(f"The checkpoint is of step {step:,} of {step:,}: raise trainer.max_steps to train more.")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if isinstance(callback, EarlyStopping) and state:

@@ -57,6 +57,22 @@ def test_the_summary_says_what_is_where_and_what_comes_next(run) -> None:
     assert export_command(run) == said[-1].strip()
 
 
+@pytest.mark.parametrize(
+    ("callbacks", "said"),
+    [
+        ([], "none: the config has no ModelCheckpoint"),
+        ([SimpleNamespace(last_model_path="", best_model_path="")], "no new one"),
+        ([SimpleNamespace(last_model_path="saved/last.ckpt", best_model_path="")], "saved/last.ckpt"),
+    ],
+)
+def test_the_summary_does_not_deny_a_checkpoint_callback(run, callbacks, said) -> None:
+    (run.path / "checkpoints" / "last.ckpt").unlink()
+    trainer = SimpleNamespace(
+        log_dir=str(run.path), default_root_dir=None, global_step=4, checkpoint_callbacks=callbacks
+    )
+    assert after_fit(trainer).splitlines()[1] == f"Checkpoint  {said}"
+
+
 def test_a_controlnet_needs_a_picture(run) -> None:
     run.content.pop("class_names")
     run.config["model"] = {"init_args": {"annotator": {"class_path": "Canny"}}}
