@@ -1,4 +1,4 @@
-"""What is measured of generated pictures, as torchmetrics classes, and the networks they use."""
+"""Metrics of generated pictures, as torchmetrics classes, and the networks that they use."""
 
 from __future__ import annotations
 

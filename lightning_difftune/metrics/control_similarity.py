@@ -1,4 +1,4 @@
-"""How well generated pictures follow their controls: similarity of maps (Table 4), and the colours of classes."""
+"""Metrics of how well pictures follow their controls: similarity of maps (Table 4), and palettes of classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import check_pictures
 
-# The 150 colours of the MIT scene parsing benchmark (Zhou et al., 2017), class 1 "wall" first, six digits a class.
+# The 150 colours of the MIT scene parsing benchmark (Zhou et al., 2017), class 1 "wall" first, six digits per class.
 _ADE20K = (
     "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04"
     "ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff"
@@ -29,13 +29,13 @@ _CHUNK = 65_536  # colours compared with the whole palette at a time
 
 
 class MapSimilarity(Metric, ABC):
-    """Mean over examples of a score of two control maps; base of the three below.
+    """Mean over examples of a similarity score of two control maps; base of the three below.
 
-    Every example weighs the same. Sums are float64 and add up over processes, so the mean does not depend on how many
-    there were, nor on the batch size.
+    Every example has the same weight. Sums are float64 and add up over processes, so the mean does not depend on the
+    number of processes or on the batch size.
     """
 
-    key: str  # what a callback logs it as, below ``control/``
+    key: str  # its logged name, after ``control/``
     full_state_update = False
     is_differentiable = False
 
@@ -56,7 +56,7 @@ class MapSimilarity(Metric, ABC):
 
         Args:
             generated_maps: Maps of the generated pictures, (B, 1 or 3, H, W) uint8.
-            control_maps: The maps they were generated from, of the same shape.
+            control_maps: The maps that they were generated from, of the same shape.
 
         Raises:
             DataError: If the maps have other types or shapes, or their shapes differ.
@@ -76,7 +76,7 @@ class MapSimilarity(Metric, ABC):
         """The mean score, a float64 scalar.
 
         Raises:
-            DataError: If there was no example yet.
+            DataError: If there were no examples.
         """
         if self.count == 0:
             raise DataError(f"{type(self).__name__} has seen no maps. Call update(generated_maps, control_maps) first.")
@@ -93,14 +93,14 @@ class BlurredSSIM(MapSimilarity):
 
     where the moments are taken under a Gaussian window of standard deviation 1.5, and :math:`C_1 = (0.01 L)^2,
     C_2 = (0.03 L)^2` (Wang et al., 2004). Without the blur, edges that are one pixel off would count as missed. Borders
-    are mirrored. Constant and empty maps have a similarity like any others, since L is given and not taken from the
-    maps: two empty maps are at 1.
+    are mirrored. Similarity is defined for constant and empty maps too, since L is given and not taken from the maps:
+    two empty maps have 1.
 
     The paper states neither sigma nor L. Values are comparable only if these and the size of the maps are equal.
 
     Args:
-        sigma: Standard deviation of the blur in pixels. 3 is that of the sketch annotator at 512 px; scale it with the
-            size of the maps.
+        sigma: Standard deviation of the blur in pixels. The sketch annotator has 3 at 512 px; scale it with the size of
+            the maps.
         kernel_size: Width of the blur's kernel, odd; ``None`` reaches three standard deviations to either side.
         data_range: L, the range of the maps' values.
 
@@ -156,11 +156,11 @@ class BlurredSSIM(MapSimilarity):
             generated, wanted, gaussian_kernel=True, sigma=1.5, data_range=self.data_range, reduction="none"
         )
         assert isinstance(similarity, Tensor)  # a tuple only with return_full_image
-        return similarity.view(len(control_maps))  # torchmetrics squeezes a single one
+        return similarity.view(len(control_maps))  # torchmetrics squeezes a single score
 
 
 class ControlMSE(MapSimilarity):
-    r"""Mean squared error of maps scaled to [0, 1], for depth and normal (thresholds 0.04 and 0.06); less is better.
+    r"""Mean squared error of maps scaled to [0, 1], for depth and normal (thresholds 0.04 and 0.06); lower is better.
 
     .. math:: \frac{1}{c H W} \sum_{k} \left( \frac{A_k - B_k}{255} \right)^2
 
@@ -179,9 +179,9 @@ class ControlMSE(MapSimilarity):
 
 
 class PixelAccuracy(MapSimilarity):
-    r"""Share of pixels of one class in both segmentation maps (thresholds 0.5 on COCO, 0.4 on ADE20k).
+    r"""Share of pixels with the same class in both segmentation maps (thresholds 0.5 on COCO, 0.4 on ADE20k).
 
-    A pixel's class is the nearest colour of the palette, so resized and compressed maps are understood:
+    A pixel's class is the nearest colour of the palette, so resized and compressed maps work:
 
     .. math:: \frac{1}{H W} \sum_{k} [c(A_k) = c(B_k)], \quad c(x) = \arg\min_j \|x - p_j\|^2
 
@@ -225,7 +225,7 @@ class PixelAccuracy(MapSimilarity):
 
 
 def ade20k_palette() -> Tensor:
-    """The colours (150, 3) uint8 of the ADE20K classes, as published ControlNets were trained with.
+    """The colours (150, 3) uint8 of the ADE20K classes, as in the training of published ControlNets.
 
     Classes 6 and 48 share one colour, (140, 140, 140); decoding gives 6.
 
@@ -237,7 +237,7 @@ def ade20k_palette() -> Tensor:
 
 
 def to_palette(colours: Sequence[Sequence[int]]) -> Tensor:
-    """Colours written as lists => (K, 3) uint8.
+    """Lists of colours => (K, 3) uint8.
 
     Raises:
         ConfigError: Unless these are triples of 0 to 255, at least one.
@@ -263,7 +263,7 @@ def paint(classes: Tensor, palette: Tensor) -> Tensor:
 
 
 def nearest_classes(maps: Tensor, palette: Tensor) -> Tensor:
-    """Maps (B, 3, H, W) uint8 => indices (B, H, W) int64 of the nearest colours; of equally near ones, the first.
+    """Maps (B, 3, H, W) uint8 => indices (B, H, W) int64 of the nearest colours; the first one on ties.
 
     Example:
         >>> palette = torch.tensor([[0, 0, 0], [255, 0, 0]], dtype=torch.uint8)
@@ -272,11 +272,11 @@ def nearest_classes(maps: Tensor, palette: Tensor) -> Tensor:
         [0, 1]
     """
     r, g, b = maps.long().unbind(1)
-    # A map has few different colours, so each is looked up once.
+    # A map has few distinct colours, so each is looked up once.
     codes, where = torch.unique((r << 16) + (g << 8) + b, return_inverse=True)
     colours = torch.stack([codes >> 16, codes >> 8 & 255, codes & 255], dim=1)
     targets = palette.to(maps.device).long()
-    # torch.argmin does not promise which of equal entries it returns; the index itself breaks the tie here.
+    # torch.argmin does not define which of equal entries it returns; here the index breaks ties.
     tie_break = torch.arange(len(targets), device=maps.device)
     nearest = [
         ((part[:, None] - targets).square().sum(-1) * len(targets) + tie_break).argmin(1)

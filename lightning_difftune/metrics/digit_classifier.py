@@ -1,4 +1,4 @@
-"""A small classifier of handwritten digits: which digit a sample shows, and features for a Frechet distance."""
+"""A small classifier of handwritten digits, which also supplies features for a Fréchet distance."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class DigitClassifier(nn.Module):
 
     The bundled weights were trained by ``python -m pretraining.digit_classifier`` on the 4,000 training
     pictures of :class:`~lightning_difftune.data.HandwrittenDigits`, cropped to 24 and resized to 20 pixels as in the
-    quickstart; the 1,000 held-out pictures tell how good it is.
+    quickstart; the 1,000 held-out pictures measure its accuracy.
 
-    As a feature extractor of :class:`~lightning_difftune.callbacks.FID` it gives a Frechet distance that tells digits
-    apart, which ImageNet features do badly at this size. It is not FID, and is logged as ``fd_digit_classifier``.
+    As a feature extractor of :class:`~lightning_difftune.callbacks.FID` it gives a Fréchet distance that distinguishes
+    digits, which ImageNet features do poorly at this size. It is not FID, and is logged as ``fd_digit_classifier``.
 
     Args:
         weights: Trained weights; ``None`` starts from random ones.
@@ -58,7 +58,7 @@ class RecognisedDigits:
     """Share of generated digits that :class:`DigitClassifier` recognises as the requested digit.
 
     Args:
-        per_digit: Pictures of each digit.
+        per_digit: Number of pictures per digit.
     """
 
     def __init__(self, per_digit: int = 20) -> None:
@@ -70,9 +70,9 @@ class RecognisedDigits:
         return module.generate(torch.arange(len(self.classes)), module.class_conditions(self.classes)).cpu()
 
     def share(self, samples: Tensor) -> float:
-        """The share of these samples that are recognised, between 0 and 1."""
+        """The share of recognised samples, between 0 and 1."""
         return (self.classifier.classify(samples) == self.classes).float().mean().item()
 
     def evaluate(self, module: Any) -> dict[str, float]:
-        """``recognised``: the share, for the weights that the module has now."""
+        """``recognised``: the share, for the module's current weights."""
         return {"recognised": self.share(self.samples(module))}

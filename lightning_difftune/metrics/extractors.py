@@ -1,4 +1,4 @@
-"""Frozen networks that turn pictures into the features a Fréchet distance is computed from."""
+"""Frozen networks that turn pictures into features for a Fréchet distance."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CPU_BATCH = 16
 
 
 class FrozenFeatures(nn.Module):
-    """A feature extractor that stays in evaluation mode and needs no gradient; base of the two below.
+    """A feature extractor that stays in eval mode without gradients; base of the two below.
 
     A subclass sets ``name``, ``num_features`` and :meth:`extract`. Any other ``nn.Module`` that maps pictures uint8 to
-    features (B, D) and has ``num_features`` works as well, wherever an extractor is expected.
+    features (B, D) and has ``num_features`` works as well.
     """
 
     name: str
@@ -44,7 +44,7 @@ class FrozenFeatures(nn.Module):
         return self.extract(images.expand(-1, 3, -1, -1))
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever the surrounding module does."""
+        """Stay in eval mode."""
         return super().train(False)
 
 
@@ -52,10 +52,10 @@ class InceptionV3Features(FrozenFeatures):
     """The 2048 pooled features of the TensorFlow Inception-v3 of 2015 that define FID (Heusel et al., 2017).
 
     Network, weights and the TensorFlow 1 resize to 299 x 299 are torch-fidelity's, which reproduce the original. The
-    weights (91 MB) are downloaded once and stay in the cache of ``torch.hub``.
+    weights (91 MB) are downloaded once into the cache of ``torch.hub``.
 
     Args:
-        weights: Weights already on disk (``weights-inception-2015-12-05-6726825d.pth``); ``None`` looks in the cache
+        weights: Local file of the weights (``weights-inception-2015-12-05-6726825d.pth``); ``None`` looks in the cache
             and downloads them if necessary.
 
     Raises:
@@ -73,7 +73,7 @@ class InceptionV3Features(FrozenFeatures):
             self.network = kind(
                 "inception-v3-compat", [str(self.num_features)], feature_extractor_weights_path=str(path)
             )
-        except Exception as error:  # whatever unpickling and loading foreign bytes may raise
+        except Exception as error:  # anything that unpickling and loading foreign bytes may raise
             raise CheckpointError(
                 f"{path} does not hold the weights of FID's Inception-v3: {error}. Delete it to download it again."
             ) from error
@@ -86,10 +86,10 @@ class InceptionV3Features(FrozenFeatures):
 
 
 def torch_fidelity(part: str, what: str = "FID") -> Any:
-    """A module of torch-fidelity, which is an extra.
+    """A module of torch-fidelity, an optional dependency.
 
     Raises:
-        ConfigError: If it is not installed; says what needs it.
+        ConfigError: If it is not installed; the message names what needs it.
     """
     try:
         import_module("torch_fidelity")
@@ -101,7 +101,7 @@ def torch_fidelity(part: str, what: str = "FID") -> Any:
 
 
 def _inception_weights() -> Path:
-    """Where the Inception weights are in the cache of ``torch.hub``, downloaded and verified if they were not there."""
+    """Path of the Inception weights in the cache of ``torch.hub``, downloaded and verified if necessary."""
     url = torch_fidelity("feature_extractor_inceptionv3").URL_INCEPTION_V3
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     if path.exists():
@@ -119,11 +119,11 @@ def _inception_weights() -> Path:
 
 
 class EfficientNetLite0Features(FrozenFeatures):
-    """The 1280 pooled features of EfficientNet-Lite0 (ImageNet), whose weights install from the package registry.
+    """The 1280 pooled features of EfficientNet-Lite0 (ImageNet), whose weights are a Python package.
 
-    A Fréchet distance that works offline, small (4.7 M parameters) and quick. Its numbers rank models of one data set
+    For a Fréchet distance offline: small (4.7 M parameters) and fast. Its numbers rank models of one data set
     but **are not FID** and cannot be compared with published tables. Pictures are resized to 224 x 224 (bicubic,
-    antialiased) and scaled to [-1, 1], as the network was trained; the architecture is timm's
+    antialiased) and scaled to [-1, 1], as in the network's training; the architecture is timm's
     ``tf_efficientnet_lite0``, since the weights come from TensorFlow and rely on its padding.
 
     Raises:
@@ -153,7 +153,7 @@ class EfficientNetLite0Features(FrozenFeatures):
 
     def extract(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 => features (B, 1280) float32."""
-        # On a CPU, channels last and few pictures at a time keep the activations in its cache.
+        # On a CPU, channels_last and few pictures at a time keep the activations in its cache.
         parts = images.split(_CPU_BATCH) if images.device.type == "cpu" else (images,)
         return torch.cat([self._pooled(part) for part in parts])
 
@@ -194,7 +194,7 @@ def timm_name(key: str, stage_depths: list[int]) -> str:
     if block is None:
         return f"{_OUTER_LAYERS[layer]}.{parameter}"
     index = int(block[1])
-    # The first block expands nothing, so timm counts its layers from the depthwise one.
+    # The first block has no expansion, so timm counts its layers from the depthwise one.
     name = (_BLOCK_LAYERS if index else _FIRST_BLOCK_LAYERS)[block[2]]
     stage = 0
     while index >= stage_depths[stage]:

@@ -1,4 +1,4 @@
-"""The Fréchet distance between real and generated pictures, and a cache of what is computed of the real ones."""
+"""The Fréchet distance between real and generated pictures, and a cache of the real pictures' statistics."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ _CACHE_FORMAT = "difftune-reference-1"
 
 
 class FrechetDistance(FrechetInceptionDistance):
-    r"""Fréchet distance of two Gaussians that have the mean and covariance of real and of generated features.
+    r"""Fréchet distance of two Gaussians with the means and covariances of real and generated features.
 
     .. math:: d^2 = \|\mu_r - \mu_g\|^2 + \mathrm{tr}\bigl(\Sigma_r + \Sigma_g - 2 (\Sigma_r \Sigma_g)^{1/2}\bigr)
 
-    It is FID only with :class:`~lightning_difftune.metrics.InceptionV3Features`; :attr:`name` and :attr:`key` say
-    what it is otherwise. torchmetrics' class supplies the states: sums in float64, which add up over processes, so the
-    distance does not depend on how many there were. Unlike there, the extractor always runs in evaluation mode and
-    without autocast, the real sums survive :meth:`reset` and can be saved and restored, and the trace is computed
-    from factors of the covariances instead of eigenvalues of their product, which is several times faster and
-    stays exact where there are fewer pictures than features. The real factor is kept from one :meth:`compute` to the
-    next.
+    It is FID only with :class:`~lightning_difftune.metrics.InceptionV3Features`; otherwise see :attr:`name` and
+    :attr:`key`. torchmetrics' class supplies the states: sums in float64, which add up over processes, so the distance
+    does not depend on their number. Unlike there, the extractor always runs in eval mode without autocast, the real
+    sums survive :meth:`reset` and can be saved and restored, and the trace is computed from factors of the covariances
+    instead of eigenvalues of their product, which is several times faster and stays exact with fewer pictures than
+    features. The real factor is kept between calls of :meth:`compute`.
 
     Args:
         feature_extractor: Maps pictures uint8 to features (B, D); has ``num_features`` = D and, optionally, ``name``.
@@ -75,23 +74,23 @@ class FrechetDistance(FrechetInceptionDistance):
 
     @property
     def name(self) -> str:
-        """The name of the number in prose: the extractor's own ``name``, or FD and its class."""
+        """The name of the metric in prose: the extractor's own ``name``, or FD and its class."""
         return getattr(self.inception, "name", f"FD-{type(self.inception).__name__}")
 
     @property
     def key(self) -> str:
-        """The name under which the number is logged: ``fid`` with Inception-v3, ``fd_...`` with anything else."""
+        """The logged name: ``fid`` with Inception-v3, ``fd_...`` with any other extractor."""
         if isinstance(self.inception, InceptionV3Features):
             return "fid"
         slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
         return slug if slug.startswith("fd_") else f"fd_{slug}"
 
     def update(self, imgs: Tensor, real: bool) -> None:
-        """Add pictures (B, 1 or 3, H, W) uint8 to the real or to the generated ones.
+        """Add real or generated pictures (B, 1 or 3, H, W) uint8.
 
         Raises:
             ConfigError: If the extractor returns features of another shape than (B, ``num_features``).
-            DataError: If the pictures are not uint8: floats in [0, 1] would be taken for black.
+            DataError: If the pictures are not uint8: floats in [0, 1] would become black.
         """
         if imgs.dtype != torch.uint8 or imgs.ndim != 4:
             raise DataError(
@@ -143,14 +142,14 @@ class FrechetDistance(FrechetInceptionDistance):
         return _distance(mean_real, cov_real, self._factor_of(cov_real), mean_fake, cov_fake)
 
     def _factor_of(self, cov_real: Tensor) -> Tensor:
-        """The factor of the real covariance, computed anew only where that has changed."""
+        """The factor of the real covariance, recomputed only if that has changed."""
         known = self._real_factor
         if known is None or known[0].device != cov_real.device or not torch.equal(known[0], cov_real):
             known = self._real_factor = (cov_real, _factor(cov_real))
         return known[1]
 
     def real_state(self) -> dict[str, Tensor]:
-        """The sums over the real pictures on the CPU, as :meth:`load_real_state` takes them."""
+        """The sums over the real pictures on the CPU, for :meth:`load_real_state`."""
         return {
             "features_sum": self.real_features_sum.cpu().clone(),
             "features_outer_sum": self.real_features_cov_sum.cpu().clone(),
@@ -161,7 +160,7 @@ class FrechetDistance(FrechetInceptionDistance):
         """Replace the sums over the real pictures.
 
         Raises:
-            StoreError: If the state is not that of an extractor with as many features.
+            StoreError: If the state belongs to an extractor with another number of features.
         """
         found = {key: tuple(value.shape) for key, value in state.items()}
         wanted = {key: tuple(value.shape) for key, value in self.real_state().items()}
@@ -172,12 +171,12 @@ class FrechetDistance(FrechetInceptionDistance):
         self.real_features_num_samples = state["num_samples"].to(self.real_features_num_samples)
 
     def reset_real(self) -> None:
-        """Forget the real pictures, which :meth:`reset` keeps."""
+        """Reset the sums over the real pictures, which :meth:`reset` keeps."""
         self.load_real_state({key: torch.zeros_like(value) for key, value in self.real_state().items()})
 
 
 def frechet_distance(real_features: Tensor, generated_features: Tensor) -> Tensor:
-    """The Fréchet distance of two sets of features, as :class:`FrechetDistance` has it of pictures.
+    """The Fréchet distance of two sets of features, as :class:`FrechetDistance` computes it for pictures.
 
     Args:
         real_features: (N, D), N at least 2.
@@ -215,15 +214,15 @@ def _trace_of_root(factor: Tensor, cov: Tensor) -> Tensor:
     triangle = _cholesky(cov)
     if triangle is not None:  # with S = L L^T, they are the singular values of F^T L
         return torch.linalg.svdvals(factor.T @ triangle).sum()
-    # S is singular, and the roots of the eigenvalues of F^T S F are much faster to compute. Zeros among them, which
-    # rounding has moved, would each add its root.
+    # S is singular, and the roots of the eigenvalues of F^T S F are much faster to compute. Zero eigenvalues that
+    # # rounding has changed would each add their root.
     product = factor.T @ cov @ factor
     values = torch.linalg.eigvalsh((product + product.T) / 2)
     return values[values > product.trace() * len(cov) * torch.finfo(cov.dtype).eps].sqrt().sum()
 
 
 def _factor(cov: Tensor) -> Tensor:
-    """A covariance (D, D) => F (D, rank) with F F^T = cov; directions of rounding alone are left out."""
+    """A covariance (D, D) => F (D, rank) with F F^T = cov; directions of pure rounding error are left out."""
     triangle = _cholesky(cov)
     if triangle is not None:
         return triangle
@@ -233,20 +232,20 @@ def _factor(cov: Tensor) -> Tensor:
 
 
 def _cholesky(cov: Tensor) -> Tensor | None:
-    """A covariance (D, D) => L (D, D), lower, with L L^T = cov; ``None`` if it is singular, but for rounding."""
+    """A covariance (D, D) => L (D, D), lower, with L L^T = cov; ``None`` if it is singular up to rounding."""
     triangle, failed = torch.linalg.cholesky_ex(cov)
     least = len(cov) * torch.finfo(cov.dtype).eps * cov.diagonal().max()
     return None if failed or triangle.diagonal().min() ** 2 <= least else triangle
 
 
-# -- statistics of real pictures on disk, so that they are extracted once and not in every run ------------------------
+# -- statistics of real pictures on disk, so that they are not computed in every run ----------------------------------
 
 
 class ReferenceCache:
-    """A folder of safetensors files, one for each pair of reference pictures and feature extractor.
+    """A folder of safetensors files, one per pair of reference pictures and feature extractor.
 
     Args:
-        folder: Where the files are; created when the first one is written.
+        folder: The folder, created when the first file is written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -257,7 +256,7 @@ class ReferenceCache:
         return self.folder / f"reference-{text_digest(key)[:16]}.safetensors"
 
     def load(self, key: str) -> dict[str, Tensor] | None:
-        """The statistics stored under a key, or ``None`` if there are none or, with a warning, if they are damaged."""
+        """The statistics of a key; ``None`` if there are none or, with a warning, if they are damaged."""
         path = self.path(key)
         if not path.exists():
             return None
@@ -273,7 +272,7 @@ class ReferenceCache:
         return state
 
     def store(self, key: str, state: dict[str, Tensor]) -> None:
-        """Write statistics whole or not at all; on failure, only warn, since they can be computed again."""
+        """Write statistics atomically; only warn on failure, since they can be computed again."""
         path = self.path(key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -283,6 +282,6 @@ class ReferenceCache:
 
 
 def reference_key(identity: str, feature_extractor: nn.Module) -> str:
-    """What decides reference statistics: the identity of the pictures and the extractor with its weights."""
+    """What determines reference statistics: the identity of the pictures and the extractor with its weights."""
     kind = type(feature_extractor)
     return f"{identity} {kind.__module__}.{kind.__qualname__} {tensor_digest(feature_extractor.state_dict())}"

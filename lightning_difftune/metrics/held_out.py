@@ -1,4 +1,4 @@
-"""What held-out pictures say without a sample: the loss by noise level, and what the autoencoder loses of them."""
+"""Metrics without generated samples: held-out loss by noise level, and the autoencoder's reconstruction error."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsLabell
 
 
 class HeldOutLoss:
-    """The denoising loss on held-out pictures by noise level, and its change against the pre-trained model.
+    """The denoising loss on held-out pictures by noise level, and its change from the pre-trained model.
 
     An evaluator of ``difftune compare``, for class-conditional modules. The pictures are evenly spaced over the
     held-out data; each is denoised once in every bin, at a timestep spread evenly over the bin, by the tuned network
     under its class and by the pre-trained one under the null class, at the same noise. ``held_out_loss/t000`` is the
     first bin's mean squared error, named after its lowest timestep, and ``held_out_gap/t000`` is tuned / pre-trained
-    - 1: above 0 the tuned model has forgotten how to denoise there.
+    - 1: above 0, the tuned model has forgotten how to denoise at this level.
 
     Args:
-        num_samples: Pictures.
+        num_samples: Number of pictures.
         num_bins: Bins of equal width over the timesteps.
-        batch_size: Pictures at a time.
-        seed: Of the noise.
+        batch_size: Pictures per batch.
+        seed: Seed of the noise.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -41,7 +41,7 @@ class HeldOutLoss:
         self.num_samples, self.num_bins, self.batch_size, self.seed = num_samples, num_bins, batch_size, seed
 
     def evaluate(self, module: Any) -> dict[str, float]:
-        """The losses and gaps, for the weights that the module has now.
+        """The losses and gaps, for the module's current weights.
 
         Raises:
             ConfigError: If the module cannot be compared with a pre-trained one, or its data has no labelled pictures.
@@ -57,7 +57,7 @@ class HeldOutLoss:
         chosen = torch.linspace(0, len(labels) - 1, min(self.num_samples, len(labels))).round().long()
         edges = [round(k * module.num_timesteps / self.num_bins) for k in range(self.num_bins + 1)]
         pretrained, training = module.pretrained(), module.training
-        module.eval()  # in which no label is dropped
+        module.eval()  # drops no labels
         sums = torch.zeros(2, self.num_bins, dtype=torch.float64)
         with torch.no_grad(), module.trainer.precision_plugin.forward_context():
             for number, batch in enumerate(chosen.split(self.batch_size)):
@@ -81,30 +81,28 @@ class HeldOutLoss:
 
 @runtime_checkable
 class SupportsReconstruct(Protocol):
-    """A model of latents, whose autoencoder loses a part of every picture."""
+    """A latent model, whose autoencoder is lossy."""
 
     def reconstruct(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) uint8 => what encoding and decoding makes of them, of the same shape and type."""
+        """Pictures (B, C, H, W) uint8 => the same, encoded and decoded."""
         ...
 
 
 class ReconstructionQuality:
-    """Fréchet distances of training pictures and of their reconstructions to the held-out pictures.
+    """Fréchet distances of training pictures and their reconstructions to the held-out pictures.
 
-    An evaluator of ``difftune compare``, for modules that can ``reconstruct`` pictures. It uses no network but the
-    autoencoder, so a run of 0 steps is enough. Its figures say which part of a model's distance is not due to its
-    denoising:
+    An evaluator of ``difftune compare``, for modules that can ``reconstruct`` pictures. It uses only the autoencoder,
+    so a run of 0 steps is enough. Its metrics show which part of a model's distance is not due to denoising:
 
-    - ``fd_..._real`` (``fid_real`` through Inception-v3): of training pictures as they are, which is what a perfect
-      model would have;
-    - ``fd_..._reconstructed``: of the same pictures encoded and decoded, which is what a perfect denoiser would have;
+    - ``fd_..._real`` (``fid_real`` with Inception-v3): distance of training pictures, which a perfect model would have;
+      - ``fd_..._reconstructed``: of the same pictures encoded and decoded, which a perfect denoiser would have;
     - ``psnr``: the peak signal-to-noise ratio of the reconstructions in dB, 20 log10 255 - 10 log10 of the mean squared
       error of their uint8 values.
 
     Args:
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features``.
-        every: Of the training pictures, every n-th. Distances are higher with fewer pictures, so compare with
-            models of as many samples.
+        every: n: use every n-th training picture. Distances are higher with fewer pictures, so compare with models of
+            as many samples.
 
     Raises:
         ConfigError: If ``every`` is not positive.
@@ -116,10 +114,10 @@ class ReconstructionQuality:
         self.every = every
 
     def evaluate(self, module: Any) -> dict[str, float]:
-        """The figures.
+        """The metrics.
 
         Raises:
-            ConfigError: If the data cannot show its pictures, or the module cannot reconstruct them.
+            ConfigError: If the data has no labelled pictures, or the module cannot reconstruct them.
         """
         data = module.trainer.datamodule
         for owner, needed, method in (

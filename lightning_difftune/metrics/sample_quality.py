@@ -1,4 +1,4 @@
-"""How good the samples of a class-conditional model are, against the real pictures of its data."""
+"""Quality of a class-conditional model's samples, compared with the real pictures of its data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_difftune.protocols import SupportsLabelledImages
 
 
 class LabelledFeatures(NamedTuple):
-    """Features of pictures, and the pictures' classes."""
+    """Features and classes of pictures."""
 
     features: Tensor  # (N, D) float32
     labels: Tensor  # (N,) int64
@@ -26,21 +26,21 @@ class SampleQuality:
     """Fréchet distances, precision and recall, and the share of samples whose class a classifier recognises.
 
     An evaluator of ``difftune compare``, for class-conditional modules whose data module has training and held-out
-    pictures with classes. All four look at the same samples through the same features:
+    pictures with classes. All four use the same samples and the same features:
 
-    - the Fréchet distance to the held-out pictures, ``fid`` with Inception-v3 and ``fd_...`` with anything else,
-      and to the training pictures, the same name with ``_train``;
+    - the Fréchet distance to the held-out pictures, ``fid`` with Inception-v3 and ``fd_...`` with other extractors,
+      and to the training pictures, with the suffix ``_train``;
     - ``precision`` and ``recall``, the shares of samples within the manifold of the held-out pictures and the reverse,
       by the k-th nearest neighbour (Kynkäänniemi et al., 2019), as torch-fidelity computes them;
-    - ``recognised``, the share of samples that a linear probe on the features of the training pictures recognises as
-      the requested class, and ``recognised_real``, the same probe's accuracy on the held-out pictures.
+    - ``recognised``, the share of samples that a linear probe, fitted to features of the training pictures, recognises
+      as the requested class, and ``recognised_real``, the probe's accuracy on the held-out pictures.
 
     Args:
         feature_extractor: Maps pictures uint8 (B, 1 or 3, H, W) to features (B, D); has ``num_features``.
-        num_samples: Generated pictures; sample i is of class i mod K.
-        batch_size: Pictures at a time.
+        num_samples: Generated pictures; sample i has class i mod K.
+        batch_size: Pictures per batch.
         neighbourhood: k of precision and recall.
-        cache_dir: Folder where the features of the real pictures are kept between runs.
+        cache_dir: Folder that caches features of the real pictures between runs.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -63,10 +63,10 @@ class SampleQuality:
         self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
 
     def evaluate(self, module: Any) -> dict[str, float]:
-        """The figures, for the weights that the module has now.
+        """The metrics, for the module's current weights.
 
         Raises:
-            ConfigError: If the module's data cannot show pictures with classes, or torch-fidelity is not installed.
+            ConfigError: If the module's data has no labelled pictures, or torch-fidelity is not installed.
         """
         prc: Any = torch_fidelity("metric_prc", "Precision and recall")
         data = module.trainer.datamodule
@@ -107,7 +107,7 @@ class SampleQuality:
         return LabelledFeatures(torch.cat(features), labels)
 
     def real(self, data: SupportsLabelledImages, split: Literal["train", "val"]) -> LabelledFeatures:
-        """The real pictures, from the cache if they are in it."""
+        """The real pictures, from the cache if possible."""
         key = f"features {reference_key(data.images_identity(split), self.feature_extractor)}"
         stored = self.cache.load(key) if self.cache is not None else None
         if stored is None:
@@ -125,7 +125,7 @@ class SampleQuality:
 
 
 class LinearProbe(NamedTuple):
-    """A linear classifier of features that are first brought to mean 0 and variance 1."""
+    """A linear classifier of features normalised to mean 0 and variance 1."""
 
     mean: Tensor  # (D,)
     std: Tensor  # (D,)
@@ -141,7 +141,7 @@ def fit_linear_probe(features: Tensor, labels: Tensor, num_classes: int, weight_
     """Multinomial logistic regression on features (N, D) of classes (N,), by L-BFGS from zero.
 
     The loss is the mean cross-entropy plus ``weight_decay / 2`` times the squared norm of the weights; it is convex, so
-    the answer depends on nothing but its arguments.
+    the result depends only on the arguments.
 
     Example:
         >>> features = torch.tensor([[-1.0, 3.0], [-2.0, 3.0], [2.0, 3.0], [1.0, 3.0]])

@@ -1,4 +1,4 @@
-"""The models that are tuned, their checkpoints, and the frozen autoencoder of latent ones."""
+"""The tuned models, their checkpoints, and the frozen autoencoder of latent models."""
 
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
 from lightning_difftune.models.checkpoints import load_dit

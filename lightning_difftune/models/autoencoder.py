@@ -1,4 +1,4 @@
-"""The frozen autoencoder of latent diffusion: pictures to latents and back."""
+"""The frozen autoencoder of latent diffusion models."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class FrozenAutoencoder(Frozen):
     """A diffusers ``AutoencoderKL`` that is never trained, and whose weights are not in any checkpoint.
 
     Args:
-        source: Hub repository, local folder, or an ``AutoencoderKL``, which is used as it is and frozen.
-        scaling_factor: Multiplies raw latents so that they have about unit variance; by default what the autoencoder's
-            ``config.json`` states, 0.18215 for Stable Diffusion's. Its ``shift_factor``, or ``latents_mean`` and
-            ``latents_std``, are read from there, too.
+        source: Hub repository, local folder, or an ``AutoencoderKL``, which is frozen in place.
+        scaling_factor: Multiplies raw latents so that they have about unit variance; by default that of the
+        autoencoder's ``config.json``, 0.18215 for Stable Diffusion's. Its ``shift_factor``, or ``latents_mean`` and
+        ``latents_std``, are also read from there.
         subfolder: Folder of the autoencoder in ``source``, such as ``"vae"`` of a pipeline.
-        dtype: Precision of its weights and computation, whatever autocast is active around it.
+        dtype: Precision of its weights and computation, independent of autocast.
 
     Raises:
-        CheckpointError: If the source is not found, unreadable, not an ``AutoencoderKL``, or normalises its latents in
-            an unknown way.
+        CheckpointError: If the source is not found, unreadable, not an ``AutoencoderKL``, or has an unknown
+            normalisation of latents.
         ConfigError: If the scaling factor is not positive.
     """
 
@@ -51,7 +51,7 @@ class FrozenAutoencoder(Frozen):
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
         if scaling_factor is not None:
-            LatentScale(scaling_factor)  # refuses a factor that is not positive before anything is opened
+            LatentScale(scaling_factor)  # refuses a factor that is not positive, before anything is opened
         if isinstance(source, str | Path):
             from diffusers.models import AutoencoderKL as Autoencoder  # slow to import
 
@@ -67,16 +67,16 @@ class FrozenAutoencoder(Frozen):
 
     @property
     def scaling_factor(self) -> float:
-        """What raw latents are multiplied by."""
+        """The factor of raw latents."""
         return self.scale.scaling_factor
 
     @property
     def downsample(self) -> int:
-        """Pixels on one side of a latent's footprint; 8 for Stable Diffusion's."""
+        """Pixels per latent along one side; 8 for Stable Diffusion's."""
         return 2 ** (len(self.network.config["block_out_channels"]) - 1)
 
     def settings(self) -> dict[str, Any] | None:
-        """Arguments that make this autoencoder again anywhere; ``None`` if it is an object or a file of this machine.
+        """Arguments that rebuild this autoencoder on any machine; ``None`` if it is an object or a local file.
 
         Example:
             >>> FrozenAutoencoder("sd-nano-flowers", 0.633, "vae").settings()
@@ -103,7 +103,7 @@ class FrozenAutoencoder(Frozen):
         return fingerprint(self.network)
 
     def identity(self) -> str:
-        """Weights, scale and shift: what decides the latents of a picture; the key of cached ones."""
+        """Weights, scale and shift, which determine a picture's latents; the key of the latent cache."""
         return f"{self.fingerprint()} x {self.scale}"
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class FrozenAutoencoder(Frozen):
 
 
 def stated_by(source: str | AutoencoderKL | Path, subfolder: str) -> tuple[Mapping[str, Any], str]:
-    """The configuration of an autoencoder with its unknown keys, which diffusers drops on opening, and its name."""
+    """The configuration of an autoencoder, including keys that diffusers drops on opening, and its name."""
     if not isinstance(source, str | Path):
         return source.config, "The autoencoder"
     file = folder_of(source, subfolder) / subfolder / "config.json"
@@ -150,7 +150,7 @@ def stated_by(source: str | AutoencoderKL | Path, subfolder: str) -> tuple[Mappi
 
 
 def scale_of(config: Mapping[str, Any], name: str) -> LatentScale:
-    """The normalisation of latents that an ``AutoencoderKL``'s configuration states."""
+    """The normalisation of latents in an ``AutoencoderKL``'s configuration."""
     from diffusers.models import AutoencoderKL as Autoencoder
 
     known = inspect.signature(Autoencoder.__init__).parameters

@@ -1,4 +1,4 @@
-"""What a network is cast to: its inputs to the type of its weights, and its weights together to that of autocast."""
+"""Casts of a network's inputs to the type of its weights, and of its weights to that of autocast, all at once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def takes_its_own_type(network: Network) -> Network:
-    """Let a network be called with float32 whatever its weights are: samples and conditions are cast on the way in.
+    """Let a network with weights of any type be called with float32: samples and conditions are cast on input.
 
-    Draws, noise and noise levels are float32 at any precision, and so is what is computed from them. Timesteps and ids,
-    which a network embeds in float32 itself, stay as they are.
+    Draws, noise, noise levels and results computed from them are float32 at any precision. Timesteps and ids, which a
+    network embeds in float32 itself, are not cast.
 
     Returns:
         The network itself.
@@ -31,16 +31,16 @@ def takes_its_own_type(network: Network) -> Network:
     return network
 
 
-@torch.compiler.disable  # a graph of its own otherwise, where the network is compiled
+@torch.compiler.disable  # otherwise it becomes a graph of its own in a compiled network
 def cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The hook: arguments of a call => those that the network sees."""
-    weights = (p for p in network.parameters() if isinstance(p, nn.Parameter))  # and not copies of WeightCasts
+    """The hook: arguments of a call => those that the network gets."""
+    weights = (p for p in network.parameters() if isinstance(p, nn.Parameter))  # not the copies of WeightCasts
     dtype = next((p.dtype for p in weights if p.is_floating_point()), torch.float32)
     return cast(args, dtype), cast(kwargs, dtype)
 
 
 def cast(value: Any, dtype: torch.dtype, name: str = "") -> Any:
-    """Floating-point tensors of two dimensions or more in another type, also inside dicts, lists and tuples."""
+    """Cast floating-point tensors of two or more dimensions, also inside dicts, lists and tuples."""
     if isinstance(value, Tensor):
         stays = not value.is_floating_point() or value.ndim < 2 or name.endswith("ids")
         return value if stays else value.to(dtype)
@@ -52,16 +52,16 @@ def cast(value: Any, dtype: torch.dtype, name: str = "") -> Any:
 
 
 class WeightCasts:
-    """The copies of weights in half precision that autocast makes, made in one operation for many of them.
+    """Makes autocast's half-precision copies of weights in one operation for many of them.
 
-    Autocast casts the weights of linear layers and convolutions one by one, and backward their gradients: two small
-    kernels for each weight in each step. Inside ``with casts.active():``, where autocast is on, layers have the copies
-    in place of their weights. Outputs and gradients are the same to the bit; the gradients arrive at the weights
-    themselves, in float32. Copies of frozen weights are kept from one step to the next.
+    Autocast casts the weights of linear layers and convolutions one by one, and their gradients in the backward pass:
+    two small kernels per weight in each step. Inside ``with casts.active():``, under autocast, layers use the copies
+    instead of their weights. Outputs and gradients are the same to the bit; gradients go to the weights themselves, in
+    float32. Copies of frozen weights are kept between steps.
 
     Args:
-        networks: Whose layers. Networks that compute activations again (gradient checkpointing) are left to
-            autocast; those that switch autocast off for some of their layers do not fit here.
+        networks: Networks with the layers. Those with gradient checkpointing are left to autocast; those that switch
+            autocast off for some of their layers are not supported.
 
     Example:
         >>> layer = nn.Linear(2, 1)
@@ -83,7 +83,7 @@ class WeightCasts:
         self.__init__(state["_networks"])  # type: ignore[misc]
 
     def _find(self) -> None:
-        """Look where the weights are; those that layers share are cast once."""
+        """Find the weights; those that layers share are cast once."""
         networks = [network for network in self._networks if not any(map(is_checkpointed, network.modules()))]
         layers = [layer for network in networks for layer in network.modules() if isinstance(layer, _CAST)]
         self._places: list[tuple[Any, str]] = [
@@ -102,7 +102,7 @@ class WeightCasts:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Layers have the copies. Without gradients those of trained weights are left to autocast, which keeps them."""
+        """Let layers use the copies; without gradients, trained weights are left to autocast, which caches them."""
         if not self._are_there():
             self._find()
         kind = self._weights[0].device.type if self._weights else "cpu"
@@ -139,7 +139,7 @@ class WeightCasts:
             return False
 
     def _kept(self, number: int, dtype: torch.dtype) -> Tensor:
-        """The copy of a frozen weight, made again if the weight was changed."""
+        """The copy of a frozen weight, made again if the weight has changed."""
         weight = self._weights[number]
         state = (weight.data_ptr(), None if weight.is_inference() else weight._version, dtype)
         if number not in self._frozen or self._frozen[number][0] != state:
@@ -149,24 +149,24 @@ class WeightCasts:
 
 
 def is_checkpointed(part: nn.Module) -> bool:
-    """Whether a part of a network of diffusers computes its activations again."""
+    """Whether a part of a diffusers network uses gradient checkpointing."""
     return bool(getattr(part, "gradient_checkpointing", False))
 
 
 def weight_casts_of(network: nn.Module) -> WeightCasts:
-    """Those of one network, made once."""
+    """The :class:`WeightCasts` of one network, made once."""
     if "_weight_casts" not in vars(network):
         vars(network)["_weight_casts"] = WeightCasts([network])
     casts: WeightCasts = vars(network)["_weight_casts"]
     return casts
 
 
-_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # whose weights autocast casts
-GROUP = 32  # weights per operation: gradients are ready in parts, so that several processes exchange them meanwhile
+_CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # layers whose weights autocast casts
+GROUP = 32  # weights per operation: gradients are ready in parts, so that DDP can overlap their exchange
 
 
 class _Group:
-    """Some of the weights, and the memory of their copies while no graph holds it."""
+    """A group of weights, and the memory of their copies while no graph holds it."""
 
     def __init__(self, weights: Sequence[Tensor], numbers: Sequence[int]) -> None:
         self.weights, self.numbers = [weights[number] for number in numbers], numbers
@@ -181,7 +181,7 @@ class _Group:
 
 
 class _CastTogether(torch.autograd.Function):
-    """Weights (float32) => copies in half precision; gradients of the copies => those of the weights, in float32."""
+    """Float32 weights => half-precision copies; gradients of the copies => float32 gradients of the weights."""
 
     @staticmethod
     def forward(ctx: Any, group: _Group, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The files that checkpoints consist of: which of a folder's hold the weights, and reading them, never code."""
+"""Weight files: finding them in a folder, and reading them without running code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_difftune.errors import CheckpointError
 
 STATE_KEYS = ("ema", "ema_state_dict", "model", "module", "state_dict")  # averages first
-DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # as diffusers calls them
+DIFFUSERS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # diffusers' names
 TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 VARIANTS = ("", "bf16", "fp16")  # full precision first
 
@@ -28,12 +28,12 @@ class WeightFiles(NamedTuple):
     """The files of one model's weights."""
 
     tensors: list[str]  # the files that hold tensors, in order
-    index_name: str | None = None  # which shard has which tensor, if there are shards
+    index_name: str | None = None  # file that maps tensors to shards, if there are shards
     variant: str | None = None  # such as "fp16"; None for full precision
 
     @property
     def names(self) -> list[str]:
-        """All files to have."""
+        """All required files."""
         return self.tensors + ([self.index_name] if self.index_name is not None else [])
 
     @property
@@ -43,9 +43,9 @@ class WeightFiles(NamedTuple):
 
 
 def find_weights(names: Collection[str]) -> WeightFiles | None:
-    """The weights among the names of a folder's files; ``None`` if there are none, or not all shards.
+    """The weights among the names of a folder's files; ``None`` if there are none or shards are missing.
 
-    Full precision goes before bfloat16 and float16, safetensors before pickles.
+    Full precision is preferred to bfloat16 and float16, safetensors to pickles.
 
     Example:
         >>> find_weights(["config.json", "diffusion_pytorch_model.fp16.safetensors"])
@@ -59,7 +59,7 @@ def find_weights(names: Collection[str]) -> WeightFiles | None:
 
 
 def missing_shards(names: Collection[str]) -> list[str]:
-    """Shards that a folder lacks, of the first model that it has some shards of.
+    """Missing shards of the first model that a folder has only some shards of.
 
     Example:
         >>> missing_shards(["model-00001-of-00002.safetensors"])
@@ -82,7 +82,7 @@ def _candidates(names: Collection[str]) -> Iterator[WeightFiles]:
             index = f"{stem}.{ending}.index{dotted}.json"
             if index not in names:
                 continue
-            # Older releases of diffusers have the variant behind the number.
+            # Older releases of diffusers put the variant after the number.
             for pattern in (rf"{stem}{dotted}-\d+-of-(\d+)\.{ending}", rf"{stem}-\d+-of-(\d+){dotted}\.{ending}"):
                 shards = {found: int(m[1]) for found in sorted(names) if (m := re.fullmatch(pattern, found))}
                 if shards and len(shards) == min(shards.values()):
@@ -106,7 +106,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_records(file: Path) -> None:
     """Compare the records of a ``torch.save`` file with their CRC-32, which ``torch.load`` does not."""
     try:
-        if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which loading it will show
+        if not zipfile.is_zipfile(file):  # older than PyTorch 1.6, or truncated, which loading detects
             return
         with zipfile.ZipFile(file) as archive:
             altered = archive.testzip()
@@ -119,7 +119,7 @@ def check_records(file: Path) -> None:
 
 
 def read_torch(file: Path) -> dict[str, Tensor]:
-    """Map a file of ``torch.save`` into memory => its EMA weights if it has them, else its weights.
+    """Map a ``torch.save`` file into memory => its EMA weights if it has any, else its weights.
 
     Trainers put them under ``"ema"``, ``"model"``, ``"state_dict"`` or ``"module"``, nested, or at the top level.
     """
@@ -127,7 +127,7 @@ def read_torch(file: Path) -> dict[str, Tensor]:
         with file.open("rb") as opened:
             zipped = opened.read(2) == b"PK"  # files older than PyTorch 1.6 are not, and cannot be mapped
         check_records(file)
-        # The authors' training script saves its arguments next to the weights.
+        # The authors' training script also saves its arguments.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
@@ -140,7 +140,7 @@ def read_torch(file: Path) -> dict[str, Tensor]:
         ) from error
     except CheckpointError:
         raise
-    except Exception as error:  # torch raises a dozen types on damaged bytes
+    except Exception as error:  # torch raises a dozen types of errors on damaged bytes
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file} is truncated or not a PyTorch file ({reason}). Download it again.") from error
     if isinstance(content, dict) and "base_identity" in content:

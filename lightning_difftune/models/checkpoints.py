@@ -1,4 +1,4 @@
-"""DiT weights from the authors' files, safetensors, diffusers folders and this package; and a model's fingerprint."""
+"""Reads DiT weights from the authors' files, safetensors and diffusers folders; fingerprints of models."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning_difftune.models.checkpoint_files import DIFFUSERS, find_weights, 
 from lightning_difftune.models.dit import SIZES, DiT
 
 SAMPLING_FILE = "sampling.json"  # in an exported diffusers folder, next to model_index.json
-FORMAT_VERSION = 1  # of the safetensors that export_dit writes
+FORMAT_VERSION = 1  # of the safetensors files of export_dit
 PUBLISHED_HEADS = {(hidden_size, depth): num_heads for hidden_size, depth, num_heads in SIZES.values()}
-WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}  # such a name is a path, not a repository
+WEIGHT_FILES = {".safetensors", ".pt", ".pth", ".bin", ".ckpt"}  # a name with such a suffix is a path, not a repository
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds, before it is a model."""
+    """The contents of a checkpoint, before a model is built."""
 
     state: dict[str, Tensor]
     architecture: dict[str, Any]
     class_names: list[str] | None
-    file: Path  # that the tensors are in
-    sampling: dict[str, Any] | None = None  # scheduler, steps and guidance of the run that it comes from
+    file: Path  # file of the tensors
+    sampling: dict[str, Any] | None = None  # scheduler, steps and guidance of the exported run
 
 
 def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str | None = None) -> DiT:
@@ -45,15 +45,15 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
             - a diffusers folder: a pipeline's, or its ``transformer`` folder;
             - a repository on the Hugging Face hub in that layout, ``"facebook/DiT-XL-2-256"`` or, at a branch, tag or
               commit, ``"facebook/DiT-XL-2-256@main"``.
-        num_heads: Attention heads. Weights do not show their number, so it is needed for a file that neither states its
-            architecture (as exports do) nor has a published size.
+        num_heads: Attention heads. Weights do not show their number, so a file needs it unless it states its
+            architecture (as exports do) or has a published size.
         revision: Branch, tag or commit of a hub repository.
 
     Returns:
-        The model on the CPU, in float32 and train mode. It does not depend on the file any more.
+        The model on the CPU, in float32 and train mode, independent of the file.
 
     Raises:
-        CheckpointError: If the source is not found, unreadable, or holds another model.
+        CheckpointError: If the source is not found, unreadable, or another model.
     """
     path = locate(source, revision)
     contents = read_folder(path) if path.is_dir() else read_file(path, num_heads)
@@ -70,13 +70,13 @@ def load_dit(source: str | Path, *, num_heads: int | None = None, revision: str 
         state = diffusers_layout.from_diffusers(state, architecture, file)
     check_state(state, model.state_dict(), file)
     model.sampling = sampling
-    # One copy at a time: afterwards the model owns its memory, and nothing depends on the file mapped until then.
+    # One copy at a time: afterwards the model owns its memory and no longer depends on the mapped file.
     model.load_state_dict({name: state.pop(name).to(torch.float32, copy=True) for name in list(state)}, assign=True)
     return model
 
 
 def locate(source: str | Path, revision: str | None = None) -> Path:
-    """The file or folder that a source means, downloaded if necessary."""
+    """The file or folder of a source, downloaded if necessary."""
     bundled = {file.stem: file for file in sorted(hub.BUNDLED.glob("*.safetensors"))}
     if isinstance(source, str) and source in bundled:
         return bundled[source]
@@ -93,7 +93,7 @@ def locate(source: str | Path, revision: str | None = None) -> Path:
 
 
 def read_file(file: Path, num_heads: int | None = None) -> Contents:
-    """Read a file with the official key names; its architecture comes from its metadata, or else from the shapes."""
+    """Read a file with the official key names; the architecture comes from its metadata, else from the shapes."""
     state, metadata = (read_torch(file), {}) if file.suffix != ".safetensors" else read_safetensors(file)
     if "architecture" not in metadata:
         state = unwrapped(state, file)
@@ -113,7 +113,7 @@ def read_file(file: Path, num_heads: int | None = None) -> Contents:
 
 
 def read_folder(folder: Path) -> Contents:
-    """Read a diffusers folder: a pipeline's, which may name the classes, or that of the transformer itself."""
+    """Read a diffusers folder: a pipeline, which may name the classes, or a transformer."""
     inner = folder / "transformer" if (folder / "transformer" / "config.json").exists() else folder
     names = sorted(entry.name for entry in inner.iterdir())
     weights = find_weights(names)
@@ -140,7 +140,7 @@ def read_folder(folder: Path) -> Contents:
 
 
 def sampling_of(folder: Path) -> dict[str, Any] | None:
-    """How an export says that it is sampled; of other pipelines, their scheduler; ``None`` if neither is stated."""
+    """An export's sampling settings, or another pipeline's scheduler; ``None`` if there is neither."""
     settings, stated = folder / SAMPLING_FILE, folder / "scheduler" / "scheduler_config.json"
     if settings.exists():
         return read_json(settings)
@@ -149,13 +149,13 @@ def sampling_of(folder: Path) -> dict[str, Any] | None:
 
 
 def unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """A DiT's tensors under their own names, without the prefixes of whatever held it when it was saved.
+    """A DiT's tensors under their own names, without the prefixes of wrappers.
 
-    DistributedDataParallel, ``torch.compile``, Lightning and other trainers put ``module.``, ``_orig_mod.`` or the
-    name of an attribute before each name. Of several copies the one called an average (``ema``) is taken.
+    DistributedDataParallel, ``torch.compile``, Lightning and other trainers prefix each name with ``module.``,
+    ``_orig_mod.`` or an attribute. Of several copies, the average (``ema``) is used.
 
     Raises:
-        CheckpointError: If there are several DiTs, and it is not clear which one is meant.
+        CheckpointError: If there are several DiTs and it is not clear which one to use.
 
     Example:
         >>> weight = torch.zeros(1)
@@ -178,7 +178,7 @@ def unwrapped(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file: Path) -> dict[str, Any]:
-    """The architecture that official weights imply by their shapes."""
+    """The architecture implied by the shapes of official weights."""
     try:
         hidden_size, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
         _, tokens, _ = state["pos_embed"].shape
@@ -218,7 +218,7 @@ def infer_architecture(state: Mapping[str, Tensor], num_heads: int | None, file:
 
 
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """How names and shapes of two state dicts differ, with a few of the names; empty if they do not."""
+    """Differences in names and shapes of two state dicts, with a few of the names; empty if there are none."""
     shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
     problems = {
         "missing": [name for name in expected if name not in found],
@@ -238,10 +238,10 @@ def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: Path | str) -> None:
-    """Refuse a state dict whose names or shapes are others than those of a model.
+    """Refuse a state dict whose names or shapes differ from a model's.
 
     Raises:
-        CheckpointError: If they differ; names a few of the missing, unexpected and misshaped tensors.
+        CheckpointError: If they differ; the message names a few missing, unexpected and misshaped tensors.
     """
     problems = differences(found, expected)
     if problems:
@@ -251,8 +251,8 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sou
 def fingerprint(module: nn.Module) -> str:
     """Identity of a module's weights: SHA-256 over its state dict, the same on every device.
 
-    Covers names, dtypes, shapes and values in the order of the names; copies no more than one tensor at a time. Of a
-    network that has shapes alone, as `difftune plan` makes one, it covers those.
+    Covers names, dtypes, shapes and values in the order of the names; copies at most one tensor at a time. For meta
+    tensors, as in `difftune plan`, it leaves out the values.
 
     Example:
         >>> layer = nn.Linear(2, 1)

@@ -1,8 +1,8 @@
-"""Networks in diffusers' layout: how they are opened, and how it names and arranges the weights of a DiT.
+"""Networks in diffusers' layout: opening them, and converting a DiT's names and weights.
 
-Three things differ from the official layout. diffusers keeps a copy of the timestep and label embedders in every block,
-it has separate projections for query, key and value, and it computes the position embedding instead of storing it. Its
-class also computes another function unless :func:`make_exact` is applied.
+The layout differs from the official one in three ways. diffusers keeps a copy of the timestep and label embedders in
+every block, has separate projections for query, key and value, and computes the position embedding instead of storing
+it. Its class also computes another function unless :func:`make_exact` is applied.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Model = TypeVar("Model")
 def targets(depth: int) -> Iterator[tuple[str, list[str]]]:
     """Official tensor names, each with the diffusers tensors that it becomes.
 
-    Several targets are equal copies, but for ``qkv``, which is cut into as many parts along its first dimension.
+    Several targets are equal copies, except for ``qkv``, which is split into as many parts along its first dimension.
     ``pos_embed`` has no target.
     """
     blocks = [f"transformer_blocks.{i}" for i in range(depth)]
@@ -55,7 +55,7 @@ def targets(depth: int) -> Iterator[tuple[str, list[str]]]:
 
 
 def to_diffusers(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """Rename and rearrange an official state dict; the tensors share memory with the given ones."""
+    """Rename and rearrange an official state dict; the results share its memory."""
     result: dict[str, Tensor] = {}
     for official, names in targets(depth):
         tensor = state[official]
@@ -133,8 +133,8 @@ def to_architecture(config: dict[str, Any], source: Path) -> dict[str, Any]:
 def make_exact(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
     """Make diffusers' DiT compute the authors' function: their timestep frequencies and their norms' epsilon.
 
-    As it comes, its timestep embedding uses ``downscale_freq_shift = 1`` where DiT was trained with 0. On random
-    weights that changes the output by 2 % at t = 100 and by 11 % at t = 999.
+    Unchanged, its timestep embedding uses ``downscale_freq_shift = 1``, but DiT was trained with 0. On random weights
+    that changes the output by 2 % at t = 100 and by 11 % at t = 999.
 
     Args:
         transformer: The model, changed in place; ``pipeline.transformer`` of a ``DiTPipeline``.
@@ -153,13 +153,13 @@ def load_exact_transformer(folder: str | Path) -> DiTTransformer2DModel:
     """Open an exported diffusers folder, or its ``transformer`` folder, with diffusers' class made exact.
 
     Args:
-        folder: What :func:`~lightning_difftune.models.export_dit` wrote with ``format="diffusers"``.
+        folder: An export of :func:`~lightning_difftune.models.export_dit` with ``format="diffusers"``.
 
     Returns:
         The model in float32 and eval mode.
 
     Raises:
-        CheckpointError: If the folder cannot be opened as such.
+        CheckpointError: If the folder cannot be opened.
     """
     from diffusers.models import DiTTransformer2DModel as Transformer
 
@@ -174,16 +174,15 @@ def open_network(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """Open a network of a class of diffusers in ``subfolder`` of a folder or hub repository, and cast it to ``dtype``.
+    """Open a network of a diffusers class in ``subfolder`` of a folder or hub repository, and cast it to ``dtype``.
 
-    Weights may be in shards, and have to fill the network. Where a folder has no full precision, its bfloat16 or
-    float16 is read.
+    Weights may be sharded, and must be complete. If a folder has no full precision, its bfloat16 or float16 is read.
     """
     folder = folder_of(source, subfolder, revision) / subfolder
     diffusers_class: Any = kind
     check_sums(folder)
     try:
-        # Through a folder whose configuration has another class, diffusers would fill a default network at random.
+        # If the configuration has another class, diffusers would return a default network with random weights.
         config: dict[str, Any] = diffusers_class.load_config(str(folder), local_files_only=True)
         if config.get("_class_name") != kind.__name__:
             raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, expected {kind.__name__}.")
@@ -217,7 +216,7 @@ def open_network(
 
 
 def no_weights(folder: Path) -> str:
-    """A message about a folder without the whole weights of a model."""
+    """The message for a folder without a model's complete weights."""
     names = sorted(file.name for file in folder.iterdir())
     missing = missing_shards(names)
     if missing:

@@ -59,7 +59,7 @@ class LabelEmbedder(nn.Module):
 
 
 class TanhGELU(nn.GELU):
-    """GELU in its tanh approximation, as DiT has it."""
+    """GELU in its tanh approximation, as in DiT."""
 
     def __init__(self) -> None:
         super().__init__(approximate="tanh")
@@ -83,7 +83,7 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (B, N, H) under the condition c (B, H) => tokens (B, N, H)."""
-        modulation = self.adaLN_modulation(c).unsqueeze(1)  # once, and not once per part
+        modulation = self.adaLN_modulation(c).unsqueeze(1)  # once, not once per part
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=2)
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -108,8 +108,8 @@ class DiT(nn.Module):
     """Class-conditional diffusion transformer in latent or pixel space.
 
     The state dict has the official names (``x_embedder.proj``, ``blocks.i.attn.qkv``, ...), so the authors' checkpoints
-    load as they are. Timestep and label embedders are shared by all blocks. Labels are dropped outside the network,
-    by the module that trains it.
+    load unchanged. Timestep and label embedders are shared by all blocks. Labels are dropped outside the network, by
+    the module that trains it.
 
     Args:
         input_size: Side of the square input, in latent or raw pixels.
@@ -118,13 +118,13 @@ class DiT(nn.Module):
         hidden_size: Width H of a token.
         depth: Number of blocks.
         num_heads: Attention heads; must divide ``hidden_size``.
-        mlp_ratio: Width of the MLP's hidden layer over H.
+        mlp_ratio: Width of the MLP's hidden layer, divided by H.
         num_classes: Classes K; the label table has K + 1 rows, the last one for the null class.
-        learn_sigma: Whether the output carries a second set of channels for the variance (LEARNED_RANGE).
-        class_names: Names of the K classes, or of the first of them; they travel with exports.
+        learn_sigma: Whether the output has a second set of channels for the variance (LEARNED_RANGE).
+        class_names: Names of the K classes, or of the first ones; saved in exports.
 
     Raises:
-        ConfigError: If a size does not divide another, or the names are not K.
+        ConfigError: If a size does not divide another, or there are too many names.
 
     Example:
         >>> model = DiT(input_size=8, patch_size=2, in_channels=4, hidden_size=48, depth=2, num_heads=4)
@@ -165,7 +165,7 @@ class DiT(nn.Module):
             "learn_sigma": learn_sigma,
         }
         self.class_names = class_names
-        self.sampling: dict[str, Any] | None = None  # how pictures are drawn from it, if known; travels with exports
+        self.sampling: dict[str, Any] | None = None  # its sampling settings, if known; saved in exports
         self.out_channels = 2 * in_channels if learn_sigma else in_channels
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
@@ -188,7 +188,7 @@ class DiT(nn.Module):
             num_classes: Classes without the null class.
 
         Raises:
-            ConfigError: If the name is none of the published ones.
+            ConfigError: If the name is not one of the published ones.
         """
         size, _, patch = name.removeprefix("DiT-").partition("/")
         if size not in SIZES or patch not in {"2", "4", "8"}:
@@ -199,7 +199,7 @@ class DiT(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Classes in the label table, the null class not counted."""
+        """Classes in the label table, without the null class."""
         return self.y_embedder.embedding_table.num_embeddings - 1
 
     @property

@@ -1,4 +1,4 @@
-"""Writing models for others to open: whole or not at all, and read back to check them."""
+"""Exports of models, written atomically and read back to verify them."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def export_dit(
     autoencoder: FrozenAutoencoder | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a model, read it back, and compare outputs and weights before it takes its place.
+    """Write a model, read it back, and compare outputs and weights before it replaces ``path``.
 
     Args:
-        model: The model, on any device; it is written in float32.
+        model: The model, on any device; written in float32.
         path: A file ending in ``.safetensors``, or a folder for diffusers.
         format: ``"safetensors"`` keeps the official key names, with the architecture and class names as metadata.
-            ``"diffusers"`` is a folder that ``DiTPipeline`` opens; its README says what that computes differently.
-        autoencoder: Put into the diffusers folder as ``vae``.
-        overwrite: Replace what is at ``path``.
+            ``"diffusers"`` is a folder for ``DiTPipeline``; its README states what that computes differently.
+        autoencoder: Added to the diffusers folder as ``vae``.
+        overwrite: Replace an existing ``path``.
 
     Returns:
         The path.
 
     Raises:
-        CheckpointError: If ``path`` is taken or cannot be written, the model has layers beyond a plain DiT's or values
-            that are not finite, or what was written does not read back as the same function. Nothing is left then, and
-            what was at ``path`` stays.
-        ConfigError: If the format is neither of the two.
+        CheckpointError: If ``path`` exists or cannot be written, the model has layers beyond a plain DiT's or values
+            that are not finite, or the written model computes another function. The draft is then deleted, and an
+            existing ``path`` stays.
+            ConfigError: If the format is not one of the two.
     """
     path = Path(path)
     if format not in ("safetensors", "diffusers"):
@@ -72,22 +72,21 @@ def export_dit(
 
 
 def export_network(network: Any, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write a UNet or a ControlNet as a folder that diffusers opens.
+    """Write a UNet or a ControlNet as a folder for diffusers.
 
-    A tuner's layers must have been merged first. What is read back has the same weights to the bit, so pipelines draw
-    the same pictures with it.
+    Merge a tuner's layers first. The written weights are the same to the bit, so pipelines draw the same pictures.
 
     Args:
         network: A diffusers model in float32, on any device.
         folder: The folder; ``ControlNetModel.from_pretrained(folder)`` opens it for diffusers' pipelines.
-        overwrite: Replace what is there.
+        overwrite: Replace an existing folder.
 
     Returns:
         The folder.
 
     Raises:
-        CheckpointError: If the folder is taken or cannot be written, the network holds a tuner's layers or values that
-            are not finite, or does not read back as it was. Nothing is left then, and what was there stays.
+        CheckpointError: If the folder exists or cannot be written, the network has a tuner's layers or values that are
+            not finite, or reads back differently. The draft is then deleted, and an existing folder stays.
     """
     folder = Path(folder)
     tuner = getattr(network, "tuned_by", None)
@@ -103,7 +102,7 @@ def export_network(network: Any, folder: str | Path, *, overwrite: bool = False)
 
 @contextmanager
 def exported(network: nn.Module, path: Path, overwrite: bool) -> Iterator[Path]:
-    """Where to write an export of a network, which takes the place of ``path`` when the block ends without an error."""
+    """A path for an export of a network, which replaces ``path`` when the block ends without an error."""
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists. Choose another path, or pass overwrite=True.")
     broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
@@ -135,7 +134,7 @@ def write_file(model: DiT, file: Path) -> None:
 
 
 def write_diffusers(model: DiT, folder: Path, autoencoder: FrozenAutoencoder | None) -> None:
-    """Write a folder that ``DiTPipeline`` opens."""
+    """Write a folder for ``DiTPipeline``."""
     import diffusers
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 

@@ -1,4 +1,4 @@
-"""Networks that are used and never trained, and the frozen text encoder of text-to-image models."""
+"""Networks that are never trained, and the frozen text encoder of text-to-image models."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Frozen(nn.Module):
 
 
 class FrozenTextEncoder(Frozen):
-    """CLIP's tokenizer and text model, as Stable Diffusion pipelines hold them; never trained, never in a checkpoint.
+    """CLIP's tokenizer and text model of a Stable Diffusion pipeline; never trained, never in a checkpoint.
 
     Args:
         source: A pipeline's hub repository or local folder, with ``tokenizer`` and ``text_encoder`` in it.
@@ -115,7 +115,7 @@ class FrozenTextEncoder(Frozen):
             return {"prompt_embeds": self.network(tokens.to(device))[0].float()}
 
     def null(self) -> dict[str, Tensor]:
-        """What a dropped prompt is, in one row: the empty prompt."""
+        """The condition of a dropped prompt, in one row: the empty prompt."""
         return self.encode([""])
 
 

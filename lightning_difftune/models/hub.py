@@ -1,4 +1,4 @@
-"""Folders of the Hugging Face hub: fetched once, cached, or missed with an error that says what to do."""
+"""Folders of the Hugging Face hub: downloaded once, cached, or refused with an error that names the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 BUNDLED = Path(__file__).parent / "weights"
-COMPANIONS = {  # small folders of pipelines that a part goes with
+COMPANIONS = {  # small folders of a pipeline that a part needs
     "text_encoder": "tokenizer/",
     "text_encoder_2": "tokenizer_2/",
     "text_encoder_3": "tokenizer_3/",
@@ -51,13 +51,13 @@ def repository_of(source: str, revision: str | None = None) -> tuple[str, str | 
 
 
 def local_folder(source: str | Path) -> Path:
-    """The folder of a bundled pipeline by its name, or else the path that is given, whether it exists or not."""
+    """The folder of a bundled pipeline by its name, else the given path, which need not exist."""
     bundled = BUNDLED / source
     return bundled if bundled.is_dir() else Path(source).expanduser()
 
 
 def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -> Path:
-    """The local folder of a pipeline or of a network, bundled, given, or fetched from a repository of the hub."""
+    """The local folder of a pipeline or network: bundled, given, or downloaded from the hub."""
     folder = local_folder(source)
     if folder.exists():
         return folder
@@ -69,7 +69,7 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
 
 @contextmanager
 def without_bars(library: Literal["diffusers", "transformers"]) -> Iterator[None]:
-    """Leave out a library's progress bars, which take the screen for files that are read in a moment."""
+    """Turn off a library's progress bars, which fill the screen for files that take a moment to read."""
     logging = import_module(f"{library}.utils.logging")
     shown = logging.is_progress_bar_enabled()
     if shown:
@@ -84,8 +84,8 @@ def without_bars(library: Literal["diffusers", "transformers"]) -> Iterator[None
 def fetch(repo_id: str, subfolders: tuple[str, ...], revision: str | None = None) -> Path:
     """Download the configuration and weights of one model of a repository, or find them in the cache.
 
-    The model is in the first of the subfolders that holds one; ``""`` is the repository's root. Returns the folder of
-    the whole repository in the hub's cache.
+    The model is in the first subfolder that has one; ``""`` is the repository's root. Returns the folder of the whole
+    repository in the hub's cache.
     """
 
     def download(hub: HfApi, names: list[str]) -> str:
@@ -119,7 +119,7 @@ def _downloaded(
     download: Callable[[HfApi, list[str]], str],
     find: Callable[[], object],
 ) -> Path:
-    """What is downloaded of a repository, given its files' names, or found in the cache where the hub is not there."""
+    """Download the chosen files of a repository, or find them in the cache if the hub cannot be reached."""
     from huggingface_hub import HfApi
 
     hub = HfApi()
@@ -137,14 +137,14 @@ def _downloaded(
 
 
 def _is_unknown(error: Exception) -> bool:
-    """Whether the hub answered that there is no such repository or revision."""
+    """Whether the hub has no such repository or revision."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     return isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
 
 
 def _failure(repo_id: str, revision: str | None, error: Exception) -> CheckpointError:
-    """The message for an error of the hub: offline mode, or whatever its HTTP library raises without a connection."""
+    """The error for a failed download: offline mode, or anything that the HTTP library raises without a connection."""
     if _is_unknown(error):
         return CheckpointError(
             f"{repo_id!r} is not a local folder, and the Hugging Face hub has no public model of that name"
@@ -159,7 +159,7 @@ def _failure(repo_id: str, revision: str | None, error: Exception) -> Checkpoint
 
 
 def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None) -> str | None:
-    """The cached snapshot of a repository, if it holds a whole model."""
+    """The cached snapshot of a repository, if it has a complete model."""
     from huggingface_hub import try_to_load_from_cache
 
     for folder in subfolders:
@@ -171,7 +171,7 @@ def find_cached(repo_id: str, subfolders: tuple[str, ...], revision: str | None)
 
 
 def choose_files(names: list[str], subfolders: tuple[str, ...]) -> list[str]:
-    """The files of a repository to download for one model; empty if it holds none.
+    """The files of a repository to download for one model; empty if it has none.
 
     Example:
         >>> choose_files(["vae/config.json", "vae/diffusion_pytorch_model.bin", "README.md"], ("transformer", "vae"))

@@ -1,4 +1,4 @@
-"""How exported models are opened: the text and code that their cards carry."""
+"""How to open exported models: text and code for their model cards."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ pipeline.load_lora_weights("path/to/this/folder")
 
 
 def usage_of_dit(architecture: dict[str, Any], sampling: dict[str, Any] | None, has_autoencoder: bool) -> str:
-    """How a DiT's diffusers folder is used, as Markdown."""
+    """How to use a DiT's diffusers folder, as Markdown."""
     sampling = sampling or {"scheduler": "DDIMScheduler", "scheduler_config": {"prediction_type": "epsilon"}}
     kind = sampling["scheduler"]
     if sampling["scheduler_config"].get("prediction_type", "flow_prediction") == "flow_prediction":
@@ -163,19 +163,19 @@ def _pipeline(classes: int, has_autoencoder: bool, channels: int) -> str:
 
 
 def usage_of_file(file: str, needs_autoencoder: bool) -> str:
-    """How a DiT in one safetensors file is used, as Markdown."""
+    """How to use a DiT in one safetensors file, as Markdown."""
     return _FILE.format(file=file, vae=" --vae stabilityai/sd-vae-ft-ema" if needs_autoencoder else "")
 
 
 def usage_of_network(network: Any, base: str) -> str:
-    """How a folder with a UNet or a ControlNet is used, as Markdown."""
+    """How to use a folder with a UNet or a ControlNet, as Markdown."""
     template = _CONTROLNET if type(network).__name__ == "ControlNetModel" else _UNET
     kind = type(network).__name__
     return template.format(base=base, kind=kind, part="unet" if kind.startswith("UNet") else "transformer")
 
 
 def usage_of_adapter(network: Any, base: str, format: str = "peft") -> str:
-    """How a folder with a LoRA adapter is used, as Markdown, by peft or by diffusers."""
+    """How to use a folder with a LoRA adapter in peft or diffusers, as Markdown."""
     if format == "diffusers":
         return _LORA.format(base=base)
     if hasattr(network, "save_pretrained"):

@@ -1,4 +1,4 @@
-"""The one denoising loop: any diffusers scheduler, guidance, and a change of models on the way."""
+"""The denoising loop: any diffusers scheduler, guidance, and a change of models between steps."""
 
 from lightning_difftune.sampling.loop import Guided, Reverse, sample, swap
 from lightning_difftune.sampling.sampler import AUTHORS, Sampler

@@ -1,4 +1,4 @@
-"""The reverse process: from noise to samples with one network under guidance, or another one for the last steps."""
+"""The reverse process: from noise to samples with a guided network, or with another one for the last steps."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lightning_difftune.sampling.schedulers import (
 
 
 class Guided:
-    """A network under a condition, guided away from another one: all that the reverse process asks at a step.
+    """A network with its condition and guidance: everything that a step of the reverse process needs.
 
     The prediction is eps = eps_null + scale * (eps_cond - eps_null) on the first ``channels`` channels; the other
     channels follow the condition. Velocities are guided in the same way. At a scale of 1, or if the
     condition is the null condition itself, the unconditional pass is skipped, since it would cancel out.
 
-    With ``null_denoise``, eps_null comes from that network: Domain Guidance (arXiv 2504.01521) has the frozen
-    pre-trained one there, which knows the unconditional distribution better than its fine-tuned copy.
+    With ``null_denoise``, eps_null comes from that network: Domain Guidance (arXiv 2504.01521) uses the frozen
+    pre-trained one, which models the unconditional distribution better than its fine-tuned copy.
 
     Args:
         denoise: The network, ``denoise(x_t, t, condition)``.
         condition: Condition of the B samples: a tensor whose first dimension is B, or nested dicts of such tensors.
-        null_condition: The unconditional counterpart, in the terms of the network that sees it.
+        null_condition: The unconditional counterpart, in the form that the network of this branch takes.
         scale: Strength of the guidance; 1 is none.
-        channels: How many leading channels are guided; all by default, 3 in the authors' DiT code.
+        channels: Number of guided leading channels; all by default, 3 in the authors' DiT code.
         null_denoise: The network of the unconditional branch; by default ``denoise``, in one doubled batch.
 
     Raises:
@@ -65,9 +65,9 @@ class Guided:
         """Network input x (B, C, H, W) at timesteps t (B,), fractions included => prediction (B, C, H, W) float32.
 
         Args:
-            x: What the scheduler makes of the sample.
+            x: The sample, scaled by the scheduler.
             t: Its timesteps.
-            with_variance: Append the learned variance, as the condition has it: (B, 2C, H, W).
+            with_variance: Append the learned variance of the conditional branch: (B, 2C, H, W).
 
         Raises:
             ConfigError: If a variance is needed and the network predicts none.
@@ -95,12 +95,12 @@ class Guided:
 
 
 class Reverse:
-    """A reverse process under way: the samples so far and the scheduler's memory.
+    """The state of a reverse process: the current samples and the scheduler's memory.
 
     Args:
         noise: Start noise x_T (B, C, H, W).
-        scheduler: Any diffusers scheduler; it is copied, not changed. One with ``variance_type="learned_range"`` is
-            given the network's variance, too.
+        scheduler: Any diffusers scheduler; it is copied, not changed. One with ``variance_type="learned_range"`` also
+            gets the network's variance.
         num_inference_steps: Number of reverse steps.
 
     Raises:
@@ -110,22 +110,22 @@ class Reverse:
     def __init__(self, noise: Tensor, scheduler: NoiseScheduler, num_inference_steps: int) -> None:
         check_reverses(scheduler)
         self.scheduler = solver = cast("Any", copy.deepcopy(scheduler))
-        # On the host, which asks it for numbers in each step, and would wait for the device to have them.
+        # On the host, which reads its numbers in each step and would wait for the device.
         set_grid(self.scheduler, num_inference_steps, noise.shape[1:], "cpu")
         self.with_variance = learns_variance(self.scheduler)
         if not self.with_variance and self.scheduler.config.get("variance_type") in ("learned", "learned_range"):
-            # A solver that cuts a variance off, behind three channels: it gets the mean alone, which has any number.
+            # A solver that cuts off a variance after three channels: it gets only the mean, which has any number.
             solver.register_to_config(variance_type=None)
         self.x = noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
         self.done = 0
         self._network_timesteps = network_timesteps(self.scheduler).to(noise.device)
 
     def __len__(self) -> int:
-        """How many steps there are in all."""
+        """Total number of steps."""
         return len(self.scheduler.timesteps)
 
     def step(self, model: Guided) -> None:
-        """Take one step by a network's prediction."""
+        """Take one step with a network's prediction."""
         timestep = self.scheduler.timesteps[self.done]
         t = self._network_timesteps[self.done].expand(len(self.x))
         is_scaled = hasattr(self.scheduler, "scale_model_input")
@@ -135,7 +135,7 @@ class Reverse:
         self.done += 1
 
     def branch(self) -> Reverse:
-        """A copy that continues independently: of the samples, and of what a multistep solver remembers."""
+        """A copy that continues independently, including a multistep solver's memory."""
         return copy.deepcopy(self)
 
 
@@ -156,17 +156,17 @@ def sample(
     """Run the reverse process from noise to a clean sample.
 
     Args:
-        denoise: The network, ``denoise(x_t, t, condition)``. A learned variance in its output is left out.
+        denoise: The network, ``denoise(x_t, t, condition)``. A learned variance in its output is ignored.
         noise: Start noise x_T (B, C, H, W).
-        scheduler: Any diffusers scheduler; it is copied, not changed. One of flow matching takes the network's output
-            as a velocity.
+        scheduler: Any diffusers scheduler; it is copied, not changed. A flow-matching scheduler takes the network's
+            output as a velocity.
         num_inference_steps: Number of reverse steps.
         condition: Condition of the B samples: a tensor whose first dimension is B, or nested dicts of such tensors.
         null_condition: The unconditional counterpart; needed when ``guidance_scale`` is not 1.
         guidance_scale: Strength of the guidance, see :class:`Guided`; 1 is none.
-        guidance_channels: How many leading channels are guided; all by default, 3 in the authors' DiT code.
+        guidance_channels: Number of guided leading channels; all by default, 3 in the authors' DiT code.
         on_step: Called as ``on_step(number of finished steps, x)`` after every step.
-        null_denoise: The frozen pre-trained network for Domain Guidance; ``null_condition`` is in its terms then.
+        null_denoise: The frozen pre-trained network for Domain Guidance, which then gets ``null_condition``.
 
     Returns:
         Clean samples (B, C, H, W).
@@ -193,16 +193,16 @@ def swap(
     fractions: Sequence[float],
     num_inference_steps: int = 50,
 ) -> Tensor:
-    """Run the reverse process with one network and leave its last steps to another one (Fig. 1 of the paper).
+    """Run the reverse process with one network, and its last steps with another (Fig. 1 of the paper).
 
-    A fraction p of N steps are round(p N) of them, those nearest to the data: 0 is ``model`` alone and 1 ``tail``
-    alone. All fractions share the trajectory of ``model`` up to where they leave it, so the eleven fractions 0, 0.1,
-    .., 1 take 6.5 N steps instead of 11 N. Every result is to the bit what a process of its own would give, as long as
-    the scheduler adds no noise.
+    A fraction p of N steps is round(p N) of them, those nearest to the data: 0 is only ``model`` and 1 only ``tail``.
+    All fractions share the trajectory of ``model`` until they leave it, so the eleven fractions 0, 0.1, .., 1 take
+    6.5 N steps instead of 11 N. Every result equals that of a separate process to the bit if the scheduler adds no
+    noise.
 
     Args:
-        model: The network of the first steps under its condition, usually the tuned one.
-        tail: The network of the last steps under its own, usually the pre-trained one.
+        model: The network of the first steps with its condition, usually the tuned one.
+        tail: The network of the last steps with its condition, usually the pre-trained one.
         noise: Start noise x_T (B, C, H, W).
         scheduler: Any diffusers scheduler; it is copied, not changed.
         fractions: P numbers in [0, 1], in any order.

@@ -1,4 +1,4 @@
-"""The settings of the reverse process, kept together, and whether they fit a model."""
+"""The settings of the reverse process, and checks that they fit a model."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lightning_difftune.source import SourceFacts, prediction_type_of, process_o
 
 @dataclass
 class Sampler:
-    """Settings of :func:`~lightning_difftune.sampling.sample`; what is left out is as the model's family has it.
+    """Settings of :func:`~lightning_difftune.sampling.sample`; unset fields are those of the model's family.
 
-    A module fills in what was not given when it meets its model, see :meth:`completed`: DiT's family has the authors'
+    A module fills in unset fields when it builds its model, see :meth:`completed`: DiT's family has the authors'
     evaluation protocol, DDIM in 50 steps with guidance 1.5 on the first 3 channels; Stable Diffusion's has DPM-Solver++
-    in 20 steps with guidance 7.5 on all. Without a module, a sampler has the authors' protocol in the rest.
+    in 20 steps with guidance 7.5 on all. Without a module, unset fields are those of the authors' protocol.
 
     Args:
         scheduler: Any diffusers scheduler of the model's process and prediction type, or the name of its class, such as
             ``"diffusers.UniPCMultistepScheduler"``, which is then made for the model.
         num_inference_steps: Number of reverse steps.
         guidance_scale: Strength of the guidance; 1 is none.
-        guidance_channels: Guided leading channels; ``null`` guides all, ``"family"`` as many as the family does.
+        guidance_channels: Number of guided leading channels; ``null`` guides all, ``"family"`` as many as the family.
         domain_guidance: Take the unconditional branch from the frozen pre-trained network (arXiv 2504.01521).
-        pretrained_tail: Share of the steps, those nearest to the data, that the pre-trained network does in place of
-            the tuned one (Fig. 1 of the paper); 0 leaves none to it.
+        pretrained_tail: Share of the steps, those nearest to the data, that the pre-trained network does instead of
+        the tuned one (Fig. 1 of the paper).
 
     Raises:
-        ConfigError: If there is no step or no guided channel, the share is outside [0, 1), or a name is not that of a
-            scheduler.
+        ConfigError: If there is no step or no guided channel, the share is outside [0, 1), or a name is not a
+            scheduler's.
 
     Example:
         >>> Sampler(num_inference_steps=30).completed(Sampler(None, 20, 7.5, None))
@@ -73,14 +73,14 @@ domain_guidance=False, pretrained_tail=0.0)
             )
 
     def completed(self, family: Sampler) -> Sampler:
-        """This sampler with what it leaves out as another one has it."""
+        """This sampler with its unset fields taken from another one."""
         unset = {"scheduler": None, "num_inference_steps": None, "guidance_scale": None, "guidance_channels": "family"}
         left_out = {name for name, value in unset.items() if getattr(self, name) == value}
         return replace(self, **{name: getattr(family, name) for name in left_out})
 
     @property
     def reverse(self) -> NoiseScheduler:
-        """The scheduler; over DiT's betas where there is none, or its name alone."""
+        """The scheduler; with DiT's betas if there is none or only its name."""
         if isinstance(self.scheduler, str):
             return scheduler_named(self.scheduler, ddim().config)
         return self.scheduler if self.scheduler is not None else ddim()
@@ -97,7 +97,7 @@ domain_guidance=False, pretrained_tail=0.0)
         """Noise (B, C, H, W) => clean samples (B, C, H, W).
 
         Raises:
-            ConfigError: If Domain Guidance is on and there is no ``null_denoise``, or the other way round.
+            ConfigError: If Domain Guidance is on without a ``null_denoise``, or off with one.
         """
         if self.domain_guidance != (null_denoise is not None):
             raise ConfigError(
@@ -122,7 +122,7 @@ domain_guidance=False, pretrained_tail=0.0)
     def guided(
         self, denoise: Denoiser, condition: Any, null_condition: Any, null_denoise: Denoiser | None = None
     ) -> Guided:
-        """A network under its condition, at this sampler's guidance."""
+        """A network with its condition and this sampler's guidance."""
         own: Any = self.completed(AUTHORS)
         return Guided(denoise, condition, null_condition, own.guidance_scale, own.guidance_channels, null_denoise)
 
@@ -133,10 +133,10 @@ domain_guidance=False, pretrained_tail=0.0)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Sampler:
-        """The sampler that :meth:`settings` describes.
+        """The sampler of :meth:`settings`.
 
         Raises:
-            ConfigError: If they are incomplete, or this version of diffusers does not have the scheduler.
+            ConfigError: If they are incomplete, or this version of diffusers lacks the scheduler.
         """
         try:
             scheduler = scheduler_from(settings["scheduler"], settings["scheduler_config"])
@@ -150,7 +150,7 @@ domain_guidance=False, pretrained_tail=0.0)
         )
 
     def settings(self) -> dict[str, Any]:
-        """What :meth:`from_settings` makes this sampler of again, as JSON values; infinities are kept as such.
+        """The input of :meth:`from_settings`, as JSON values; infinities are kept.
 
         Example:
             >>> Sampler.from_settings(Sampler(num_inference_steps=7).settings()).num_inference_steps
@@ -160,7 +160,7 @@ domain_guidance=False, pretrained_tail=0.0)
         return {**self.spec(), "scheduler_config": json.loads(json.dumps(config, default=lambda array: array.tolist()))}
 
     def spec(self) -> dict[str, Any]:
-        """The settings as plain values that any JSON holds, for a memory bank's manifest."""
+        """The settings as strict JSON values, for a memory bank's manifest."""
         own, reverse = self.completed(AUTHORS), self.reverse
         config = {key: plain(value) for key, value in reverse.config.items() if not key.startswith("_")}
         spec = {
@@ -170,7 +170,7 @@ domain_guidance=False, pretrained_tail=0.0)
             "guidance_scale": own.guidance_scale,
             "guidance_channels": own.guidance_channels,
         }
-        # Left out where they are off, so that banks of earlier versions keep their spec.
+        # Left out if they are off, so that banks of earlier versions keep their spec.
         switches = {"domain_guidance": self.domain_guidance, "pretrained_tail": self.pretrained_tail}
         return spec | {name: value for name, value in switches.items() if value}
 
@@ -180,22 +180,22 @@ AUTHORS = Sampler(None, 50, 1.5, 3)
 
 
 def plain(value: Any) -> Any:
-    """The value if JSON can hold it, else its representation; DPM-Solver's settings have an infinity."""
+    """The value if it is strict JSON, else its representation; DPM-Solver's settings have an infinity."""
     is_plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     return value if is_plain else repr(value)
 
 
 def check_scheduler(scheduler: Any, source: SourceFacts, role: str = "the sampler") -> None:
-    """Refuse a scheduler that would draw something else than the model's samples.
+    """Refuse a scheduler that would not draw the model's samples.
 
     Args:
-        scheduler: Of diffusers.
-        source: The model, with a process and a prediction type.
-        role: What the scheduler is to the reader of the message, such as ``"bank_sampler"``.
+        scheduler: A scheduler of diffusers.
+        source: Facts of the model, with a process and a prediction type.
+        role: The setting's name in the message, such as ``"bank_sampler"``.
 
     Raises:
-        ConfigError: If it takes another prediction, reverses another process, clips latents, or needs a variance that
-            the network does not have.
+        ConfigError: If it takes another prediction type, reverses another process, clips latents, or needs a variance
+            that the network does not predict.
     """
     config, kind = scheduler.config, type(scheduler).__name__
     process, wanted = source.process, source.prediction_type

@@ -1,4 +1,4 @@
-"""What the loop needs of a diffusers scheduler, and the timesteps that a network gets for its grid."""
+"""Interface of diffusers schedulers, their grids, and the network's timesteps on them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.source import SourceFacts, betas_of, prediction_type_of
 
-# The settings of a scheduler that are about the process it reverses, not about how it does so.
+# Settings that describe the process that a scheduler reverses, not how it does so.
 _PROCESS = (
     "num_train_timesteps",
     "beta_start",
@@ -27,16 +27,16 @@ _PROCESS = (
     "rescale_betas_zero_snr",
 )
 
-# What a solver made for flow matching alone says of its grid.
+# Settings of the grid in schedulers only for flow matching.
 _FLOW = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 _LEARNED = ("learned", "learned_range")
 
 
 class NoiseScheduler(Protocol):
-    """What the loop asks of a diffusers scheduler.
+    """What the loop needs of a diffusers scheduler.
 
-    Those of variance-preserving processes also have ``init_noise_sigma`` and ``scale_model_input``; those of flow
+    Schedulers of variance-preserving processes also have ``init_noise_sigma`` and ``scale_model_input``; those of flow
     matching have ``sigmas`` instead.
     """
 
@@ -56,9 +56,9 @@ def ddim() -> NoiseScheduler:
 
 
 def ddim_for(source: SourceFacts) -> NoiseScheduler:
-    """DDIM over a model's process and for what it predicts; the Euler steps of flow matching for a flow.
+    """DDIM for a model's process and prediction type; Euler steps for a flow.
 
-    Where the last step is pure noise the grid is "trailing", which starts there (Lin et al., 2024).
+    If the last step is pure noise, the grid is "trailing", which starts there (Lin et al., 2024).
     """
     if source.prediction_type == "flow_prediction":
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -75,8 +75,8 @@ def ddim_for(source: SourceFacts) -> NoiseScheduler:
 def is_flow(scheduler: NoiseScheduler) -> bool:
     """Whether a scheduler integrates a velocity (flow matching) instead of denoising a variance-preserving process.
 
-    Those made for flow matching alone, such as ``FlowMatchEulerDiscreteScheduler``, have no ``prediction_type``; the
-    others can be set to ``flow_prediction``.
+    Schedulers only for flow matching, such as ``FlowMatchEulerDiscreteScheduler``, have no ``prediction_type``; others
+    can be set to ``flow_prediction``.
 
     Example:
         >>> is_flow(ddim())
@@ -88,17 +88,17 @@ def is_flow(scheduler: NoiseScheduler) -> bool:
 def set_grid(
     scheduler: NoiseScheduler, num_inference_steps: int, latent_shape: Sequence[int], device: torch.device | str
 ) -> None:
-    """Choose the grid of timesteps as the scheduler's own pipelines do.
+    """Set the grid of timesteps as the scheduler's own pipelines do.
 
-    Flow schedulers with ``use_dynamic_shifting`` shift their grid by the size of the sample: sigma falls from 1 to 1/N
-    in equal steps, and mu is on the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift) at
-    h w / 4 tokens.
+    Flow schedulers with ``use_dynamic_shifting`` shift their grid by the size of the sample: sigma decreases from 1
+    to 1/N in equal steps, and mu is on the line through (base_image_seq_len, base_shift) and (max_image_seq_len,
+    max_shift) at h w / 4 tokens.
 
     Args:
         scheduler: Any diffusers scheduler; it is changed.
         num_inference_steps: Number N of reverse steps.
         latent_shape: (c, h, w) of a sample.
-        device: Where the grid lies.
+        device: Device of the grid.
     """
     settings: dict[str, Any] = {}
     config = scheduler.config
@@ -116,28 +116,28 @@ def set_grid(
 def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
     """The network's timestep at each step of the grid: (N,), fractions included.
 
-    Schedulers of noise predictions say it themselves. A flow scheduler's own timesteps are T sigma in (0, T]; here
-    index t has the noise level s = (t + 1) / T, so the network gets T sigma - 1.
+    For noise predictions they are the scheduler's. A flow scheduler's own timesteps are T sigma in (0, T]; here index t
+    has the noise level s = (t + 1) / T, so the network gets T sigma - 1.
     """
     if not is_flow(scheduler):
         return scheduler.timesteps
     steps = scheduler.config.num_train_timesteps
     sigmas: Tensor = scheduler.sigmas[: len(scheduler.timesteps)]  # type: ignore[attr-defined]
     exact = (sigmas.double() * steps - 1).to(scheduler.timesteps.device)
-    near = exact.round()  # where float32 has an index by a hair
+    near = exact.round()  # for indices up to float32 rounding
     return torch.where((exact - near).abs() < 1e-4, near, exact).float()
 
 
 def learns_variance(scheduler: NoiseScheduler) -> bool:
-    """Whether its steps take the variance that a network predicts, as the authors' 250 steps do."""
+    """Whether its steps use the network's variance, as the authors' 250 steps do."""
     return hasattr(scheduler, "_get_variance") and scheduler.config.get("variance_type") in _LEARNED
 
 
 def check_reverses(scheduler: NoiseScheduler) -> None:
-    """Refuse what does not lead from noise to data by a network's predictions at T timesteps.
+    """Refuse a scheduler that does not go from noise to data by predictions at T timesteps.
 
     Raises:
-        ConfigError: If it does not; the message says why.
+        ConfigError: If it does not; the message gives the reason.
     """
     name = type(scheduler).__name__
     parameters = list(inspect.signature(scheduler.step).parameters.values())[3:]
@@ -157,7 +157,7 @@ def scheduler_class(name: str) -> Any:
     """A scheduler class of diffusers by its name.
 
     Args:
-        name: Such as ``"diffusers.DDIMScheduler"``, ``"DDIMScheduler"``; ``"DDIM"`` is enough.
+        name: Its name, such as ``"diffusers.DDIMScheduler"``, ``"DDIMScheduler"`` or ``"DDIM"``.
 
     Raises:
         ConfigError: If diffusers has no such class.
@@ -175,14 +175,14 @@ def scheduler_class(name: str) -> Any:
 
 
 def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
-    """A scheduler of diffusers over the noise levels of another one, with defaults in all else.
+    """A diffusers scheduler with the noise levels of another one, and defaults for all other settings.
 
     Args:
         name: Its class, see :func:`scheduler_class`.
-        process: Settings of the other scheduler; its betas and what it predicts are taken, or the shift of its flow.
+        process: Settings of the other scheduler, for its betas and prediction type, or the shift of its flow.
 
     Raises:
-        ConfigError: If diffusers has no such class, or it cannot be made over these noise levels.
+        ConfigError: If diffusers has no such class, or the class does not support these noise levels.
 
     Example:
         >>> scheduler_named("UniPCMultistep", ddim().config).config.beta_end
@@ -191,14 +191,14 @@ def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
     kind = scheduler_class(name)
     accepted = inspect.signature(kind.__init__).parameters
     wanted: dict[str, Any] = {key: process[key] for key in _PROCESS if key in process}
-    wanted["clip_sample"] = False  # latents have no bounds, and pixels are clamped once, at the end
+    wanted["clip_sample"] = False  # latents are unbounded, and pixels are clamped once, at the end
     if process.get("prediction_type", "flow_prediction") == "flow_prediction":
         wanted |= {key: process[key] for key in _FLOW if key in process}
-        if "use_flow_sigmas" in accepted:  # one for diffusions, too
+        if "use_flow_sigmas" in accepted:  # also supports diffusions
             shift = process.get("flow_shift", process.get("shift", 1.0))
             wanted |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     elif process.get("rescale_betas_zero_snr"):
-        wanted["timestep_spacing"] = "trailing"  # which starts where there is noise alone
+        wanted["timestep_spacing"] = "trailing"  # starts at pure noise
     try:
         scheduler: NoiseScheduler = kind(**{key: value for key, value in wanted.items() if key in accepted})
     except (ImportError, TypeError, ValueError, NotImplementedError) as error:
@@ -208,7 +208,7 @@ def scheduler_named(name: str, process: Mapping[str, Any]) -> NoiseScheduler:
 
 
 def adds_noise(scheduler: NoiseScheduler) -> bool:
-    """Whether steps draw random numbers, so that a sample depends on what was drawn before.
+    """Whether steps draw random numbers, so that a sample depends on earlier draws.
 
     Example:
         >>> adds_noise(ddim()), adds_noise(scheduler_named("DDPM", ddim().config))
