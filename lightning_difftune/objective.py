@@ -61,7 +61,7 @@ class DiffTuningObjective(Tables):
         weighting: Weights of the noise levels in both terms, of :mod:`~lightning_difftune.weightings`; none by default.
         retention_target: Target of retained samples, see :mod:`~lightning_difftune.retention_targets`; by default their
             noise, which is replay (Eq. 3).
-            density: Factor of psi and xi, of :mod:`~lightning_difftune.densities`; by default the one that the model's
+        density: Factor of psi and xi, of :mod:`~lightning_difftune.densities`; by default the one that the model's
             family is trained with.
 
     Raises:

@@ -131,7 +131,7 @@ class SourceFacts:
         scheduler: Class (``_class_name``) and settings of the scheduler that it was published with.
         density: Noise levels that its family is trained at, see :mod:`~lightning_difftune.densities`; ``None`` is
             uniform.
-            identity: What else identifies it, as plain values; checkpoints hold it with name and fingerprint.
+        identity: What else identifies it, as plain values; checkpoints hold it with name and fingerprint.
     """
 
     name: str

@@ -37,7 +37,7 @@ class EWC(OptimizerStepCallback):
             UNets. ``None`` logs no blocks.
         offload: Keep the pre-trained values in the host's memory, not on the accelerator. They take as much memory as
             the trained parameters; a measurement copies them over block by block.
-            save_reference: Save the pre-trained values in checkpoints, which adds the size of the trained parameters.
+        save_reference: Save the pre-trained values in checkpoints, which adds the size of the trained parameters.
             Without them a run cannot be resumed with this callback in a new process.
 
     Raises:

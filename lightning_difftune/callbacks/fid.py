@@ -149,9 +149,9 @@ class FID(DistanceCallback):
         batch_size: Pictures generated at a time.
         reference: Real pictures in batches (B, 1 or 3, H, W) uint8, in the same order on all processes. ``None`` uses
             the data module's ``reference_images()``.
-            generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` uses the module's own
+        generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` uses the module's own
             ``generate``.
-            cache_dir: Folder that caches statistics of the real pictures between runs. The reference needs a
+        cache_dir: Folder that caches statistics of the real pictures between runs. The reference needs a
             ``reference_identity()``, which data modules have.
 
     Raises:

@@ -42,9 +42,9 @@ class ForgettingMeter(OptimizerStepCallback):
         every_n_steps: Optimizer steps between two measurements; it also measures at the start, once there are enough
             samples of the bank, and at the trainer's ``max_steps``. ``None`` chooses an interval that costs about 2 %
             of the training, counting a training step as three forward passes of its batch.
-            num_bins: Bins of equal width over the T timesteps.
-            num_samples: Samples per bin of each of the two kinds.
-            seed: Seed of their noise.
+        num_bins: Bins of equal width over the T timesteps.
+        num_samples: Samples per bin of each of the two kinds.
+        seed: Seed of their noise.
         dirpath: Folder of the files; ``None`` is ``forgetting`` in the logger's folder, or in the trainer's
             ``default_root_dir``.
 

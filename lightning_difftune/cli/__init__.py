@@ -12,7 +12,7 @@ from typing import Any
 from lightning_difftune import __version__
 from lightning_difftune.errors import ConfigError, DiffTuneError
 
-# What can be typed after `difftune`, in the groups that the help shows.
+# The commands of `difftune`, in the groups of the help.
 COMMANDS = {
     "quickstart": "Diff-Tune a small bundled model on a CPU, in four minutes",
     "init": "look at your pictures and write a config for them",
@@ -31,7 +31,7 @@ COMMANDS = {
 
 
 def lines_about(*names: str) -> str:
-    """The lines of the help about some commands."""
+    """The help's lines about some commands."""
     return "\n".join(f"  {name:<12}{COMMANDS[name]}" for name in names)
 
 
@@ -63,7 +63,7 @@ there is a bug, with its traceback; 2 a mistake in the input, which is named;
 143 a run was stopped by a signal and has saved: `difftune fit RUN` resumes it.
 """
 
-# The keys of a config that people set, in what is left of a line of 80 characters.
+# The most used keys of a config, in the rest of a line of 80 characters.
 KEYS = {
     "model": {
         "model": "what is tuned: a name, file, folder or hub id",
@@ -98,16 +98,16 @@ KEYS = {
     },
 }
 
-# Those that are not Lightning's, and where they are; each is a function of that name, of the command line after it.
+# Commands that are not Lightning's, and their modules; each is a function of that name that takes the arguments.
 OWN = {name: name for name in ("quickstart", "init", "plan", "sample", "report", "export", "swap", "compare")}
 OWN["data"] = "data_check"
 
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # full, or not to be written to
-STOPPED = 143  # the status of a process that SIGTERM ended, 128 + 15
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # full or read-only
+STOPPED = 143  # exit status of a process ended by SIGTERM, 128 + 15
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``difftune``; returns the exit status, which :data:`HELP` explains."""
+    """Entry point of ``difftune``; returns the exit status, see :data:`HELP`."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"difftune: {message_of(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        if debug or (error.filename is None and error.errno not in DISK):  # writing to a full disk names no file
+        if debug or (error.filename is None and error.errno not in DISK):  # errors of a full disk name no file
             raise
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
         print(f"difftune: {what}. --debug shows where it was raised.", file=sys.stderr)
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(args: list[str]) -> int:
-    """Run one command and return its exit status; imports what it needs, so that ``--help`` is quick."""
+    """Run one command and return its exit status; imports lazily, so that ``--help`` is quick."""
     command, *rest = args
     if command in OWN:
         module = import_module(f"{__name__}.{OWN[command]}")
@@ -156,20 +156,20 @@ def start(args: list[str]) -> int:
     if command == "fit" and not trainer.fast_dev_run:
         from lightning_difftune.cli.facts import after_fit
 
-        told = after_fit(trainer)  # on all processes, since it asks for the logger's folder
+        told = after_fit(trainer)  # on all processes, since it needs the logger's folder
         if trainer.is_global_zero:
             print(f"\n{told}")
     return 0
 
 
 def message_of(error: DiffTuneError) -> str:
-    """What an error says; one from a data loader's worker comes inside that process's printed traceback."""
+    """The message of an error, extracted from the traceback if a data loader's worker raised it."""
     kind = type(error)
     return str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2].strip()
 
 
 def short_help(command: str) -> str:
-    """A screen about a command that takes a config: how it is used, and the keys that people set."""
+    """A short help for a command that takes a config: its usage and the most used keys."""
     use = {"fit": "resume a run", "predict": "build the bank of a run"}.get(command, "look at a finished run")
     keys = "\n\n".join(
         "\n".join(f"  --{f'{part}.{key}':<28}{about}" for key, about in rows.items()) for part, rows in KEYS.items()

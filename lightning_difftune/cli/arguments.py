@@ -1,4 +1,4 @@
-"""Options of the commands that are not Lightning's."""
+"""Argument parser of the commands that are not Lightning's."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_difftune.errors import ConfigError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are a :class:`ConfigError`, in one line and without the usage.
+    """An argument parser that raises a :class:`ConfigError`, in one line and without the usage.
 
-    An option may be written with hyphens in place of its underscores.
+    Options may have hyphens in place of underscores.
 
     Args:
-        command: What is typed after ``difftune``.
-        description: Shown by ``--help``: paragraphs filled to the terminal's width, indented lines as they are.
+        command: The command's name after ``difftune``.
+        description: Text of ``--help``: paragraphs are filled to the terminal's width, indented lines are kept.
     """
 
     def __init__(self, command: str, description: str) -> None:
@@ -27,25 +27,25 @@ class CommandParser(argparse.ArgumentParser):
             description=filled(description),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"difftune {command} [options]",
-            allow_abbrev=False,  # what is not known here may be a key of a config
+            allow_abbrev=False,  # unknown options may be keys of a config
         )
         self._most_runs = 0
 
     def add_run(
         self, help: str = "folder of a run, or a checkpoint", metavar: str = "RUN", several: bool = False
     ) -> None:
-        """Take a run, or two of them, as the first arguments or as ``--ckpt_path``."""
+        """Add an argument for one or two runs, also as ``--ckpt_path``."""
         self.usage = f"{self.prog} {f'{metavar} [{metavar}]' if several else metavar} [options]"
         self.add_argument("run", nargs="*", metavar=metavar, help=help)
         self.add_argument("--ckpt_path", action="append", default=[], metavar=metavar, help="the same")
         self._most_runs = 2 if several else 1
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse what is known, and return the rest: other options, each with its value."""
+        """Parse known options, and return the others with their values."""
         own, rest = self._divided(list(sys.argv[1:] if args is None else args))
         options, unknown = super().parse_known_args(own, namespace)
         if self._most_runs:
-            late = [word for word in unknown if not word.startswith("-")]  # behind an option, argparse leaves it
+            late = [word for word in unknown if not word.startswith("-")]  # argparse leaves words after an option
             unknown = [word for word in unknown if word.startswith("-")]
             runs = [*options.run, *late, *options.ckpt_path]
             if not runs:
@@ -56,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
         return options, [*unknown, *rest]
 
     def _divided(self, args: list[str]) -> tuple[list[str], list[str]]:
-        """The options that are known here with the words around them, and the others with one value each."""
+        """The known options with the words around them, and the others with one value each."""
         known = {option for action in self._actions for option in action.option_strings}
         own, rest = list[str](), list[str]()
         while args:
@@ -74,12 +74,12 @@ class CommandParser(argparse.ArgumentParser):
         return own, rest
 
     def error(self, message: str) -> NoReturn:
-        """Raise it."""
+        """Raise a :class:`ConfigError`."""
         raise ConfigError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the options.")
 
 
 def filled(text: str) -> str:
-    r"""Paragraphs in lines that fit the terminal; those that begin with spaces, such as examples, stay as they are.
+    r"""Paragraphs filled to the terminal's width; those that begin with spaces, such as examples, are kept.
 
     Example:
         >>> print(filled("Some\nlines.\n\n  an example\n  another"))

@@ -1,4 +1,4 @@
-"""``difftune data check``: what is in a data set, and what a run would make of it."""
+"""``difftune data check``: what a data set contains, and how a run would use it."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ configs/dit/folder.yaml does.
 Exit status: 0 if all pictures can be used; 1 if some cannot, or the held-out ones have other classes; 2 if PATH is not
 a data set, or one with mistakes that stop every run, such as a class without pictures."""
 
-EXAMPLES = 10  # of captions at either end
-CUT = 40  # characters of each
+EXAMPLES = 10  # shortest and longest captions shown
+CUT = 40  # characters shown of each
 SHOWN = 20  # rows of a table; --json has all
-HELD_OUT = {"train": 0.9, "val": 0.1}  # as configs/dit/folder.yaml
+HELD_OUT = {"train": 0.9, "val": 0.1}  # as in configs/dit/folder.yaml
 
 
 def data(argv: Sequence[str]) -> int:
-    """Run one of the commands about data; returns the exit status."""
+    """Run a data command; returns the exit status."""
     if argv and argv[0] in ("-h", "--help"):
         argv = ["check", "--help"]
     if not argv or argv[0] != "check":
@@ -75,7 +75,7 @@ def data(argv: Sequence[str]) -> int:
 
 
 def facts_at(path: str, split: str | None, num_workers: int) -> Inspection:
-    """Open a data set and look at its pictures, with a bar where somebody watches."""
+    """Open a data set and inspect its pictures, with a progress bar on a terminal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         source = open_images(path, split)
@@ -88,7 +88,7 @@ def facts_at(path: str, split: str | None, num_workers: int) -> Inspection:
 
 
 def report_of(path: str, facts: Inspection, held_out: Inspection | None, image_size: int) -> dict[str, Any]:
-    """All that was seen, as plain JSON values."""
+    """The findings, as plain JSON values."""
     pictures, counts, duplicates = facts.readable, facts.counts(), facts.duplicates()
     largest = max((picture.largest for picture in pictures if picture.largest is not None), default=0)
     deep = sum(picture.largest is not None for picture in pictures)
@@ -122,12 +122,12 @@ def report_of(path: str, facts: Inspection, held_out: Inspection | None, image_s
 
 
 def is_nearly_black(deep: dict[str, int]) -> bool:
-    """Whether there are 16-bit pictures that hold so few bits that a run refuses them."""
+    """Whether there are 16-bit pictures that use so few bits that a run refuses them."""
     return bool(deep) and deep["bits"] <= MOST_WRONG_BITS
 
 
 def captions_of_report(facts: Inspection) -> dict[str, Any]:
-    """How many captions are empty, and the shortest and longest of the others."""
+    """The number of empty captions, and the shortest and longest of the others."""
     captions = captions_of(facts.source)
     if captions is None:
         return {}
@@ -137,12 +137,12 @@ def captions_of_report(facts: Inspection) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Least, middle and largest value."""
+    """Minimum, median and maximum."""
     return {"min": min(values), "median": median(values), "max": max(values)} if values else {}
 
 
 def split_of(facts: Inspection, held_out: Inspection | None) -> dict[str, Any]:
-    """Which pictures a run would train on and hold out, and how many are the same on both sides."""
+    """The pictures that a run would train on and hold out, and the number of duplicates between both."""
     if held_out is not None:
         digests = {picture.digest for picture in facts.readable}
         classes, others = facts.counts(), held_out.counts()
@@ -224,5 +224,5 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 
 def between(values: dict[str, float]) -> str:
-    """Least to largest value, and the middle one."""
+    """The range and the median in words."""
     return "{min:g} to {max:g}, median {median:g}".format(**values) if values else "unknown"

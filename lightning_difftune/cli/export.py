@@ -1,4 +1,4 @@
-"""``difftune export``: the tuned network of a run as a file or folder that others open."""
+"""``difftune export``: the tuned network of a run as a file or folder for other programs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TOLERANCE = 1e-4  # of the largest output: float32 rounds differently once facto
 
 
 def export(argv: Sequence[str]) -> None:
-    """Export the network of one checkpoint and say what was done."""
+    """Export the network of one checkpoint and report what was done."""
     parser = CommandParser("export", DESCRIPTION)
     parser.add_run()
     parser.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
@@ -86,13 +86,13 @@ def export(argv: Sequence[str]) -> None:
 
 
 def is_adapter(module: DiffTuningModule, format: str | None) -> bool:
-    """Whether a LoRA stays one: for peft, or in a network of diffusers for diffusers."""
+    """Whether a LoRA is exported as an adapter: for peft, or of a diffusers network for diffusers."""
     is_lora = hasattr(module.tuner, "save_lora_weights") and hasattr(module.trainable_modules()[0], "save_pretrained")
     return format == "peft" or (format == "diffusers" and is_lora)
 
 
 def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: list[str]) -> Any:
-    """Write a LoRA's layers as peft or diffusers does, and return the network that they belong to."""
+    """Write a LoRA in the format of peft or diffusers, and return its network."""
     (network,) = module.trainable_modules()
     tuner: Any = module.tuner
     if not hasattr(tuner, "save_adapter"):
@@ -115,14 +115,14 @@ def write_adapter(module: DiffTuningModule, options: argparse.Namespace, done: l
 
 
 def name_classes(run: TunedRun, done: list[str]) -> None:
-    """Take the names of the classes from the run's data, if its files are here and the checkpoint has none."""
+    """Take class names from the run's data, if its files are available and the checkpoint has none."""
     if not run.module.lacks_class_names:
         if run.run.class_names is not None:
             done.append(f"class names: {len(run.run.class_names)} of the checkpoint")
         return
     try:
         names = run.reader.open_data().target.class_names
-    except Exception as error:  # whatever a data set raises where its files are not
+    except Exception as error:  # data sets without files may raise anything
         done.append(f"class names: none, since the data cannot be opened ({str(error).partition(chr(10))[0]})")
         return
     if names is not None:
@@ -131,7 +131,7 @@ def name_classes(run: TunedRun, done: list[str]) -> None:
 
 
 def plain_network(module: DiffTuningModule, done: list[str]) -> Any:
-    """The one network that was trained, with its tuner's layers merged."""
+    """The trained network, with its tuner's layers merged."""
     networks = module.trainable_modules()
     if len(networks) != 1:
         raise ConfigError(f"difftune export writes one network; {type(module).__name__} trains {len(networks)}.")
@@ -147,7 +147,7 @@ def plain_network(module: DiffTuningModule, done: list[str]) -> Any:
 
 
 def write(module: DiffTuningModule, network: Any, output: Path, done: list[str]) -> None:
-    """Write the network next to its place, compare what is read back with the tuned one, and move it there."""
+    """Write the network to a draft, read it back, compare it with the tuned one, and move it into place."""
     with atomic_path(output) as draft:
         reloaded = module.write_export(network, draft)
         coarsest = max(torch.finfo(p.dtype).eps for p in reloaded.parameters() if p.is_floating_point())
@@ -164,9 +164,9 @@ def write(module: DiffTuningModule, network: Any, output: Path, done: list[str])
 
 @torch.inference_mode()
 def difference(module: DiffTuningModule, other: nn.Module) -> float:
-    """How far another network's outputs are from the trained one's, over the largest output, at three noise levels.
+    """Largest difference of another network's outputs from the trained one's, relative, at three noise levels.
 
-    Both compute in float32: a network whose frozen weights are bfloat16 would round more than a wrong merge changes.
+    Both compute in float32: bfloat16 in frozen weights would cause larger differences than a wrong merge.
     """
     indices = torch.arange(3)
     x_t = noise_of(0, indices, module.sample_shape).to(module.device)
@@ -188,9 +188,9 @@ def difference(module: DiffTuningModule, other: nn.Module) -> float:
 
 
 def push(repo_id: str, files: dict[str, Path], private: bool) -> str:
-    """Upload files and folders to their places in a repository of the hub, ``""`` being its root; returns its address.
+    """Upload files and folders to their paths in a hub repository, ``""`` being its root; returns its address.
 
-    A repository that is not there is created.
+    A missing repository is created.
     """
     from huggingface_hub import HfApi
 
@@ -203,7 +203,7 @@ def push(repo_id: str, files: dict[str, Path], private: bool) -> str:
                 api.upload_folder(repo_id=repo_id, folder_path=path, path_in_repo=place or None, commit_message=message)
             else:
                 api.upload_file(repo_id=repo_id, path_or_fileobj=path, path_in_repo=place, commit_message=message)
-    except Exception as error:  # whatever the hub's HTTP library raises
+    except Exception as error:  # the hub's HTTP library may raise anything
         raise CheckpointError(
             f"{repo_id} could not be pushed to the hub ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
             "The export itself is written. Log in with `hf auth login`, and check the name and the connection."

@@ -1,4 +1,4 @@
-"""A run in words: what it was, how far it came and how good it is, and which command comes next."""
+"""A run in words: its task, progress and quality, and the next commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_difftune.errors import DiffTuneError
 
 
 def title(run: Run) -> str:
-    """What was tuned to what."""
+    """The model and its target."""
     base, target = run.setting("model", "init_args", "model"), _target(run)
     if isinstance(base, str) and base and target:
         return f"{base} tuned on {target}"
@@ -21,12 +21,12 @@ def title(run: Run) -> str:
 
 
 def summary(run: Run) -> str:
-    """The paragraph at the top: what was trained how, how far it came, and how good it is."""
+    """The paragraph at the top: the training, its progress and its quality."""
     return " ".join(filter(None, (_recipe(run), _progress(run), *_results(run))))
 
 
 def environment_rows(run: Run) -> list[tuple[str, str]]:
-    """Names and values of when and where the run was."""
+    """Names and values of the run's time and environment."""
     facts = run.environment
     first = run.config_text.partition("\n")[0]
     if not facts:
@@ -54,7 +54,7 @@ def environment_rows(run: Run) -> list[tuple[str, str]]:
 
 
 def _target(run: Run) -> str:
-    """The data set's class and folder; the data set inside it where it is a part or a view of another."""
+    """The data set's class and folder; of a part or view, those of the data set inside."""
     source: Any = run.setting("data", "init_args", "target")
     while isinstance(source, dict) and isinstance(inner := (source.get("init_args") or {}).get("source"), dict):
         source = inner
@@ -64,7 +64,7 @@ def _target(run: Run) -> str:
 
 
 def _class(entry: Any) -> str:
-    """The name of the class of an entry of a config; empty without one."""
+    """The class name of an entry in a config; empty without one."""
     return str(entry.get("class_path", "")).rpartition(".")[2] if isinstance(entry, dict) else ""
 
 
@@ -133,18 +133,18 @@ def _duration(run: Run) -> str:
 
 
 def name_of(run: Run) -> str:
-    """The shortest path that stands for a run: its ``default_root_dir`` as long as that means this launch."""
+    """The shortest path of a run: its ``default_root_dir`` if that leads to this launch."""
     root = run.setting("trainer", "default_root_dir")
     try:
         if root and Run.find(root).path.resolve() == run.path.resolve():
             return shlex.quote(str(root))
-    except DiffTuneError:  # the run was moved, or given from another folder
+    except DiffTuneError:  # the run was moved, or the working directory is another one
         pass
     return shlex.quote(str(run.path))
 
 
 def sample_command(run: Run) -> str:
-    """How to draw with a run: by the name of a class where its classes have names, after a picture for a ControlNet."""
+    """The command to sample from a run: with a class name if there is one, with a picture for a ControlNet."""
     asked = ""
     if run.class_names:
         asked = f" --classes {shlex.quote(run.class_names[0])}"
@@ -154,12 +154,12 @@ def sample_command(run: Run) -> str:
 
 
 def export_command(run: Run) -> str:
-    """How to export a run's model."""
+    """The command to export a run's model."""
     return f"difftune export {name_of(run)} --output my-model"
 
 
 def after_fit(trainer: Any) -> str:
-    """What ``difftune fit`` leaves: run folder, checkpoint, latest scores, pictures, and the next commands."""
+    """The results of ``difftune fit``: run folder, checkpoint, latest scores, pictures, and the next commands."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
     run = Run(folder)
     told = [name for name in run.metrics if name in run.scores or name == "val/loss"]

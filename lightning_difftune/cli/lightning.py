@@ -29,15 +29,15 @@ from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.modules.checkpoints import write_whole
 
-# What Lightning logs in every run, and our summary and config.yaml have.
+# Logged by Lightning in every run, but already in our summary and config.yaml.
 UNSAID = ("💡 Tip: For seamless cloud", "Seed set to", "TPU available", "`Trainer.fit` stopped: `max_steps")
 
-# What Lightning says in every run, and nobody who runs a config can or should act on.
+# Lightning's warnings in every run that need no action.
 for message in (
     "LightningCLI's args parameter",
     r".*isinstance\(treespec, LeafSpec\).* is deprecated",
     "The .*_dataloader. does not have many workers",  # the config says how many
-    "The number of training batches .* is smaller than the logging interval",  # which counts on over the epochs
+    "The number of training batches .* is smaller than the logging interval",  # which continues across epochs
     "The dirpath has changed from",  # every run has a folder of its own
     "Total length of .* across ranks is zero",  # no held-out pictures, or the bank is complete
     "ReduceLROnPlateau conditioned on metric .* which is not available but strict",  # the module steps it
@@ -52,26 +52,26 @@ set_loader("yaml", load, exceptions=(yaml.YAMLError,))
 
 
 class DiffTuneCLI(LightningCLI):
-    """LightningCLI whose seed, number of classes and picture size are set once, for the model and the data."""
+    """LightningCLI in which seed, number of classes and picture size are set once for the model and the data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what the model and the data must agree on."""
+        """Link the arguments that must be equal for the model and the data."""
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
-        for name in ("num_classes", "image_size"):  # where the model has no such argument, nothing is linked
+        for name in ("num_classes", "image_size"):  # only if the model has the argument
             parser.link_arguments(f"data.init_args.{name}", f"model.init_args.{name}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and look at a checkpoint before Lightning opens it."""
+        """Parse, and check a checkpoint before Lightning opens it."""
         super().parse_arguments(parser, args)
         expand_home(self.config)
         command = self.config.get("subcommand")
         set_seed(self.config[command] if command else self.config)
         settings = self.config[command] if command else Namespace()
         path = settings.get("ckpt_path")
-        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")  # a SLURM job, started again
+        is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")  # a restarted SLURM job
         if path == "last" or (path is None and command == "fit" and is_requeued):
-            # Lightning looks in the folder of the run that begins, where there is none yet.
+            # Lightning looks in the folder of the new run, where there is none yet.
             newest = newest_checkpoint(Path(settings.trainer.default_root_dir or "."))
             path = settings["ckpt_path"] = path if newest is None else str(newest)
             if newest is not None:
@@ -81,7 +81,7 @@ class DiffTuneCLI(LightningCLI):
             check_checkpoint(Path(settings["ckpt_path"]))
 
     def instantiate_classes(self) -> None:
-        """Create the objects, and let the error of a constructor be the error."""
+        """Create the objects, and raise the original error of a constructor."""
         raised: list[Exception] = []
 
         def construct(class_type: type, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,7 @@ class DiffTuneCLI(LightningCLI):
         self.parser.add_instantiator(construct, object)  # after Lightning's own ones for the model and the data
         try:
             super().instantiate_classes()
-        except ValueError as error:  # jsonargparse's, about each type that an argument could have had
+        except ValueError as error:  # jsonargparse's, which lists each type that an argument could have
             causes = [*raised[-1:], *causes_of(error), error]
             cause = next((cause for cause in causes if isinstance(cause, DiffTuneError)), causes[0])
             if isinstance(cause, DiffTuneError):
@@ -102,7 +102,7 @@ class DiffTuneCLI(LightningCLI):
             raise ConfigError(f"{type(cause).__name__}: {cause}\n--debug shows where it was raised.") from cause
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Create the trainer: a folder for the run, progress that counts its steps, checkpoints written whole."""
+        """Create the trainer, with a folder for the run, progress in steps and atomic checkpoints."""
         settings = self._get(self.config_init, "trainer", default={})
         kwargs["logger"] = loggers_of(settings.get("logger"), settings.get("default_root_dir"))
         if settings.get("barebones"):
@@ -114,7 +114,7 @@ class DiffTuneCLI(LightningCLI):
         return trainer
 
 
-# What Lightning refuses together with `barebones`, which leaves it out.
+# Lightning refuses these together with `barebones`.
 NOT_BARE = (
     "logger",
     "enable_checkpointing",
@@ -128,7 +128,7 @@ LARGEST_SEED = 2**32 - 1
 
 
 def set_seed(settings: Namespace) -> None:
-    """Check the seed, and where it is ``true`` draw one, for Lightning, the model and the data alike."""
+    """Check the seed, or draw one if it is ``true``, for Lightning, the model and the data."""
     seed = settings.get("seed_everything")
     if seed is True:
         seed = settings["seed_everything"] = secrets.randbelow(LARGEST_SEED)
@@ -140,7 +140,7 @@ def set_seed(settings: Namespace) -> None:
 
 
 def expand_home(settings: Any) -> Any:
-    """Put the home folder for a leading ``~/`` in all texts of a config, as a shell does on the command line."""
+    """Expand a leading ``~/`` in all strings of a config, as a shell does on the command line."""
     if isinstance(settings, str):
         return os.path.expanduser(settings) if settings.startswith("~/") else settings
     for key, value in list(settings.items() if isinstance(settings, dict | Namespace) else ()):
@@ -149,10 +149,10 @@ def expand_home(settings: Any) -> Any:
 
 
 def loggers_of(given: Any, folder: str | None) -> Any:
-    """What a run logs to: a CSV file and, if installed, TensorBoard in a new ``version_N``; or what the config says.
+    """Loggers of a run: those of the config, or by default CSV and, if installed, TensorBoard in a new ``version_N``.
 
-    Loggers of services, such as Weights & Biases and MLflow, have no folder that is the run's alone, where its config,
-    checkpoints and pictures could go: the CSV file is then kept in addition.
+    Loggers of services, such as Weights & Biases and MLflow, have no folder of the run for its config, checkpoints and
+    pictures: the CSV file is then written in addition.
     """
     if given is False:
         return False
@@ -166,13 +166,13 @@ def loggers_of(given: Any, folder: str | None) -> Any:
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
-    """What an error came from, the nearest cause first."""
+    """The chain of an error's causes, nearest first."""
     while error.__cause__ is not None:
         error = error.__cause__
         yield error
 
 
-# How the command line is put together, whether it runs a command or only reads configs.
+# The settings of the LightningCLI, whether it runs a command or only reads configs.
 _WIRING: dict[str, Any] = {
     "model_class": L.LightningModule,
     "datamodule_class": L.LightningDataModule,
@@ -186,33 +186,33 @@ _WIRING: dict[str, Any] = {
 
 
 class ConfigReader(DiffTuneCLI):
-    """Composes and checks configs without making any object of them."""
+    """Composes and checks configs without creating objects."""
 
     def __init__(self) -> None:
         super().__init__(**_WIRING, args=[], run=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Have the parser made and nothing parsed, nor seeded."""
+        """Parse nothing and set no seed; only the parser is needed."""
         self.config = Namespace(seed_everything=False)
 
     def instantiate_classes(self) -> None:
-        """Make nothing."""
+        """Create nothing."""
 
     def compose(self, args: Sequence[str]) -> str:
-        """What a command line without a command sets, as YAML; defaults of the code are left out."""
+        """The settings of a command line without a command, as YAML, without defaults of the code."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none: the name in all of version 4
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none is its name throughout version 4
             return self.parser.dump(self.parser.parse_args(list(args), defaults=False), skip_none=False)
 
 
 class ModelReader(DiffTuneCLI):
-    """Makes the model of a run without its trainer, and the data, whose files may be elsewhere, when asked to."""
+    """Creates the model of a run without its trainer, and on request the data, whose files may be missing."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(**{**_WIRING, "model_class": DiffTuningModule}, args=list(args), run=False)
 
     def instantiate_classes(self) -> None:
-        """Make the model alone."""
+        """Create only the model."""
         self.composed = self.config
         self.config = Namespace(model=self.composed["model"])
         self.parser = part_parser(DiffTuningModule, "model")
@@ -222,7 +222,7 @@ class ModelReader(DiffTuneCLI):
         """None."""
 
     def open_data(self) -> Any:
-        """The data module; raises whatever keeps it from being made."""
+        """The data module; raises any error of its constructor."""
         parser = part_parser(L.LightningDataModule, "data")
         return parser.instantiate_classes(Namespace(data=self.composed["data"])).data
 
@@ -232,7 +232,7 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
 
     Args:
         args: The command line without the program's name.
-        run: Whether to run the command; without, ``args`` has no command and the objects are only instantiated.
+        run: Whether to run the command; otherwise ``args`` has no command and the objects are only created.
 
     Returns:
         The CLI object, with its ``model``, ``datamodule`` and ``trainer``.

@@ -1,4 +1,4 @@
-"""The model card of an export: what was tuned from what, on which data, and how well, written from the run."""
+"""The model card of an export: base model, data, training and quality, written from the run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUNDLED_LICENSES = {
 
 
 def facts_of(tuned: TunedRun) -> dict[str, str]:
-    """What was tuned on what, and how, in words; what the config does not say is left out."""
+    """The training in words; settings that the config lacks are left out."""
     module, setting = tuned.module, tuned.run.setting
     data, objective, sampler = setting("data", "init_args") or {}, module.objective, module.sampler
     units = {"num_classes": "classes", "image_size": "px"}
@@ -44,7 +44,7 @@ def facts_of(tuned: TunedRun) -> dict[str, str]:
 
 
 def described(entry: Any) -> str | None:
-    """An entry of a config in words: the class and its settings; of paths, only the last part. None for nothing."""
+    """An entry of a config in words: the class and its settings, with only the last part of paths."""
     if not isinstance(entry, dict) or "class_path" not in entry:
         return None if entry is None else str(entry)
     settings = {key: value for key, value in (entry.get("init_args") or {}).items() if value is not None}
@@ -61,13 +61,13 @@ def base_of(run: TunedRun) -> str:
 
 
 def hub_name(base: str) -> str | None:
-    """The repository on the hub that a base's name stands for, without its revision; None if it is not such a name."""
+    """The hub repository of a base's name, without its revision; ``None`` if it is not a hub name."""
     repository = hub.repository_of(base)
     return None if repository is None or Path(base).exists() else repository[0]
 
 
 def license_of(base: str) -> str | None:
-    """What a pre-trained model says about its licence, or None if it says nothing or cannot be reached."""
+    """The stated licence of a pre-trained model; ``None`` if there is none or the hub cannot be reached."""
     if base in BUNDLED_LICENSES:
         return BUNDLED_LICENSES[base]
     from huggingface_hub import HfApi, ModelCard
@@ -79,7 +79,7 @@ def license_of(base: str) -> str | None:
         if (repo_id := hub_name(base)) is not None:
             stated = HfApi().model_info(repo_id, timeout=10).card_data
             return None if stated is None else stated.license
-    except Exception:  # whatever the hub raises without a connection
+    except Exception:  # the hub may raise anything without a connection
         return None
     return None
 
@@ -87,16 +87,16 @@ def license_of(base: str) -> str | None:
 def model_card(
     tuned: TunedRun, library: str, title: str, usage: str, picture: str, license_name: str | None, done: list[str]
 ) -> str:
-    """A card in the hub's format: YAML front matter, what the run was, its measurements and how to use the model.
+    """A card in the hub's format: YAML front matter, the run, its metrics and the model's usage.
 
     Args:
         tuned: The run.
-        library: What opens the export.
-        title: Its name.
-        usage: The card's section about how to open it.
+        library: The library that opens the export.
+        title: The title.
+        usage: The section on how to open the export.
         picture: File of the sample grid, next to the card; empty if there is none.
-        license_name: The base's licence; None to ask the base.
-        done: Gets a line if the licence is not known.
+        license_name: The base's licence; ``None`` looks it up.
+        done: Gets a line if the licence is unknown.
     """
     license_name = license_name or license_of(str(tuned.module.base_identity.get("name")))
     if license_name is None:
@@ -127,7 +127,7 @@ def table_of(rows: dict[str, str]) -> str:
 
 
 def front_matter(tuned: TunedRun, library: str, title: str, license_name: str | None, metrics: dict[str, float]) -> str:
-    """The card's metadata as the hub reads them, as YAML."""
+    """The card's metadata for the hub, as YAML."""
     from huggingface_hub import EvalResult, ModelCardData
 
     module = tuned.module
@@ -148,7 +148,7 @@ def front_matter(tuned: TunedRun, library: str, title: str, license_name: str | 
 
 
 class Card:
-    """Where an export's model card and the picture in it are.
+    """The files of an export's model card and its picture.
 
     Args:
         output: The export.
@@ -165,7 +165,7 @@ class Card:
         return self.output / "README.md", self.output / "samples.png"
 
     def places(self) -> dict[str, Path]:
-        """Where the files next to a single file go in a repository."""
+        """Paths in a repository for the files next to a single-file export."""
         card, picture = self.files()
         if not self.is_file:
             return {}

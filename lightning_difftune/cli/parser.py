@@ -1,4 +1,4 @@
-"""How configs and options are read, and the messages about a key, a class or a value that cannot be used."""
+"""Reads configs and options, with messages about invalid keys, classes and values."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lightning_difftune.modules.checkpoints import parameter_names
 A_CLASS = "the path of a class"
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
 ROOMS = [f"lightning_difftune{room}" for room in ("", ".callbacks", ".tuners", ".data", ".losses", ".metrics")]
-# Lines of jsonargparse's messages that are about its search among types, not about the value.
+# Lines of jsonargparse's messages that describe its search among types, not the value.
 ABOUT_TYPES = re.compile(
     r"^ *(-? ?Does not validate|Subtypes:|Errors:|- Expected a <class 'NoneType'>|Given value).*\n?", re.MULTILINE
 )
 
 
 class DiffTuneParser(LightningArgumentParser):
-    """Says what is wrong with the command line in one message, without the usage of two hundred options."""
+    """A parser with one-line error messages, without the usage of two hundred options."""
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """Parse a command line and its configs."""
@@ -38,7 +38,7 @@ class DiffTuneParser(LightningArgumentParser):
             raise ConfigError(f"A config cannot be read ({type(error).__name__}: {reason:.300}).") from error
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise :class:`ConfigError`; or leave it to the parser around this one, if there is one."""
+        """Raise a :class:`ConfigError`, or leave it to the outer parser if there is one."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", self)
@@ -51,14 +51,14 @@ class DiffTuneParser(LightningArgumentParser):
 
 
 def part_parser(kind: type, key: str) -> DiffTuneParser:
-    """A parser that knows one part of a config."""
+    """A parser for one part of a config."""
     parser = DiffTuneParser()
     parser.add_lightning_class_args(kind, key, subclass_mode=True)
     return parser
 
 
 def clearer(message: str, options: Iterable[str]) -> str:
-    """A message of jsonargparse's in one line, with the key, option or class that was meant, if one is close."""
+    """A message of jsonargparse in one line, with a suggestion if a key, option or class is close."""
     whole, message = message, ABOUT_TYPES.sub("", message).strip()
     if re.match(r"the following arguments are required: (\w+\.)?data", message):
         return "There is no model and no data. Pass --config FILE, or name a run first, to resume it."
@@ -89,7 +89,7 @@ def clearer(message: str, options: Iterable[str]) -> str:
 
 
 def wrong_value(place: str, message: str) -> str:
-    """A message of jsonargparse's about a value that a key does not take, in one line.
+    """A message of jsonargparse about an invalid value, in one line.
 
     Example:
         >>> wrong_value("trainer.max_steps", "Expected a <class 'int'>. Got value: many")
@@ -114,7 +114,7 @@ def wrong_value(place: str, message: str) -> str:
 
 
 def in_words(kind: str) -> str:
-    """What jsonargparse calls a type, in words."""
+    """A type in jsonargparse's notation, in words."""
     if match := re.match(r"<class '(\w+)'>", kind):
         return WORDS.get(match[1], f"a {match[1]}")
     return A_CLASS if kind.startswith(("dot import path", "instantiatable class")) else kind
@@ -127,14 +127,14 @@ def meant(name: str, known: Collection[str]) -> str:
 
 
 def parameters_of(path: str) -> set[str]:
-    """Arguments of a class by its path; none if they cannot be had."""
+    """Arguments of a class by its path; none if it cannot be imported."""
     try:
         return parameter_names(resolve_name(path))
     except (ImportError, AttributeError, ValueError, TypeError):
         return set()
 
 
-# Arguments that the classes themselves want to be given; -1 is what they are if they are left out.
+# Required arguments of the classes; -1 is their value if they are omitted.
 _LEFT_OUT: dict[str, dict[str, Any]] = {
     "OneCycleLR": {"max_lr": -1.0, "total_steps": -1},
     "CosineAnnealingLR": {"T_max": -1},
@@ -171,7 +171,7 @@ def _repeated(node: Any, seen: set[int]) -> Iterator[tuple[str, int, int]]:
 
 
 def _fill(content: Any, seen: set[int]) -> None:
-    """Set what is left out of the ``lr_scheduler`` anywhere in a config."""
+    """Set the omitted arguments of every ``lr_scheduler`` in a config."""
     if id(content) in seen:
         return
     seen.add(id(content))
@@ -190,7 +190,7 @@ def _fill(content: Any, seen: set[int]) -> None:
 
 
 def filled(args: Sequence[str]) -> list[str]:
-    """A command line in which what is left out of an ``lr_scheduler`` follows its class; what is given counts more.
+    """A command line with the omitted arguments of an ``lr_scheduler`` added after its class, before given ones.
 
     Example:
         >>> filled(["fit", "--model.lr_scheduler", "CosineAnnealingLR"])
@@ -207,7 +207,7 @@ def filled(args: Sequence[str]) -> list[str]:
 
 
 def resolved(settings: dict[str, Any]) -> dict[str, Any]:
-    """A composed config in which what a scheduler takes from the run is there in numbers."""
+    """A composed config with numbers for the settings that a scheduler takes from the run."""
     model = settings.get("model", {}).get("init_args", {})
     scheduler, optimizer = model.get("lr_scheduler"), model.get("optimizer")
     if not isinstance(scheduler, dict):

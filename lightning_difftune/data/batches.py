@@ -1,4 +1,4 @@
-"""Both streams of a run as one data set of whole batches: batch k is a function of (seed, k) and the rank alone."""
+"""Both streams of a run as one data set of whole batches: batch k depends only on (seed, k) and the rank."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class ShuffledStream:
     """An endless shuffled pass over N samples, cut into global batches that the ranks share.
 
     Global batch k holds positions [k*B*W, (k+1)*B*W) of the concatenated shuffles, so no sample is dropped at the end
-    of a pass. Rank r takes every W-th of them from r on; together the ranks read what one process would.
+    of a pass. Rank r takes every W-th of them, starting at r; together the ranks read what one process would.
 
     Args:
         num_samples: N.
-        batch_size: B, samples for one rank and step.
+        batch_size: B, samples per rank and step.
         seed: Seed of the shuffles.
-        rank: This process, r.
+        rank: Rank of this process, r.
         world_size: Number of processes, W.
     """
 
@@ -67,14 +67,14 @@ class ShuffledStream:
 
 
 class BalancedStream(ShuffledStream):
-    """An endless pass over the classes of a long tail: each comes equally often, whatever the number of its samples.
+    """An endless class-balanced pass for long-tailed data: each class comes equally often.
 
-    The stream goes through all classes in shuffled order, then again in another order; class c gives the next sample of
-    its own shuffled passes each time. So a class of one picture is shown as often as one of a thousand, no picture
-    of a class comes twice before the others of it, and global batch k is still a function of (seed, k).
+    The stream passes through all classes in shuffled order, then again in another order; class c yields the next sample
+    of its own shuffled passes each time. So a class of one picture is shown as often as one of a thousand, no picture
+    repeats before the others of its class, and global batch k still depends only on (seed, k).
 
     Args:
-        labels: Classes (N,) int64 of the samples; those without a sample are left out.
+        labels: Classes (N,) int64 of the samples; classes without samples are skipped.
         batch_size: As in the base.
         seed: As in the base.
         rank: As in the base.
@@ -112,7 +112,7 @@ class BalancedStream(ShuffledStream):
     def sample_at(self, position: int) -> int:
         """The sample at one position of the stream."""
         turn, place = divmod(position, len(self._members))
-        chosen = int(self._order(turn)[place])  # comes once in each pass, so this is its turn number `turn`
+        chosen = int(self._order(turn)[place])  # once in each pass, so this is its turn number `turn`
         number, within = divmod(turn, len(self._members[chosen]))
         return int(self._turns(chosen, number)[within])
 
@@ -157,8 +157,8 @@ class EvaluationBatches(Dataset[DiffTuningBatch]):
 
     Args:
         read_target: Reads target samples by indices and flips.
-        num_samples: How many there are.
-        batch_size: Samples in a batch.
+        num_samples: Number of samples.
+        batch_size: Samples per batch.
     """
 
     def __init__(self, read_target: ReadTarget, num_samples: int, batch_size: int) -> None:
@@ -174,17 +174,17 @@ class EvaluationBatches(Dataset[DiffTuningBatch]):
 
 
 class TrainingSteps(DistributedSampler[DiffTuningBatch]):
-    """Step numbers that count on from epoch to epoch and start where a resumed run is, also within an epoch.
+    """Step numbers that continue across epochs and start at the step of a resumed run, also within an epoch.
 
     Every process takes every step, each with its share of the batch. It is a ``DistributedSampler`` so that Lightning
-    leaves it in place; the epoch's number, which Lightning sets differently after a resume, is not used. The stream
-    has no end. An epoch is one pass over the target, rounded up to whole windows of accumulated batches, since
-    Lightning would cut the last window short.
+    does not replace it; the epoch's number, which Lightning sets differently after a resume, is not used. The stream
+    is endless. An epoch is one pass over the target, rounded up to whole accumulation windows, since Lightning would
+    cut the last window short.
 
     Args:
         batches: The batches of one rank.
-        progress: Returns how many batches the run has taken in all, and in this epoch. Without it, as outside a
-            trainer, ``set_epoch`` decides where an iteration starts.
+        progress: Returns the run's number of batches so far, in total and in this epoch. Without it, as outside a
+            trainer, ``set_epoch`` sets the start of an iteration.
         window: Batches whose gradients are accumulated.
     """
 
@@ -196,7 +196,7 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
 
     @classmethod
     def in_trainer(cls, batches: TrainingBatches, trainer: Any) -> TrainingSteps:
-        """The steps from where a trainer is in the stream; its epochs are whole windows of accumulated batches.
+        """The steps from a trainer's position in the stream; epochs are whole accumulation windows.
 
         Raises:
             ConfigError: If ``limit_train_batches`` would cut a window short.
@@ -212,7 +212,7 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
         progress = trainer.fit_loop.epoch_loop.batch_progress
         steps = cls(batches, lambda: (progress.total.ready, progress.current.ready), window)
         if progress.current.ready > len(steps):
-            # The epochs were longer before this resume: a new one begins here, at the same place of the stream.
+            # The epochs were longer before this resume: a new one begins here, at the same position in the stream.
             current: Any = progress.current
             current.completed -= current.ready
             current.ready = current.started = current.processed = 0
@@ -228,18 +228,18 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
 
 
 def accumulated_batches(trainer: Any) -> int:
-    """Batches in a window of accumulated gradients: a common multiple of all windows, where a schedule has several."""
+    """Batches per accumulation window; a common multiple of all windows if a schedule has several."""
     schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
     return math.lcm(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()))
 
 
 class EvaluationSteps(DistributedSampler[DiffTuningBatch]):
-    """Numbers of the evaluation batches, dealt out to the ranks without padding, so that each is read once.
+    """Numbers of the evaluation batches, distributed over the ranks without padding, so that each is read once.
 
     Args:
         batches: All batches.
         num_replicas: Number of processes.
-        rank: This process.
+        rank: Rank of this process.
     """
 
     def __init__(self, batches: EvaluationBatches, num_replicas: int = 1, rank: int = 0) -> None:

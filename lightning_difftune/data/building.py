@@ -1,4 +1,4 @@
-"""What building a store takes: how much a device computes at once, pictures read ahead, processes and a bar."""
+"""Helpers for building stores: the largest batch, reading ahead, ranks and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_difftune.errors import DataError
 
 T = TypeVar("T")
 
-BATCH_SIZE = 64  # where nothing needs to be built
-LARGEST = 512  # a batch that is tried is computed in vain, so this also bounds the waste
+BATCH_SIZE = 64  # if nothing needs to be built
+LARGEST = 512  # trial batches are discarded, so this also bounds the waste
 
 
 def build_batch(size: int | None, folder: Path, run: Callable[[int], object]) -> int:
     """The batch size that a folder is built with: the given one or, for ``None``, the largest that fits.
 
-    Nothing is tried out if the folder is finished; ``run`` is that of :func:`largest_batch`.
+    Nothing is tried if the folder is finished; ``run`` is that of :func:`largest_batch`.
     """
     if size is not None:
         return size
@@ -34,10 +34,10 @@ def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> 
     """Double a batch until the device's memory is full, or the limit is reached => the largest that was computed.
 
     Args:
-        run: Computes a given number of samples; its error where the memory is full is torch's
-            ``OutOfMemoryError``, as accelerators raise it. A CPU has none, so it computes ``limit`` at most.
-        limit: Largest batch that is tried.
-        start: First batch that is tried; halved if even that is too large, until a single sample is.
+        run: Computes a given number of samples; raises torch's ``OutOfMemoryError`` if the memory is full, as
+            accelerators do. A CPU never does, so it computes ``limit``.
+        limit: Largest batch to try.
+        start: First batch to try; halved while it is too large, down to one sample.
     """
     size, fits = min(start, limit), 0
     while True:
@@ -71,14 +71,14 @@ class _Reads(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         try:
             return self.read(index)
-        except DataError as error:  # raised in a worker, its message would be inside a printed traceback
+        except DataError as error:  # if a worker raised it, its message would be inside a printed traceback
             return error
 
 
 def read_ahead(read: Callable[[int], T], count: int, num_workers: int) -> Iterator[T]:
     """``read(0)`` to ``read(count - 1)``, read ahead by worker processes, or in this one if there are none.
 
-    ``read`` can be pickled; its :class:`DataError` is raised here.
+    ``read`` must be picklable; its :class:`DataError` is raised here.
     """
     for found in DataLoader(_Reads(read, count), batch_size=None, num_workers=num_workers):
         if isinstance(found, DataError):
@@ -87,12 +87,12 @@ def read_ahead(read: Callable[[int], T], count: int, num_workers: int) -> Iterat
 
 
 def rank_of(trainer: Any) -> tuple[int, int]:
-    """The number of this process, and how many there are; (0, 1) outside a trainer."""
+    """Rank of this process and world size; (0, 1) outside a trainer."""
     return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
 
 class BuildOptions(TypedDict):
-    """What all builders of stores take; see :func:`lightning_difftune.data.shards.build`."""
+    """Arguments of all store builders; see :func:`lightning_difftune.data.shards.build`."""
 
     batch_size: int
     rank: int
@@ -107,8 +107,8 @@ def building(
 ) -> Iterator[BuildOptions]:
     """Build on all processes of a trainer, with a bar that appears at the first report of unfinished work.
 
-    When SIGTERM has come, the next report raises ``SIGTERMException``; what is finished is kept. The size of a batch
-    is that of :func:`build_batch`.
+    After a SIGTERM, the next report raises ``SIGTERMException``; finished shards are kept. The batch size is that of
+    :func:`build_batch`.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""What a text encoder makes of captions, each distinct caption once, in a folder of a latent cache."""
+"""Stores text embeddings of captions, each distinct caption once, in a folder of a latent cache."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_difftune.errors import CheckpointError, StoreError
 from lightning_difftune.files import atomic_path, read_safetensors, text_digest, write_safetensors
 
 _RECENT = 128  # captions that a process keeps open
-_SMALL = 64  # numbers of a row: sizes and the like, which keep their precision
+_SMALL = 64  # numbers per row; smaller columns, such as sizes, keep their precision
 
 
 class CaptionStore:
-    """One file per distinct caption, named by its key; embeddings in bfloat16, which text encoders compute in.
+    """One file per distinct caption, named by its key; embeddings in bfloat16, the type of text encoders.
 
-    FLUX.1's text is 4 MB per caption in 16 bits, and data sets repeat captions: for classes, mirror images, epochs.
+    FLUX.1's text takes 4 MB per caption in 16 bits, and captions repeat: for classes, mirror images, epochs.
 
     Args:
-        folder: Made when the first caption is stored.
+        folder: The folder, created with the first caption.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -35,7 +35,7 @@ class CaptionStore:
         return torch.tensor([int(text_digest(caption)[:16], 16) >> 1 for caption in captions])
 
     def add(self, keys: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Store the rows of B captions whose keys (B,) are not there yet."""
+        """Store the rows of B captions whose keys (B,) are new."""
         for row, key in enumerate(keys.tolist()):
             file = self._file(key)
             if file.exists():

@@ -1,4 +1,4 @@
-"""Captioned pictures that are files of their own: folders with texts or metadata, COCO's captions, and ADE20k."""
+"""Captioned picture files: folders with texts or metadata, COCO's captions, and ADE20k."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _CONTROL_KEYS = (
 
 
 class CaptionedFiles(Dataset[tuple[Any, ...]]):
-    """``(image, caption)`` or ``(image, caption, control)``, opened by their paths; what the classes below share."""
+    """``(image, caption)`` or ``(image, caption, control)``, opened by path; base of the classes below."""
 
     def __init__(
         self, paths: Sequence[str], captions: Sequence[str], control_paths: Sequence[str] | None = None
@@ -76,17 +76,17 @@ class CaptionedFolder(CaptionedFiles):
     - ``metadata.jsonl``, ``metadata.csv`` or ``metadata.parquet``, the layout of Hugging Face data sets: a row per
       picture with ``file_name``, ``text`` (or ``caption``, or ``prompt``) and, in all rows or none, a control map as
       ``conditioning_image`` (or ``conditioning_image_file_name``, or ``control_image``). Paths start at the folder.
-    - Without it, a text file of each picture in the folder or below: ``1.txt``, ``1.caption`` or ``1.png.txt`` and
+    - Otherwise, a text file for each picture in the folder or below: ``1.txt``, ``1.caption`` or ``1.png.txt`` for
       ``1.png``.
 
-    Texts are UTF-8, or what their byte-order mark says. ``left_out`` counts what lies in the folder and is not read.
+    Texts are UTF-8, or as their byte-order mark states. ``left_out`` counts the files that are not read.
 
     Args:
         root: The folder.
 
     Raises:
-        DataError: If there are no pictures, a row cannot be used (the message names it), a picture has no caption, or
-            the pictures are not there.
+        DataError: If there are no pictures, a row is invalid (the message names it), a picture has no caption, or
+            pictures are missing.
         ConfigError: If the package that reads ``metadata.parquet`` is missing.
     """
 
@@ -147,12 +147,12 @@ class CaptionedFolder(CaptionedFiles):
 
 
 class CocoCaptions(CaptionedFiles):
-    """COCO 2017 (Lin et al., 2014) as it is distributed, one of the captions of each picture.
+    """COCO 2017 (Lin et al., 2014) as distributed, with one of the captions of each picture.
 
-    Which one depends only on (seed, index of the picture): the paper draws one per picture (Appendix B.1).
+    The choice depends only on (seed, index of the picture): the paper draws one per picture (Appendix B.1).
 
     Args:
-        root: The folder of ``annotations/captions_train2017.json`` and of the folder ``train2017`` of pictures.
+        root: The folder with ``annotations/captions_train2017.json`` and the folder of pictures ``train2017``.
         split: ``"train2017"`` (118,287 pictures) or ``"val2017"`` (5,000).
         seed: Seed of the choice.
 
@@ -236,7 +236,7 @@ def _read_rows(file: Path) -> dict[int, dict[str, Any]]:
         rows = dict(enumerate(_read_parquet(file), start=1))
     else:
         rows = {}
-        # Captions may hold other line separators of Unicode, where splitlines() would cut.
+        # Captions may contain other Unicode line separators, where splitlines() would split.
         for number, line in enumerate(read_text(file).split("\n"), start=1):
             if not line.strip():
                 continue

@@ -35,10 +35,10 @@ _FEWEST_EVALUATION_BATCHES = 64
 class MemoryBankDataModule(RealPictures):
     """Target pictures and replayed samples of the pre-trained model, in fixed shares of every batch.
 
-    A batch of B holds ``int(retention_share * B)`` bank samples and target samples for the rest (Algorithm 1; the
-    authors' code has a share of 0.2, the paper 0.5). The batch of a step depends on the seed and the step's number
-    alone, not on workers or on how often the run was resumed. With several processes ``batch_size`` is that of one
-    process, and together they read what one process with the whole batch would read.
+    A batch of B holds ``int(retention_share * B)`` bank samples and B minus that target samples (Algorithm 1; the share
+    is 0.2 in the authors' code, 0.5 in the paper). The batch of a step depends only on the seed and the step's number,
+    not on workers or on how often the run was resumed. ``batch_size`` is per process, and several processes together
+    read what one process with the whole batch would read.
 
     A missing bank or latent cache is built by all processes when ``fit`` starts, and an interrupted build is resumed;
     ``trainer.predict`` builds the bank without training.
@@ -49,23 +49,23 @@ class MemoryBankDataModule(RealPictures):
         image_size: Side of the pictures in pixels.
         channels: 1 (grey) or 3 (RGB).
         bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
-        bank_size: Samples in the bank, if it still has to be built (5K to 200K in Fig. 6d).
-        bank_source: Pictures that the bank is made of in place of samples, such as the pre-training set (the last bar
-            of Fig. 6d). ``bank_size`` of them are taken at random, without labels.
+        bank_size: Samples in the bank (5K to 200K in Fig. 6d).
+        bank_source: Pictures that fill the bank in place of samples, such as the pre-training set (the last bar of
+            Fig. 6d). ``bank_size`` of them are chosen at random, without labels.
         retention_share: Share of a batch that comes from the bank.
-        batch_size: Samples of one process and step, both streams together.
-        val_target: Held-out pictures, for the validation loss and FID; classes are joined with the target's by name.
-        reference: What FID compares with: the held-out pictures or the training pictures.
+        batch_size: Samples per process and step, both streams together.
+        val_target: Held-out pictures, for the validation loss and FID; classes are matched with the target's by name.
+        reference: The real pictures for FID: the held-out or the training pictures.
         latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
         horizontal_flip: Whether half of the target pictures are mirrored.
-        class_balanced: Whether all classes of the target are shown equally often, however few pictures some have.
-        on_corrupt: What to do about a picture that cannot be read: ``"error"`` or ``"skip"``.
-        build_batch_size: Batch size when a bank or cache is built, and the largest one of validation. ``"auto"`` builds
-            with the largest up to 512 that the device's memory holds, and validates with 64. Samples of a bank are the
-            same to the bit from equal batch sizes only, so give a number where that counts.
+        class_balanced: Whether all classes of the target are shown equally often.
+        on_corrupt: Policy on pictures that cannot be read: ``"error"`` or ``"skip"``.
+        build_batch_size: Batch size for building a bank or cache, and the largest one of validation. ``"auto"`` builds
+            with the largest up to 512 that fits into the device's memory, and validates with 64. A bank's samples are
+            the same to the bit only at the same batch size, so set a number if that matters.
         num_workers: Worker processes that read the data.
-        verify_stores: Whether a finished bank and cache are compared with their hashes before training, every byte.
-        seed: Seed of the order, the flips and nothing else.
+        verify_stores: Whether to compare every byte of a finished bank and cache with their hashes before training.
+        seed: Seed of the order and the flips.
 
     Raises:
         ConfigError: If the shares leave one stream without a sample, or the bank's source has too few pictures.
@@ -111,7 +111,7 @@ class MemoryBankDataModule(RealPictures):
             reference=reference,
             batch_size=None if build_batch_size == "auto" else build_batch_size,
         )
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shard left to build
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shards left to build
         self.bank_path = Path(bank).expanduser() if bank is not None else None
         self.bank_size = bank_size
         self.bank_source = (
@@ -147,7 +147,7 @@ class MemoryBankDataModule(RealPictures):
         return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides which pictures are in the batch of a step, to be compared when the run is resumed."""
+        """What determines the pictures in a step's batch, for comparison when the run is resumed."""
         return {
             "seed": self.seed,
             "pictures": len(self.target),
@@ -157,7 +157,7 @@ class MemoryBankDataModule(RealPictures):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Tell the user what changed settings mean for a resumed run."""
+        """Warn about changed settings in a resumed run."""
         now = self.state_dict()
         changed = [f"{key} {value} -> {now[key]}" for key, value in state_dict.items() if now.get(key, value) != value]
         batch = ("batch_size", "processes")
@@ -180,7 +180,7 @@ class MemoryBankDataModule(RealPictures):
         """The memory bank, built first if it is missing; ``None`` if the run does not use one.
 
         Raises:
-            StoreError: If the bank is damaged, of other settings or another model, or missing and cannot be built.
+            StoreError: If the bank is damaged, has other settings or another model, or is missing and cannot be built.
         """
         if self.bank_path is None or not getattr(self._module, "uses_retention", True):
             return None
@@ -205,7 +205,7 @@ class MemoryBankDataModule(RealPictures):
         return bank
 
     def open_latent_cache(self) -> LatentCache | None:
-        """The target as the model encodes it, encoded first if the cache is missing; ``None`` without a cache."""
+        """The cached encodings of the target, built first if missing; ``None`` without a cache."""
         if self.latent_cache_path is None:
             return None
         if not isinstance(module := self._module, SupportsEncode) or module.encoder_identity() is None:
@@ -282,7 +282,7 @@ class MemoryBankDataModule(RealPictures):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> list[Any]:
-        """Build the memory bank as ``fit`` would, which is all that ``trainer.predict`` does; nothing is predicted."""
+        """Build the memory bank as ``fit`` would; ``trainer.predict`` does nothing else."""
         if self.bank_path is None or not isinstance(self._module, SupportsBankGeneration):
             raise ConfigError("predict builds the memory bank: set bank: to a folder and use a Diff-Tuning module.")
         self._build_bank(self._module, self.bank_path)

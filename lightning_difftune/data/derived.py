@@ -1,4 +1,4 @@
-"""Image sources made of others: a random part, captions for classes, classes joined by name, examples of controls."""
+"""Image sources made from others: random parts, captions from classes, classes matched by name, control examples."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ IntArray = npt.NDArray[np.intp]
 
 
 class Partition(Subset[Any]):
-    """One part of a random partition, for data sets that come without a split.
+    """One part of a random partition, for data sets without a split.
 
     The paper's SUN397 is ``Partition(SUN397(root), {"train": 76128, "val": 10875, "test": 21750}, "train")``, and five
     pictures of each flower are ``Partition(Flowers102(root), {"train": 5}, "train", per_class=True)``. The parts are
-    disjoint and depend only on the seed: where file names are known, pictures are first numbered by sorted name,
-    since some data sets list their files in the order of the file system, which differs between machines.
+    disjoint and depend only on the seed: if file names are known, pictures are first sorted by name, since some data
+    sets list their files in the order of the file system, which differs between machines.
 
     Args:
         source: A map-style data set of ``(image, label)``.
         sizes: All parts by name, as numbers of pictures, or as shares that sum to at most 1.
-        part: The part to use.
+        part: Name of the part to use.
         seed: Seed of the permutation.
-        per_class: Whether the sizes are of each class: by counts a few-shot target, by shares a stratified partition.
+        per_class: Whether the sizes are per class: counts give a few-shot target, shares a stratified partition.
 
     Raises:
         ConfigError: The sizes are neither counts nor shares, exceed the source or one of its classes, or have no such
-            part; or ``per_class`` is set and the source does not know its labels without reading its pictures.
+            part; or ``per_class`` is set and the source's labels are unknown without reading its pictures.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Partition(Subset[Any]):
 
 
 def _classes(source: Dataset, by_name: IntArray, order: IntArray) -> Iterator[tuple[str, IntArray]]:
-    """Every class of the source, as it is called in messages, and the entries of ``order`` that are of it."""
+    """Every class of the source, by its name for messages, and its entries in ``order``."""
     known = labels_of(source)
     if known is None:
         raise ConfigError("per_class needs a source that knows its labels without reading its pictures.")
@@ -88,13 +88,13 @@ def _bounds(sizes: Mapping[str, int | float], whole: str, count: int) -> list[in
 class ClassCaptions(Relabelled):
     """Pictures of a labelled source with captions made from their classes' names.
 
-    Underscores in names are written as spaces. Which template a picture gets depends only on (seed, its index).
+    Underscores in names become spaces. The template of a picture depends only on (seed, its index).
 
     Args:
         source: A map-style data set of ``(image, label)`` that knows its labels without reading its pictures, such as
             those of :mod:`~lightning_difftune.data.image_files` and most of torchvision's.
-        templates: Texts with ``{}`` where the name goes; some may omit it, as a default prompt does.
-        class_names: Names in the order of the labels; ``None`` takes those of the source.
+        templates: Texts with ``{}`` for the name; some may omit it, as a default prompt does.
+        class_names: Names in the order of the labels; by default the source's.
         seed: Seed of the choice among templates.
 
     Raises:
@@ -142,7 +142,7 @@ class ClassCaptions(Relabelled):
         return self.source[index][0], self.captions[index]
 
     def describe(self, index: int) -> str:
-        """Where picture ``index`` is, for messages; its caption if nothing else is known."""
+        """The location of picture ``index``, for messages; its caption if unknown."""
         return location_of(self.source, index) or repr(self.captions[index])
 
     def _label_facts(self) -> list[str]:
@@ -150,13 +150,13 @@ class ClassCaptions(Relabelled):
 
 
 class ControlExamples:
-    """Pictures of a captioned source at the size the model is trained at, with their captions.
+    """Pictures of a captioned source at the model's training size, with their captions.
 
     Args:
         source: A map-style data set of ``(image, caption, ..)`` such as those of
             :mod:`~lightning_difftune.data.captioned_files` or :class:`~lightning_difftune.data.ClassCaptions`.
         image_size: Height and width of the pictures.
-        on_corrupt: ``"error"``, or ``"skip"`` to put the next readable picture in the place of a damaged one.
+        on_corrupt: ``"error"``, or ``"skip"`` to replace a damaged picture by the next readable one.
 
     Raises:
         ConfigError: A setting out of range.
@@ -187,9 +187,9 @@ class ControlExamples:
 
 
 def joined_by_name(source: Any, names: Sequence[str] | None) -> Any:
-    """Held-out pictures with the class numbers of the target's, whose names are ``names`` in the order of the numbers.
+    """Held-out pictures renumbered to the target's classes, whose names are ``names`` in order.
 
-    The source is returned as it is if one of the two has no names, or the names are the same.
+    The source is returned unchanged if one of the two has no names, or the names are the same.
 
     Raises:
         DataError: If it has pictures of a class that is not among ``names``, or two of ``names`` are the same.
@@ -221,18 +221,18 @@ def joined_by_name(source: Any, names: Sequence[str] | None) -> Any:
 
 
 def _changes_labels(source: Any) -> bool:
-    """Whether a ``target_transform`` stands between the names and the labels."""
+    """Whether a ``target_transform`` changes the labels."""
     inner = source.dataset if isinstance(source, Subset) else source
     return getattr(inner, "target_transform", None) is not None
 
 
 def _normalised(names: Sequence[str]) -> list[str]:
-    """Names as they are compared: one Unicode form, no spaces around."""
+    """Names for comparison: one Unicode form, without surrounding spaces."""
     return [unicodedata.normalize("NFC", name).strip() for name in names]
 
 
 class _Renumbered(Relabelled):
-    """A source whose labels are other numbers of the same classes."""
+    """A source with renumbered classes."""
 
     def __init__(self, source: Any, numbers: npt.NDArray[np.int64], class_names: list[str]) -> None:
         super().__init__(source)
@@ -242,7 +242,7 @@ class _Renumbered(Relabelled):
             self.labels = np.asarray([self._number(label) for label in known.tolist()], dtype=np.int64)
 
     def _number(self, label: int) -> int:
-        return int(self.numbers[label]) if 0 <= label < len(self.numbers) else label  # others are refused as they are
+        return int(self.numbers[label]) if 0 <= label < len(self.numbers) else label  # others are refused later
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         image, label, *rest = self.source[index]

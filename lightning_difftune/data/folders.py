@@ -1,4 +1,4 @@
-"""What is in a folder of pictures: pictures, texts, and what phones, file servers and operating systems leave there."""
+"""Contents of a folder of pictures: pictures, texts, and system files to leave out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ IMAGE_EXTENSIONS = frozenset(
     | ({".avif"} if features.check("avif") else set())
     | ({".j2k", ".jp2"} if features.check("jpg_2000") else set())
 )
-# Pictures that Pillow does not read: of phones, cameras and drawing programs.
+# Picture formats that Pillow does not read: of phones, cameras and drawing programs.
 UNREAD_PICTURES = frozenset(
     {".arw", ".avif", ".cr2", ".cr3", ".dng", ".heic", ".heif", ".hif", ".j2k", ".jp2", ".jxl", ".nef", ".orf", ".psd"}
     | {".raf", ".raw", ".rw2", ".svg"}
@@ -34,14 +34,14 @@ _SYSTEM_FOLDERS = frozenset(
     | {"temporary items", "thumbnails"}
 )
 _SYSTEM_FILES = frozenset({"desktop.ini", "ehthumbs.db", "ehthumbs_vista.db", "icon\r", "thumbs.db"})
-_BYTE_ORDER_MARKS = (  # the first of those that a file begins with; that of UTF-32 begins with that of UTF-16
+_BYTE_ORDER_MARKS = (  # the first match counts, since the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-# Rows whose files are looked for at once, to tell a wrong root from single missing pictures.
+# Rows whose files are checked first, to distinguish a wrong root from single missing pictures.
 _PROBED_ROWS = 100
 
 
@@ -51,17 +51,17 @@ def is_system(name: str) -> bool:
 
 
 class Folder:
-    """A folder of pictures, which counts what it leaves out.
+    """A folder of pictures, which counts the files that it leaves out.
 
-    Hidden and system files and folders are left out. A link to a folder is followed unless the pictures there are
-    found anyway: if it leads into this folder, to one that contains it, or to the target of another link.
+    Hidden and system files and folders are left out. A link to a folder is followed unless its pictures are found
+    anyway: if it leads into this folder, to a parent of it, or to the target of another link.
 
     Args:
         root: The folder.
-        layout: For the error, what is expected there.
+        layout: The expected layout, for the error message.
 
     Attributes:
-        left_out: How many files or links, by kind.
+        left_out: Number of files or links that are not used, by kind.
 
     Raises:
         DataError: If there is no such folder.
@@ -76,7 +76,7 @@ class Folder:
         self._places = [os.path.realpath(self.root)]
 
     def subfolders(self, folder: Path | None = None) -> list[str]:
-        """Sorted names of the folders in a folder, without hidden ones, those of systems, and links that lead back."""
+        """Sorted names of the subfolders, without hidden and system ones and links that lead back."""
         kept = []
         place = self.root if folder is None else folder
         for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
@@ -134,7 +134,7 @@ class Folder:
 def captions_beside(pictures: Sequence[str], other: Sequence[str]) -> dict[str, str]:
     """The text files of pictures, by picture: ``1.txt``, ``1.TXT``, ``1.caption`` or ``1.png.txt`` of ``1.png``."""
     texts: dict[str, str] = {}
-    for extension in reversed(CAPTION_EXTENSIONS):  # the first one wins
+    for extension in reversed(CAPTION_EXTENSIONS):  # the first extension has priority
         texts |= {os.path.splitext(file)[0].lower(): file for file in other if file.lower().endswith(extension)}
     found = {}
     for picture in pictures:
@@ -160,15 +160,15 @@ def describe_files(files: Sequence[str]) -> str:
 
 
 def shorten(names: Sequence[str], limit: int = 8) -> str:
-    """The first names and how many more there are."""
+    """The first names and the number of further ones."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def paths_below(root: str | Path, names: Sequence[str], where: str) -> list[str]:
-    """Paths of listed pictures, in the Unicode form that their names have on disk.
+    """Paths of listed pictures, in the Unicode form of their names on disk.
 
     Raises:
-        DataError: If none of the first hundred is there; ``where`` names the list.
+        DataError: If none of the first hundred exists; ``where`` names the list.
     """
     folder = Path(root).expanduser()
     paths = [_on_disk(folder, name) for name in names]
@@ -188,10 +188,10 @@ def decode(data: bytes, where: str) -> str:
 
     Args:
         data: The bytes.
-        where: What to call their source in a message.
+        where: Name of their source for messages.
 
     Raises:
-        DataError: If it is neither; the message has the line.
+        DataError: If it is neither; the message names the line.
 
     Example:
         >>> decode(b"Ger\xe4t", "1.txt")
@@ -221,7 +221,7 @@ def read_text(path: Path) -> str:
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> dict[int, dict[str, str]]:
-    """Rows of a table by line number; commas, semicolons or tabs divide its columns.
+    """Rows of a table by line number; columns are separated by commas, semicolons or tabs.
 
     Raises:
         DataError: If it is missing, not text or not a table, or lacks one of the columns.
@@ -245,7 +245,7 @@ def read_csv(path: Path, columns: Sequence[str]) -> dict[int, dict[str, str]]:
 
 
 def _count_pictures(folder: str) -> int:
-    """Pictures in a folder and below, links not followed."""
+    """Number of pictures in a folder and below, without following links."""
     return sum(Path(name).suffix.lower() in IMAGE_EXTENSIONS for _, _, files in os.walk(folder) for name in files)
 
 

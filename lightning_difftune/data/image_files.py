@@ -1,7 +1,7 @@
-"""Image sources that are files of their own: class folders, CSV lists (DF20-Mini), and CUB-200-2011.
+"""Image sources of picture files: class folders, CSV lists (DF20-Mini), and CUB-200-2011.
 
-An image source is a map-style data set of ``(image, label)``, so every torchvision data set is one as it is; the
-classes here read what torchvision does not. They decode lazily and leave size, colour and damaged files to
+An image source is a map-style data set of ``(image, label)``, such as every torchvision data set; the classes here
+read formats that torchvision does not. They decode lazily and leave size, colour and damaged files to
 :class:`~lightning_difftune.data.images.ImageTargets`.
 """
 
@@ -35,11 +35,11 @@ _FOLDER_LAYOUT = (
     "expected one sub-folder per class with pictures in it, such as root/daisy/001.jpg (or pictures alone, without "
     "sub-folders, for a single class)."
 )
-_CLASS_INDEX = re.compile(r"\d+(\.0*)?")  # table software writes 12 as 12.0 once a column has an empty cell
+_CLASS_INDEX = re.compile(r"\d+(\.0*)?")  # table software writes 12 as 12.0 if a column has an empty cell
 
 
 class ImageFiles(Dataset[tuple[Image.Image, int]]):
-    """Pictures that are opened by their paths; what the classes below share."""
+    """Pictures opened by path; base of the classes below."""
 
     paths: list[str]
     labels: npt.NDArray[np.int64]
@@ -55,16 +55,16 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
 class ImageFolder(ImageFiles):
     """Pictures in folders: one sub-folder per class, in the order of their sorted names.
 
-    Files may lie in nested folders below their class. A folder with pictures and no sub-folders is a single class 0.
-    Hidden files and folders are left out, and those that file servers and systems make; see
-    :class:`~lightning_difftune.data.folders.Folder`. ``left_out`` counts them, and the files that are not read.
+    Files may be in nested folders below their class. A folder with pictures and no sub-folders is a single class 0.
+    Hidden and system files and folders are left out, see :class:`~lightning_difftune.data.folders.Folder`;
+    ``left_out`` counts them and other files that are not read.
 
     Args:
         root: The folder of the class folders of one split.
 
     Raises:
-        DataError: ``root`` is missing, is not a folder, holds no pictures, holds a class without pictures, holds
-            pictures next to its class folders, or is the parent of splits.
+        DataError: ``root`` is missing, not a folder, without pictures, has a class without pictures or pictures next to
+            its class folders, or is the parent of splits.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -121,16 +121,16 @@ class ListedImages(ImageFiles):
     ``DF20M-public_test_metadata_PROD.csv``.
 
     Args:
-        root: The folder that the listed paths start from.
+        root: The folder that the listed paths are relative to.
         csv_file: The list.
         path_column: Column of the paths.
-        label_column: Column of the labels: class indices throughout, or names, which become indices in the order of
+        label_column: Column of the labels: only class indices, or names, which become indices in the order of
             ``class_names``.
         where: Use only rows with these values in these columns, such as ``{"split": "train"}``.
-        class_names: The classes. Without them, names are numbered in sorted order of those found.
+        class_names: The classes; by default the names found, in sorted order.
 
     Raises:
-        DataError: The list or a column is missing, a label is empty or unknown, no row is chosen, or the files are not
+        DataError: The list or a column is missing, a label is empty or unknown, no row matches, or the files are not
             below ``root``.
     """
 
@@ -169,15 +169,15 @@ class ListedImages(ImageFiles):
 
 
 class CUB200(ImageFiles):
-    """CUB-200-2011 (Wah et al., 2011) as it is distributed: 5,994 training and 5,794 test pictures of 200 birds.
+    """CUB-200-2011 (Wah et al., 2011) as distributed: 5,994 training and 5,794 test pictures of 200 birds.
 
     Args:
         root: The unpacked folder ``CUB_200_2011`` with ``images/``, ``images.txt``, ``image_class_labels.txt``,
             ``train_test_split.txt`` and ``classes.txt``.
-        train: The training part, else the test part.
+        train: Whether to use the training or the test part.
 
     Raises:
-        DataError: One of the lists is missing, or they do not fit together.
+        DataError: One of the lists is missing, or they do not match.
     """
 
     def __init__(self, root: str | Path, train: bool = True) -> None:

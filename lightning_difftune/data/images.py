@@ -1,4 +1,4 @@
-"""Target images as the data module reads them: cropped, 8-bit and labelled, with a policy on damaged files."""
+"""Target images for the data module: cropped, 8-bit and labelled, with a policy on damaged files."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from lightning_difftune.files import array_digest, text_digest
 from lightning_difftune.pictures import to_pixel_values, to_pixels
 from lightning_difftune.protocols import TargetBatch
 
-# In a row. If a disk is not mounted, one quick error is clearer than a hundred thousand warnings.
+# In succession. If a disk is not mounted, one quick error is clearer than a hundred thousand warnings.
 _MAX_UNREADABLE_RUN = 100
-# Pictures that are read where a source offers no other way to identify its content.
+# Pictures to read if a source has no other way to identify its content.
 _IDENTITY_SAMPLES = 64
-# Errors of one file; any other errno (too many open files, an unplugged disk) is about the machine.
+# Errors of one file; any other errno (too many open files, an unplugged disk) concerns the machine.
 _FILE_ERRNOS = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
 
 
@@ -46,17 +46,17 @@ class TargetItem(NamedTuple):
 
     pixels: Tensor  # (C, H, W) uint8
     label: int | str  # class index or caption
-    source_index: int  # the picture that was read: a different one if the requested one is damaged and skipped
-    control: Tensor | None = None  # (1 or 3, H, W) uint8, where the source has control maps of its own
+    source_index: int  # the picture that was read: another one if the requested one is damaged and skipped
+    control: Tensor | None = None  # (1 or 3, H, W) uint8, if the source has control maps
 
 
 class ImageTargets:
-    """Pictures of an image source, at the size that the model is trained with.
+    """Pictures of an image source, at the model's training size.
 
     Cropping and colour are described at :func:`~lightning_difftune.pictures.to_pixels`. A picture that cannot be
-    decoded (truncated, empty, missing, not a picture, larger than Pillow's bound on decompression bombs) raises an
-    error that names it, or, with ``on_corrupt="skip"``, is replaced by the next readable picture and its label:
-    always the same one, so that caches and runs agree. Each is warned about once per process.
+    decoded (truncated, empty, missing, not a picture, beyond Pillow's limit against decompression bombs) raises an
+    error that names it or, with ``on_corrupt="skip"``, is replaced by the next readable picture and its label: always
+    the same one, so that caches and runs agree. There is one warning per picture and process.
 
     Args:
         source: A map-style data set of ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``;
@@ -67,7 +67,7 @@ class ImageTargets:
 
     Raises:
         ConfigError: A setting out of range.
-        DataError: The source is empty, or its pictures have no numbers.
+        DataError: The source is empty, or cannot be indexed.
 
     Example:
         >>> targets = ImageTargets([(np.full((8, 12), 255, np.uint8), 3)], image_size=4)
@@ -102,20 +102,20 @@ class ImageTargets:
         return len(self.source)
 
     def labels(self) -> Tensor | None:
-        """The class indices (N,) int64, where the source knows them without reading its pictures, else None.
+        """The class indices (N,) int64; ``None`` if only reading the pictures would tell.
 
-        Where a damaged picture is skipped, :meth:`pixels` gives its replacement's label instead.
+        For a skipped picture, :meth:`pixels` returns its replacement's label instead.
         """
         return labels_of(self.source)
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the classes in the order of their indices, where the source has them."""
+        """Names of the classes in the order of their indices, if the source has any."""
         return class_names_of(self.source)
 
     @cached_property
     def subjects(self) -> list[str] | None:
-        """What each of the N pictures shows: its caption, or its class by name or number; None where unknown."""
+        """The caption or class (name or number) of each of the N pictures; ``None`` if unknown."""
         captions, labels, names = captions_of(self.source), self.labels(), self.class_names
         if captions is not None or labels is None:
             return captions
@@ -126,15 +126,15 @@ class ImageTargets:
 
         Returns:
             ``pixel_values`` (B, C, H, W) float32 in [-1, 1]; ``class_labels`` (B,) int64 or B ``captions``; and
-            ``conditioning_pixel_values`` (B, 1 or 3, H, W) uint8 where the source has control maps.
+            ``conditioning_pixel_values`` (B, 1 or 3, H, W) uint8 if the source has control maps.
 
         Raises:
-            DataError: A damaged picture, unless those are skipped; or the source yields something else.
+            DataError: A picture is damaged and not skipped, or the source yields something else.
         """
         return as_batch([self.read(index) for index in indices], flips)
 
     def uint8(self, indices: Sequence[int]) -> Tensor:
-        """Pictures (B, C, H, W) uint8, for reference statistics and for looking at them."""
+        """Pictures (B, C, H, W) uint8, for reference statistics and display."""
         return torch.stack([self.read(index).pixels for index in indices])
 
     def captioned(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
@@ -162,16 +162,16 @@ class ImageTargets:
         )
 
     def describe(self, index: int) -> str:
-        """A name for picture ``index`` in messages: its index and, where known, its file."""
+        """A name for picture ``index`` in messages: its index and, if known, its file."""
         location = location_of(self.source, index)
         return f"image {index}" if location is None else f"image {index} ({location})"
 
     def identity(self) -> str:
-        """A hash of what decides the pictures: the source's content, labels, size, channels and crop.
+        """A hash of what determines the pictures: the source's content, labels, size, channels and crop.
 
         It is the key of caches. Files are identified by names, sizes and modification times, arrays by their bytes. Any
-        other source, and any with a ``transform`` of its own, is identified by its length, its labels and 64 of its
-        pictures, so changes to other pictures go unnoticed.
+        other source, and any with a ``transform``, is identified by its length, its labels and 64 of its pictures, so
+        changes to other pictures are not detected.
         """
         return self._identity
 
@@ -195,7 +195,7 @@ class ImageTargets:
     def picture_digests(self) -> Tensor | None:
         """A number for each picture, (N,) int64, that changes with the picture and its label or caption.
 
-        ``None`` where only reading the pictures would tell.
+        ``None`` if only reading the pictures would tell.
         """
         digests, labels = picture_digests_of(self.source), self.labels()
         texts = captions_of(self.source) or (None if labels is None else labels.tolist())
@@ -238,7 +238,7 @@ class ImageTargets:
         if isinstance(image, ImageFile):
             image.close()  # Pillow does so only after the last byte
         filename = getattr(image, "filename", "")
-        if filename and str(filename) not in what:  # torchvision's Caltech101 names its files nowhere else
+        if filename and str(filename) not in what:  # the only place where torchvision's Caltech101 names its files
             what += f" ({filename})"
         reason = f"{type(error).__name__}: {error}"
         if self.on_corrupt == "error":

@@ -1,4 +1,4 @@
-"""How a path is opened, and what its pictures are like, before anything is trained on them."""
+"""Opens a path as an image source, and inspects its pictures before training."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "F
 
 
 def open_images(path: str, split: str | None = None) -> Any:
-    """Open pictures by looking at what is there.
+    """Open a path as the image source that fits its contents.
 
     An ``.npz`` file is read by :class:`NpzImages`; ``.tar`` files by :class:`WebDatasetShards`; a folder with captions
-    (a metadata file, or text files of its pictures) by :class:`CaptionedFolder`; one that ``save_to_disk`` wrote by
-    :class:`HubImages`, as is a name on the hub; any other folder by :class:`ImageFolder`.
+    (a metadata file, or text files of its pictures) by :class:`CaptionedFolder`; a folder of ``save_to_disk`` or a name
+    on the hub by :class:`HubImages`; any other folder by :class:`ImageFolder`.
 
     Args:
         path: File, folder, pattern of shards, or name of a data set on the Hugging Face hub.
-        split: For data sets that have several.
+        split: Name of the split, for data sets with several.
 
     Raises:
-        DataError: If there is nothing, or nothing usable.
+        DataError: If nothing usable is found.
         ConfigError: If a package is missing.
     """
     place = Path(path).expanduser()
@@ -49,7 +49,7 @@ def open_images(path: str, split: str | None = None) -> Any:
     if place.suffix == ".tar" or any(place.glob("*.tar")):
         return WebDatasetShards(str(place))
     if not place.exists():
-        # A name in the form of a hub name is one; anything else is a folder that does not exist.
+        # Anything that does not look like a hub name is a folder that does not exist.
         is_name = path.count("/") == 1 and not path.startswith((".", "/", "~"))
         return HubImages(path, split or "train") if is_name else ImageFolder(place)
     if any((place / name).exists() for name in _HUB_FILES):
@@ -58,7 +58,7 @@ def open_images(path: str, split: str | None = None) -> Any:
 
 
 def _has_captions(root: Path) -> bool:
-    """Whether a folder has a metadata file, text files of its own pictures, or those of most pictures below it."""
+    """Whether a folder has a metadata file, or text files for its pictures or for most pictures below it."""
     folder = Folder(root)
     loose, other = folder.files(recursive=False)
     if any(Path(file).stem.lower() == "metadata" for file in other) or captions_beside(loose, other):
@@ -68,7 +68,7 @@ def _has_captions(root: Path) -> bool:
 
 
 class PictureFacts(NamedTuple):
-    """What is known of one picture."""
+    """Facts of one picture."""
 
     label: int | None  # None for captions
     width: int = 0  # pixels, upright
@@ -76,17 +76,17 @@ class PictureFacts(NamedTuple):
     is_grey: bool = False
     has_alpha: bool = False
     is_rotated: bool = False  # by its EXIF orientation
-    largest: int | None = None  # value of a picture of 16 bits
+    largest: int | None = None  # largest value of a 16-bit picture
     digest: str = ""  # of the pixels, upright and with their transparency
     error: str | None = None  # why it cannot be read
 
 
 class Inspection:
-    """What was found in a source: an entry of ``pictures`` for each of its pictures."""
+    """The facts of a source; ``pictures`` has an entry for each picture."""
 
     def __init__(self, source: Any, pictures: Sequence[PictureFacts]) -> None:
         self.source, self.pictures = source, list(pictures)
-        self.notes: list[str] = []  # what was warned of when it was opened
+        self.notes: list[str] = []  # warnings on opening it
         self.readable = [picture for picture in self.pictures if picture.error is None]
 
     def name(self, index: int) -> str:
@@ -94,14 +94,14 @@ class Inspection:
         return location_of(self.source, index) or f"image {index}"
 
     def counts(self) -> dict[str, int]:
-        """Pictures by the name or number of their class, in the order of the classes; empty for captions."""
+        """Number of pictures per class name or number, in the order of the classes; empty for captions."""
         counts = Counter(picture.label for picture in self.pictures if picture.label is not None)
         names = class_names_of(self.source) or []
         labels = range(max([*counts, len(names) - 1]) + 1) if counts else ()
         return {name_of_class(label, names): counts[label] for label in labels}
 
     def unreadable(self) -> dict[str, str]:
-        """Pictures that cannot be read, and why."""
+        """Pictures that cannot be read, with the reasons."""
         return {self.name(i): picture.error for i, picture in enumerate(self.pictures) if picture.error is not None}
 
     def duplicates(self) -> list[list[int]]:
@@ -114,9 +114,9 @@ class Inspection:
 
 
 def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] | None = None) -> Inspection:
-    """Decode every picture of a source, in worker processes if there are any, and record what it is like.
+    """Decode every picture of a source, in worker processes if there are any, and record its facts.
 
-    ``progress`` is called with the number of pictures that are done.
+    ``progress`` is called with the number of finished pictures.
 
     Raises:
         DataError: If the source yields anything but pictures.
@@ -145,9 +145,9 @@ def _facts_at(source: Any, labels: list[int] | None, index: int) -> PictureFacts
 
 
 def _facts_of(image: Any, label: int | None) -> PictureFacts:
-    """What one picture is like; raises what Pillow does on damaged bytes."""
+    """Facts of one picture; passes on Pillow's errors on damaged bytes."""
     largest = largest_value(image)
-    to_pixels(image, 1, 3)  # as training would, for its errors
+    to_pixels(image, 1, 3)  # as in training, for its errors
     if isinstance(image, Tensor):
         image = image.permute(1, 2, 0).squeeze(2).numpy() if image.ndim == 3 else image.numpy()
     if isinstance(image, np.ndarray):

@@ -1,4 +1,4 @@
-"""The target set as a model's frozen networks encode it, stored once: latents, embeddings, control maps."""
+"""The target set encoded once by a model's frozen networks: latents, embeddings, control maps."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class LatentCache(ShardReader):
-    """The posterior of every target picture's latents, in a folder of shards, memory-mapped.
+    """The latents' posterior of every target picture, in a memory-mapped folder of shards.
 
-    Mean and standard deviation are stored, so that each epoch draws new latents; and, where training mirrors pictures,
-    those of the mirror image too, since an autoencoder does not commute with mirroring. Each sample has what the
-    model's ``encode`` makes of a picture, ``latent_mean`` and ``latent_std`` (c, h, w) among them; the same of its
-    mirror image under ``mirrored.`` names; ``source_index``, int64: the picture that was encoded, not i where a damaged
-    file was skipped; and ``picture``, int64: a digest of the file or array it was, 0 if unknown.
+    Mean and standard deviation are stored, so that each epoch draws new latents; and, if training mirrors pictures,
+    those of the mirror image too, since an autoencoder does not commute with mirroring. Each sample has the outputs of
+    the model's ``encode``, including ``latent_mean`` and ``latent_std`` (c, h, w); those of its mirror image under
+    ``mirrored.`` names; ``source_index``, int64: the encoded picture, which is not i if a damaged file was skipped; and
+    ``picture``, int64: a digest of its file or array, 0 if unknown.
 
     Args:
         path: A finished cache.
@@ -71,33 +71,33 @@ class LatentCache(ShardReader):
         barrier: Callable[[], None] = lambda: None,
         progress: Callable[[int, int], None] | None = None,
     ) -> LatentCache:
-        """Open the cache of these pictures and this autoencoder; encode first what it lacks.
+        """Open the cache of these pictures and this autoencoder, after encoding what is missing.
 
-        A run that is stopped resumes at the shard where it was. Of a cache of other pictures, those that stayed the
-        same are kept and the others encoded. All ranks must call this function.
+        An interrupted build resumes at its shard. From a cache of other pictures, unchanged pictures are kept and the
+        others are encoded. All ranks must call this function.
 
         Args:
             path: The folder.
             targets: The pictures.
             encode: A batch as read, on the CPU => tensors to store, on any device: mean and standard deviation of the
-                scaled latents, (B, c, h, w) each, and whatever else is trained on.
-            spec: What decides the result, as plain JSON values: the autoencoder's fingerprint and scale.
-            mirrored: Whether mirror images are stored as well.
-            of_caption: Columns of ``encode`` that depend only on the caption. They are stored once for each distinct
+                scaled latents, (B, c, h, w) each, and other training data.
+            spec: What determines the result, as plain JSON values: the autoencoder's fingerprint and scale.
+            mirrored: Whether to store mirror images as well.
+            of_caption: Columns of ``encode`` that depend only on the caption. They are stored once per distinct
                 caption, as bfloat16, and read back with each picture.
             batch_size: Pictures in one call of ``encode``.
-            dtype: How floating-point tensors are stored. float16 halves the size and rounds by 2**-11 at
-                most, about 5e-4 for latents of unit variance; the first of 1000 diffusion steps adds noise of 1e-2.
-            shard_size: Pictures in a shard, of which a killed run loses at most two on each rank.
+            dtype: Type of stored floating-point tensors. float16 halves the size with a relative error of at most
+                2**-11, about 5e-4 for latents of unit variance; the first of 1000 diffusion steps adds noise of 1e-2.
+            shard_size: Pictures per shard; a killed run loses at most two shards per rank.
             num_workers: Worker processes that read pictures ahead, so that the autoencoder does not wait for them.
-            rank: This process.
+            rank: Rank of this process.
             world_size: Number of processes.
             barrier: Waits for all processes.
-            progress: Called with the pictures that this rank has done, and has to do in all.
+            progress: Called with this rank's number of finished pictures, and its total.
 
         Raises:
-            StoreError: The folder holds another cache, is damaged, the disk is full, or damaged pictures were skipped
-                to make it and ``targets`` refuses those.
+            StoreError: The folder holds another cache or is damaged, the disk is full, or the cache skipped damaged
+                pictures and ``targets`` refuses those.
             DataError: A picture cannot be read.
             ConfigError: ``encode`` does not return latents.
         """
@@ -113,11 +113,11 @@ class LatentCache(ShardReader):
                 "pictures": len(targets),
             },
         }
-        if not mirrored and (Path(path) / MANIFEST).exists():  # one with mirror images contains all that is needed
+        if not mirrored and (Path(path) / MANIFEST).exists():  # a cache with mirror images has all that is needed
             full_spec["mirrored"] = mirrored = Manifest.load(Path(path) / MANIFEST).plan.spec == full_spec | {
                 "mirrored": True
             }
-        digests = cache(targets.picture_digests)  # needed only where something is encoded
+        digests = cache(targets.picture_digests)  # needed only if something is encoded
 
         def replaces(other: BuildPlan) -> bool:
             pictures = {"identity": targets.identity(), "pictures": len(targets)}
@@ -167,11 +167,11 @@ class LatentCache(ShardReader):
         """A training batch of the pictures at B indices, or of the mirror images of those with a flip.
 
         Returns:
-            What was stored, floating-point tensors as float32: ``latent_mean`` and ``latent_std`` (B, c, h, w), and
+            The stored tensors, floating-point ones as float32: ``latent_mean`` and ``latent_std`` (B, c, h, w), and
             ``class_labels`` (B,) int64 or ``prompt_embeds`` (B, L, D).
 
         Raises:
-            ConfigError: A mirror image is requested, and the cache was made without them.
+            ConfigError: A mirror image is requested, but the cache has none.
         """
         pictures, mirrored = torch.as_tensor(indices), torch.as_tensor(flips, dtype=torch.bool)
         if mirrored.any() and not self.spec.get("mirrored"):
@@ -189,7 +189,7 @@ class LatentCache(ShardReader):
         return cast("TargetBatch", {n: t.float() if t.is_floating_point() else t for n, t in samples.items()})
 
     def replaced(self) -> dict[int, int]:
-        """The damaged pictures that were skipped, and the picture that stands in for each, by index."""
+        """Indices of the damaged pictures that were skipped => indices of their replacements."""
         replaced: dict[int, int] = {}
         for shard in range(self.plan.num_shards):
             with safe_open(self.path / shard_name(shard), framework="pt") as file:  # one column, not the latents
@@ -218,7 +218,7 @@ _Pictures = tuple[TargetBatch, Tensor] | None
 
 
 def _pictures_at(targets: ImageTargets, work: list[list[int]], position: int) -> _Pictures:
-    """The pictures at one list of indices, and which ones were read, (B,) int64; ``None`` of an empty list."""
+    """Pictures at a list of indices, and the indices that were read, (B,) int64; ``None`` for an empty list."""
     items = [targets.read(index) for index in work[position]]
     if not items:
         return None
@@ -226,12 +226,12 @@ def _pictures_at(targets: ImageTargets, work: list[list[int]], position: int) ->
 
 
 def _caption_store(path: Path, spec: dict[str, Any]) -> CaptionStore:
-    """Captions as this encoder encodes them; the folder may hold an unfinished cache of another encoder."""
+    """The store of this encoder's captions; the folder may hold an unfinished cache of another encoder."""
     return CaptionStore(path / f"{_CAPTIONS}-{json_digest(spec['autoencoder'])[:12]}")
 
 
 def _encoded(folders: Sequence[Path], digests: Tensor | None) -> dict[int, tuple[Path, int]]:
-    """Which pictures, by index, earlier shards have encoded: the file and the row."""
+    """The file and row of each picture, by index, in earlier shards."""
     rows: dict[int, tuple[Path, int]] = {}
     for folder in folders if digests is not None else []:
         for shard in sorted(folder.glob("shard-*.safetensors")):
@@ -247,7 +247,7 @@ def _row(shard: Path, row: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _encode(encode: Encode, batch: TargetBatch, mirrored: bool) -> dict[str, Tensor]:
-    """What is stored of pictures and, if asked for, of their mirror images, on the CPU."""
+    """The tensors to store for pictures and, if ``mirrored``, their mirror images, on the CPU."""
     columns: dict[str, Tensor] = {}
     count = len(batch["pixel_values"])
     for prefix, pictures in {"": batch, **({_MIRRORED: mirror(batch)} if mirrored else {})}.items():

@@ -19,19 +19,19 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class MemoryBank(ShardReader):
-    """A finished memory bank, opened read-only; cheap to open, to pickle and to read from.
+    """A finished memory bank, opened read-only; cheap to open, pickle and read.
 
     Sample i is an ``x0`` drawn from the pre-trained model with its own seed. Opening checks the manifest and every
-    shard's size and header; :meth:`verify` reads every byte. ``spec`` is the generator's ``bank_spec()`` and the stored
-    dtype.
+    shard's size and header; :meth:`verify` reads every byte. ``spec`` is the generator's ``bank_spec()`` with the
+    stored dtype.
 
     Args:
         path: The folder.
-        num_samples: How many of its samples are used, the first ones; ``None`` is all.
+        num_samples: Number of samples to use, the first ones; ``None`` is all.
 
     Raises:
         StoreError: There is no finished bank, it is damaged, or it has fewer samples; the message names the file and
-            what to do.
+            the remedy.
 
     Example:
         >>> class Constant:
@@ -71,26 +71,26 @@ class MemoryBank(ShardReader):
         progress: Callable[[int, int], None] | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> MemoryBank:
-        """Open a bank, after generating what is still missing of it.
+        """Open a bank, after generating its missing samples.
 
-        Sample i depends only on the generator and i, so a smaller bank of the same generator and settings grows, an
-        interrupted build is resumed, and of a larger bank the first samples are used.
+        Sample i depends only on the generator and i, so a smaller bank of the same generator and settings is extended,
+        an interrupted build is resumed, and the first samples of a larger bank are used.
 
         Args:
             path: The folder.
             generator: The pre-trained model.
             num_samples: Samples in the bank (5K to 200K in Fig. 6d).
-            batch_size: Most samples generated together.
-            shard_size: Samples in a shard, of which a killed run loses at most two on each rank.
-            dtype: How latents, and other columns of floating-point numbers, are stored.
-            rank: This process.
+            batch_size: Largest number of samples generated together.
+            shard_size: Samples per shard; a killed run loses at most two shards per rank.
+            dtype: Type of stored latents and other floating-point columns.
+            rank: Rank of this process.
             world_size: Number of processes; all must call this.
             barrier: Waits for all processes.
-            progress: Called with the samples that this rank has done, and has to do in all.
-            context: What samples are generated in, such as a trainer's precision.
+            progress: Called with this rank's number of finished samples, and its total.
+            context: Context manager for generating, such as a trainer's precision.
 
         Raises:
-            StoreError: The folder was made by another model or other settings, is damaged, or the disk is full.
+            StoreError: The folder belongs to another model or other settings, is damaged, or the disk is full.
             ConfigError: A size below 1 or an unknown dtype.
         """
         if dtype not in _DTYPES:
@@ -122,11 +122,10 @@ class MemoryBank(ShardReader):
             indices: (B,) int64 in [0, len(self)).
 
         Returns:
-            ``latents`` (B, c, h, w) and whatever else the bank's generator made, (B, ...) each, float32 where they are
-            floating-point numbers.
+            ``latents`` (B, c, h, w) and the generator's other columns, (B, ...) each, floating-point ones as float32.
 
         Raises:
-            IndexError: An index lies outside the bank.
+            IndexError: An index is outside the bank.
         """
         tensors = self.rows(indices)
         return cast("RetentionBatch", {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})

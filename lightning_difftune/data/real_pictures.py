@@ -1,4 +1,4 @@
-"""The pictures of a data module: read alike, their classes joined by name, and shown to those who compare with them."""
+"""The real pictures of a data module: training and held-out ones with matched classes, also for metrics."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import largest_value
 from lightning_difftune.protocols import TargetBatch
 
-# How many 16-bit pictures are checked, and up to which number of bits they count as a mistake (cameras, microscopes).
+# Number of 16-bit pictures to check, and largest number of used bits that is an error (cameras, microscopes).
 _DEPTH_SAMPLES = 16
 MOST_WRONG_BITS = 14
-FEW_PICTURES = 10  # of a class
+FEW_PICTURES = 10  # per class
 
 
 class RealPictures(L.LightningDataModule):
-    """Training and held-out pictures; shown, they are always in the same order and never mirrored.
+    """Training and held-out pictures, for metrics always in the same order and never mirrored.
 
     Args:
         target: The training pictures.
-        val_target: Those held out, if there are any.
+        val_target: The held-out pictures, if any.
         num_classes: Classes of the target; ``None`` for captions.
         image_size: Side of the pictures in pixels.
         channels: 1 (grey) or 3 (RGB).
-        on_corrupt: What to do about a picture that cannot be read.
-        reference: Which of the two FID compares with.
-        batch_size: Pictures that are shown together.
+        on_corrupt: Policy on pictures that cannot be read.
+        reference: Which of the two are FID's real pictures.
+        batch_size: Pictures per batch.
 
     Raises:
         ConfigError: If the target has class labels and ``num_classes`` is not set.
-        DataError: If a label is outside the label table, or the held-out pictures have a class of their own.
+        DataError: If a label is outside the label table, or the held-out pictures have a class that the target lacks.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RealPictures(L.LightningDataModule):
         self.build_batch_size = batch_size
         self.target = ImageTargets(target, image_size, channels, on_corrupt)
         self.val_target: ImageTargets | None = None
-        names = self.target.class_names  # an error where the parts of the target number their classes differently
+        names = self.target.class_names  # an error if the parts of the target number their classes differently
         if val_target is not None:
             require_source(val_target)
             held_out = val_target if num_classes is None else joined_by_name(val_target, names)
@@ -82,11 +82,11 @@ class RealPictures(L.LightningDataModule):
 
     @property
     def class_names(self) -> list[str] | None:
-        """Names of the target's classes in the order of their labels, where its source has them."""
+        """Names of the target's classes in the order of their labels, if its source has any."""
         return self.target.class_names if self.num_classes is not None else None
 
     def setup(self, stage: str) -> None:
-        """Warn of classes that are too small to be learned, and refuse pictures that would come out black."""
+        """Warn of classes that are too small to learn, and refuse pictures that would be black."""
         if stage != "fit":
             return
         check_depth(self.target)
@@ -131,7 +131,7 @@ class RealPictures(L.LightningDataModule):
 
     @property
     def num_control_examples(self) -> int:
-        """Held-out pictures that controls can be taken from; 0 without ``val_target``."""
+        """Number of held-out pictures for controls; 0 without ``val_target``."""
         return len(self.val_target) if self.val_target is not None else 0
 
     def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
@@ -155,7 +155,7 @@ class RealPictures(L.LightningDataModule):
 
 
 def check_depth(targets: ImageTargets) -> None:
-    """Look at a few 16-bit pictures: if no value is large, they hold fewer bits and would be nearly black.
+    """Check a few 16-bit pictures: if no value is large, they use fewer bits and would be nearly black.
 
     Raises:
         DataError: If all of them have values of 14 bits or fewer.
@@ -164,7 +164,7 @@ def check_depth(targets: ImageTargets) -> None:
     for index in np.unique(np.linspace(0, len(targets) - 1, _DEPTH_SAMPLES).astype(int)).tolist():
         try:
             found = largest_value(targets.source[index][0])
-        except Exception:  # reported when it is read, by the policy on damaged pictures
+        except Exception:  # reported on reading, by the policy on damaged pictures
             continue
         if found is None:
             return
@@ -184,7 +184,7 @@ class LabelledTargets:
     Args:
         read: Reads pictures or cached latents by indices and flips.
         num_classes: Classes of the target; ``None`` if its pictures have captions.
-        where: Names picture i in the error.
+        where: Maps i to the picture's name in the error.
     """
 
     def __init__(self, read: ReadTarget, num_classes: int | None, where: Callable[[int], str]) -> None:
@@ -207,7 +207,7 @@ class LabelledTargets:
 def check_labels(
     labels: Tensor | Sequence[int] | npt.NDArray[np.integer[Any]], num_classes: int, where: Callable[[int], str]
 ) -> None:
-    """Refuse labels (N,) below 0 or above ``num_classes - 1``; the error names the first one as ``where`` does.
+    """Refuse labels (N,) below 0 or above ``num_classes - 1``; the error names the first one by ``where``.
 
     Example:
         >>> check_labels([0, 1, 2], 3, "image {}".format)
@@ -232,7 +232,7 @@ def check_labels(
 
 
 def describe_small_classes(labels: Tensor, num_classes: int, names: Sequence[str] | None = None) -> str | None:
-    """A sentence about those of the labels (N,) with few pictures, the smallest first; ``None`` if all have enough.
+    """A warning about classes with few of the labels (N,), the smallest first; ``None`` if all have enough.
 
     Example:
         >>> describe_small_classes(torch.tensor([0] * 12 + [1] * 3), 2, ["ant", "bee"])

@@ -1,6 +1,6 @@
-"""What can be known about an image source without decoding it: labels, file names, class names, a content hash.
+"""Facts of an image source without decoding it: labels, file names, class names, a content hash.
 
-Sources offer it as attributes. torchvision has no common name for them, so its names are listed here, in one place.
+Sources have them as attributes. torchvision has no common names for them, so its names are listed here.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _CLASS_NAME_ATTRIBUTES = ("class_names", "classes", "categories")
 
 
 class ImageSource(Protocol):
-    """What a data source of your own must be: pictures by number, each with a class index or a caption.
+    """Interface of data sources: pictures by index, each with a class index or a caption.
 
-    Any map-style data set is one, including torchvision's. The attributes and methods below are optional; a page of the
+    Any map-style data set is one, including torchvision's. The attributes and methods below are optional; the
     documentation has an example.
 
     - ``labels``: all class indices (N,), integers. Needed for ``class_balanced`` and few-shot partitions, and checked
       before a run starts.
-    - ``class_names``: names in the order of the indices. Held-out pictures are joined with the target's by them.
+    - ``class_names``: names in the order of the indices. They match the classes of held-out pictures to the target's.
     - ``captions``: all N captions, in place of labels.
-    - ``paths``: the N files. ``describe(index)``: a name for picture ``index`` in messages, where it has no file.
-    - ``content_digest()``: a text that changes whenever a picture does; a latent cache is compared with it. Without it,
-      sources of files are judged by names, sizes and times, and others by 64 of their pictures.
-    - ``picture_digests()``: N texts, each of which changes when that picture does. With them, a latent cache of other
-      pictures encodes those that changed and keeps the rest. Sources of files and of arrays need none.
+    - ``paths``: the N files. ``describe(index)``: a name for picture ``index`` in messages, if it has no file.
+    - ``content_digest()``: a string that changes when a picture does, for comparison with a latent cache. Without it,
+      sources of files are identified by names, sizes and times, and others by 64 of their pictures.
+    - ``picture_digests()``: N strings, each of which changes when that picture does. With them, a latent cache encodes
+      only changed pictures and keeps the rest. Sources of files and arrays do not need them.
     - ``control_paths``: the N files of control maps.
-    - ``left_out``: how many files of which kind are not used, for ``difftune data check``.
+    - ``left_out``: numbers of unused files by kind, for ``difftune data check``.
     """
 
     def __len__(self) -> int:
-        """How many pictures there are, N."""
+        """Number of pictures, N."""
         ...
 
     def __getitem__(self, index: int, /) -> tuple[Any, ...]:
@@ -59,7 +59,7 @@ class ImageSource(Protocol):
 
 
 class Relabelled(Dataset[tuple[Any, ...]]):
-    """A source with other labels or captions; everything else is that of the source that it wraps.
+    """A source with other labels or captions; everything else is the wrapped source's.
 
     Args:
         source: The source.
@@ -77,21 +77,21 @@ class Relabelled(Dataset[tuple[Any, ...]]):
         return paths_of(self.source)
 
     def describe(self, index: int) -> str:
-        """Where picture ``index`` is, for messages."""
+        """The location of picture ``index``, for messages."""
         return location_of(self.source, index) or f"image {index}"
 
     def content_digest(self) -> str | None:
-        """A hash of pictures and labels, or None where only reading the pictures would tell."""
+        """A hash of pictures and labels; ``None`` if only reading the pictures would tell."""
         content = None if transforms_pictures(self.source) else content_digest_of(self.source)
         return None if content is None else array_digest(content, *self._label_facts())
 
     def _label_facts(self) -> Sequence[npt.NDArray[Any] | str]:
-        """What decides the labels or captions, in addition to the source."""
+        """What determines the labels or captions, in addition to the source."""
         raise NotImplementedError
 
 
 def require_source(source: Any) -> None:
-    """Raise :class:`DataError` unless pictures can be read by number."""
+    """Raise :class:`DataError` unless pictures can be read by index."""
     if isinstance(source, DataLoader):
         wrong = "a DataLoader, whose batches are made already; pass its data set"
     elif isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
@@ -109,10 +109,10 @@ def require_source(source: Any) -> None:
 
 
 def labels_of(source: Any) -> torch.Tensor | None:
-    """Class indices of all pictures, (N,) int64, or None where only reading the pictures would tell.
+    """Class indices of all pictures, (N,) int64; ``None`` if only reading the pictures would tell.
 
-    ``Subset`` and ``ConcatDataset`` are looked through. The labels of a source with a ``target_transform``, which
-    changes them as it is read, are unknown.
+    ``Subset`` and ``ConcatDataset`` are unwrapped. The labels of a source with a ``target_transform``, which changes
+    them on reading, are unknown.
     """
     if isinstance(source, Subset):
         inner = labels_of(source.dataset)
@@ -134,7 +134,7 @@ def labels_of(source: Any) -> torch.Tensor | None:
 
 
 def paths_of(source: Any) -> list[str] | None:
-    """The file of every picture, or None where pictures are not in files of their own or their names are unknown."""
+    """The file of every picture; ``None`` if pictures are not separate files or their names are unknown."""
     if isinstance(source, Subset | ConcatDataset):
         return _looked_through(source, paths_of)
     candidates = [getattr(source, name, None) for name in _PATH_ATTRIBUTES]
@@ -146,7 +146,7 @@ def paths_of(source: Any) -> list[str] | None:
 
 
 def captions_of(source: Any) -> list[str] | None:
-    """The caption of every picture, where the source has captions and knows them without reading its pictures."""
+    """The caption of every picture, if the source has captions and knows them without reading its pictures."""
     if isinstance(source, Subset | ConcatDataset):
         return _looked_through(source, captions_of)
     captions = getattr(source, "captions", None)
@@ -154,7 +154,7 @@ def captions_of(source: Any) -> list[str] | None:
 
 
 def location_of(source: Any, index: int) -> str | None:
-    """The file, or the entry of a file, that picture ``index`` comes from, for messages."""
+    """The file, or entry in a file, of picture ``index``, for messages."""
     if isinstance(source, Subset):
         return location_of(source.dataset, int(source.indices[index]))
     if hasattr(source, "describe"):
@@ -188,18 +188,18 @@ def class_names_of(source: Any) -> list[str] | None:
 
 
 def name_of_class(label: int, names: Sequence[str] | None) -> str:
-    """The name of a class, or ``class 7`` where it is unknown."""
+    """The name of a class, or ``class 7`` if it is unknown."""
     return names[label] if names is not None and 0 <= label < len(names) else f"class {label}"
 
 
 def content_digest_of(source: Any) -> str | None:
-    """A hash that changes with the stored pictures, or None where only reading the pictures would tell.
+    """A hash that changes with the stored pictures; ``None`` if only reading the pictures would tell.
 
-    Files count with their name below the common folder, size and modification time in seconds, so a hundred thousand
-    of them take about a second; arrays count with their bytes.
+    It covers the files' names below the common folder, sizes and modification times in seconds, so a hundred thousand
+    files take about a second; for arrays, the bytes.
     """
     if hasattr(source, "content_digest"):
-        digest = source.content_digest()  # None from one that wraps a source of unknown content
+        digest = source.content_digest()  # None from a wrapper of a source with unknown content
         return None if digest is None else str(digest)
     paths = paths_of(source)
     if paths is not None:
@@ -218,10 +218,10 @@ def content_digest_of(source: Any) -> str | None:
 
 
 def picture_digests_of(source: Any) -> list[str] | None:
-    """A text for every picture that changes with what is stored of it, or None where only reading would tell.
+    """A string per picture that changes with the stored picture; ``None`` if only reading would tell.
 
-    A source's own ``picture_digests()`` come first. Of a file it is the name with that of its folder, the size and the
-    modification time in seconds; of an array the SHA-256 of its bytes.
+    A source's own ``picture_digests()`` come first. For a file it is its name with that of its folder, its size and its
+    modification time in seconds; for an array the SHA-256 of its bytes.
     """
     if transforms_pictures(source):
         return None
@@ -251,14 +251,14 @@ def stat_digest(paths: Sequence[str]) -> str:
         try:
             status = os.stat(path)
             facts = f"{status.st_size} {int(status.st_mtime)}"
-        except FileNotFoundError:  # reported when it is read
+        except FileNotFoundError:  # reported on reading
             facts = "missing"
         digest.update(f"{name}\0{facts}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def transforms_pictures(source: Any) -> bool:
-    """Whether a torchvision ``transform`` stands between the stored pictures and the yielded ones."""
+    """Whether a torchvision ``transform`` changes the stored pictures."""
     if isinstance(source, Subset):
         return transforms_pictures(source.dataset)
     if isinstance(source, Relabelled):
@@ -274,7 +274,7 @@ def _sample_lists(source: Any) -> list[Sequence[tuple[Any, Any]]]:
 
 
 def _looked_through(source: Subset | ConcatDataset, fact: Callable[[Any], list[str] | None]) -> list[str] | None:
-    """A fact of every picture of a part or a chain of other sources, if all of them know it."""
+    """A fact of every picture of a ``Subset`` or ``ConcatDataset``, if all of its sources know it."""
     if isinstance(source, Subset):
         inner = fact(source.dataset)
         return None if inner is None else [inner[i] for i in source.indices]

@@ -1,4 +1,4 @@
-"""WebDataset shards as an image source: tar files whose members are found by number, without unpacking them."""
+"""WebDataset shards as an image source: tar files whose members are read by index, without unpacking."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class _Member(NamedTuple):
-    """Where a file lies in a shard."""
+    """The position of a file in a shard."""
 
     shard: int
     offset: int
@@ -42,22 +42,22 @@ class _Member(NamedTuple):
 
 
 class WebDatasetShards(Dataset[tuple[Any, ...]]):
-    """Pictures in WebDataset's layout: tar files with ``key.jpg`` and, of the same key, ``key.cls`` or ``key.txt``.
+    """Pictures in WebDataset's layout: tar files with ``key.jpg`` and, for the same key, ``key.cls`` or ``key.txt``.
 
     The shards are read by position, not as a stream: their tables of contents are read once, which takes a few
-    microseconds per picture, and then every picture can be read by number. So a run can be repeated, resumed and
-    spread over more processes, as with files. Shards must be local and uncompressed for that.
+    microseconds per picture; then every picture can be read by index. So a run can be repeated, resumed and spread
+    over more processes, as with files. Shards must be local and uncompressed.
 
     Args:
         shards: A file, a folder of ``.tar`` files, a pattern such as ``"data/train-{000..011}.tar"`` or
             ``"data/train-*.tar"``, or a list of files.
         class_names: Names of the classes, in the order of the numbers in ``.cls``.
-        label_extension: The files of class numbers.
-        caption_extension: The files of captions, used where there are no class numbers.
+        label_extension: Extension of the files with class numbers.
+        caption_extension: Extension of the files with captions, used if there are no class numbers.
 
     Raises:
-        DataError: There are no shards, or no pictures in them; one is damaged or compressed; a picture has no label and
-            others do, or one that is not a number.
+        DataError: There are no shards, or no pictures in them; a shard is damaged or compressed; only some pictures
+            have labels, or a label is not a number.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
             return file.read(member.size)
 
     def describe(self, index: int) -> str:
-        """Where picture ``index`` is, for messages."""
+        """The location of picture ``index``, for messages."""
         return f"{self.names[index]} in {self.shards[self._pictures[index].shard]}"
 
     def content_digest(self) -> str:
@@ -135,7 +135,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
     def picture_digests(self) -> list[str]:
         """The name, size and modification time of every picture in its shard.
 
-        Where all pictures of a shard have the same time, it says nothing, so the size and time of the shard are added.
+        If all pictures of a shard have the same time, the time says nothing, so the shard's size and time are added.
         """
         times: dict[int, set[float]] = {}
         for picture in self._pictures:
@@ -146,7 +146,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
 
 
 def _find_shards(shards: str | Sequence[str] | Path) -> list[str]:
-    """The files that a path, pattern or list means."""
+    """The files of a path, pattern or list."""
     if isinstance(shards, str | Path) and str(shards).startswith("~"):
         shards = os.path.expanduser(shards)
     if not isinstance(shards, str | Path):
@@ -169,7 +169,7 @@ def _find_shards(shards: str | Sequence[str] | Path) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """The names that a range in braces means: ``a-{08..10}.tar`` is ``a-08.tar``, ``a-09.tar`` and ``a-10.tar``."""
+    """Expand a range in braces: ``a-{08..10}.tar`` is ``a-08.tar``, ``a-09.tar`` and ``a-10.tar``."""
     found = _RANGE.search(pattern)
     if found is None:
         return [pattern]

@@ -95,7 +95,7 @@ class ReconstructionQuality:
     so a run of 0 steps is enough. Its metrics show which part of a model's distance is not due to denoising:
 
     - ``fd_..._real`` (``fid_real`` with Inception-v3): distance of training pictures, which a perfect model would have;
-      - ``fd_..._reconstructed``: of the same pictures encoded and decoded, which a perfect denoiser would have;
+    - ``fd_..._reconstructed``: of the same pictures encoded and decoded, which a perfect denoiser would have;
     - ``psnr``: the peak signal-to-noise ratio of the reconstructions in dB, 20 log10 255 - 10 log10 of the mean squared
       error of their uint8 values.
 

@@ -30,8 +30,8 @@ class FrozenAutoencoder(Frozen):
     Args:
         source: Hub repository, local folder, or an ``AutoencoderKL``, which is frozen in place.
         scaling_factor: Multiplies raw latents so that they have about unit variance; by default that of the
-        autoencoder's ``config.json``, 0.18215 for Stable Diffusion's. Its ``shift_factor``, or ``latents_mean`` and
-        ``latents_std``, are also read from there.
+            autoencoder's ``config.json``, 0.18215 for Stable Diffusion's. Its ``shift_factor``, or ``latents_mean`` and
+            ``latents_std``, are also read from there.
         subfolder: Folder of the autoencoder in ``source``, such as ``"vae"`` of a pipeline.
         dtype: Precision of its weights and computation, independent of autocast.
 

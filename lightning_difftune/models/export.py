@@ -49,7 +49,7 @@ def export_dit(
         CheckpointError: If ``path`` exists or cannot be written, the model has layers beyond a plain DiT's or values
             that are not finite, or the written model computes another function. The draft is then deleted, and an
             existing ``path`` stays.
-            ConfigError: If the format is not one of the two.
+        ConfigError: If the format is not one of the two.
     """
     path = Path(path)
     if format not in ("safetensors", "diffusers"):

@@ -23,13 +23,13 @@ class RunKeeper(Callback):
 
     - Checkpoints are written atomically, and damaged ones are refused (:class:`AtomicCheckpointIO`).
     - Settings of the optimizer and its scheduler that changed since the checkpoint take effect, as does the
-    patience of ``EarlyStopping``, or are refused. Everything else is restored to the bit.
+      patience of ``EarlyStopping``, or are refused. Everything else is restored to the bit.
     - Batches stay float32 at any precision: bf16-true would round pictures, cached latents and the bank's. The inputs
-    of networks are cast in one place, :func:`~lightning_difftune.models.casts.takes_its_own_type`.
+      of networks are cast in one place, :func:`~lightning_difftune.models.casts.takes_its_own_type`.
     - The last step is validated unless validation is off, and ``last.ckpt`` holds the last step, at any interval of
-    validation and checkpoints.
+      validation and checkpoints.
     - A checkpoint within an accumulation window holds the accumulated gradients, and a resumed run does not save the
-    checkpoint that it was resumed from again.
+      checkpoint that it was resumed from again.
     """
 
     def __init__(self) -> None:

@@ -57,8 +57,8 @@ class TextPipelineModule(DiffTuningModule, ABC):
         tuner: A parameter-efficient method; ``None`` trains the whole network.
         sampler: How pictures are generated; unset fields are the family's, for Stable Diffusion DPM-Solver++ in 20
             steps with guidance 7.5.
-            bank_sampler: How the memory bank is generated; unset fields are those of ``sampler``, without guidance.
-            seed: Seed of the training draws, the generated pictures and the bank.
+        bank_sampler: How the memory bank is generated; unset fields are those of ``sampler``, without guidance.
+        seed: Seed of the training draws, the generated pictures and the bank.
 
     Raises:
         ConfigError: If the prompts are empty lists, the dropout is out of range or, when the networks are built, if

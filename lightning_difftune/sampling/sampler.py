@@ -34,7 +34,7 @@ class Sampler:
         guidance_channels: Number of guided leading channels; ``null`` guides all, ``"family"`` as many as the family.
         domain_guidance: Take the unconditional branch from the frozen pre-trained network (arXiv 2504.01521).
         pretrained_tail: Share of the steps, those nearest to the data, that the pre-trained network does instead of
-        the tuned one (Fig. 1 of the paper).
+            the tuned one (Fig. 1 of the paper).
 
     Raises:
         ConfigError: If there is no step or no guided channel, the share is outside [0, 1), or a name is not a

@@ -33,8 +33,8 @@ class LoRA(ParameterEfficientTuner):
         rank: Rank r of the updates.
         alpha: Updates are scaled by alpha / r. The value behind Table 1 is not public; the default, r, scales by 1.
         target_modules: Names, or last parts of names, of the updated linear layers, as in ``peft``. By default the
-        network's query and value projections: ``q`` and ``v`` of a DiT, ``to_q`` and ``to_v`` of diffusers'
-        networks.
+            network's query and value projections: ``q`` and ``v`` of a DiT, ``to_q`` and ``to_v`` of diffusers'
+            networks.
 
     Raises:
         ConfigError: If the rank is not positive.

@@ -1,4 +1,4 @@
-"""``difftune compare``: a list of configs over seeds, into one table."""
+"""``difftune compare``: runs a list of configs over seeds, and tabulates the results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ share a file system, divide the runs among themselves."""
 
 
 def compare(argv: Sequence[str]) -> None:
-    """Write the tables and figures of a study; with ``--run``, do what is missing of it first."""
+    """Write the tables and figures of a study; with ``--run``, do the missing runs first."""
     parser = CommandParser("compare", DESCRIPTION)
     parser.usage = "difftune compare STUDY.yaml [options]"
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="the study file")
@@ -85,7 +85,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
-    """The runs of these names."""
+    """The runs with these names."""
     unknown = [name for name in names or () if name not in study.runs]
     if unknown:
         raise ConfigError(f"{study.path} has no run {unknown[0]!r}; its runs are {', '.join(study.runs)}.")
@@ -93,7 +93,7 @@ def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
 
 
 def list_jobs(jobs: Sequence[Job], console: Console) -> None:
-    """Print for each run whether it is finished, started or to do."""
+    """Print each run's status: finished, started or to do."""
     for job in jobs:
         changed = job.differences()
         if changed:
@@ -107,7 +107,7 @@ def list_jobs(jobs: Sequence[Job], console: Console) -> None:
 
 
 def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
-    """Forget results and unfinished runs of another config if asked to, else refuse to add to them."""
+    """Refuse to add to results and unfinished runs of another config, or delete them if ``rerun``."""
     for job in jobs:
         differences = job.differences()
         if differences and not rerun:
@@ -126,7 +126,7 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
-    """Do the runs that have no result and that no process is doing, one after the other; returns those that failed."""
+    """Do the runs without a result that no other process is doing, one by one; returns those that failed."""
     failed = []
     for number, job in enumerate(jobs, start=1):
         count = f"{number}/{len(jobs)} {job.name}"
@@ -138,7 +138,7 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
             console.print(f"{count}: another process is doing it")
             continue
         try:
-            if job.result() is None:  # and another process has not finished it in the meantime
+            if job.result() is None:  # another process may have finished it meanwhile
                 failed += [] if run_job(job, count, console) else [job]
         finally:
             lock.release()
@@ -146,7 +146,7 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
 
 
 def run_job(job: Job, count: str, console: Console) -> bool:
-    """Do one run in a process of its own; whether it has a result now."""
+    """Do one run in its own process, and return whether it has a result now."""
     job.discard_leftovers()
     checkpoint, log = job.checkpoint(), job.folder / "log.txt"
     console.print(f"{count}: log in {log}{'' if checkpoint is None else f', resumes from {checkpoint.name}'}")
@@ -173,10 +173,10 @@ def run_job(job: Job, count: str, console: Console) -> bool:
 
 
 def start_process(folder: Path) -> int:
-    """Do a run in a process of its own, so that its memory is freed and a crash does no harm; returns its exit status.
+    """Do a run in its own process, which frees its memory and isolates crashes; returns its exit status.
 
-    The run's standard input is a pipe that nothing is written to. However this process ends, the pipe ends with it,
-    and the run saves and stops: see :func:`~lightning_difftune.cli.compare.work.stop_with_parent`.
+    The run's standard input is a pipe without content. When this process ends in any way, the pipe closes, and the run
+    saves and stops: see :func:`~lightning_difftune.cli.compare.work.stop_with_parent`.
     """
     command = [sys.executable, "-m", "lightning_difftune.cli.compare.work", str(folder)]
     with (
@@ -187,7 +187,7 @@ def start_process(folder: Path) -> int:
 
 
 def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console: Console) -> None:
-    """Write tables and figures of all results that are there, not of ``jobs`` alone, and print the table."""
+    """Write tables and figures of all existing results, not only of ``jobs``, and print the table."""
     results: list[tuple[StudyRun, Mapping[str, Any]]] = []
     grids: dict[str, Path] = {}  # of each run's first seed
     composed = [(job.run, job.seed) for job in jobs]
@@ -206,6 +206,6 @@ def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console:
     lines = comparison(study, results)
     write_tables(study, lines, kept, console)
     draw_figures(study, lines, output / "figures")
-    if all(path.is_file() for path in grids.values()):  # those of kept results may be on another machine
+    if all(path.is_file() for path in grids.values()):  # grids of kept results may be on another machine
         atomic_write(kept / "samples.png", contact_sheet(grids))
     console.print(f"Tables {kept / 'table.csv'}, {kept / 'table.md'}; figures in {output / 'figures'}")

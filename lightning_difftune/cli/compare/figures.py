@@ -21,12 +21,12 @@ EWC_LABELS = {"ewc/total": "squared L2 distance, sum", "ewc/mean": "squared L2 d
 
 
 def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
-    """Draw what there are results for, as PNG and SVG.
+    """Draw the figures that there are results for, as PNG and SVG.
 
     ``curves`` is the main metric over the steps (Fig. 6a), ``final`` the metrics at the end, ``ewc`` the distance from
-    the pre-trained weights (Fig. 5), ``sweep`` the metrics over each quantity that runs are ``at``, such as tau (Figs.
+    the pre-trained weights (Fig. 5), ``sweep`` the metrics over each quantity in the runs' ``at``, such as tau (Figs.
     6c and 6d), and ``gains`` the change of the main metric over the study's ``gain_over``. Bars of a single run and
-    sweeps of a single value compare nothing and are not drawn.
+    sweeps of a single value are not drawn.
     """
     folder.mkdir(parents=True, exist_ok=True)
     main = next(iter(study.metrics))
@@ -48,7 +48,7 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
 
 
 def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
-    """One panel for each method, or for each quantity and method where runs are ``at`` something."""
+    """One panel per method, or per quantity and method if runs have an ``at``."""
     panels: dict[str, dict[str, Any]] = defaultdict(dict)
     swept = {line.run.method for line in lines if line.run.at}
     for line in lines:
@@ -76,7 +76,7 @@ def by_step(histories: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[floa
 
 
 def bars_figure(study: Study, lines: Sequence[Line], labels: Mapping[str, str]) -> Figure:
-    """One panel for each metric: methods with their groups side by side, or else one bar for each run that has any."""
+    """One panel per metric: methods with their groups side by side, or one bar per run that has the metric."""
     lines = [line for line in lines if any(line.values.get(metric) for metric in labels)]
     groups = list(dict.fromkeys(line.run.group for line in lines))
     paired = len({(line.run.method, line.run.group) for line in lines}) == len(lines) and len(groups) <= MOST_GROUPS
@@ -94,7 +94,7 @@ def bars_figure(study: Study, lines: Sequence[Line], labels: Mapping[str, str]) 
 
 
 def sweep_figure(study: Study, lines: Sequence[Line], quantities: Sequence[str]) -> Figure:
-    """The metrics over each quantity, a curve for each method and group."""
+    """The metrics over each quantity, one curve per method and group."""
     figure, axes = grid(study, len(study.metrics), len(quantities))
     panels = [(metric, quantity) for metric in study.metrics for quantity in quantities]
     for axis, (metric, quantity) in zip(axes, panels, strict=True):
@@ -114,7 +114,7 @@ def sweep_figure(study: Study, lines: Sequence[Line], quantities: Sequence[str])
 
 
 def gains_figure(study: Study, lines: Sequence[Line], main: str) -> Figure:
-    """Each run's change of the main metric, over metrics of the run it is against: small by seed, large their mean."""
+    """Each run's change of the main metric over metrics of its reference run: small markers per seed, a large mean."""
     figure, axes = grid(study, 1, len(study.gain_over), sharey=True)
     by_name = {line.run.name: line for line in lines}
     for axis, over in zip(axes, study.gain_over, strict=True):
@@ -136,7 +136,7 @@ def gains_figure(study: Study, lines: Sequence[Line], main: str) -> Figure:
 
 
 def grid(study: Study, rows: int, columns: int, sharey: bool = False) -> tuple[Figure, list[Axes]]:
-    """A figure with panels in rows, and the panels row by row."""
+    """A figure with panels in rows, and its panels row by row."""
     from matplotlib.figure import Figure
 
     width = 9.0 if columns == 1 else 4.2 * columns
@@ -147,7 +147,7 @@ def grid(study: Study, rows: int, columns: int, sharey: bool = False) -> tuple[F
 
 
 def contact_sheet(grids: Mapping[str, Path]) -> bytes:
-    """PNG of the first ten samples of each run, one row for each, from grids that have ten in a row."""
+    """PNG with the first ten samples of each run in a row, from grids of ten columns."""
     from PIL import Image, ImageDraw
 
     rows = []

@@ -1,4 +1,4 @@
-"""One run of a study: its composed settings, its files, and how far it has come."""
+"""One run of a study: its composed settings, its files, and its progress."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RECORD = "lightning_difftune.cli.tuned.RunRecord"
 class Job:
     """One run with one seed.
 
-    In the settings ``{run}``, ``{output}``, ``{results}`` and ``{seed}`` stand for this run's folder, the study's, that
-    of its results, and the seed.
+    In the settings ``{run}``, ``{output}``, ``{results}`` and ``{seed}`` stand for the run's folder, the study's
+    folder, the results' folder, and the seed.
     """
 
     run: StudyRun  # the entry of the study file
     seed: int
-    settings: dict[str, Any]  # what the configs and the study set, composed; defaults of the code are not in it
+    settings: dict[str, Any]  # the composed configs and settings of the study, without defaults of the code
     evaluators: tuple[Mapping[str, Any], ...]  # measurements at the end
     output: Path  # folder of the study's runs
     kept: Path  # folder of its results
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the result, as plain JSON values."""
+        """What determines the result, as plain JSON values."""
         return {"settings": self.settings, "evaluate": list(self.evaluators)}
 
     @property
@@ -71,26 +71,26 @@ class Job:
         return _read(self.result_path, "result")
 
     def order(self) -> dict[str, Any] | None:
-        """What the run's folder was made for, if it was started."""
+        """The job that the run's folder was created for, if the run was started."""
         return _read(self.folder / "job.json", "order")
 
     def differences(self) -> list[str]:
-        """How settings and random streams differ from those that the result, or the unfinished run, was made with."""
+        """Differences of settings and random streams from those of the result or the unfinished run."""
         made = self.result() or self.order()
         if made is None:
             return []
-        streams = {"version of the random streams": made.get("draws", 1)}  # no result said it before version 2
+        streams = {"version of the random streams": made.get("draws", 1)}  # results before version 2 do not have it
         before = leaves(made["identity"]) | streams
         now = leaves(self.identity) | dict.fromkeys(streams, draws.VERSION)
         keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         return [f"{key.removeprefix('settings.')} was {before.get(key)}, is {now.get(key)}" for key in keys]
 
     def checkpoint(self) -> Path | None:
-        """The checkpoint that an unfinished run resumes from."""
+        """The checkpoint to resume an unfinished run from."""
         return max(self.folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, default=None)
 
     def discard_leftovers(self) -> None:
-        """Delete what killed runs have left half-written."""
+        """Delete half-written files of killed runs."""
         discard_temporaries(self.folder)
         discard_temporaries(self.result_path.parent, self.result_path.name)
 
@@ -101,7 +101,7 @@ class Job:
             shutil.rmtree(self.folder)
 
     def config(self) -> dict[str, Any]:
-        """The settings as they are run: with real folders, and with the callback that records the run."""
+        """The final settings: with real folders and the callback that records the run."""
         folders = {"{run}": str(self.folder), "{output}": str(self.output), "{results}": str(self.kept)}
         config = filled(self.settings, folders | {"{seed}": str(self.seed)})
         callbacks = config["trainer"].get("callbacks") or []
@@ -122,7 +122,7 @@ def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, 
 
 
 def finished_runs(study: Study, kept: Path) -> list[tuple[StudyRun, int]]:
-    """The runs that have a result, with its seed, which may not be one of the study's."""
+    """The runs with a result, and its seed, which may not be one of the study's."""
     found = []
     for run in study.runs.values():
         seeds = [
@@ -133,7 +133,7 @@ def finished_runs(study: Study, kept: Path) -> list[tuple[StudyRun, int]]:
 
 
 def inside_run_folder(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with what the trainer and its loggers write in the run's own folder, and without a bar."""
+    """The settings with trainer and loggers writing to the run's own folder, and without a progress bar."""
     trainer = settings.setdefault("trainer", {})
     trainer |= {"default_root_dir": "{run}", "enable_progress_bar": False}
     loggers = trainer.get("logger")
@@ -144,7 +144,7 @@ def inside_run_folder(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def filled(tree: Any, values: Mapping[str, str]) -> Any:
-    """A copy with the placeholders in its texts replaced."""
+    """A copy with the placeholders in its strings replaced."""
     if isinstance(tree, dict):
         return {key: filled(branch, values) for key, branch in tree.items()}
     if isinstance(tree, list):
@@ -156,7 +156,7 @@ def filled(tree: Any, values: Mapping[str, str]) -> Any:
 
 
 def leaves(tree: Any, path: str = "") -> dict[str, Any]:
-    """Values by dotted path; list items by their number."""
+    """Values by dotted path; list items by index."""
     if not isinstance(tree, dict | list):
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)

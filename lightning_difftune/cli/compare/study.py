@@ -1,4 +1,4 @@
-"""Study files: which configs are run, over which seeds, and what is compared."""
+"""Study files: the configs to run, the seeds, and the compared metrics."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One line of a study's table: overlays on the base, run once for each seed."""
+    """One line of a study's table: overlays on the base, run once per seed."""
 
     name: str  # its key in the study file
     configs: tuple[Path, ...]  # overlays on the base
     settings: Mapping[str, Any]  # keys that it sets
-    method: str  # what it is, where several runs are of one method
-    group: str  # which of the runs of its method it is, such as with or without Diff-Tuning
-    at: Mapping[str, float]  # where it stands on the x-axis of a figure, by quantity
+    method: str  # its method, which several runs may share
+    group: str  # its variant of the method, such as with or without Diff-Tuning
+    at: Mapping[str, float]  # its position on the x-axis of a figure, by quantity
     against: str | None  # the run that its change is measured against
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study file that has been read and checked."""
+    """A study file, read and checked."""
 
     path: Path  # the file
     title: str  # heading of tables and figures
     output: Path  # folder of the runs, and of what they share
-    kept: Path  # folder of results, tables and figures; the runs' folder where the study names no other
+    kept: Path  # folder of results, tables and figures; by default the runs' folder
     seeds: tuple[int, ...]  # seeds of every run
     base: tuple[Path, ...]  # configs that all runs start from
     settings: Mapping[str, Any]  # keys that all runs set, between the base and their own configs
     evaluators: tuple[Mapping[str, Any], ...]  # `class_path` and `init_args` of Evaluator objects
-    metrics: Mapping[str, Better]  # what is compared, the main one first, and which direction is better
-    gain_over: tuple[str, ...]  # metrics that a figure shows the change of the main one over
+    metrics: Mapping[str, Better]  # the compared metrics, the main one first, with their better directions
+    gain_over: tuple[str, ...]  # metrics on the x-axis of the figure of the main one's changes
     runs: Mapping[str, StudyRun]  # the runs by name, in the order of the file
 
     def arguments(self, run: StudyRun, seed: int) -> list[str]:
@@ -68,7 +68,7 @@ def setting_arguments(settings: Mapping[str, Any]) -> list[str]:
 _CONFIGS = (list, "a list of config files, relative to this file or to the installed configs")
 _SETTINGS = (dict, "a mapping of keys to values, such as {trainer.max_steps: 350}")
 _TEXT = (str, "a text")
-# The keys of a study file and of one of its runs: their types, and what to give.
+# The keys of a study file and of one of its runs: their types, and descriptions for messages.
 STUDY_KEYS = {
     "title": _TEXT,
     "output": (str, "a folder such as runs/study"),
@@ -96,12 +96,11 @@ def read_study(path: Path, part: str | None = None) -> Study:
 
     Args:
         path: The file, or its name among the installed configs, such as ``studies/digits.yaml``.
-        part: Which of the further YAML documents of the file to read, by the value of its key ``part``. It inherits
-            the keys of the first document that it does not set itself, except for its folders, which are inside
-            those of the first document.
+        part: Value of the key ``part`` of another YAML document in the file. That document inherits the keys of the
+            first one that it does not set, except for its folders, which are inside those of the first document.
 
     Raises:
-        ConfigError: If there is no such file or part, or something in it cannot be used; names the file and the key.
+        ConfigError: If there is no such file or part, or a value is invalid; the message names the file and the key.
     """
     found = find_config(path, Path())
     if found is None:
@@ -154,7 +153,7 @@ def read_yaml(path: Path) -> list[Any]:
 
 
 def part_of(path: Path, documents: Sequence[Any], name: str, first: Keys) -> dict[str, Any]:
-    """What the part of this name sets, with its folders."""
+    """The settings of the part with this name, with its folders."""
     known = {"part": (str, "a name such as lr in every document after the first"), **STUDY_KEYS}
     parts = [Keys(path, "", document, known) for document in documents]
     names = [keys.get("part") for keys in parts]
@@ -191,7 +190,7 @@ def read_run(path: Path, name: str, content: Any, names: Collection[str]) -> Stu
 
 
 class Keys:
-    """One mapping of a study file, whose mistakes are named by file and key."""
+    """One mapping of a study file, whose errors name the file and the key."""
 
     def __init__(self, path: Path, prefix: str, content: Any, known: Mapping[str, tuple[type, str]]) -> None:
         self.path, self.prefix, self.content, self.known = path, prefix, content, known
@@ -204,12 +203,12 @@ class Keys:
                 raise self.error(str(key), "is not a key of a study file", fix)
 
     def error(self, key: str, found: str, fix: str = "") -> ConfigError:
-        """What is wrong under ``key``, and what to do; by default, to give what is wanted there."""
+        """The error for ``key``, with a remedy; by default the expected value."""
         where = f"{self.prefix}{key}".strip(".")
         return ConfigError(f"{self.path}: {where or 'the file'} {found}. {fix or f'Give {self.known[key][1]}.'}")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value under ``key``, of its type; without a default, it must be there."""
+        """The value of ``key``, checked for its type; required without a default."""
         value = self.content.get(key)
         if value is None and default is not None:
             return default
@@ -233,8 +232,8 @@ class Keys:
 
 
 def find_config(path: Path, folder: Path) -> Path | None:
-    """A config file relative to ``folder``, or else of the installed configs."""
+    """A config file relative to ``folder``, or else among the installed configs."""
     for candidate in (folder / path, Path(str(files("lightning_difftune.configs"))) / path):
-        if os.path.isfile(candidate):  # unlike Path's, it takes any name
+        if os.path.isfile(candidate):  # unlike Path's, it accepts any name
             return candidate
     return None

@@ -1,4 +1,4 @@
-"""The table of a study: mean and spread over seeds, and with against without Diff-Tuning."""
+"""The table of a study: mean and spread over seeds, with and without Diff-Tuning."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.plots import rounded
 
-EWC = ("ewc/total", "ewc/mean")  # shown where a run has them
-WORDS = ("run", "method", "group")  # columns of words; the others are of numbers
+EWC = ("ewc/total", "ewc/mean")  # shown if a run has them
+WORDS = ("run", "method", "group")  # text columns; the others are numbers
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class Line:
     """One run of a study, over its seeds."""
 
     run: StudyRun  # the entry of the study file
-    seeds: tuple[int, ...]  # those that are finished
-    values: Mapping[str, tuple[float, ...]]  # final values by metric, one for each seed
-    history: Mapping[str, tuple[Sequence[tuple[int, float]], ...]]  # curves by metric, one for each seed
+    seeds: tuple[int, ...]  # the finished seeds
+    values: Mapping[str, tuple[float, ...]]  # final values by metric, one per seed
+    history: Mapping[str, tuple[Sequence[tuple[int, float]], ...]]  # curves by metric, one per seed
     parameters: int  # trainable parameters
     seconds: tuple[float, ...]  # seconds of each fit
-    converged: Mapping[str, tuple[int | None, ...]]  # steps by monitor and threshold, one for each seed
-    change: float | None = None  # of the main metric, relative to the run that the study names, over common seeds
-    best: tuple[float, ...] = ()  # the main metric at the best of each seed's validations, where there are several
+    converged: Mapping[str, tuple[int | None, ...]]  # steps by monitor and threshold, one per seed
+    change: float | None = None  # of the main metric, relative to the reference run, over common seeds
+    best: tuple[float, ...] = ()  # the main metric at each seed's best validation, if there are several
     best_change: float | None = None  # the change of `best`
 
 
 def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]]]) -> list[Line]:
-    """Gather results into one line for each run, in the study's order."""
+    """Gather results into one line per run, in the study's order."""
     by_run: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for run, result in results:
         missing = [name for name in study.metrics if name not in result["values"]]
@@ -76,7 +76,7 @@ def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
 
 
 def convergence(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int | None, ...]]:
-    """The step at which each :class:`~lightning_difftune.callbacks.SuddenConvergence` saw its threshold passed."""
+    """The step at which each :class:`~lightning_difftune.callbacks.SuddenConvergence` passed its threshold."""
     steps = [
         {f"{seen['monitor']} at {seen['threshold']:g}": seen["step"] for seen in found if seen["threshold"] is not None}
         for found in (result["sudden_convergence"] for result in results)
@@ -85,7 +85,7 @@ def convergence(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int | N
 
 
 def with_changes(line: Line, before: Line | None, metric: str) -> Line:
-    """The line with the relative changes of a metric's means, and of its best values, over the seeds of both lines."""
+    """The line with the relative changes of a metric's mean and best values, over the seeds of both lines."""
     if before is None:
         return line
     changes = []
@@ -98,18 +98,18 @@ def with_changes(line: Line, before: Line | None, metric: str) -> Line:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Sample standard deviation over seeds; ``None`` of a single one."""
+    """Sample standard deviation over seeds; ``None`` for a single one."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def shown(values: Sequence[float]) -> str:
-    """Mean and spread, with four and two digits, or as many as are before the point."""
+    """Mean and spread, with four and two digits, or all digits before the point."""
     deviation = spread(values)
     return rounded(statistics.fmean(values), 4) + ("" if deviation is None else f" ± {rounded(deviation, 2)}")
 
 
 def thresholds_of(lines: Sequence[Line]) -> list[str]:
-    """The monitors and thresholds that any run has."""
+    """The monitors and thresholds of all runs."""
     return list(dict.fromkeys(name for line in lines for name in line.converged))
 
 
@@ -119,7 +119,7 @@ def steps(reached: Sequence[int | None]) -> list[str]:
 
 
 def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
-    """The table that is read, headings first, without columns that say nothing or repeat the run's name."""
+    """The readable table, headings first, without columns that are empty or repeat the run's name."""
     arrows = {"lower": "↓", "higher": "↑"}
     metrics = [f"{name} {arrows[better]}" for name, better in study.metrics.items()]
     thresholds = thresholds_of(lines)
@@ -147,7 +147,7 @@ def cells(study: Study, lines: Sequence[Line]) -> list[list[str]]:
 
 
 def csv_text(study: Study, lines: Sequence[Line]) -> str:
-    """Every number in full, one row for each run."""
+    """Every number in full, one row per run."""
     names = [*study.metrics, *(name for name in EWC if any(name in line.values for line in lines))]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -185,7 +185,7 @@ def write_tables(study: Study, lines: Sequence[Line], output: Path, console: Con
         table.add_column(head, justify="left" if head in WORDS else "right")
     for row in rows:
         table.add_row(*row)
-    if not console.is_terminal:  # a log has no width to keep to
+    if not console.is_terminal:  # logs have no width
         console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
     pairs = {line.run.against for line in lines if line.change is not None}

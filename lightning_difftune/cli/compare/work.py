@@ -1,4 +1,4 @@
-"""``python -m lightning_difftune.cli.compare.work FOLDER``: do one run of a study, in a process of its own."""
+"""``python -m lightning_difftune.cli.compare.work FOLDER``: do one run of a study in its own process."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ COLUMNS = 10
 
 
 def work(folder: Path) -> None:
-    """Fit, evaluate and write the result of the run that is described in a folder."""
+    """Fit and evaluate the run that a folder describes, and write its result."""
     job = json.loads((folder / "job.json").read_text())
-    measures = evaluators(job["identity"]["evaluate"])  # a mistake there shows before the training, not after
+    measures = evaluators(job["identity"]["evaluate"])  # errors there appear before the training, not after
     resume = [] if job["checkpoint"] is None else ["--ckpt_path", job["checkpoint"]]
     cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume])
     if not cli.trainer.is_global_zero:
@@ -70,18 +70,18 @@ def work(folder: Path) -> None:
 
 
 def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
-    """The objects that are named by ``class_path`` and ``init_args``."""
+    """The objects given by ``class_path`` and ``init_args``."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--evaluate", type=list[Evaluator])
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # the method's name in all of version 4
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # the method's name throughout version 4
             return parser.instantiate_classes(
                 parser.parse_object({"evaluate": [dict(entry) for entry in named]})
             ).evaluate
     except DiffTuneError:
         raise
-    except Exception as error:  # whatever a constructor raises
+    except Exception as error:  # constructors may raise anything
         raise ConfigError(f"`evaluate` of the study file cannot be used: {' '.join(str(error).split())}") from error
 
 
@@ -93,7 +93,7 @@ def sample_grid(cli: DiffTuneCLI) -> bytes | None:
 
     with torch.inference_mode(), cli.trainer.precision_plugin.forward_context():
         pictures = torch.cat([cli.model.generate(indices).cpu() for indices in torch.arange(GRID).split(25)])
-    grid = make_grid(pictures, nrow=COLUMNS)  # of three channels, also where the pictures are grey
+    grid = make_grid(pictures, nrow=COLUMNS)  # three channels, also for grey pictures
     return to_png(grid[: pictures.shape[1]])
 
 
@@ -109,7 +109,7 @@ def stop_with_parent() -> None:
 
 
 def main() -> int:
-    """Work on the folder that the command line names; 0, 2 for a mistake in the input, 143 after SIGTERM."""
+    """Do the run in the folder on the command line; returns 0, 2 for an input error, 143 after SIGTERM."""
     stop_with_parent()
     try:
         work(Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""``difftune init``: look at pictures, and write the config that tunes a model to them."""
+"""``difftune init``: inspects pictures, and writes the config that tunes a model to them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ printed as by `difftune plan`."""
 
 
 def init(argv: Sequence[str]) -> None:
-    """Look, write, and say what it costs and what comes next."""
+    """Inspect the pictures, write the config, and print its cost and the next commands."""
     parser = CommandParser("init", DESCRIPTION)
     parser.usage = "difftune init FOLDER [options]"
     parser.add_argument("path", metavar="FOLDER", help="pictures: a folder, .npz, shards, or a data set on the hub")
@@ -54,7 +54,7 @@ def init(argv: Sequence[str]) -> None:
     seen = look(options.path, options.captions or options.control is not None)
     made = planned(seen, options.model, options.control or ("captions" if seen.captions else "classes"))
     if named is not None:
-        made.name = named.stem  # two configs for one folder do not share what they cache of it
+        made.name = named.stem  # so that two configs for one folder do not share caches
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(config_text(made, options.output), encoding="utf-8")
     said = [
@@ -73,7 +73,7 @@ def init(argv: Sequence[str]) -> None:
 
 
 def look(path: str, wants_captions: bool) -> Seen:
-    """Look at all pictures as ``difftune data check`` does."""
+    """Inspect all pictures as ``difftune data check`` does."""
     parts = parts_of(path)
     facts = facts_at(parts["train"], None, 0)
     if len(facts.readable) < 2:
@@ -100,7 +100,7 @@ def look(path: str, wants_captions: bool) -> Seen:
 
 
 def parts_of(path: str) -> dict[str, str]:
-    """``train`` and, if it is there, ``val`` of a folder that is divided so; else all of it as ``train``."""
+    """``train`` and, if it exists, ``val`` of a folder with splits; else the whole folder as ``train``."""
     place = Path(path).expanduser()
     names = {folder.name.lower(): folder for folder in place.iterdir() if folder.is_dir()} if place.is_dir() else {}
     train = next((names[name] for name in ("train", "training") if name in names), None)

@@ -1,4 +1,4 @@
-"""What ``difftune init`` chooses from, and what it has seen and decided."""
+"""The choices of ``difftune init``, its findings and its decisions."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ CONTROLS = {  # annotator, metric of control similarity, threshold and mode (the
 }
 
 
-FULL_DIT = 30e9  # bytes of GPU memory that training all weights of DiT-XL/2 wants, by `difftune plan`; DiffFit 17e9
+FULL_DIT = 30e9  # bytes of GPU memory for training all weights of DiT-XL/2, by `difftune plan`; DiffFit 17e9
 
 
 @dataclass(frozen=True)
 class Base:
-    """A pre-trained model, and how long and how finely one tunes it."""
+    """A pre-trained model, and its settings for tuning."""
 
     name: str  # as the module's `model`
     image_size: int  # side of its pictures in pixels
     lr: float  # learning rate
     batch_size: int  # samples in a batch, both streams together
-    share: float  # of them from the memory bank
-    passes: int  # over the pictures, as long as the steps stay within `steps`
-    steps: tuple[int, int]  # fewest and most
-    bank: tuple[int, int]  # fewest and most samples of the memory bank
-    sampler: str  # settings of pictures, as YAML
-    is_large: bool  # whether it wants a GPU
+    share: float  # share of the memory bank in a batch
+    passes: int  # passes over the pictures, if the steps are within `steps`
+    steps: tuple[int, int]  # minimum and maximum
+    bank: tuple[int, int]  # minimum and maximum number of samples in the memory bank
+    sampler: str  # settings of sampling, as YAML
+    is_large: bool  # whether it needs a GPU
     channels: int = 3  # of the pictures
     autoencoder: str = ""  # of a latent DiT, as YAML
     extras: str = ""  # other arguments of the module, as YAML
@@ -91,7 +91,7 @@ CAPTIONS = {
         ),
     )
 }  # fmt: skip
-ALIKE = {  # by the pipeline's class, or by what is in a name on the hub: the base whose settings it gets
+ALIKE = {  # pipeline class, or part of a name on the hub => the base whose settings it gets
     "StableDiffusion3Pipeline": "stabilityai/stable-diffusion-3.5-medium",
     "FluxPipeline": "black-forest-labs/FLUX.1-dev",
     "StableDiffusionXLPipeline": "stabilityai/stable-diffusion-xl-base-1.0",
@@ -103,7 +103,7 @@ ALIKE = {  # by the pipeline's class, or by what is in a name on the hub: the ba
 
 
 def alike(model: str, known: dict[str, Base]) -> Base:
-    """The base whose settings another model gets: of the class in its ``model_index.json``, or what its name says."""
+    """The base whose settings another model gets, by the class in its ``model_index.json`` or by its name."""
     large = next(base for base in reversed(known.values()) if base.is_large)
     if known is not CAPTIONS:
         return large
@@ -119,20 +119,20 @@ def alike(model: str, known: dict[str, Base]) -> Base:
 
 
 class Seen(NamedTuple):
-    """What is known before anything is asked."""
+    """The findings about the pictures."""
 
     path: str
     facts: Inspection
     source: str  # the data set, as YAML
-    val_source: str  # that of a folder's own held-out part, as YAML; empty where a tenth is held out
-    captions: list[str]  # a few of them; empty for classes
-    trained: int  # pictures
+    val_source: str  # that of a folder's own held-out part, as YAML; empty if a tenth is held out
+    captions: list[str]  # a few captions; empty for classes
+    trained: int  # number of training pictures
     held_out: int
 
 
 @dataclass
 class Plan:
-    """What the config says."""
+    """The decisions for the config."""
 
     base: Base
     task: str  # "classes", "captions" or a control
@@ -140,5 +140,5 @@ class Plan:
     seen: Seen
     steps: int = 0
     bank_size: int = 0
-    is_tight: bool = False  # all weights of the base would not fit into the GPU's memory
+    is_tight: bool = False  # whether training all weights exceeds the GPU's memory
     notes: list[str] = field(default_factory=list)

@@ -140,7 +140,7 @@ def config_text(plan: Plan, file: Path) -> str:
 
 
 def particulars(plan: Plan) -> str:
-    """What the model's family has of its own."""
+    """The settings specific to the model's family."""
     base, task = plan.base, plan.task
     if task == "classes":
         if len(plan.seen.facts.counts()) <= (1000 if base.is_large else 200):
@@ -170,7 +170,7 @@ def particulars(plan: Plan) -> str:
 
 
 def samplers(plan: Plan) -> str:
-    """How pictures and the memory bank are drawn."""
+    """The samplers of pictures and of the memory bank."""
     if plan.task == "classes":
         return f"    sampler: &sampler {plan.base.sampler}\n    bank_sampler: *sampler\n"
     why = "the empty prompt has nothing to be guided from" if plan.task == "captions" else "retained as the model draws"
@@ -187,7 +187,7 @@ def target(seen: Seen) -> str:
 
 
 def callbacks(plan: Plan) -> str:
-    """What watches the run."""
+    """The callbacks of the run."""
     base = plan.base
     decay = 0.9999 if plan.steps >= 20_000 else 0.999 if plan.steps >= 2000 else 0.99
     entries = [f"class_path: lightning_difftune.callbacks.EMA\ninit_args: {{decay: {decay}, warmup: true}}"]
@@ -205,7 +205,7 @@ def callbacks(plan: Plan) -> str:
     else:
         columns = 4 if base.is_large else 8
         shown = len(plan.seen.facts.counts() if plan.task == "classes" else plan.seen.captions)
-        number = columns * min(max(shown, 1), 8)  # a row for each of a few
+        number = columns * min(max(shown, 1), 8)  # a row for each of the first few
         entries.append(
             "class_path: lightning_difftune.callbacks.SampleGrid  # pictures of each class, or prompt\n"
             f"init_args: {{num_samples: {number}, columns: {columns}, batch_size: {8 if base.is_large else 32}}}"
@@ -215,7 +215,7 @@ def callbacks(plan: Plan) -> str:
 
 
 def metric_of(plan: Plan) -> str:
-    """FID if its weights are here, else a distance that needs no download, else none; as YAML."""
+    """FID if its weights are available, else a distance that needs no download, else none; as YAML."""
     pictures, real = (10_000, 2048) if plan.base.is_large else (200, 1)
     if plan.task != "classes":
         return ""  # a held-out part is too small for a distance of prompts
@@ -243,5 +243,5 @@ def described(seen: Seen) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string as YAML; JSON's strings are."""
+    """A string as YAML, which includes JSON strings."""
     return json.dumps(text, ensure_ascii=False)

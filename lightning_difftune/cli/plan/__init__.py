@@ -1,4 +1,4 @@
-"""``difftune plan``: what a config will cost, before it is run."""
+"""``difftune plan``: the cost of a config, before it is run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ machine. All other options are --config and overrides of its keys, as of `difftu
 
 
 def plan(argv: Sequence[str]) -> None:
-    """Print what a run costs."""
+    """Print the cost of a run."""
     parser = CommandParser("plan", DESCRIPTION)
     parser.add_argument("--device", choices=[*PEAKS, "measured"], default="a100", help="whose hours (default: a100)")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of a named device's peak (0.2)")
@@ -50,7 +50,7 @@ def plan(argv: Sequence[str]) -> None:
             )
         config = reader.composed
         data, precision = config.data.init_args, str(config.trainer.precision or "32-true")
-        if hasattr(module, "channels_last"):  # an order of numbers in memory, which changes no count
+        if hasattr(module, "channels_last"):  # a memory format, which changes no count
             module.channels_last = False
         module.configure_model()
         module.train()
@@ -64,47 +64,47 @@ def plan(argv: Sequence[str]) -> None:
 
 
 CPU_BATCH = 16
-FLOAT = 4  # bytes of float32, in which weights, gradients and Adam's moments are kept, also under autocast
+FLOAT = 4  # bytes of float32, the type of weights, gradients and Adam's moments, also under autocast
 
 
 def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precision: str) -> Speed:
-    """This machine's speed, on its GPU if it has one; the module is trained for a moment."""
+    """This machine's speed, on its GPU if it has one, measured by training the module briefly."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained = copy.deepcopy(module).to(device)
     trained.train()
     of_training = Probe(trained, shape, data.batch_size, precision)
     size = BATCH_SIZE if data.build_batch_size == "auto" else data.build_batch_size
     if device.type == "cpu":
-        size = min(size, CPU_BATCH)  # more of them take as long, each
+        size = min(size, CPU_BATCH)  # larger batches take as long per sample
     return Speed.measured(of_training, Probe(trained, shape, size, precision))
 
 
 def sizes(reader: ModelReader) -> tuple[int | None, int | None]:
-    """Pictures of the target and of the held-out target, if their files are here."""
+    """Numbers of target and held-out pictures, if their files are available."""
     try:
         data = reader.open_data()
-    except Exception:  # whatever a data set raises where its files are not
+    except Exception:  # data sets without files may raise anything
         return None, None
     return len(data.target), len(data.val_target) if data.val_target is not None else 0
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device."""
+    """Bytes per device."""
 
-    weights: float  # all networks, from which bank and cache are made; what these compute with is not counted
-    kept: float  # in training: weights, gradients, Adam's moments and averages
+    weights: float  # of all networks, for building bank and cache, without activations
+    kept: float  # weights, gradients, Adam's moments and averages in training
     activations: float  # of a training step's samples
 
     @classmethod
     def of(cls, costs: Costs, batch_size: int, caches_captions: bool) -> Memory:
-        """By what a sample costs; text encoders leave the device for the training where captions are cached."""
+        """From the costs of a sample; text encoders leave the device in training if captions are cached."""
         kept = 5 * FLOAT * costs.trained + costs.frozen_bytes - (costs.text_bytes if caches_captions else 0)
         return cls(FLOAT * costs.trained + costs.frozen_bytes, kept, costs.activation_bytes * batch_size)
 
     @property
     def most(self) -> float:
-        """The larger of the two."""
+        """The maximum of building and training."""
         return max(self.weights, self.kept + self.activations)
 
     def __str__(self) -> str:
@@ -122,7 +122,7 @@ class Memory:
 
 
 def show(found: Sequence[Phase], costs: Costs, speed: Speed, memory: Memory, devices: int, file: Path | None) -> None:
-    """Print the table, and write it as JSON if there is a file for it."""
+    """Print the table, and write it as JSON if a file is given."""
     rows: dict[str, dict[str, Any]] = {
         phase.name: {
             "what": phase.what,
@@ -141,7 +141,7 @@ def show(found: Sequence[Phase], costs: Costs, speed: Speed, memory: Memory, dev
             table.add_section()
         table.add_row(name, row["what"], f"{row['flops']:.2g}", duration(row["seconds"]), size(row["disk_bytes"]))
     console = Console(highlight=False)
-    console.soft_wrap = not console.is_terminal  # lines are for a program or a file there
+    console.soft_wrap = not console.is_terminal  # for a program or a file
     console.print(table)
     console.print(str(memory))
     console.print(

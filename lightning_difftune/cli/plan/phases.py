@@ -1,4 +1,4 @@
-"""What a config has a machine do, in samples of each part, and how long a part takes on a device."""
+"""The phases of a run in samples of each part, and the speed of a device for each part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import SupportsEncode
 from lightning_difftune.sampling import Sampler
 
-# Dense peaks in FLOP/s of NVIDIA's data sheets, SXM modules; tf32 is what float32 matrices are multiplied in here.
+# Dense peaks in FLOP/s from NVIDIA's data sheets, SXM modules; float32 matrix products use tf32 here.
 PEAKS = {
     "a100": {"bf16": 312e12, "tf32": 156e12},
     "h100": {"bf16": 989e12, "tf32": 494e12},
@@ -33,14 +33,14 @@ TYPES = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "bf16", "16-true
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a device is."""
+    """The speed of a device."""
 
     name: str  # the device, in words
     seconds: Mapping[str, float]  # for one sample of each of PARTS
 
     @classmethod
     def of_data_sheet(cls, device: str, utilisation: float, precision: str, costs: Costs) -> Speed:
-        """Of a device in :data:`PEAKS` that reaches a part, in (0, 1], of its peak.
+        """The speed of a device in :data:`PEAKS` at a fraction, in (0, 1], of its peak.
 
         The networks compute in the trainer's ``precision``; autoencoder and annotator compute in float32.
         """
@@ -51,12 +51,12 @@ class Speed:
 
     @classmethod
     def measured(cls, of_training: Probe, of_building: Probe, least: float = 1.0) -> Speed:
-        """Of the device that the probes are on, timed.
+        """The measured speed of the probes' device.
 
         Args:
-            of_training: A probe of the training's batch size. Its weights are trained on.
-            of_building: One of the batch size that banks, caches and pictures are made in.
-            least: Seconds that each part is timed for at least.
+            of_training: A probe with the batch size of training. Its weights are changed.
+            of_building: A probe with the batch size for banks, caches and pictures.
+            least: Least number of seconds to time each part.
         """
         device = of_training.module.device
         optimizer = of_training.module.optimizer(of_training.parameters)
@@ -74,10 +74,10 @@ class Speed:
 
 
 def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
-    """Seconds of one call after a first: the least of as many as fit into the time, and of three unless they are slow.
+    """Seconds of one call after a warm-up: the minimum of all calls within the time, at least three unless slow.
 
-    What else a machine is doing only adds to a time, so that the least is nearest to what an idle one takes; on a CPU
-    the time that others have it is not counted at all.
+    Other load only adds to a time, so the minimum is nearest to that of an idle machine; on a CPU the time of other
+    processes is not counted.
     """
     times: list[float] = []
     run()
@@ -90,7 +90,7 @@ def timed(run: Callable[[], object], device: torch.device, least: float) -> floa
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has nothing left to do; on a CPU those that this thread has computed."""
+    """The time after synchronising the device; on a CPU the CPU time of this thread."""
     if device.type == "cpu":
         return time.thread_time()
     if device.type == "cuda":
@@ -103,21 +103,21 @@ class Phase:
     """One phase of a run."""
 
     name: str  # such as `memory bank`
-    what: str  # in words
-    samples: Mapping[str, float] = field(default_factory=dict)  # how many samples of each of the parts it computes
-    disk: float = 0.0  # bytes that it writes
+    what: str  # description
+    samples: Mapping[str, float] = field(default_factory=dict)  # number of samples of each part
+    disk: float = 0.0  # bytes written
 
     def flops(self, costs: Costs) -> float:
         """Floating-point operations."""
         return sum(count * costs.flops[part] for part, count in self.samples.items())
 
     def seconds(self, speed: Speed, devices: int) -> float:
-        """On that many devices, which share all phases' work evenly."""
+        """Seconds on that many devices, which share the work of all phases evenly."""
         return sum(count * speed.seconds[part] for part, count in self.samples.items()) / devices
 
 
 def forward_passes(sampler: Sampler) -> int:
-    """Of the network for one sample: the steps, twice with guidance."""
+    """Forward passes of the network per sample: the steps, doubled by guidance."""
     steps: Any = sampler.num_inference_steps  # a number, since the module is built
     return int(steps) * (1 if sampler.guidance_scale == 1 else 2)
 
@@ -125,7 +125,7 @@ def forward_passes(sampler: Sampler) -> int:
 def phases_of(
     config: Namespace, module: DiffTuningModule, costs: Costs, num_targets: int | None, num_held_out: int | None
 ) -> list[Phase]:
-    """The phases of ``difftune fit``; a number of pictures is None if they are not here to be counted."""
+    """The phases of ``difftune fit``; a number of pictures is ``None`` if the files are not available."""
     data, trainer = config.data.init_args, config.trainer
     devices = num_devices(trainer)
     found = [bank(data, module, costs)] if data.bank is not None and module.uses_retention else []
@@ -152,7 +152,7 @@ def bank(data: Namespace, module: DiffTuningModule, costs: Costs) -> Phase:
         samples = {"encode": float(size) if has_encoder(module) else 0.0, "bank_columns": float(size)}
         return Phase("memory bank", f"{size:,} pictures", samples, size * costs.bank_bytes)
     sampler = module.bank_sampler
-    if not any(getattr(module, "bank_prompts", [True])):  # the empty prompt has nothing to be guided from
+    if not any(getattr(module, "bank_prompts", [True])):  # the empty prompt has no guidance
         sampler = replace(sampler, guidance_scale=1.0)
     passes = forward_passes(sampler)
     guided = ", guided" if sampler.guidance_scale != 1 else ""
@@ -162,7 +162,7 @@ def bank(data: Namespace, module: DiffTuningModule, costs: Costs) -> Phase:
 
 
 def latent_cache(data: Namespace, costs: Costs, num_targets: int | None) -> Phase:
-    """The target as the frozen networks see it."""
+    """Encoding the target by the frozen networks."""
     ways = 2 if data.horizontal_flip else 1
     if num_targets is None:
         return Phase("latent cache", "unknown: the target's files are not here")
@@ -178,14 +178,14 @@ def evaluation(
     num_held_out: int | None,
     batch: int,
 ) -> Phase:
-    """The validations: held-out losses, and what the callbacks generate. Their extractors are not counted."""
+    """The validations: held-out losses and the callbacks' samples, without their extractors."""
     per_epoch = max(1, num_targets // batch) if num_targets is not None else None
     interval = validation_interval(config.trainer, per_epoch)
     times = -(-steps // interval) if interval else 0  # the last step always has one
     pictures = 0.0
     callbacks = config.trainer.callbacks or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        kind = resolve_name(callback.class_path)  # only the class: some open weights when they are made
+        kind = resolve_name(callback.class_path)  # only the class: some constructors open weights
         if times and hasattr(kind, "trajectories"):
             every = max(interval or steps, callback.init_args.get("every_n_steps") or 1)
             pictures += math.ceil(steps / every) * callback.init_args.num_samples * kind.trajectories
@@ -199,19 +199,19 @@ def evaluation(
 
 
 def has_encoder(module: DiffTuningModule) -> bool:
-    """Whether pictures are encoded by a frozen network before they are trained on."""
+    """Whether a frozen network encodes the pictures before training."""
     return isinstance(module, SupportsEncode) and module.encoder_identity() is not None
 
 
 def num_devices(trainer: Namespace) -> int:
-    """Devices of all nodes, as far as the config names them; 1 where it does not."""
+    """Devices of all nodes, if the config names them; else 1."""
     devices = trainer.devices
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     return max(1, count) * max(1, int(trainer.num_nodes))
 
 
 def num_steps(trainer: Namespace, num_targets: int | None, batch: int) -> int:
-    """Optimizer steps: ``max_steps``, or those of ``max_epochs``."""
+    """Optimizer steps, from ``max_steps`` or ``max_epochs``."""
     if trainer.max_steps is not None and trainer.max_steps > 0:
         return int(trainer.max_steps)
     if num_targets is None:

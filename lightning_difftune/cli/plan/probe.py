@@ -1,4 +1,4 @@
-"""The parts of a run, one batch of each, to be counted or timed."""
+"""The parts of a run, one batch of each, for counting or timing."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ PARTS = ("train", "denoise", "denoise_source", "encode", "decode", "bank_columns
 
 
 class Probe:
-    """A module with a batch of made-up pictures, and what a run does with them.
+    """A module with a batch of random pictures, and the parts of a run.
 
-    The methods named after the parts of a run, :data:`PARTS`, each do that part once for the whole batch.
+    The methods named after :data:`PARTS` each do that part once for the whole batch.
 
     Args:
-        module: The module, built, on the device that counts; it has ``encode``.
+        module: The built module, on the measured device; it has ``encode``.
         picture_shape: (C, H, W) of the pictures.
-        batch_size: B.
-        precision: The trainer's, such as ``bf16-mixed``.
+        batch_size: Batch size B.
+        precision: The trainer's precision, such as ``bf16-mixed``.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Probe:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return self.module.trainable_parameters()
 
     def loss(self) -> Tensor:
-        """The objective on target samples; one of the bank costs the same."""
+        """The objective on target samples; a bank sample costs the same."""
         module, noise = self.module, torch.zeros_like(self.x0)
         samples = self.x0, self.condition, self.is_retention, self.t, noise
         with self.autocast():
@@ -93,17 +93,17 @@ class Probe:
 
     @torch.no_grad()
     def encode(self) -> TargetBatch:
-        """Pictures to what is trained on."""
+        """Encode pictures for training."""
         return self.module.encode(self.target)
 
     @torch.no_grad()
     def decode(self) -> Tensor:
-        """Latents to pictures."""
+        """Decode latents to pictures."""
         return self.module.decode(self.latents)
 
     @torch.no_grad()
     def bank_columns(self) -> dict[str, Tensor]:
-        """What the bank keeps in addition to latents, such as control maps of the decoded samples."""
+        """The bank's columns in addition to latents, such as control maps of the decoded samples."""
         return self.module.bank_columns(self.indices, self.latents)
 
 

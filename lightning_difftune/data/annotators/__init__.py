@@ -1,4 +1,4 @@
-"""Annotators: pictures to the control maps of the paper's six ControlNet tasks."""
+"""Annotators: make the control maps of the paper's six ControlNet tasks from pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Edges by OpenCV: Canny's, and sketches of the soft edges that HED finds."""
+"""Edge annotators: Canny by OpenCV, and sketches from HED's soft edges."""
 
 from __future__ import annotations
 
@@ -39,12 +39,11 @@ class Canny:
     smoothing beforehand, as in the ControlNet annotator. Maps are computed on the CPU.
 
     Args:
-        low: Lower threshold; the paper has 100.
-        high: Upper threshold; the paper has 200.
+        low: Lower threshold; 100 in the paper.
+        high: Upper threshold; 200 in the paper.
 
     Raises:
-        ConfigError: If the thresholds are negative or in the wrong order or, when it is first used, if OpenCV is
-            not installed.
+        ConfigError: If the thresholds are negative or in the wrong order or, on first use, if OpenCV is not installed.
 
     Example:
         >>> canny = Canny()
@@ -127,20 +126,20 @@ class HED(nn.Module):
 
 
 class HEDSketch(NetworkAnnotator):
-    """Sketches: soft edges, thinned to their ridges and drawn again with a thick pen, 255 on 0.
+    """Sketches: soft edges, thinned to their ridges and redrawn with a thick pen, 255 on 0.
 
-    The edges, as 8 bits, are blurred (``sigma``); local maxima along any of four directions that are above
-    ``threshold`` stay; these are blurred (``pen``) and what is above ``cut`` is ink. With the defaults, that is the
-    scribble of ControlNet's annotators, made by the same functions of OpenCV on the CPU. The lengths are in pixels, so
-    smaller pictures than 512 px may want smaller ones.
+    The 8-bit edges are blurred (``sigma``); local maxima above ``threshold`` along any of four directions are kept;
+    these are blurred (``pen``), and values above ``cut`` are ink. With the defaults, that is the scribble of
+    ControlNet's annotators, made by the same OpenCV functions on the CPU. The lengths are in pixels, so pictures
+    smaller than 512 px may need smaller ones.
 
     Args:
-        source: A network from pictures (B, 3, H, W) in [0, 1] to edges (B, 1, H, W) in [0, 1], or to a list of them of
-            which the last is used, as PiDiNet returns; or a file of :class:`HED`'s weights, or the folder or hub
+        source: A network from pictures (B, 3, H, W) in [0, 1] to edges (B, 1, H, W) in [0, 1], or to a list of edges
+            whose last entry is used, as PiDiNet returns; or a file of :class:`HED`'s weights, or the folder or hub
             repository of ``ControlNetHED.pth``.
-        threshold: Edges of less strength, 0 to 255, are left out.
+        threshold: Weaker edges, 0 to 255, are left out.
         sigma: Blur before thinning.
-        pen: Blur after it.
+        pen: Blur after thinning.
         cut: Grey level, 0 to 255, above which a pixel is ink.
     """
 
@@ -212,10 +211,10 @@ def _weights_file(source: str | Path) -> Path:
 
 
 def _cv2_of(annotator: str) -> ModuleType:
-    """The module ``cv2``, or an error that names the annotator that asked for it."""
+    """The module ``cv2``, or an error that names the annotator."""
     try:
         import cv2
-    except ImportError as error:  # not installed, or a build that needs libraries of a desktop
+    except ImportError as error:  # not installed, or a build that needs desktop libraries
         raise ConfigError(
             f"{annotator} needs OpenCV, which cannot be imported ({error}). Run `pip install opencv-python-headless`."
         ) from error

@@ -1,4 +1,4 @@
-"""Annotators with a network: their base, depth and normals by MiDaS, and segmentation by UperNet."""
+"""Annotators with a network: depth and normals by MiDaS, segmentation by UperNet, and their base."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from transformers import DPTForDepthEstimation, UperNetForSemanticSegmentation
 
 _UNUSED = "neck.fusion_stage.layers.0.residual_layer1"  # MiDaS's first layer adds no residual
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, which UperNet's backbones were trained with
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in the training of UperNet's backbones
 
 
 class NetworkAnnotator(ABC):
     """Base of annotators that use a network.
 
-    It is not an ``nn.Module``, so a module that holds one neither trains its network nor saves it. The network is
-    opened for the first map or the identity, follows the pictures to their device, and computes in
-    float32 whatever autocast is active around it.
+    It is not an ``nn.Module``, so a module that holds one neither trains nor saves its network. The network is opened
+    for the first map or the identity, follows the pictures to their device, and computes in float32, also under
+    autocast.
 
     Args:
-        source: The network, which is taken over and frozen; or the local folder or hub repository to open it from.
+        source: The network, which is frozen in place; or the local folder or hub repository to open it from.
     """
 
     name: ClassVar[str]
@@ -55,20 +55,20 @@ class NetworkAnnotator(ABC):
 
     @abstractmethod
     def constants(self) -> str:
-        """The settings that decide the maps, for the identity."""
+        """The settings that determine the maps, for the identity."""
 
     @property
     def network(self) -> Any:
         """The network.
 
         Raises:
-            CheckpointError: If it cannot be opened; says which annotator, which source and what to do.
+            CheckpointError: If it cannot be opened; the message names annotator, source and remedy.
         """
         if self._network is None:
             network = self.source
             if not isinstance(network, nn.Module):
                 try:
-                    # What opens a network may fill it at random first; trainer.validate runs in inference mode.
+                    # Opening may first initialise at random; trainer.validate runs in inference mode.
                     with isolate_rng(), torch.inference_mode(False):
                         network = self.open(network)
                 except CheckpointError as error:
@@ -80,7 +80,7 @@ class NetworkAnnotator(ABC):
         return self._network
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """Change a network, given or opened, before it is used; the base changes nothing."""
+        """Change a given or opened network before use; the base changes nothing."""
         return network
 
     def __call__(self, pictures: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class NetworkAnnotator(ABC):
 
 
 def _open_transformers(kind: str, source: str | Path, unused: tuple[str, ...] = ()) -> Any:
-    """Open a network of transformers in float32, whose weights must fill all but the ``unused`` parameters."""
+    """Open a transformers network in float32; weights must exist for all but the ``unused`` parameters."""
     folder = folder_of(source, "")
     import transformers  # slow to import
 
@@ -138,13 +138,13 @@ class _Midas(NetworkAnnotator):
         return _open_transformers("DPTForDepthEstimation", source, unused=(_UNUSED,))
 
     def prepare(self, network: Any) -> nn.Module:
-        """Take out a layer that computes nothing and that published weights leave out."""
-        # Its random weights would get into the fingerprint.
+        """Remove a layer that computes nothing and that published weights lack."""
+        # Its random weights would change the fingerprint.
         network.neck.fusion_stage.layers[0].residual_layer1 = nn.Identity()
         return network
 
     def depth(self, pixels: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] => inverse depth (B, H, W), near is large, in the network's own scale."""
+        """Pictures (B, 3, H, W) in [0, 1] => inverse depth (B, H, W), large where near, in the network's own scale."""
         size = self.network.config.image_size
         inputs = F.interpolate(pixels, (size, size) if isinstance(size, int) else size, mode="bicubic", antialias=True)
         depth = self.network(pixel_values=inputs.clamp(0, 1) * 2 - 1).predicted_depth
@@ -154,8 +154,8 @@ class _Midas(NetworkAnnotator):
 class MidasDepth(_Midas):
     """Depth by MiDaS (Ranftl et al., 2020, 2021): 255 is the nearest point of each picture, 0 the farthest.
 
-    Pictures are resized to the square that the network was trained at, 384 pixels for DPT-hybrid, and the depth back to
-    the picture's size. A picture whose depth is the same everywhere gives a map of zeros.
+    Pictures are resized to the square size of the network's training, 384 pixels for DPT-hybrid, and the depth back to
+    the picture's size. A picture of constant depth gives a map of zeros.
 
     Args:
         source: The network; or the folder or hub repository of a ``DPTForDepthEstimation``.
@@ -170,7 +170,7 @@ class MidasDepth(_Midas):
 
     def annotate(self, pixels: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [0, 1] => depth (B, 1, H, W) uint8."""
-        return (normalised(self.depth(pixels)) * 255).byte()[:, None]  # cut off, as the published annotator does
+        return (normalised(self.depth(pixels)) * 255).byte()[:, None]  # truncated, as in the published annotator
 
     def constants(self) -> str:
         """None."""
@@ -186,9 +186,9 @@ class MidasNormal(_Midas):
 
     Args:
         source: The network; or the folder or hub repository of a ``DPTForDepthEstimation``.
-        background_threshold: Depth below which a point is background, of the range [0, 1] of its picture. ControlNet's
-            annotator has 0.1.
-        z: Larger is flatter; ControlNet's annotator has 2 pi.
+        background_threshold: Points below this depth, normalised to [0, 1] in each picture, are background. 0.1 in
+            ControlNet's annotator.
+        z: Larger is flatter; 2 pi in ControlNet's annotator.
 
     Raises:
         ConfigError: If the threshold is outside [0, 1] or z is not positive.
@@ -223,7 +223,7 @@ class MidasNormal(_Midas):
 def normalised(depth: Tensor) -> Tensor:
     """Depth (B, H, W) of any scale => [0, 1] in each picture.
 
-    A range of less than a thousandth of the depth is not spread out: it would be rounding, and a flat depth gives 0.
+    A range below a thousandth of the depth is rounding error and is not stretched: a flat depth gives 0.
 
     Example:
         >>> normalised(torch.tensor([[[1.0, 3.0, 2.0]], [[7.0, 7.0, 7.0]]])).tolist()
@@ -247,15 +247,15 @@ def normals(depth: Tensor, background_threshold: float, z: float) -> Tensor:
 class UperNetSegmentation(NetworkAnnotator):
     """Classes of pixels by UperNet (Xiao et al., 2018), painted in ADE20K's 150 colours.
 
-    The paper has UperNet on UniFormer, which transformers lacks; the default is on ConvNeXt, trained on the same 150
-    classes and painted in the same colours. Pictures keep their own size.
+    The paper uses UperNet with UniFormer, which transformers lacks; the default has ConvNeXt, trained on the same 150
+    classes and painted in the same colours. Pictures keep their size.
 
     Args:
         source: The network; or the folder or hub repository of a ``UperNetForSemanticSegmentation``.
         palette: The colours (K, 3), 0 to 255, of its classes; ``None`` is ADE20K's.
 
     Raises:
-        ConfigError: If these are not colours or, when it is first used, if they are fewer than the network's classes.
+        ConfigError: If these are not colours or, on first use, if there are fewer than the network has classes.
     """
 
     name = "upernet-segmentation"
@@ -282,7 +282,7 @@ class UperNetSegmentation(NetworkAnnotator):
                 f"The network of UperNetSegmentation distinguishes {logits.shape[1]} classes, but the palette has "
                 f"{len(self.palette)} colours. Pass a `palette` with one for each."
             )
-        logits = F.interpolate(logits, pixels.shape[-2:], mode="bilinear")  # a no-op where it has that size
+        logits = F.interpolate(logits, pixels.shape[-2:], mode="bilinear")  # a no-op at equal size
         return paint(logits.argmax(1), self.palette)
 
     def constants(self) -> str:

@@ -1,4 +1,4 @@
-"""A folder of shards while it is built: the plan it belongs to, its lock, and which shards are there."""
+"""A folder of shards under construction: its plan, its lock, and its finished shards."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _PREVIOUS = "previous-"
 
 
 class BuildFolder:
-    """A folder in which a plan is built; a folder of another build stays unchanged.
+    """A folder in which a plan is built; a folder of another build is not changed.
 
     Args:
-        path: The folder; made if it is missing.
-        plan: What is built.
+        path: The folder; created if missing.
+        plan: The plan of the build.
         replaces: See :class:`ShardWriter`.
 
     Raises:
@@ -58,11 +58,11 @@ class BuildFolder:
         return sorted(self.path.glob(f"{_PREVIOUS}*"))
 
     def lock(self, waits: bool = True) -> None:
-        """Keep other jobs from building here until :meth:`unlock`; for one process of this job.
+        """Prevent other jobs from building here until :meth:`unlock`; for one process of this job.
 
         Args:
-            waits: Wait for another job that builds here. Where several processes would wait at a barrier meanwhile, it
-                is better to refuse: they give up after half an hour.
+            waits: Wait for another job that builds here. Refuse instead if several processes would meanwhile wait at a
+                barrier, which times out after half an hour.
         """
         if self.complete:
             return
@@ -74,11 +74,11 @@ class BuildFolder:
             raise
 
     def unlock(self) -> None:
-        """Let other jobs build here, if this one holds the lock."""
+        """Release the lock, if this job holds it."""
         self._lock.release()
 
     def tidy(self) -> None:
-        """Delete what only the build needed."""
+        """Delete files that only the build needed."""
         (self.path / BUILDING).unlink(missing_ok=True)
         discard_temporaries(self.path)
         for folder in self.previous:
@@ -89,7 +89,7 @@ class BuildFolder:
         """The unfinished shards of one rank; shard k belongs to rank ``k % world_size``."""
         if self.complete:
             return []
-        # On a network file system, listing the folder shows what other nodes just wrote; looking up each file may not.
+        # On a network file system, listing the folder shows other nodes' new files; looking up each file may not.
         present = set(os.listdir(self.path)) if self.path.is_dir() else set()
         shards = range(rank, self.plan.num_shards, world_size)
         return [
@@ -99,10 +99,10 @@ class BuildFolder:
         ]
 
     def samples_in(self, shard: int) -> int:
-        """Samples in a shard's file; 0 if it is missing or damaged, so that it is built again.
+        """Samples in a shard's file; 0 if it is missing or damaged, so that it is rebuilt.
 
         Raises:
-            StoreError: It is a shard of another build.
+            StoreError: The shard belongs to another build.
         """
         path = self.path / shard_name(shard)
         try:
@@ -117,7 +117,7 @@ class BuildFolder:
         return header.num_samples
 
     def save(self, path: Path, data: bytes) -> None:
-        """Write a file of the folder, whole or not at all."""
+        """Write a file of the folder atomically."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             atomic_write(path, data)
@@ -147,8 +147,8 @@ class BuildFolder:
             )
 
     def _begin(self) -> None:
-        """Take over the folder from a shorter build of the same plan, or from one that is replaced."""
-        self._open()  # again: another job may have finished it meanwhile
+        """Take over the folder from a shorter build of the same plan, or replace another plan."""
+        self._open()  # again, since another job may have finished it meanwhile
         found = self._found()
         if self.complete or found is None or found[0] == self.plan:
             return
@@ -162,9 +162,9 @@ class BuildFolder:
         (self.path / MANIFEST).unlink(missing_ok=True)
 
     def _found(self) -> tuple[BuildPlan, Path] | None:
-        """The plan that the folder has now, and the file that states it."""
+        """The folder's current plan, and the file that states it."""
         manifest, building = self.path / MANIFEST, self.path / BUILDING
-        for path in (manifest, building, manifest):  # another process may replace one by the other in between
+        for path in (manifest, building, manifest):  # another process may replace one by the other meanwhile
             try:
                 if path.exists():
                     return (Manifest.load(path).plan if path == manifest else BuildPlan.load(path)), path
@@ -174,7 +174,7 @@ class BuildFolder:
         return None
 
     def _may_replace(self, plan: BuildPlan, source: Path) -> bool:
-        """Whether the shards of another plan may be replaced: there are none, or ``replaces`` allows it."""
+        """Whether the shards of another plan may be replaced: if there are none, or ``replaces`` allows it."""
         if source.name == BUILDING and not self._shards():
             return True
         return self._replaces is not None and plan.kind == self.plan.kind and self._replaces(plan)

@@ -1,7 +1,7 @@
-"""The files that describe a folder of shards: the plan of a build, the manifest of a finished one, a shard's header.
+"""The files that describe a folder of shards: a build's plan, a finished folder's manifest, a shard's header.
 
 Everything read here is untrusted: JSON is checked field by field, file names are derived and never read, sizes are
-bounded by what is on the disk, and nothing is unpickled.
+bounded by the files on disk, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """One sample's share of a tensor: dtype as safetensors spells it, and shape without the sample axis."""
+    """One sample of a tensor: dtype in safetensors' notation, and shape without the sample axis."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -52,15 +52,15 @@ class TensorLayout:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What is decided before the first sample is made.
+    """The plan of a build, fixed before its first sample.
 
     Attributes:
-        kind: What the folder holds, such as ``"memory-bank"``.
-        spec: What decides the contents, as plain JSON values; brought to the form in which JSON gives them back.
+        kind: Kind of contents, such as ``"memory-bank"``.
+        spec: What determines the contents, as plain JSON values, normalised by a JSON round trip.
         num_samples: Samples in the whole folder.
         shard_size: Consecutive samples in one shard; the last one may be shorter.
-        digest: The sha256 of all of this except ``num_samples``; each shard carries it. Plans with the same digest have
-            the same samples, though one may have more of them.
+        digest: The SHA-256 of the above except ``num_samples``, stored in each shard. Plans with the same digest have
+            the same samples, though possibly more of them.
     """
 
     kind: str
@@ -101,7 +101,7 @@ class BuildPlan:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> BuildPlan:
-        """Check and read what :meth:`to_json` made; a ``ValueError`` says what is wrong."""
+        """Check and read the result of :meth:`to_json`; a ``ValueError`` states what is wrong."""
         version = value.get("format_version")
         if version != FORMAT_VERSION or type(version) is not int:
             raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}, the one this version reads")
@@ -115,7 +115,7 @@ class BuildPlan:
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest knows of a shard's file: its size in bytes and the sha256 of all of them."""
+    """The manifest's entry of a shard: the file's size in bytes and its SHA-256."""
 
     bytes: int
     sha256: str
@@ -141,7 +141,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Manifest:
-        """Check and read what :meth:`to_bytes` wrote; a ``ValueError`` says what is wrong."""
+        """Check and read the result of :meth:`to_bytes`; a ``ValueError`` states what is wrong."""
         plan = BuildPlan.from_json(value)
         if unknown := value.keys() - plan.to_json().keys() - {"tensors", "shards"}:
             raise ValueError(f"there is no field {min(unknown)!r}")
@@ -165,7 +165,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard's file says about itself: whose build and which shard it is, its samples and their layout."""
+    """The header of a shard's file: its build and number, its samples and their layout."""
 
     tag: str | None
     num_samples: int
@@ -173,7 +173,7 @@ class ShardHeader:
 
     @classmethod
     def load(cls, path: Path) -> ShardHeader:
-        """Read the header alone; a :class:`StoreError` if the file is missing, truncated, or not a shard."""
+        """Read only the header; a :class:`StoreError` if the file is missing, truncated, or not a shard."""
         try:
             with safe_open(path, framework="np") as file:
                 views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, it is not a mapping
@@ -195,12 +195,12 @@ def shard_name(shard: int) -> str:
 
 
 def shard_tag(digest: str, shard: int) -> str:
-    """What shard number ``shard`` of the build with this digest must carry in its metadata."""
+    """The required metadata of shard number ``shard`` in the build with this digest."""
     return f"{digest} {shard}"
 
 
 def rebuild_shard(path: Path) -> str:
-    """What to do about a damaged shard, as a sentence of an error."""
+    """The remedy for a damaged shard, as a sentence of an error."""
     return f"Delete it and {path.with_name(MANIFEST)}, then build again: the other shards are kept."
 
 

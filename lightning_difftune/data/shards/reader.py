@@ -32,16 +32,16 @@ from lightning_difftune.files import file_digest
 class ShardReader:
     """A finished folder of shards, read-only and memory-mapped.
 
-    Opening it checks the manifest, and of each shard the size and the header; :meth:`verify` reads every byte. It may
-    be pickled: a worker process maps the shards itself when it first reads them.
+    Opening it checks the manifest and each shard's size and header; :meth:`verify` reads every byte. It can be
+    pickled: a worker process maps the shards itself on first use.
 
     Args:
         path: The folder.
-        kind: What kind it must be.
+        kind: The expected kind.
 
     Attributes:
-        plan: What was built.
-        spec: What decided the contents, as plain JSON values.
+        plan: The plan of the build.
+        spec: What determined the contents, as plain JSON values.
         shapes: The shape of one sample of each tensor.
         dtypes: The dtype of each tensor.
 
@@ -91,13 +91,13 @@ class ShardReader:
 
         Args:
             indices: (B,) integers in [0, len(self)), in any order and with repeats.
-            names: Which tensors; ``None`` is all of them.
+            names: Names of the tensors to read; ``None`` is all of them.
 
         Returns:
             Each tensor as (B, ...), in the order of ``indices``.
 
         Raises:
-            IndexError: An index lies outside the folder.
+            IndexError: An index is outside the folder.
             StoreError: A shard was damaged after it was opened.
         """
         where = indices.numpy()
@@ -112,7 +112,7 @@ class ShardReader:
         result = {name: torch.empty((len(where), *self.shapes[name]), dtype=d) for name, d in kept.items()}
         views = {name: tensor.numpy() for name, tensor in result.items()}
         for start, stop in pairwise([0, *cuts.tolist(), len(where)] if where.size else ()):
-            # A single row is copied several times faster by a plain index than by an array of one.
+            # A plain index copies a single row several times faster than an array of length one.
             target = order[start:stop] if stop - start > 1 else order[start]
             source = self._map(int(shards[order[start]]))
             for name, view in views.items():

@@ -1,4 +1,4 @@
-"""Building a folder of shards, on any number of processes and in as many runs as it takes."""
+"""Builds a folder of shards, on any number of processes and over any number of runs."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class ShardBatch(NamedTuple):
 class ShardWriter:
     """Builds a folder of shards, or resumes an unfinished build.
 
-    Every rank of a job opens its own writer on the same folder. The folder stays unchanged if it holds another build.
-    A finished folder of the same samples that has fewer grows; of one that has more, the first ones are used.
+    Every rank of a job opens its own writer on the same folder. A folder of another build is not changed. A finished
+    folder with fewer of the same samples is extended; the first samples of a larger one are used.
 
     Args:
-        path: The folder; made if it is missing.
-        kind: What it holds, such as ``"memory-bank"``.
-        spec: What decides the contents, as plain JSON values. A folder of another spec is refused.
+        path: The folder; created if missing.
+        kind: Kind of contents, such as ``"memory-bank"``.
+        spec: What determines the contents, as plain JSON values. A folder with another spec is refused.
         num_samples: Samples in the whole folder.
-        shard_size: Samples in a shard.
+        shard_size: Samples per shard.
         replaces: Whether the contents of another plan may be replaced; ``None`` is never. They are moved to
-            ``folder.previous`` until this build is finished. A folder that has no shard yet always is.
+            ``folder.previous`` until this build is finished. A folder without shards is always replaced.
 
     Raises:
         StoreError: The folder belongs to another build, is unreadable, or cannot be written to.
@@ -83,7 +83,7 @@ class ShardWriter:
         return torch.arange(samples.start, samples.stop)
 
     def work(self, batch_size: int, rank: int = 0, world_size: int = 1) -> list[ShardBatch]:
-        """What is left for one rank to do, in batches that never cross a shard's boundary."""
+        """The remaining work of one rank, in batches that never cross a shard's boundary."""
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1 to fill {self.path}, got {batch_size}.")
         return [
@@ -93,10 +93,10 @@ class ShardWriter:
         ]
 
     def check(self, shard: int, tensors: dict[str, Tensor]) -> None:
-        """Make sure that the samples of a shard, each tensor (samples, ...), may be written.
+        """Check that a shard's tensors, (samples, ...) each, may be written.
 
         Raises:
-            StoreError: The tensors do not fit the other shards or are not finite, or the folder is finished.
+            StoreError: The tensors do not match the other shards or are not finite, or the folder is finished.
         """
         path, samples = self.path / shard_name(shard), self.plan.shard_range(shard)
         if self.folder.complete:
@@ -126,14 +126,14 @@ class ShardWriter:
         self._layout = layout
 
     def write(self, shard: int, tensors: dict[str, Tensor]) -> None:
-        """Write a shard, whose tensors :meth:`check` has accepted, so that it is there complete or not at all."""
+        """Write a shard atomically, after :meth:`check` accepted its tensors."""
         path = self.path / shard_name(shard)
         discard_temporaries(self.path, path.name)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         self.folder.save(path, serialize(contiguous, metadata={TAG: shard_tag(self.plan.digest, shard)}))
 
     def finish(self) -> None:
-        """Hash every shard and write the manifest; for one process, when all have written theirs."""
+        """Hash every shard and write the manifest; for one process, after all have written their shards."""
         if not self.folder.complete:
             self.folder.save(self.path / MANIFEST, self._manifest().to_bytes())
         self.folder.tidy()
@@ -169,23 +169,23 @@ def build(
     barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Generate what a folder still lacks, on every rank, and finish it; one job at a time.
+    """Generate the missing samples of a folder on every rank, and finish it; one job at a time.
 
-    A killed run loses at most two shards on each rank: the one that is written and the one that is made.
+    A killed run loses at most two shards per rank: the one being written and the one being generated.
 
     Args:
         writer: The folder.
-        generate: Batches of sample indices, (B,) int64 each => tensors (B, ...) on the CPU for one batch after the
-            other; sample i must depend on i alone.
-        batch_size: Most samples generated together.
-        rank: This process.
+        generate: Batches of sample indices, (B,) int64 each => tensors (B, ...) on the CPU, batch by batch; sample i
+            must depend only on i.
+        batch_size: Largest number of samples generated together.
+        rank: Rank of this process.
         world_size: Number of processes; all must call this function.
         barrier: Waits for all processes.
-        progress: Called with the samples that this rank has done, and its total.
+        progress: Called with this rank's number of finished samples, and its total.
 
     Raises:
-        StoreError: Another job builds here, the folder cannot be written to, or what was generated is not what was
-            asked for, or not finite.
+        StoreError: Another job builds here, the folder cannot be written to, or the generated tensors have the wrong
+            shape or are not finite.
     """
     if rank == 0:
         writer.folder.lock(waits=world_size == 1)
@@ -197,10 +197,10 @@ def build(
         done = total - sum(len(batch.indices) for batch in work)
         results = generate([batch.indices for batch in work])
         parts: list[dict[str, Tensor]] = []
-        with ThreadPoolExecutor(max_workers=1) as thread:  # writes a shard while the samples of the next are made
+        with ThreadPoolExecutor(max_workers=1) as thread:  # writes a shard while the next one is generated
             for number, (batch, made) in enumerate(zip(work, results, strict=False)):
                 path = writer.path / shard_name(batch.shard)
-                if not parts and writer.folder.samples_in(batch.shard):  # what a shorter build has put there
+                if not parts and writer.folder.samples_in(batch.shard):  # written by a shorter build
                     parts = [load_file(path)]
                 for name, tensor in made.items():
                     if tensor.shape[:1] != batch.indices.shape:
