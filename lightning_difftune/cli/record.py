@@ -1,4 +1,4 @@
-"""What a run keeps about itself (settings, versions, hardware, data), and how it is resumed with its settings."""
+"""Records a run's settings, versions, hardware and data, and resumes a run with its settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_difftune.trust import split_trusted
 
 
 def circumstances() -> dict[str, Any]:
-    """Versions, threads and hardware, for whoever repeats the run."""
+    """Versions, threads and hardware, for repeating the run."""
     return {
         "versions": {
             "lightning_difftune": __version__,
@@ -42,7 +42,7 @@ def circumstances() -> dict[str, Any]:
 
 
 def commit() -> dict[str, Any] | None:
-    """The commit of the repository that the command was given in, and whether its files differ; None elsewhere."""
+    """The commit of the current repository, and whether its files differ; ``None`` outside a repository."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -55,7 +55,7 @@ def commit() -> dict[str, Any] | None:
 
 
 def class_counts(datamodule: Any) -> dict[str, int] | None:
-    """Pictures of each class, by its name or index, where the target knows them without reading its pictures."""
+    """Pictures per class, by name or index, if the target knows them without reading its pictures."""
     target: Any = getattr(datamodule, "target", None)
     labels = target.labels() if hasattr(target, "labels") else None
     if labels is None:
@@ -66,24 +66,24 @@ def class_counts(datamodule: Any) -> dict[str, int] | None:
 
 
 def scores(callbacks: Iterable[Any]) -> dict[str, Any]:
-    """What the callbacks log that tells a better model from a worse one."""
+    """The callbacks' logged values that rank models."""
     return {name: facts for callback in callbacks for name, facts in getattr(callback, "scores", dict)().items()}
 
 
 class SaveRun(SaveConfigCallback):
-    """Saves what the run is: ``environment.json`` next to its ``config.yaml``, and the settings in every checkpoint.
+    """Saves ``environment.json`` next to a run's ``config.yaml``, and the settings in every checkpoint.
 
-    A folder may be shared by several runs, of which the last one overwrites the file; a checkpoint is of one run.
+    Several runs may share a folder, and the last one overwrites the file; a checkpoint belongs to one run.
     """
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the folder on all processes, since ``trainer.log_dir`` is a broadcast."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        if stage != "fit":  # a fit saves when it starts, since a checkpoint that does not fit is refused before
+        if stage != "fit":  # a fit saves at its start, after a checkpoint that does not match is refused
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Save, with what the module, which knows its model by now, made of settings that were left out."""
+        """Save, including settings that the module has filled in from its model."""
         settings = self.config.get("model", {}).get("init_args", {})
         for name, values in getattr(pl_module, "completed_settings", dict)().items():
             if name in settings:
@@ -91,7 +91,7 @@ class SaveRun(SaveConfigCallback):
         super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Write ``environment.json``. If it cannot be written, that is a warning; the run is worth more."""
+        """Write ``environment.json``; failure is only a warning and does not stop the run."""
         record = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -108,24 +108,24 @@ class SaveRun(SaveConfigCallback):
             rank_zero_warn(f"{path} could not be saved: {error}. Training continues.")
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the settings as YAML; what was logged before a checkpoint is on the disk when the checkpoint is."""
+        """Add the settings as YAML, and flush the logs, so that they are on disk before the checkpoint."""
         for logger in trainer.loggers:
             logger.save()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none: the name in all of version 4
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none is its name throughout version 4
             checkpoint[CONFIG] = self.parser.dump(self.config, skip_none=False)
 
 
 def completed(args: Sequence[str]) -> list[str]:
-    """A command line that names a checkpoint and no config, with the settings of the checkpoint's run put in.
+    """A command line with a checkpoint but no config, with the settings of the checkpoint's run inserted.
 
-    A run's folder may stand for its newest checkpoint, also as the first argument. ``--ckpt_path last`` is the newest
-    checkpoint under ``--trainer.default_root_dir``, or else under the working directory. Other options stay, and count
-    more than the run's. ``--trust NAME`` allows a package that those name.
+    A run's folder means its newest checkpoint, also as the first argument. ``--ckpt_path last`` is the newest
+    checkpoint under ``--trainer.default_root_dir``, or else under the working directory. Other options override the
+    run's. ``--trust NAME`` allows a package that the run's settings name.
 
     Raises:
         CheckpointError: If there is no checkpoint, or it is damaged.
-        ConfigError: If the settings of its run are nowhere to be found, or name what could run other code.
+        ConfigError: If the settings of its run are not found, or name code that is not trusted.
     """
     args, trusted = split_trusted(args)
     if len(args) > 1 and not args[1].startswith("-"):  # the run as the first argument
@@ -157,12 +157,12 @@ def completed(args: Sequence[str]) -> list[str]:
 
 
 def value_of(args: Sequence[str], option: str) -> str | None:
-    """What an option is set to, the last time that it is given."""
+    """The last given value of an option."""
     values = [after for arg, after in zip(args, [*args[1:], ""], strict=True) if arg == option]
     values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{option}=")]
     return values[-1] if values else None
 
 
 def is_file_name(checkpoint: str) -> bool:
-    """Whether it is a path here, not a word of Lightning's own or an address."""
+    """Whether it is a local path, not one of Lightning's keywords or an address."""
     return checkpoint.partition(":")[0] not in ("last", "hpc", "registry") and "://" not in checkpoint

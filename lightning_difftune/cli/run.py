@@ -1,4 +1,4 @@
-"""A run on the disk: where it is, and what it has left there, whole or killed half-way."""
+"""A run on disk: its location and its files, complete or of a killed run."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lightning_difftune.cli.run_files import (
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.trust import check_trust
 
-CONFIG = "config"  # the key of a checkpoint under which its run's settings are
+CONFIG = "config"  # the checkpoint's key for its run's settings
 
 
 class Run:
-    """One launch of a run: its checkpoint, config, logs and pictures, each read when it is first asked for.
+    """One launch of a run: its checkpoint, config, logs and pictures, each read on first use.
 
-    Whatever a killed run did not get to is empty.
+    Files that a killed run did not write are empty.
 
     Args:
         path: The folder of the launch, with ``config.yaml`` and ``metrics.csv``, such as ``.../version_0``.
@@ -55,7 +55,7 @@ class Run:
 
         Args:
             place: The trainer's ``default_root_dir``, the folder of a launch, its folder of checkpoints, or a
-                checkpoint. Of several launches, the newest that trained is taken.
+                checkpoint. Of several launches, the newest that trained is used.
             saved: Whether it must have a checkpoint.
 
         Raises:
@@ -99,12 +99,12 @@ class Run:
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """What the checkpoint holds, with its tensors mapped into memory; nothing without one."""
+        """The checkpoint's content, with its tensors mapped into memory; empty without one."""
         return {} if self.checkpoint is None else read_checkpoint(self.checkpoint)
 
     @property
     def step(self) -> int | str:
-        """Optimizer steps that the checkpoint's weights are trained for."""
+        """Optimizer steps of the checkpoint."""
         return self.content.get("global_step", "?")
 
     @property
@@ -114,19 +114,19 @@ class Run:
 
     @property
     def averages(self) -> Any:
-        """The averaged weights, if the checkpoint has some, with ``average_parameters(module)`` and ``num_updates``."""
+        """The averaged weights, if the checkpoint has any, with ``average_parameters(module)`` and ``num_updates``."""
         return averages_in(self.content)
 
     def settings(self, trusted: Sequence[str] = (), parts: Sequence[str] | None = None) -> dict[str, Any]:
-        """What the run was started with: as the checkpoint holds it, or as the file next to it does.
+        """The run's settings, from the checkpoint or the file next to it.
 
         Args:
-            trusted: Packages and names that the settings may name, in addition to those that run no other code.
-            parts: Keys that are wanted; what others name need not be trusted. All by default.
+            trusted: Further packages and names that the settings may name.
+            parts: Required keys; names under other keys need not be trusted. All by default.
 
         Raises:
             CheckpointError: If the checkpoint is damaged.
-            ConfigError: If the settings are in neither, or name what could run other code.
+            ConfigError: If the settings are in neither, or name code that is not trusted.
         """
         file = self.path / "config.yaml"
         if CONFIG not in self.content and not file.is_file():
@@ -144,7 +144,7 @@ class Run:
             raise ConfigError(f"{where} is not a mapping of settings. Pass --config.")
         if parts is not None:
             settings = {key: value for key, value in settings.items() if key in parts}
-        for key in ("ckpt_path", "weights_only"):  # which file, and whether it may run code, is not for a file to say
+        for key in ("ckpt_path", "weights_only"):  # a file must not choose the checkpoint, or whether it may run code
             settings.pop(key, None)
         check_trust(settings, str(self.checkpoint or file), trusted)
         return settings
@@ -153,7 +153,7 @@ class Run:
 
     @cached_property
     def config_text(self) -> str:
-        """``config.yaml`` as it is written; the checkpoint's where there is no file, and empty without either."""
+        """The text of ``config.yaml``, else the checkpoint's settings, else empty."""
         if text := text_of(self.path / "config.yaml"):
             return text
         try:
@@ -163,17 +163,17 @@ class Run:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """What the config says; empty without one."""
+        """The parsed config; empty without one."""
         return mapping_of(yaml.safe_load, self.config_text)
 
     @cached_property
     def environment(self) -> dict[str, Any]:
-        """What ``environment.json`` says; empty without one."""
+        """The content of ``environment.json``; empty without one."""
         return mapping_of(json.loads, text_of(self.path / "environment.json"))
 
     @cached_property
     def metrics(self) -> dict[str, Series]:
-        """(step, value) of each logged name, in order; values that are not finite are in there, too."""
+        """(step, value) of each logged name, in order, including values that are not finite."""
         return read_metrics(self.path / "metrics.csv")
 
     @cached_property
@@ -192,21 +192,21 @@ class Run:
 
     @property
     def last_written(self) -> datetime:
-        """When the logs were last written to."""
+        """Time of the last write to the logs."""
         files = [self.path / name for name in MARKS]
         if self.checkpoint is not None:
             files.append(self.checkpoint)
         return datetime.fromtimestamp(next((f.stat().st_mtime for f in files if f.is_file()), 0.0)).astimezone()
 
     def setting(self, *keys: str) -> Any:
-        """A value of the config, such as ``setting("trainer", "max_steps")``; None where there is none."""
+        """A value of the config, such as ``setting("trainer", "max_steps")``; ``None`` if there is none."""
         value: Any = self.config
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
 
     def callback(self, name: str) -> dict[str, Any] | None:
-        """Arguments of the config's callback of a class, or None."""
+        """Arguments of the config's callback with this class name, or ``None``."""
         callbacks = self.setting("trainer", "callbacks")
         for entry in callbacks if isinstance(callbacks, list) else []:
             if isinstance(entry, dict) and str(entry.get("class_path")).rpartition(".")[2] == name:
@@ -219,7 +219,7 @@ class Run:
 
     @property
     def score_facts(self) -> dict[str, dict[str, Any]]:
-        """What was measured and tells a better model from a worse one, by logged name.
+        """The measured values that rank models, by logged name.
 
         Each has ``higher_is_better`` and a ``label``; see
         :meth:`~lightning_difftune.callbacks.MeasuringCallback.scores`.
@@ -229,17 +229,17 @@ class Run:
 
     @property
     def scores(self) -> dict[str, bool]:
-        """Names of what was logged about generated pictures, and whether higher is better."""
+        """Logged names of metrics of generated pictures, and whether higher is better."""
         return {name: bool(facts.get("higher_is_better")) for name, facts in self.score_facts.items()}
 
     @property
     def last_step(self) -> int:
-        """Optimizer steps that the logs know of; Lightning counts them from 0."""
+        """Optimizer steps in the logs, which Lightning counts from 0."""
         return max((series[-1][0] + 1 for name, series in self.metrics.items() if name.startswith("train/")), default=0)
 
     @property
     def has_step(self) -> bool:
-        """Whether it has trained: a step is in its logs, or a checkpoint in its folder."""
+        """Whether it has trained: its logs have a step, or its folder a checkpoint."""
         return self.checkpoint is not None or self.last_step > 0
 
     @property
@@ -250,6 +250,6 @@ class Run:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether the logs end before the run's last step; the last ones may lie between two lines of the log."""
+        """Whether the logs end before the run's last step, allowing for steps after the last line of the log."""
         every = self.setting("trainer", "log_every_n_steps") or 50
         return self.max_steps is not None and self.last_step + every <= self.max_steps

@@ -1,4 +1,4 @@
-"""Where the files of runs are, and how they are read, whole or killed half-way."""
+"""Finds and reads the files of runs, complete or of killed runs."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning_difftune.models.checkpoint_files import check_records
 from lightning_difftune.modules.checkpoints import read_run
 
 Series = list[tuple[int, float]]
-MARKS = ("metrics.csv", "config.yaml")  # either makes a folder a launch's
+MARKS = ("metrics.csv", "config.yaml")  # a folder with either is a launch
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a checkpoint of a run holds, with its tensors mapped into memory; nothing is unpickled but tensors.
+    """The content of a run's checkpoint, with its tensors mapped into memory; only tensors are unpickled.
 
-    Of a folder, as sharded strategies write them, it is empty. A file that cannot be read is a ``CheckpointError``.
+    Empty for a folder, as sharded strategies write it. A file that cannot be read raises a ``CheckpointError``.
     """
     return {} if path.is_dir() else read_run(path, mmap=True, checked=False)
 
 
 def check_checkpoint(path: Path) -> dict[str, Any]:
-    """Read every byte of a checkpoint, compare its records with their checksums, and return what it holds."""
+    """Read every byte of a checkpoint, compare its records with their checksums, and return its content."""
     content = read_checkpoint(path)
     if content:
         check_records(path)
@@ -38,9 +38,9 @@ def check_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
-    """The (step, value) of each name in a file of Lightning's CSVLogger; empty without a file.
+    """The (step, value) pairs of each name in a file of Lightning's CSVLogger; empty without a file.
 
-    A last line without its end, where the run was killed in the middle of writing, is left out.
+    An incomplete last line of a killed run is left out.
     """
     text = text_of(path)
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
@@ -62,26 +62,26 @@ def _number(cell: Any) -> float | None:
 
 
 def text_of(path: Path) -> str:
-    """What a file holds; empty without a file."""
+    """The text of a file; empty without a file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def mapping_of(parse: Any, text: str) -> dict[str, Any]:
-    """What a text says, parsed; empty if it was cut off."""
+    """The parsed text; empty if it is truncated."""
     try:
         content = parse(text) if text else {}
-    except (ValueError, yaml.YAMLError):  # cut off when the run was killed
+    except (ValueError, yaml.YAMLError):  # truncated when the run was killed
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def newest(files: Any) -> Path | None:
-    """The file that was written last; of equals, ``last.ckpt``."""
+    """The most recent file; on ties, ``last.ckpt``."""
     return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt", str(file)), default=None)
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """The checkpoint of a Lightning run below a folder that was written last; hidden folders are left out."""
+    """The most recent checkpoint of a Lightning run below a folder, without hidden folders."""
     files = list(checkpoints_below(root))
     while (file := newest(files)) is not None:
         if "pytorch-lightning_version" in read_checkpoint(file):
@@ -96,7 +96,7 @@ def checkpoints_below(root: Path) -> Iterator[Path]:
 
 
 def launches_below(root: Path) -> list[Path]:
-    """The folders of launches: that folder itself and those below it, with a config or logs."""
+    """The folders of launches, with a config or logs: the folder itself and those below it."""
     return list(dict.fromkeys(file.parent for file in _files_below(root) if file.name in MARKS))
 
 

@@ -1,4 +1,4 @@
-"""``difftune sample``: pictures of a run, an export or a bundled model, as files that say how they were made."""
+"""``difftune sample``: pictures of a run, an export or a bundled model, as files with their parameters."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ machine; another batch size or device rounds differently and may move a pixel by
 
 @dataclass
 class Source:
-    """A model to draw pictures with."""
+    """A model to sample from."""
 
     module: DiffTuningModule  # built
-    done: list[str]  # what to say about it
-    run: TunedRun | None = None  # the run that it comes from, if it does
-    has_base: bool = True  # whether the model that it was tuned from is there, too
+    done: list[str]  # messages about it
+    run: TunedRun | None = None  # its run, if any
+    has_base: bool = True  # whether its pre-trained model is available
 
 
 def sample(argv: Sequence[str]) -> None:
-    """Draw the pictures and say where they are."""
+    """Draw the pictures and print their paths."""
     parser = CommandParser("sample", DESCRIPTION)
     parser.add_run("run, export, pipeline, or bundled name", "SOURCE")
     what = parser.add_mutually_exclusive_group()
@@ -103,7 +103,7 @@ def sample(argv: Sequence[str]) -> None:
 
 
 def open_source(options: argparse.Namespace, settings: Sequence[str]) -> Source:
-    """Open a run, with ``--config`` and overrides of its keys if there are some, or else what ``open_model`` opens."""
+    """Open a run, with ``--config`` and overrides if given, or else a model by ``open_model``."""
     path = Path(options.run).expanduser()
     if path.suffix == ".ckpt" or (path.is_dir() and (launches_below(path) or any(checkpoints_below(path)))):
         run = TunedRun(path, settings)
@@ -117,7 +117,7 @@ def open_source(options: argparse.Namespace, settings: Sequence[str]) -> Source:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device asked for, or a GPU if there is one."""
+    """The named device, or by default a GPU if there is one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -127,7 +127,7 @@ def device_of(name: str | None) -> torch.device:
 
 
 def free_folder(folder: Path | None, overwrite: bool) -> Path:
-    """The folder asked for, or ``runs/samples``, with the next free number if that is taken."""
+    """The given folder, or ``runs/samples``, with the next free number if it exists."""
     if folder is not None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
             raise ConfigError(f"{folder} is not empty. Choose another --output, or pass --overwrite.")
@@ -138,7 +138,7 @@ def free_folder(folder: Path | None, overwrite: bool) -> Path:
 
 
 def sampler_of(source: Source, options: argparse.Namespace) -> Sampler:
-    """The model's own sampler with what the command line changes."""
+    """The model's own sampler with the command line's changes."""
     own, channels = source.module.sampler, options.guidance_channels
     given = {
         "num_inference_steps": options.steps,
@@ -176,7 +176,7 @@ def draw(module: DiffTuningModule, subjects: Sequence[Subject], num_samples: int
 
 
 def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters: dict[str, Any]) -> None:
-    """Write ``grid.png`` and one file for each of the pictures, with the parameters in their text chunks."""
+    """Write ``grid.png`` and one file per picture, with the parameters in text chunks."""
     output.mkdir(parents=True, exist_ok=True)
     columns = len(pictures) // len(subjects)
     controls = [row.control for row in subjects if row.control is not None]
@@ -201,6 +201,6 @@ def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters
 
 
 def write_png(picture: Tensor, file: Path, parameters: dict[str, Any], **texts: str) -> None:
-    """Write a picture (1 or 3, H, W) uint8 with its parameters, as JSON, and other texts."""
+    """Write a picture (1 or 3, H, W) uint8 with its parameters as JSON and other texts."""
     software = f"lightning_difftune {__version__}"
     atomic_write(file, to_png(picture, Software=software, parameters=json.dumps(parameters), **texts))

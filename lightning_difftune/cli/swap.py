@@ -87,7 +87,7 @@ def swap(argv: Sequence[str]) -> None:
 
 
 def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tensor, Sequence[float]], Tensor]:
-    """What makes the pictures of ``model`` whose last steps are done by ``tail``, on the device of ``model``."""
+    """A function that generates pictures of ``model`` with the last steps by ``tail``, on the device of ``model``."""
 
     def generate(indices: Tensor, fractions: Sequence[float]) -> Tensor:
         if tail.sample_shape != model.sample_shape:
@@ -98,7 +98,7 @@ def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tens
 
 
 def names_of(paths: Sequence[str]) -> list[str]:
-    """The part of each path in which they differ, such as the folder of the run."""
+    """The part of each path that differs, such as the folder of the run."""
     if len(paths) == 1:
         return ["tuned"]
     parts = [Path(path).parts for path in paths]
@@ -109,7 +109,7 @@ def names_of(paths: Sequence[str]) -> list[str]:
 def write_results(
     output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: Any, tail: str
 ) -> None:
-    """Write the table and the figure, and say where they are and what they show."""
+    """Write the table and the figure, and print their paths and meaning."""
     with (output / "swap.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("model", "swapped_percent", chain.monitor))

@@ -1,4 +1,4 @@
-"""A finished run: its model and callbacks, just trained or opened from its checkpoint."""
+"""A finished run: its model and callbacks, after training or opened from its checkpoint."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class TunedRun:
 
     Args:
         place: Any place of the run, as for :meth:`~lightning_difftune.cli.run.Run.find`.
-        settings: ``--config``, overrides of its keys and ``--trust``, as ``difftune fit`` has them; default: the run's
+        settings: ``--config``, overrides of its keys and ``--trust``, as for ``difftune fit``; default: the run's
 
     Raises:
         DataError: If there is no run, or there are several.
-        ConfigError: If there is no config, or something in it cannot be used.
+        ConfigError: If there is no config, or it is invalid.
         CheckpointError: If the checkpoint is missing, damaged, or of another model.
     """
 
@@ -49,7 +49,7 @@ class TunedRun:
         self.module.eval()
 
     def __str__(self) -> str:
-        """What it is, for people."""
+        """A description for messages."""
         return f"{self.run.checkpoint}, step {self.run.step}, tuned from {self.module.base_identity['name']}"
 
     def weights(self, raw: bool, done: list[str]) -> AbstractContextManager[None]:
@@ -68,27 +68,27 @@ def callbacks_with(cli: DiffTuneCLI, attribute: str) -> list[Any]:
 
 
 def scoring(cli: DiffTuneCLI) -> list[Any]:
-    """The run's callbacks that log what tells a better model from a worse one; each has a ``history`` of it."""
+    """The run's callbacks that log values which rank models; each has a ``history``."""
     return [callback for callback in callbacks_with(cli, "scores") if callback.scores()]
 
 
 def averaged_weights(cli: DiffTuneCLI) -> AbstractContextManager[None]:
-    """A ``with`` block in which the averaged weights stand in, if the run has averages; else the weights are left."""
+    """A ``with`` block with the averaged weights, if the run has any."""
     averages = callbacks_with(cli, "average_parameters")
     return averages[0].average_parameters(cli.model) if averages else nullcontext()
 
 
 def count_trainable(cli: DiffTuneCLI) -> int:
-    """Parameters that the run trains."""
+    """Number of trained parameters."""
     return sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
 
 
 class RunRecord(Callback):
     """Every scalar at every validation, and the seconds of training; both continue when a run is resumed.
 
-    A value that is measured in between, as by ``EWC(every_n_steps=...)``, is noted as it was last measured. The seconds
-    count from the first batch, so that building a memory bank, which several runs share, is not counted; those after
-    the last checkpoint of an interrupted run are not counted either.
+    A value that is measured in between, as by ``EWC(every_n_steps=...)``, is recorded as last measured. The seconds
+    start at the first batch, so that building a memory bank, which several runs share, is not counted; those after the
+    last checkpoint of an interrupted run are not counted either.
     """
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ class RunRecord(Callback):
         self._seconds, self._since = self.seconds_of_fit, None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note what has been measured so far, but for the loss of the last training batch."""
+        """Record the metrics so far, except for the loss of the last training batch."""
         if trainer.sanity_checking:
             return
         for name, value in trainer.callback_metrics.items():

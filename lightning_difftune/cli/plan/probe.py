@@ -111,22 +111,22 @@ class Probe:
 class Costs:
     """What one sample costs."""
 
-    flops: dict[str, float]  # floating-point operations of each part, a multiplication and an addition being two
-    activation_bytes: float  # what a training step keeps for the backward pass
+    flops: dict[str, float]  # floating-point operations of each part, where a multiply-add is two
+    activation_bytes: float  # kept by a training step for the backward pass
     bank_bytes: float  # on disk, in a memory bank
     cache_bytes: float  # on disk, in a latent cache, without the mirror image
-    trained: int  # parameters that are trained
-    frozen_bytes: float  # parameters that are not, in the types that they are kept in
-    text_bytes: float  # those of them that encode text
+    trained: int  # number of trained parameters
+    frozen_bytes: float  # frozen parameters, in their stored types
+    text_bytes: float  # the part of them in text encoders
 
 
 def count(
     module: DiffTuningModule, picture_shape: tuple[int, ...], precision: str, mode: AbstractContextManager[Any]
 ) -> Costs:
-    """Count what one sample costs, for pictures (C, H, W), on the CPU.
+    """Count the costs of one sample, for pictures (C, H, W), on the CPU.
 
-    The networks compute on tensors without values, of the ``mode``, so that the largest is counted in seconds. An
-    annotator, which may not be a network, works on a picture of its own.
+    The networks compute on fake tensors of the ``mode``, so that the largest is counted in seconds. An annotator, which
+    may not be a network, gets a real picture.
     """
     annotator: Any = getattr(module, "annotator", None)
     maps = 0.0 if annotator is None else annotator_flops(annotator, picture_shape)
@@ -145,7 +145,7 @@ def count(
 
 @dataclass(frozen=True)
 class Unseen:
-    """An annotator for pictures without values: maps of zeros."""
+    """An annotator for fake tensors: maps of zeros."""
 
     channels: int
 
@@ -154,12 +154,12 @@ class Unseen:
         return torch.zeros_like(pictures[:, :1]).expand(-1, self.channels, -1, -1)
 
     def identity(self) -> str:
-        """Not the identity of any annotator."""
+        """A placeholder."""
         return "unseen"
 
 
 def annotator_flops(annotator: Annotator, picture_shape: tuple[int, ...]) -> float:
-    """Operations of an annotator on one picture (3, H, W); 0 where its weights are not here."""
+    """Operations of an annotator on one picture (3, H, W); 0 if its weights are not available."""
     picture = torch.randint(256, (1, *picture_shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     try:
         with FlopCounterMode(display=False) as counter:
@@ -170,7 +170,7 @@ def annotator_flops(annotator: Annotator, picture_shape: tuple[int, ...]) -> flo
 
 
 def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractContextManager[Any]) -> Costs:
-    """What one sample costs, by probes of one and of two."""
+    """The costs of one sample, from probes of one and of two."""
     trained = probe.parameters
     names = {id(parameter) for parameter in trained}
     frozen = [p for p in all_parameters(probe.module) if id(p) not in names]
@@ -188,13 +188,13 @@ def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractC
 
 
 def without_values() -> FakeTensorMode:
-    """A mode in which tensors have shapes and no values."""
+    """A mode in which tensors have shapes but no values."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def saved_bytes(probe: Probe, mode: AbstractContextManager[Any]) -> float:
-    """What a training step keeps for its backward pass, each storage once, weights included."""
-    # a weak reference keeps the storage's address from being used by another, and says whether the graph still holds it
+    """Bytes that a training step keeps for its backward pass, each storage once, including weights."""
+    # a weak reference prevents reuse of the storage's address, and tells whether the graph still holds it
     storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def saved_bytes(probe: Probe, mode: AbstractContextManager[Any]) -> float:
     with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = probe.loss()
     saved = sum(nbytes for reference, nbytes in storages.values() if not reference.expired())
-    del loss  # what was saved lives until here
+    del loss  # saved tensors live until here
     return float(saved)
 
 

@@ -1,4 +1,4 @@
-"""Published models by their shapes alone, so that a plan needs neither their weights nor a connection."""
+"""Published models by their shapes only, so that a plan needs neither weights nor a connection."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_difftune.cli.plan.probe import without_values
 from lightning_difftune.models import checkpoints, hub
 from lightning_difftune.models.dit import DiT
 
-WEIGHTS = "DiT.safetensors"  # stands for a DiT's file; holds its architecture
+WEIGHTS = "DiT.safetensors"  # a stand-in for a DiT's file, with its architecture
 
 
 def published(name: str) -> dict[str, dict[str, Any]] | None:
-    """JSON files of a published model by their paths in its repository; None where its shapes are not known here.
+    """JSON files of a published model by path in its repository; ``None`` if its shapes are unknown.
 
     Example:
         >>> sorted(published("stabilityai/sd-vae-ft-ema")), published("somebody/else")
@@ -43,7 +43,7 @@ def published(name: str) -> dict[str, dict[str, Any]] | None:
         if part.startswith("text_encoder"):
             index[part] = ["transformers", config["architectures"][0]]
             tokenizer = part.replace("text_encoder", "tokenizer")
-            index[tokenizer] = ["transformers", "CLIPTokenizer"]  # any other counts alike
+            index[tokenizer] = ["transformers", "CLIPTokenizer"]  # any tokenizer costs the same
             content[f"{tokenizer}/tokenizer_config.json"] = {"model_max_length": 77}
         else:
             index[part] = ["diffusers", config["_class_name"]]
@@ -52,14 +52,14 @@ def published(name: str) -> dict[str, dict[str, Any]] | None:
 
 @contextmanager
 def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]:
-    """A ``with`` block in which published models are made of their shapes, and nothing is downloaded.
+    """A ``with`` block in which published models are created from their shapes, without downloads.
 
     Args:
-        with_values: Whether their weights have values, random ones, so that they can be timed; without, the largest
-            model takes no memory.
+        with_values: Whether their weights have random values, for timing; otherwise even the largest model takes no
+            memory.
 
     Yields:
-        The mode that tensors without values are computed in.
+        The mode for tensors without values.
     """
     shapes = without_values()
     mode: Any = nullcontext() if with_values else shapes
@@ -113,7 +113,7 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
 
 
 def swap_what_differs(ours: Tensor, theirs: Tensor) -> None:
-    """What ``module.to`` does to a parameter without values: nothing where it is of that type and place already.
+    """Replacement in ``module.to`` for parameters without values: does nothing if type and device are the same.
 
     Some parameters without values cannot be swapped.
     """
@@ -123,7 +123,7 @@ def swap_what_differs(ours: Tensor, theirs: Tensor) -> None:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """A ``with`` block in which weights are made in a precision, float32 by default."""
+    """A ``with`` block in which weights are created in a given type, float32 by default."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype if dtype is not None else torch.float32)
     try:
@@ -133,14 +133,14 @@ def default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def write(folder: Path, content: dict[str, dict[str, Any]]) -> Path:
-    """Write a model's JSON files, and what else its openers look for."""
+    """Write a model's JSON files, and the other files that its loaders look for."""
     for name, settings in content.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(settings))
-        for weights in ("diffusion_pytorch_model.safetensors", "model.safetensors"):  # which nothing reads
+        for weights in ("diffusion_pytorch_model.safetensors", "model.safetensors"):  # never read
             file.with_name(weights).touch()
-        if file.name == "tokenizer_config.json":  # which words it knows does not change what they cost
+        if file.name == "tokenizer_config.json":  # the vocabulary does not change the costs
             bundled = hub.BUNDLED / "sd-nano-flowers" / "tokenizer"
             (file.parent / "tokenizer.json").write_bytes((bundled / "tokenizer.json").read_bytes())
             file.write_text(json.dumps({**json.loads((bundled / file.name).read_text()), **settings}))

@@ -1,4 +1,4 @@
-"""``difftune quickstart``: from a bundled model to a picture, on a CPU."""
+"""``difftune quickstart``: tunes a bundled model and draws a report, on a CPU."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from lightning_difftune.errors import DataError
 from lightning_difftune.models import export_network
 from lightning_difftune.pictures import pictures_of
 
-STEPS = 600  # of each method; configs/controlnet/flowers.yaml has more
-SHOWN = 5  # moments of the training in the report
+STEPS = 600  # per method; configs/controlnet/flowers.yaml has more
+SHOWN = 5  # steps of the training shown in the report
 
 
 @dataclass
@@ -87,7 +87,7 @@ def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
 
 
 def interval_of(steps: int) -> int:
-    """Steps between validations: a dozen of them in a run, and two in one that is too short for their cost.
+    """Steps between validations: a dozen validations per run, or two in a short run.
 
     Example:
         >>> interval_of(600), interval_of(40), interval_of(1)
@@ -97,7 +97,7 @@ def interval_of(steps: int) -> int:
 
 
 def flowers(path: Path) -> list[str]:
-    """Settings that train on these pictures, which are downloaded if they are torchvision's and missing."""
+    """Settings for training on these pictures; torchvision's are downloaded if missing."""
     if path.suffix == ".npz":
         sources = {"target": "train", "val_target": "test"}  # the file's own names
         kind, key = "lightning_difftune.data.NpzImages", "path"
@@ -106,7 +106,7 @@ def flowers(path: Path) -> list[str]:
 
         try:
             Flowers102(str(path), download=True)
-        except Exception as error:  # whatever the download raises without a connection
+        except Exception as error:  # the download may raise anything without a connection
             raise DataError(
                 f"Oxford Flowers is not in {path} and cannot be downloaded ({type(error).__name__}: {error}). Run this "
                 "where there is a connection, copy the folder, and name it with --flowers."
@@ -121,7 +121,7 @@ def flowers(path: Path) -> list[str]:
 
 
 def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:
-    """Moments of a training, and pictures (moments + 1, columns, 3, H, W): the controls, then what came of them."""
+    """Steps of a training, and pictures (steps + 1, columns, 3, H, W): the controls, then the generated ones."""
     steps = list(grids)
     chosen = sorted({steps[round(k * (len(steps) - 1) / max(1, SHOWN - 1))] for k in range(SHOWN)})
     at = [pictures_of(grids[step], 3, columns) for step in chosen]
@@ -129,7 +129,7 @@ def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:
 
 
 def draw_report(path: Path, tuned: dict[str, Tuned], columns: int = 8) -> None:
-    """Draw both curves, and what each method drew after the same controls at the same moments."""
+    """Draw both curves, and each method's pictures for the same controls at the same steps."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

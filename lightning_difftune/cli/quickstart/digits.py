@@ -1,4 +1,4 @@
-"""``difftune quickstart``: the main job on real handwriting."""
+"""``difftune quickstart``: Diff-Tuning on real handwriting."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.pictures import to_uint8
 
-COLUMNS = 20  # pictures of each digit that are generated, classified and counted
+COLUMNS = 20  # pictures per digit that are generated and classified
 
 
 @dataclass
 class Tuned:
     """One finished method."""
 
-    samples: Tensor  # (10 * COLUMNS, 1, 20, 20) uint8, one row a digit
-    recognised: float  # share that the classifier takes for the digit of their row
+    samples: Tensor  # (10 * COLUMNS, 1, 20, 20) uint8, one row per digit
+    recognised: float  # share that the classifier recognises as the digit of their row
     curve: list[tuple[int, float]]  # Fréchet distance over training steps
     seconds: float
     parameters: int
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
-    """Pictures (N, 1, 20, 20) uint8 and labels (N,) as the quickstart has them."""
+    """Pictures (N, 1, 20, 20) uint8 and labels (N,) of the quickstart."""
     source = HandwrittenDigits("train" if split == "train" else "test", crop=24)
     return ImageTargets(source, image_size=20, channels=1).uint8(range(len(source))), torch.from_numpy(source.labels)
 
@@ -58,7 +58,7 @@ def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
                 export_dit(cli.model.dit, export, overwrite=True)
         (distance,) = scoring(cli)
         tuned[name] = Tuned(samples, evaluator.share(samples), distance.history, seconds, count_trainable(cli))
-    load_dit(export)  # as others will
+    load_dit(export)  # check that it opens
     figures = {
         name: {
             "recognised": round(run.recognised, 4),

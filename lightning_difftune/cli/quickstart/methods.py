@@ -1,4 +1,4 @@
-"""What both quickstarts share: two methods side by side, each a ``difftune fit``, and the printed comparison."""
+"""Common parts of both quickstarts: two methods, each a ``difftune fit``, and the printed comparison."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # over
 
 
 def tune(name: str, config: str, output: Path, seed: int, settings: Sequence[str]) -> tuple[DiffTuneCLI, float]:
-    """Run one of the methods in a folder of its own below ``output``, where the memory bank is, too.
+    """Run one of the methods in its own folder below ``output``, which also has the memory bank.
 
-    Its config is a file of the installed configs, and ``settings`` are further arguments of the command line. Returns
-    the finished run and its seconds.
+    ``config`` is an installed config, and ``settings`` are further command-line arguments. Returns the finished run and
+    its seconds.
     """
     print(f"\n{name}", flush=True)
     folder = output / name.lower().replace(" ", "-")
@@ -41,7 +41,7 @@ def tune(name: str, config: str, output: Path, seed: int, settings: Sequence[str
 
 
 def write_metrics(output: Path, methods: Mapping[str, Any], seed: int, started: float, **others: Any) -> None:
-    """Write ``metrics.json``: figures of each method and of the whole, which started at ``time.perf_counter()``."""
+    """Write ``metrics.json``: metrics of each method and of the whole, ``started`` at ``time.perf_counter()``."""
     seconds = round(time.perf_counter() - started, 1)
     metrics = {"methods": methods, **others, "seed": seed, "seconds": seconds, **circumstances()}
     (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
@@ -50,7 +50,7 @@ def write_metrics(output: Path, methods: Mapping[str, Any], seed: int, started: 
 def print_summary(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], explained: str, output: Path, results: str
 ) -> None:
-    """Say what each method reached, what that is, and where the results are."""
+    """Print each method's result, its meaning, and the paths of the files."""
     table = Table(title=title, title_justify="left")
     for number, heading in enumerate(("method", *columns)):
         table.add_column(heading, justify="right" if number else "left")

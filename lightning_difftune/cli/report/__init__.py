@@ -1,4 +1,4 @@
-"""``difftune report``: a run as one HTML page that needs nothing else, with its curves as SVG in its own colours."""
+"""``difftune report``: a run as one self-contained HTML page, with curves as SVG in the page's colours."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ have what they got to.
 
 RUN is the run's default_root_dir (its newest launch that trained), the folder of a launch, or a checkpoint."""
 
-MOST_GRIDS = 6  # of a folder: the first, the last, and some between them
+MOST_GRIDS = 6  # per folder: the first, the last, and some between them
 WIDEST = 1000  # pixels of an embedded picture
 
 
 def report(argv: Sequence[str]) -> None:
-    """Write the page and say where it is."""
+    """Write the page and print its path."""
     parser = CommandParser("report", DESCRIPTION)
     parser.add_run()
     parser.add_argument("--output", type=Path, default=None, help="the page (default: report.html in the run's folder)")
@@ -127,7 +127,7 @@ def _figures(run: Run) -> str:
 
 
 def _picture(file: Path, caption: str) -> str:
-    """A picture in the page, or a line about it where a killed run left half of a file."""
+    """A picture in the page, or a line about it if a killed run left half a file."""
     try:
         with Image.open(file) as image:
             shown = image.convert("RGB")
@@ -160,9 +160,9 @@ def _config(run: Run) -> str:
     return f"<details>\n<summary>config.yaml, {lines} lines</summary>\n<pre>{escape(run.config_text)}</pre>\n</details>"
 
 
-POINTS = 40  # of a curve; where there are more, each stands for a few and the band shows how far these spread
-INK = "#010203"  # stands for the page's colour of text
-# Seen in figures of their own, or of no interest over the steps.
+POINTS = 40  # of a curve; of more values, each point is the mean of a few and the band their range
+INK = "#010203"  # placeholder for the page's text colour
+# Shown in separate figures, or not of interest over the steps.
 LEFT_OUT = re.compile(
     r"train/.*|forgetting(_gap)?/.*|.*/swap_.*|control/(seconds|time_share)|sudden_convergence/.*|ewc/.*|lr-.*"
 )
@@ -179,11 +179,11 @@ class Panel:
 
 
 def panels(run: Run) -> list[Panel]:
-    """What is worth a curve, the most telling first."""
+    """The curves to draw, most informative first."""
     known = {"val/loss", *run.scores}
     others = [name for name in run.metrics if name not in known and not LEFT_OUT.fullmatch(name)]
     streams = {"target": "train/reconsolidation", "memory bank": "train/retention"}
-    drawn: list[tuple[str, str, dict[str, str]]] = [  # title, label of the y-axis, and logged names by their own labels
+    drawn: list[tuple[str, str, dict[str, str]]] = [  # title, label of the y-axis, and labels of logged names
         ("Training losses of both streams", "loss", streams),
         *((name, f"{'higher' if high else 'lower'} is better", {name: name}) for name, high in run.scores.items()),
         ("Loss on held-out pictures", "val/loss", {"val/loss": "val/loss"}),
@@ -229,7 +229,7 @@ def svg(panel: Panel, prefix: str) -> str:
 
 
 def for_page(text: str, prefix: str, label: str) -> str:
-    """A file of matplotlib's as an element of a page that holds several."""
+    """Matplotlib's SVG file as an element of a page with several."""
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)

@@ -1,4 +1,4 @@
-"""What to try next, by a few rules; each shows the numbers that it follows from."""
+"""Advice on what to try next, by a few rules; each shows the numbers that it is based on."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from lightning_difftune.cli.facts import best_of, name_of
 from lightning_difftune.cli.run import Run
 
 FEWEST_PER_CLASS = 10
-GAIN = 0.02  # of a score in the last quarter of a run, which is still worth training for
-LOSS = 0.05  # of a score or loss since its best, which is more than a wobble
-LEAP = 3.0  # of the loss over its median until then, if that is also unusual for the run
-SIGMAS = 5.0  # of the logarithm of the loss, from which it is
-RISE = 0.10  # of the retention loss from the first third of a run to the last
+GAIN = 0.02  # relative gain of a score in the last quarter of a run that is worth more training
+LOSS = 0.05  # relative loss of a score since its best that is more than noise
+LEAP = 3.0  # factor of the loss over its previous median, if that is also unusual for the run
+SIGMAS = 5.0  # deviations of the logarithm of the loss that are unusual
+RISE = 0.10  # relative rise of the retention loss from the first third of a run to the last
 
 
 @dataclass(frozen=True)
 class Advice:
-    """Something to try."""
+    """One piece of advice."""
 
     what: str  # the advice
-    evidence: str  # what was measured
-    command: str = ""  # how, where a command line says it; empty otherwise
+    evidence: str  # the measurements
+    command: str = ""  # the command line for it, if there is one
 
 
 def advise(run: Run) -> list[Advice]:
-    """The advice of every rule that the run gives reason for."""
+    """The advice of every rule that applies to the run."""
     return [advice for rule in RULES if (advice := rule(run)) is not None]
 
 
@@ -47,15 +47,15 @@ def diverged(run: Run) -> Advice | None:
 
 
 def leapt(run: Run) -> Advice | None:
-    """The loss was far above all before it at two logged steps in a row, whether or not it came back."""
+    """The loss was far above all previous values at two successive logged steps, whether or not it recovered."""
     series = run.finite("train/loss")
     logs = [math.log(value) for _, value in series if value > 0]
     if len(logs) < 8 or len(logs) < len(series):
         return None
-    # Of a normal distribution the median distance of two values is 0.954 standard deviations; a leap hardly moves it.
+    # In a normal distribution the median distance of two values is 0.954 standard deviations; leaps hardly change it.
     deviation = statistics.median(abs(after - before) for before, after in pairwise(logs)) / 0.954
     threshold = max(math.log(LEAP), SIGMAS * deviation)
-    past: list[float] = []  # sorted, since sorting all of it at each step would take minutes of a long run
+    past: list[float] = []  # kept sorted, since sorting at each step would take minutes for a long run
     for position in range(1, len(logs) - 1):
         insort(past, logs[position - 1])
         before = (past[(position - 1) // 2] + past[position // 2]) / 2  # the median
@@ -88,7 +88,7 @@ def unfinished(run: Run) -> Advice | None:
 
 
 def train_longer(run: Run) -> Advice | None:
-    """A score was still getting better."""
+    """A score was still improving."""
     for name, higher in run.scores.items():
         series = run.finite(name)
         if run.stopped_early or len(series) < 3 or series[-1][1] != best_of(series, higher)[1]:
@@ -107,7 +107,7 @@ def train_longer(run: Run) -> Advice | None:
 
 
 def stop_earlier(run: Run) -> Advice | None:
-    """A score has been better than it is at the end."""
+    """A score was better before the end."""
     for name, higher in run.scores.items():
         series = run.finite(name)
         if len(series) < 3:
@@ -194,7 +194,7 @@ def small_classes(run: Run) -> Advice | None:
 
 
 def few_pictures(run: Run) -> Advice | None:
-    """FID, which others compare with theirs, of fewer pictures than Inception has features."""
+    """FID from fewer pictures than Inception has features, which is not comparable with published values."""
     for name, facts in run.score_facts.items():
         pictures, features = facts.get("num_samples"), facts.get("num_features")
         if name == "fid" and pictures and features and pictures < features:
@@ -219,7 +219,7 @@ def measured_schedule(run: Run) -> Advice | None:
 
 
 def unmeasured(run: Run) -> Advice | None:
-    """Nothing looked at generated pictures."""
+    """No callback evaluated generated pictures."""
     if run.scores or run.grids:
         return None
     watched = [name for name in ("SampleGrid", "FID", "ControlSimilarity") if run.callback(name) is not None]
@@ -253,7 +253,7 @@ RULES: tuple[Callable[[Run], Advice | None], ...] = (
 
 
 def _steps(run: Run, steps: int) -> str:
-    """Options for another number of steps; a learning rate that was planned for the old number must know, too."""
+    """Options for another number of steps, also of a learning-rate schedule that was set for the old number."""
     schedule = ("model", "init_args", "lr_scheduler", "init_args", "total_steps")
     also = f" --model.lr_scheduler.total_steps {steps}" if run.max_steps == run.setting(*schedule) else ""
     return f"--trainer.max_steps {steps}{also}"
