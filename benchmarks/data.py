@@ -1,11 +1,10 @@
-"""What a training batch costs to read: cached latents against PNGs, and how the cache is built.
+"""Reading time of a training batch: cached latents against PNGs, and the building of caches.
 
     python benchmarks/data.py
 
 A batch of 32 cached latents of 256 px pictures (mean and standard deviation, half of them mirror images, the order and
-the coins drawn from the seed) against the same pictures decoded and cropped from PNGs, in turns. Then the shares of the
-time of building the cache and a memory bank in which networks compute, and the reading by size of the batch and of the
-cache.
+the coins drawn from the seed) against the same pictures decoded and cropped from PNGs, in turns. Then the share of
+network computation in the time of building the cache and a memory bank, and reading by size of the batch and the cache.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class TimedGenerator:
 
 
 def bank_share(folder: Path, side: int) -> float:
-    """The part of the time of building a bank of several shards in which samples are drawn."""
+    """The share of sampling in the time of building a bank of several shards."""
     torch.manual_seed(0)
     module = DiTDiffTuningModule(
         DiT(side, 4, 4, 192, 4, 6), sampler=Sampler(num_inference_steps=10, guidance_scale=1.0)
@@ -87,7 +86,7 @@ def batches_of(read: Callable[..., Any], count: int, batch_size: int) -> Trainin
 
 
 def milliseconds(batches: dict[str, TrainingBatches], turns: int) -> dict[str, float]:
-    """Of reading one batch, medians, in turns."""
+    """Median seconds of reading one batch, in turns."""
     times: dict[str, list[float]] = {name: [] for name in batches}
     for turn in range(turns + 1):
         for name, source in batches.items():

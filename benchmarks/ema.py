@@ -3,8 +3,8 @@
     python benchmarks/ema.py
 
 Updates the averages of a DiT (DiT-S/2, 33 M parameters) in turns: by our callback's foreach call, by the loop over
-named parameters that the authors' code has, and by `torch.optim.swa_utils.AveragedModel`, which Lightning's
-EMAWeightAveraging wraps. The number of tensors decides what a loop costs, so smaller models are shown, too.
+named parameters of the authors' code, and by `torch.optim.swa_utils.AveragedModel`, which Lightning's
+EMAWeightAveraging wraps. A loop's cost depends on the number of tensors, so smaller models are shown as well.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the EWC callback costs, as a share of the training time of the same run.
+"""The cost of the EWC callback, as a share of the training time of the same run.
 
     python benchmarks/ewc_cost.py
     python benchmarks/ewc_cost.py --size DiT-XL/2 --batch-size 32 --precision bf16-mixed   # on a GPU
 
-Trains a DiT on random samples and times what the callback does in every step, measurements at its default interval
-included. Prints a table and writes it as JSON. The share should be below 1 %.
+Trains a DiT on random samples and times the callback in every step, including measurements at its default interval.
+Prints a table and writes it as JSON. The share should be below 1 %.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ class Denoising(L.LightningModule):
         return torch.utils.data.DataLoader(data, self.batch_size)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over what is trained."""
+        """AdamW over the trained parameters."""
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
 
 
 def measure(options: argparse.Namespace, lora: bool, **settings: Any) -> dict[str, float]:
-    """One run: seconds a step, and the callback's share of it."""
+    """One run: seconds per step, and the callback's share of them."""
     L.seed_everything(0)
     module, ewc = Denoising(options.size, options.batch_size, lora), EWC(**settings)
     clock = Stopwatch(ewc, ("on_before_optimizer_step", "on_train_batch_end"))
-    # The clock runs for whole intervals, and so for as many measurements.
+    # The clock runs for whole intervals, with one measurement each.
     steps = options.intervals * ewc.every_n_steps + clock.warm_up
     quiet_trainer(steps, clock, ewc, precision=options.precision).fit(module)
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

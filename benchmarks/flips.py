@@ -1,9 +1,9 @@
-"""One flipped byte in each kind of file that is read: noticed and named, or without any effect?
+"""Flips one byte in each kind of file: is it detected and named, or without any effect?
 
     python benchmarks/flips.py                      # 500 flips, a few minutes on one core
     python benchmarks/flips.py --flips 50 --seed 7 --only adapter
 
-Whatever comes out of a reader but an error of this package, or the same as before, ends the benchmark.
+Any result of a reader other than an error of this package or the same content ends the benchmark.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ READERS: dict[str, tuple[str, Callable[[Path], list[Any]]]] = {
 
 
 def flipped(data: bytes, rng: random.Random) -> bytes:
-    """A copy with one byte changed; half of the time near an end, where headers and directories are."""
+    """A copy with one byte changed; half of the time near the start or end, where headers and directories are."""
     near = rng.random() < 0.5
     position = min(int(rng.expovariate(1 / 200)), len(data) - 1) if near else rng.randrange(len(data))
     position = len(data) - 1 - position if near and rng.random() < 0.5 else position
@@ -145,7 +145,7 @@ def flip(folder: Path, name: str, turns: int, rng: random.Random) -> dict[str, i
     """Flip a byte of a file many times, and read it each time.
 
     Raises:
-        AssertionError: If it was read as something else.
+        AssertionError: If it was read with other content.
     """
     place, read = READERS[name]
     path = folder / place

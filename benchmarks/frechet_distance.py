@@ -4,7 +4,7 @@
 
 Both compute it from the same sums, in turns, for more and for fewer pictures than features; the reference is computed
 from the centred features themselves, by a singular value decomposition in float64. Ours keeps the real pictures' factor
-from the first call, as in a training with many evaluations. Then the memory of updates is looked at.
+from the first call, as in a training with many evaluations. Then the memory of updates is checked.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lightning_difftune.metrics import FrechetDistance
 
 
 class Given(nn.Module):
-    """Features as they are given."""
+    """An extractor whose inputs are the features."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
-        """They are."""
+        """The input."""
         return features
 
 

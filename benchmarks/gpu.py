@@ -1,16 +1,16 @@
-"""Everything that a GPU is asked about, in at most four minutes on one card.
+"""All measurements on a GPU, in at most four minutes on one GPU.
 
     python benchmarks/gpu.py --output runs/gpu                  # all parts, as far as four minutes go
     python benchmarks/gpu.py --output runs/gpu --parts xl small # some of them
     python benchmarks/gpu.py --output runs/gpu --tiny           # the same on tiny shapes, also on a CPU
 
-Each part runs in a process of its own under its own time limit, so that neither an error nor a part that is stuck loses
-the others. Every figure is written to a file of its part as soon as it is known (`PART.jsonl`), and everything together
-to `gpu.json` and `gpu.md`; each has its peak of memory. Weights are random and nothing is downloaded. `--budget` is the
-limit of all parts together: those that no time is left for are left out, and the table says so.
+Each part runs in its own process with its own time limit, so that an error or a part that hangs does not affect the
+others. Every figure is written to a file of its part immediately (`PART.jsonl`), and all of them to `gpu.json` and
+`gpu.md`; each has its peak memory. Weights are random and nothing is downloaded. `--budget` is the limit of all parts
+together: parts that do not fit are left out, and the table states it.
 
-Parts that have never been measured come first; the others have figures in docs/performance.md, of before weights were
-cast together.
+Parts that have never been measured come first; the others have figures in docs/performance.md, from before weights
+were cast together.
 
 | part | what is measured | so far |
 |---|---|---|
@@ -39,7 +39,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU must not start CUDA here
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA here
 
 import torch
 from gpu_measure import Figures
@@ -54,14 +54,14 @@ NO_CUDA_HERE = 77  # exit status of a forked process in which CUDA does not star
 
 
 def measure(part: str, size: str, file: Path) -> None:
-    """Take the figures of one part, each written at once; an error is a figure, too."""
+    """Take the figures of one part and write each immediately; an error is also a figure."""
     if torch.cuda.is_available():
         try:
             torch.zeros(1, device="cuda")
         except RuntimeError:
             traceback.print_exc()
             sys.exit(NO_CUDA_HERE)
-    torch.set_float32_matmul_precision("high")  # as the command line does
+    torch.set_float32_matmul_precision("high")  # as in the command line
     torch._dynamo.config.automatic_dynamic_shapes = False  # two batch sizes are two programs here
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore")

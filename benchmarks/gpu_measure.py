@@ -74,7 +74,7 @@ class Unhashed(DiTDiffTuningModule):
     """Hashing gigabytes of weights is not part of a step."""
 
     def build(self) -> SourceFacts:
-        """As ever, without the fingerprint."""
+        """As usual, without the fingerprint."""
         with patch.object(dit_module, "fingerprint", lambda network: "random weights"):
             return super().build()
 
@@ -86,7 +86,7 @@ def module_of(model: DiT, inference_steps: int = 50) -> DiTDiffTuningModule:
 
 
 def batch_of(shape: tuple[int, ...], size: int, classes: int = 100) -> Any:
-    """One batch as the data module has it, a fifth of it retained, in memory that is read by the device."""
+    """One batch as from the data module, a fifth of it retained, in memory that the device reads."""
     retained = size // 5
     generator = torch.Generator().manual_seed(0)
     batch = {
@@ -128,7 +128,7 @@ def forward_flops(model: DiT) -> float:
 
 
 def rate(seconds: float, pictures: int, flops: float = 0.0) -> Figures:
-    """Figures of something that took so long."""
+    """Figures of something that took ``seconds``."""
     figures: Figures = {
         "device": device_name(),
         "ms": round(1e3 * seconds, 2),
@@ -143,7 +143,7 @@ def rate(seconds: float, pictures: int, flops: float = 0.0) -> Figures:
 
 
 def cleared() -> None:
-    """Give memory back and count the peak anew."""
+    """Free memory and reset the peak."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -160,7 +160,7 @@ def fit(
     ema: EMA | None = None,
     together: bool = True,
 ) -> Figures:
-    """Our training step on a batch that is there, under the Trainer with EMA; weights are cast together or each."""
+    """Our training step on a batch in memory, under the Trainer with EMA; weights are cast together or one by one."""
     cleared()
     clock = Clock(size.warm_up)
     steps = size.warm_up + size.steps
@@ -177,7 +177,7 @@ def fit(
 
 
 def bare_step(model: DiT, batch: Any, *, authors: bool = False, compiled: Any = None) -> Callable[[], None]:
-    """The loop that a person writes by hand, with the same loss and averages; or the authors' way of it."""
+    """A hand-written loop with the same loss and averages, or the authors' loop."""
     where = device()
     model.to(where).train()
     run = compiled if compiled is not None else model
@@ -239,7 +239,7 @@ def regional(size: Size, **how: Any) -> RegionalCompile:
 
 
 def drawn(module: Any, count: int, steps: int, flops: float, bank: bool = False, precision: str = BF16) -> Figures:
-    """Pictures a second of the bank's generator or of `generate`."""
+    """Pictures per second of the bank's generator or of `generate`."""
     torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
     generator = module.bank_generator()
 

@@ -150,12 +150,12 @@ def small(size: Size) -> Rows:
 
 
 def graphs(size: Size) -> Rows:
-    """The pixel DiT compiled as a whole and replayed from CUDA graphs: where the host is what a step waits for."""
+    """The pixel DiT compiled as a whole and replayed from CUDA graphs, for steps that wait for the host."""
     yield from of_whole(size, "pixel DiT", size.pixel, size.pixel_batch, "reduce-overhead")
 
 
 def whole(size: Size) -> Rows:
-    """The pixel DiT and DiT-XL/2 compiled as a whole, the latter with CUDA graphs, too."""
+    """The pixel DiT and DiT-XL/2 compiled as a whole, the latter also with CUDA graphs."""
     yield from of_whole(size, "pixel DiT", size.pixel, size.pixel_batch, None)
     yield from of_whole(size, "DiT-XL/2", size.xl, size.batch, None)
     yield from of_whole(size, "DiT-XL/2", size.xl, size.batch, "reduce-overhead")

@@ -10,14 +10,14 @@ from torch import Tensor
 
 
 def write_pipeline(folder: Path, unet: dict[str, Any], latent: int, context: int, device: str) -> str:
-    """Save the pipeline; the UNet has Stable Diffusion 1.5's sizes where ``unet`` says nothing else.
+    """Save the pipeline; the UNet has Stable Diffusion 1.5's sizes unless ``unet`` overrides them.
 
     Args:
-        folder: Where.
+        folder: The folder to write.
         unet: Arguments of diffusers' ``UNet2DConditionModel``.
         latent: Side of the latents.
         context: Width of the text embeddings.
-        device: Where weights are drawn.
+        device: Device that draws the weights.
     """
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer

@@ -1,4 +1,4 @@
-"""Where the time of a training step on a GPU is, for gpu.py."""
+"""Profile of a training step on a GPU, for gpu.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAMILIES = {
 
 
 def profile(step: Callable[[], None], steps: int = 3) -> Figures:
-    """Where a step's time is: kernels by family, the gaps between them, and what the host waits for."""
+    """The time of a step: kernels by family, the gaps between them, and the host's waits."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock that waits for the device, callbacks that are timed, tables that are kept."""
+"""Helpers of the benchmarks: a clock that waits for the device, timed callbacks, saved tables."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from rich.table import Table
 
 
 def now() -> float:
-    """Seconds, once the device has nothing left to do."""
+    """The time in seconds after synchronising the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def device_name() -> str:
-    """What the figures were measured on."""
+    """Description of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = next((line for line in cpu_info() if line.startswith("model name")), "").partition(": ")[2]
@@ -47,9 +47,9 @@ class Stopwatch(Callback):
     without it. Give it to the trainer in addition to the other callback.
 
     Args:
-        callback: Whose hooks are timed.
+        callback: The callback with the timed hooks.
         hooks: Their names.
-        warm_up: Steps that do not count.
+        warm_up: Number of first steps that are not timed.
     """
 
     def __init__(self, callback: Callback, hooks: Iterable[str], warm_up: int = 10) -> None:
@@ -114,7 +114,7 @@ def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
 def report(
     options: argparse.Namespace, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], results: Any
 ) -> None:
-    """Print a table, its first column as text and the rest as figures, and write what it was made of."""
+    """Print a table, its first column as text and the rest as figures, and write its data."""
     table = Table(title=f"{title}; {device_name()}", title_justify="left")
     for k, heading in enumerate(columns):
         table.add_column(heading, justify="left" if k == 0 else "right")

@@ -1,11 +1,11 @@
-"""What the instruments cost: the forgetting meter in training, and swapped pictures with a shared trajectory.
+"""The cost of the instruments: the forgetting meter in training, and swapped pictures with a shared trajectory.
 
     python benchmarks/instruments.py
 
 Diff-Tunes the bundled models, dit-nano-omniglot to digits and a Canny ControlNet on sd-nano-flowers to random pictures,
 with a ForgettingMeter at its default interval, and times its hooks as a share of the training without them. Then it
-generates the eleven swapped pictures of Fig. 1 in one pass with a shared trajectory, and in eleven passes of their own,
-in turns. The meter should stay below 3 %.
+generates the eleven swapped pictures of Fig. 1 in one pass with a shared trajectory, and in eleven separate passes, in
+turns. The meter should stay below 3 %.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def meter(module: L.LightningModule, data: MemoryBankDataModule, folder: Path, i
     """The meter's shares of a training: of its regular measurements, and of its start in addition."""
     data.prepare_data()
     found = ForgettingMeter(dirpath=folder)
-    # Builds what is missing, and finds the interval once enough of the bank's samples have come by.
+    # Builds what is missing, and finds the interval after enough samples of the bank.
     quiet_trainer(10, found, limit_val_batches=1).fit(module, data)
     measured = ForgettingMeter(dirpath=folder)
     clock = Stopwatch(measured, ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"), 0)

@@ -3,10 +3,9 @@
     python benchmarks/kills.py                      # 250 kills, a few minutes on one core
     python benchmarks/kills.py --kills 20 --seed 7 --only bank
 
-Each job runs in a child process that is killed after a random time. After each kill whatever is there is opened: it
-must be whole, or be refused. Then the job is run again, and killed again, until it gets through; at the end its files
-must equal those of an undisturbed run. Trial k of a job depends only on the seed and k, and finished trials in the
-JSON file are not repeated.
+Each job runs in a child process that is killed after a random time. After each kill its files are opened: they must be
+complete, or refused. Then the job is run and killed again until it finishes; its files must then equal those of an
+undisturbed run. Trial k of a job depends only on the seed and k, and finished trials in the JSON file are not repeated.
 """
 
 from __future__ import annotations
@@ -52,11 +51,11 @@ from lightning_difftune.modules.checkpoints import AtomicCheckpointIO
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
-CHECKPOINTS = 4  # that a run writes one over the other
+CHECKPOINTS = 4  # a run writes each over the one before
 
 
 class Numbers:
-    """A pre-trained model in small: sample i is a function of i."""
+    """A tiny pre-trained model: sample i is a function of i."""
 
     def bank_spec(self) -> dict[str, Any]:
         """What it is."""
@@ -222,7 +221,7 @@ def write_run(folder: Path) -> None:
         learned |= {f"{number}.{name}": value for name, value in state.items()}
     with atomic_file(folder / "learned.safetensors") as file:
         file.write(save({name: tensor.contiguous() for name, tensor in learned.items()}))
-    shutil.rmtree(folder / "run")  # a checkpoint holds the folder's name, which is another in each trial
+    shutil.rmtree(folder / "run")  # a checkpoint holds the folder's name, which differs between trials
 
 
 def read_run(folder: Path) -> None:
@@ -239,7 +238,7 @@ def job_of(folder: Path) -> Job:
 
 
 def write_result(folder: Path) -> None:
-    """Write a run's result and the tables that are made of it, several times."""
+    """Write a run's result and its tables, several times."""
     job = job_of(folder)
     job.result_path.parent.mkdir(parents=True, exist_ok=True)
     job.discard_leftovers()  # as `difftune compare` does
@@ -295,7 +294,7 @@ def started(write: Callable[[Path], None], folder: Path) -> int:
 
 
 def killed_after(pid: int, seconds: float) -> bool:
-    """Whether SIGKILL reached a child before it was done, which it must have been without an error."""
+    """Whether SIGKILL reached a child before it finished; it must not fail otherwise."""
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
@@ -307,7 +306,7 @@ def killed_after(pid: int, seconds: float) -> bool:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Visible files by name; hidden ones are nobody's result."""
+    """Visible files by name; hidden ones are not results."""
     paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     visible = {name: path for name, path in paths.items() if not any(part.startswith(".") for part in name.parts)}
     return {str(name): path.read_bytes() for name, path in visible.items()}
@@ -319,16 +318,16 @@ def leftovers(folder: Path) -> int:
 
 
 def trial(target: Target, folder: Path, rng: random.Random, duration: float) -> tuple[int, int]:
-    """Kill a job at random until it gets through; returns how often it was killed, and opened whole in between."""
+    """Kill a job at random until it finishes; returns how often it was killed, and found complete in between."""
     kills = whole = 0
     while killed_after(started(target.write, folder), rng.uniform(0, 1.3 * duration)):
         kills += 1
         try:
             target.read(folder)
             whole += 1
-        except DiffTuneError:  # not there yet, and said so
+        except DiffTuneError:  # refused, since it is not complete yet
             pass
-        if kills % 6 == 0:  # let it come to an end
+        if kills % 6 == 0:  # let it finish
             duration *= 1.5
     target.read(folder)
     return kills, whole

@@ -3,8 +3,8 @@
     python benchmarks/memory.py                                  # 2,000 steps of the quickstart, 200,000 samples
     python benchmarks/memory.py --steps 200 --samples 20000
 
-Both are done in this process, and its resident memory is read from /proc every hundred steps, or two thousand samples.
-Growth is that of the second half, by a line through its points: what comes before is warm-up.
+Both run in this process, and its resident memory is read from /proc every hundred steps, or two thousand samples.
+Growth is the slope of a line through the second half of the points; the first half is warm-up.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def resident() -> float:
-    """Megabytes of this process that are in memory, files mapped from the disk not counted."""
+    """Resident megabytes of this process, without files mapped from the disk."""
     _, total, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
     return (total - shared) * PAGE / 1e6
 
 
 class Watch(Callback):
-    """Notes resident memory every hundred steps."""
+    """Records resident memory every hundred steps."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []

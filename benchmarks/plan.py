@@ -1,10 +1,10 @@
-"""What `difftune plan --device measured` says, against the run itself.
+"""The estimate of `difftune plan --device measured`, compared with the run itself.
 
     python benchmarks/plan.py
     python benchmarks/plan.py -- --config configs/quickstart.yaml --trainer.max_steps 300
 
 Plans a run, then does it, and compares the seconds of its memory bank, its training and its evaluation. They should
-agree within 20 % on a machine that has nothing else to do.
+agree within 20 % on an otherwise idle machine.
 """
 
 from __future__ import annotations

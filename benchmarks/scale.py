@@ -3,7 +3,7 @@
     python benchmarks/scale.py                # eight devices
     python benchmarks/scale.py --devices 32
 
-Nothing is measured. Activations, which depend on the batch and the size of the pictures, come on top; `difftune plan`
+Nothing is measured. Activations, which depend on the batch and the size of the pictures, are extra; `difftune plan`
 counts them.
 """
 
@@ -32,7 +32,7 @@ class Setup:
         trained: Parameters that are trained.
         frozen: Parameters that are not, which every device holds in float32.
         devices: N.
-        sharded: Whether the devices share out weights, gradients and moments (FSDP) or hold them whole (DDP).
+        sharded: Whether weights, gradients and moments are sharded over the devices (FSDP) or replicated (DDP).
         averages: Whether averages of the weights (EMA) are kept, which sharded training cannot.
 
     Example:
@@ -51,7 +51,7 @@ class Setup:
     def memory(self) -> float:
         """Bytes on each device: weights, gradients, two moments of Adam and averages.
 
-        Activations, and the half-precision copies that autocast makes of weights, come on top.
+        Activations, and autocast's half-precision copies of weights, are extra.
         """
         copies = 4 + (self.averages and not self.sharded)
         return self.trained * FLOAT * copies / (self.devices if self.sharded else 1) + self.frozen * FLOAT

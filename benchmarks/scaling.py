@@ -29,7 +29,7 @@ from lightning_difftune.sampling import Sampler
 
 
 class Rate(Callback):
-    """Samples a second of all processes, after a warm-up, written by the first of them."""
+    """Samples per second of all processes, after a warm-up, written by the first of them."""
 
     def __init__(self, path: Path, batch_size: int, warm_up: int = 3) -> None:
         self.path, self.batch_size, self.warm_up, self.began = path, batch_size, warm_up, 0.0
@@ -55,7 +55,7 @@ def module_of(hidden: int, depth: int) -> DiTDiffTuningModule:
 
 
 def training_rate(folder: Path, hidden: int, depth: int, batch_size: int, processes: int, steps: int) -> float:
-    """Samples a second of a training."""
+    """Samples per second of a training."""
     pictures = ArrayImages(np.random.default_rng(0).integers(0, 256, (512, 32, 32, 3), np.uint8), np.arange(512) % 10)
     module = module_of(hidden, depth)
     bank = folder / f"bank-{hidden}-{depth}"

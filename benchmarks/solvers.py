@@ -1,10 +1,10 @@
-"""Few-step solvers: what sampling costs and how good the digits are, by solver and number of steps.
+"""Few-step solvers: cost of sampling and quality of digits, by solver and number of steps.
 
     python benchmarks/solvers.py
 
 Draws digits with the quickstart's Diff-Tuned model (runs/quickstart/dit-nano-digits.safetensors, from `difftune
-quickstart`), always from the same noise: Fréchet distance to held-out digits through the digit classifier, and the
-share that it recognises. At a guidance scale of 1 there is no unconditional pass, which the last lines show.
+quickstart`), always from the same noise: Fréchet distance to held-out digits in the digit classifier's features, and
+the share that it recognises. At a guidance scale of 1 there is no unconditional pass, as the last lines show.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The runs of a study on one card within a number of seconds, several at a time, the most telling ones first.
+"""The runs of a study on one GPU within a number of seconds, several at a time, the most informative first.
 
     python benchmarks/study_on_gpu.py configs/studies/photos32.yaml --seconds 400 --archive photos32.tar.gz
 
-A run of a small model leaves a large card idle most of the time, so several processes share it. The archive has the
-results and samples of the runs that are finished, and is written anew after each of them. What has not been done in
-time is done by ``difftune compare`` with the same study file, there or elsewhere.
+A run of a small model leaves a large GPU idle most of the time, so several processes share it. The archive has the
+results and samples of the finished runs, and is rewritten after each of them. ``difftune compare`` with the same study
+file does the remaining runs, there or elsewhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def in_order(runs: list[str], seeds: list[int], first: int) -> list[tuple[str, i
 
 
 def work(jobs: list[Job]) -> None:
-    """Do what nobody else is doing, as the leader of a group of processes that is stopped as one."""
+    """Do runs that no other process is doing, as the leader of a process group that is stopped as one."""
     os.setpgrp()
     run_jobs(jobs, Console(soft_wrap=True, highlight=False))
 

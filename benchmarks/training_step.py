@@ -1,4 +1,4 @@
-"""Training steps: ours under a Trainer, in turns with a bare PyTorch loop and with the authors' way of training.
+"""Training steps: ours under a Trainer, in turns with a bare PyTorch loop and with the authors' loop.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --hidden-size 1152 --depth 28 --batch-size 32 --image-size 256    # on a GPU
@@ -57,7 +57,7 @@ class Turns(Callback):
         self.began: float | None = None
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """At a block's end, let the others have their turns."""
+        """At a block's end, run the other loops."""
         if trainer.global_step % self.block:
             return
         if self.began is not None:
@@ -70,17 +70,17 @@ class Turns(Callback):
         self.began = now()
 
     def ratio(self, name: str) -> float:
-        """How many times the Trainer's seconds another loop takes, as the median over the blocks."""
+        """Seconds of another loop over those of the Trainer, the median over the blocks."""
         pairs = zip(self.seconds[name], self.seconds["trainer"], strict=True)
         return statistics.median([other / ours for other, ours in pairs][self.warm_up :])
 
     def milliseconds(self, name: str) -> float:
-        """Of a step, the median over the blocks."""
+        """Seconds of a step, the median over the blocks."""
         return 1e3 * statistics.median(self.seconds[name][self.warm_up :])
 
 
 def network(options: argparse.Namespace, classes: int = 10) -> DiT:
-    """The network that is trained."""
+    """The trained network."""
     size, heads = options.image_size // 8, max(1, options.hidden_size // 48)
     return DiT(size, 2, 4, options.hidden_size, options.depth, heads, num_classes=classes)
 
@@ -102,7 +102,7 @@ def autoencoder_folder(folder: Path) -> Path:
 
 
 def write_pictures(folder: Path, count: int, size: int) -> Path:
-    """PNGs of smooth random colours in ten classes, an eighth larger than they are trained at and not square."""
+    """PNGs of smooth random colours in ten classes, an eighth larger than the training size and not square."""
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         coarse = torch.rand(1, 3, 8, 8, generator=generator)
@@ -128,7 +128,7 @@ def data_of(options: argparse.Namespace, folder: Path, pictures: Path) -> Memory
 
 
 def module_of(model: DiT, autoencoder: Path) -> DiTDiffTuningModule:
-    """The module, with a loss that fits on the bare loop's page."""
+    """The module, with the simple loss of the bare loop."""
     return DiTDiffTuningModule(
         model,
         autoencoder=FrozenAutoencoder(str(autoencoder)),
@@ -156,7 +156,7 @@ def loss_of(model: DiT, x0: Tensor, labels: Tensor, retained: int, alphas: Tenso
 
 
 def bare_loop(model: DiT, batches: Iterator[DiffTuningBatch]) -> Step:
-    """The loop that a person writes by hand for these data."""
+    """A hand-written loop for these data."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     device = next(model.parameters()).device
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0).to(device)

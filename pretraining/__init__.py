@@ -1,1 +1,1 @@
-"""What made the bundled models; run from the root of the repository, and not installed."""
+"""Scripts that made the bundled models; run from the root of the repository, not installed."""

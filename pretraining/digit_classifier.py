@@ -1,4 +1,4 @@
-"""``python -m pretraining.digit_classifier``: train the classifier that the quickstart counts with."""
+"""``python -m pretraining.digit_classifier``: train the quickstart's digit classifier."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def train_classifier(images: Tensor, labels: Tensor, epochs: int = 30, seed: int
 
 
 def main() -> None:
-    """Train on the training digits, say the accuracy on the others, and write the bundled weights."""
+    """Train on the training digits, print the accuracy on the others, and write the bundled weights."""
     model = train_classifier(*digits("train"))
     images, labels = digits("test")
     accuracy = (model.classify(images) == labels).float().mean()

@@ -53,8 +53,8 @@ def train_autoencoder(
         autoencoder: The autoencoder; in eval mode afterwards.
         images: (N, 3, H, W) uint8.
         steps: Steps of 32 pictures.
-        seed: Of the choice of pictures, mirrorings and latents.
-        checkpoint: Called with the number of steps done, every ``checkpoint_every`` steps and at the end, with the
+        seed: Seed of the choice of pictures, mirror images and latents.
+        checkpoint: Called with the number of finished steps, every ``checkpoint_every`` steps and at the end, with the
             scaling factor set.
         checkpoint_every: Steps between two calls.
 
@@ -71,7 +71,7 @@ def train_autoencoder(
         mirrored = torch.rand(BATCH_SIZE, 1, 1, 1, generator=generator) < 0.5
         pixel_values = to_pixel_values(images[chosen])
         pixel_values = torch.where(mirrored, pixel_values.flip(-1), pixel_values)
-        with torch.autocast("cpu", torch.bfloat16):  # half as fast again on one core; channels_last loses it
+        with torch.autocast("cpu", torch.bfloat16):  # 1.5 times as fast on one core, but not with channels_last
             posterior = autoencoder.encode(pixel_values).latent_dist
             reconstruction = autoencoder.decode(posterior.sample(generator)).sample.float()
         loss = reconstruction_loss(reconstruction, pixel_values)
@@ -103,7 +103,7 @@ def reconstruction_loss(reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def unit_variance_scale(autoencoder: AutoencoderKL, images: Tensor) -> float:
-    """1 / standard deviation of the latents of pictures (N, 3, H, W) uint8, as ``scaling_factor`` is for diffusers."""
+    """1 / standard deviation of the latents of pictures (N, 3, H, W) uint8, diffusers' ``scaling_factor``."""
     count, total, squares = 0, 0.0, 0.0
     for batch in images.split(256):
         posterior = autoencoder.encode(to_pixel_values(batch)).latent_dist

@@ -1,9 +1,9 @@
 """``python -m pretraining.nano_pipeline``: a text-to-image pipeline for 32 px, up to its pre-training.
 
 It has the parts, the file layout and the noise schedule of Stable Diffusion 1.5 at a hundredth of its size, so that
-what trains on the one trains on the other: a CLIP tokenizer and text encoder, a UNet with cross-attention, a KL
-autoencoder. The autoencoder comes out trained. The UNet comes out random, to be pre-trained. The text encoder stays
-random for good: it only has to tell captions apart, and the UNet learns what they mean.
+the same configs train both: a CLIP tokenizer and text encoder, a UNet with cross-attention, a KL autoencoder. The
+autoencoder is trained here. The UNet is random, and pre-trained later. The text encoder stays random: it only has to
+distinguish captions, and the UNet learns what they mean.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def new_unet(seed: int = 0) -> UNet2DConditionModel:
         block_out_channels=(64, 128, 128),
         layers_per_block=1,
         cross_attention_dim=64,
-        attention_head_dim=(2, 4, 4),  # the number of heads, for all its name: diffusers keeps an old mistake
+        attention_head_dim=(2, 4, 4),  # the number of heads, despite its name: diffusers keeps an old mistake
         norm_num_groups=32,
     )
 
@@ -147,7 +147,7 @@ def save_half(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 
 def flowers(options: argparse.Namespace) -> tuple[Dataset, Dataset]:
-    """The larger official part (6,149 pictures), which is the one to train on, and the other two (2,040)."""
+    """The largest official part (6,149 pictures), for training, and the other two (2,040)."""
     if options.npz is not None:
         return NpzImages(options.npz, "train"), NpzImages(options.npz, "test")
     from torchvision.datasets import Flowers102
@@ -163,7 +163,7 @@ def pixels(source: Dataset) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train the autoencoder, say its error on held-out pictures, and write the pipeline folder."""
+    """Train the autoencoder, print its error on held-out pictures, and write the pipeline folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--npz", type=Path, help="file of pictures as NpzImages reads them, with splits train and test")
