@@ -1,4 +1,4 @@
-"""Every benchmark starts: what it imports is there, and its options are read. The one of GPUs runs on tiny shapes."""
+"""Every benchmark starts: its imports work, and its options are parsed. The GPU benchmark runs on tiny shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The defaults that the documentation claims, and behaviour that a small change of one line would alter unseen."""
+"""The defaults that the documentation claims, and behaviour that one changed line could alter unnoticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a new user meets it: what it writes and says, and what it makes of bad input."""
+"""The command line from a new user's view: its files and messages, and its errors on bad input."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def contents(folder):
 
 @pytest.fixture
 def refused(project, capsys):
-    """Runs a command that must fail, and say why; no file that was there may change."""
+    """Runs a command that must fail with a reason; no existing file may change."""
 
     def run(args, message):
         before = contents(project)
@@ -280,7 +280,7 @@ def test_fit_resumes(project, checkpoint):
 
 
 def test_what_a_run_prints(project):
-    """In a process of its own, since Lightning prints through handlers made when it is imported."""
+    """In a separate process, since Lightning prints through handlers created on import."""
     entry = [sys.executable, "-m", "lightning_difftune"]
     bars = (f"{TRAINER}enable_progress_bar", "true", f"{DATA}val_target", "null")
     done = subprocess.run([*entry, *FIT, *bars], capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""``difftune swap`` on a tiny project: what it writes for one checkpoint and for two, and what it refuses."""
+"""``difftune swap`` on a tiny project: its files for one checkpoint and for two, and its errors."""
 
 from __future__ import annotations
 

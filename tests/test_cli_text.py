@@ -1,4 +1,4 @@
-"""Mistakes with captions, control maps and pipelines, as a user of the command line is told of them."""
+"""The command line's messages about mistakes with captions, control maps and pipelines."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def rows_of(project: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def refused(project: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    """Runs a command that must fail, and say why."""
+    """Runs a command that must fail with a reason."""
 
     def run(args: list[str], message: str) -> None:
         capsys.readouterr()

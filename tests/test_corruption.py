@@ -1,4 +1,4 @@
-"""One flipped byte anywhere in a file that is read: noticed and named, or without any effect."""
+"""One flipped byte anywhere in a file: detected and named, or without any effect."""
 
 from __future__ import annotations
 

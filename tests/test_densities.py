@@ -1,4 +1,4 @@
-"""Timestep densities: what they are as random numbers, and which stream each leaves without its end."""
+"""Timestep densities: compared with random draws, and warnings about streams without their noise levels."""
 
 from __future__ import annotations
 

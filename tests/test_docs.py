@@ -168,7 +168,7 @@ def test_keys_exist():
 
 
 def test_classes_exist():
-    """What is named with its module is there."""
+    """Objects that are named with their module exist."""
     for page in PAGES:
         for name in re.findall(r"`(lightning_difftune(?:\.\w+)*\.[A-Za-z]\w*)`", page.read_text()):
             module, _, attribute = name.rpartition(".")
@@ -182,7 +182,7 @@ def test_configs_exist():
 
 
 def test_quoted_messages_are_ours():
-    """The headings of the troubleshooting page that quote an error quote one that the code has."""
+    """Errors quoted in the headings of the troubleshooting page exist in the code."""
     sources = [file.read_text() for file in (ROOT / "lightning_difftune").rglob("*.py")]
     code = re.sub(r'"\n\s*f?"', "", "\n".join(sources))
     headings = re.findall(r"^### (\".*)$", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)

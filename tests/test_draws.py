@@ -1,4 +1,4 @@
-"""Random numbers: streams that are kept apart, and float32 whatever the default type is."""
+"""Random numbers: separate streams, and float32 with any default type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, with the modes that the user's umask gives, and digests."""
+"""Atomic files and folders, with the modes of the user's umask, and digests."""
 
 from __future__ import annotations
 

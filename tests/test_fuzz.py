@@ -1,4 +1,4 @@
-"""Files from elsewhere, made up and mangled: only this package's own errors come out of them, and soon."""
+"""Made-up and mangled files: reading them raises only this package's own errors, and quickly."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_the_distance_to_the_ideal_is_zero_for_the_ideal_and_grows_with_the_mist
 
 @pytest.mark.parametrize("name", ["EulerDiscrete", "HeunDiscrete", "KDPM2Discrete"])
 def test_it_is_sampled_at_fractions_of_a_timestep(name):
-    """For one picture the ideal denoiser knows the answer; it is asked between two timesteps."""
+    """For one picture the ideal denoiser is known exactly; evaluated between two timesteps."""
     picture = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     process = GaussianDiffusion()
     scheduler = scheduler_named(name, {"beta_start": 1e-4, "beta_end": 0.02})

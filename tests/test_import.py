@@ -1,4 +1,4 @@
-"""Imports bring in nothing heavy, and parts of the package only what they need; see benchmarks/import_time.py."""
+"""Imports load no heavy packages, and parts of the package only what they need; see benchmarks/import_time.py."""
 
 from __future__ import annotations
 

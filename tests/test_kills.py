@@ -162,7 +162,7 @@ def test_a_job_of_several_processes_says_so_instead_of_waiting(tmp_path):
 
 
 def hold(seconds):
-    """A job that does nothing but hold the lock of its folder."""
+    """A job that only holds the lock of its folder."""
 
     def work(folder):
         lock = FolderLock(folder)

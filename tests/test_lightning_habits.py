@@ -1,4 +1,4 @@
-"""What people who know Lightning do with any module works with these."""
+"""Common uses of any Lightning module work with these modules."""
 
 from __future__ import annotations
 

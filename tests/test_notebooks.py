@@ -1,4 +1,4 @@
-"""Every notebook runs from a fresh kernel, and what is committed of it shows its results."""
+"""Every notebook runs from a fresh kernel, and its committed version shows its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS_PER_CELL = 180
 
 
 class ThisPython(AsyncKernelManager):
-    """Kernels of the Python that runs the tests, whatever is registered on the machine."""
+    """Kernels of the Python that runs the tests, independent of kernels registered on the machine."""
 
     @property
     def kernel_spec(self) -> KernelSpec:

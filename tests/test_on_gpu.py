@@ -1,4 +1,4 @@
-"""What means something on a GPU only: `make test-gpu`. Elsewhere these tests are skipped, with the reason.
+"""Tests that need a GPU: `make test-gpu`. Elsewhere they are skipped, with the reason.
 
 `DIFFTUNE_GPU_TESTS_ON_CPU=1 make test-gpu` runs on a CPU what a CPU can, to see that the tests themselves work.
 """

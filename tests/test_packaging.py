@@ -1,4 +1,4 @@
-"""What is published: one version everywhere, and a wheel that runs the quickstart where the repository is not."""
+"""The published package: one version everywhere, and a wheel that runs the quickstart without the repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README and every page of the documentation, walked through as a stranger would: all commands, first to last.
+"""Runs the README and every page of the documentation as a new user would: all commands, first to last.
 
 Pages that continue each other share a folder with a few small photos, on the CPU with the bundled models. What is put
 behind a command so that it takes seconds is in :data:`SHORTER`; what cannot be here, why, and what is run in its place
@@ -182,7 +182,7 @@ def shorten(file: Path) -> None:
 
 
 def here(line: str) -> str:
-    """A command as it is run here."""
+    """A command in its shortened form."""
     for pattern, (_, place, instead) in INSTEAD.items():
         if re.search(pattern, line):
             line = re.sub(place, instead, line, count=1)

@@ -1,4 +1,4 @@
-"""What the tests of controlled generation share: a model, held-out pictures and a report of each process, all tiny."""
+"""Shared by the tests of controlled generation: a tiny model, held-out pictures and a report of each process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def scenes(indices: Sequence[int]) -> Tensor:
 
 
 class Examples:
-    """Held-out pictures; counts how often it is asked."""
+    """Held-out pictures; counts the calls."""
 
     def __init__(self, count: int = 10) -> None:
         self.count = count
@@ -94,7 +94,7 @@ class ControlledModel(BoringModel):
 
 
 class Report(Callback):
-    """Each process writes down what it holds after a run."""
+    """Each process writes its state after a run."""
 
     def __init__(self, folder: Path, callback: ControlSimilarity) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What the tests of the generating callbacks share: a model, a data module and an extractor, all tiny."""
+"""Shared by the tests of the generating callbacks: a tiny model, data module and extractor."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def make_trainer(tmp_path: Path, *callbacks: Callback, **options: Any) -> L.Trai
 
 
 class Report(Callback):
-    """Each process writes down what it holds after a run."""
+    """Each process writes its state after a run."""
 
     def __init__(self, folder: Path, fid: FID) -> None:
         self.folder = folder

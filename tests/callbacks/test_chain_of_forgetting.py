@@ -1,4 +1,4 @@
-"""ChainOfForgetting on a model whose pictures are known, in anyone's project: distances, files and errors."""
+"""ChainOfForgetting on a module from outside the package with known pictures: distances, files and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_difftune.errors import ConfigError, DataError
 
 
 class SwappingModel(GeneratingModel):
-    """Its pictures are the brighter, the more steps are swapped; without a swap they are those of generate."""
+    """Its pictures get brighter with each swapped step; without a swap they are those of generate."""
 
     def generate_swapped(self, indices: Tensor, fractions: list[float]) -> Tensor:
         tuned = self.generate(indices).float()

@@ -17,7 +17,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 
 
 class PartlyFrozenModel(BoringModel):
-    """A model with a frozen part, whose weights are noted after every optimizer step."""
+    """A model with a frozen part, whose weights are recorded after every optimizer step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def test_resuming_is_exact_to_the_bit(tmp_path: Path, accumulate: int, every: in
 
 
 class SaveDuringValidation(Callback):
-    """Saves while the averages stand in, and at the end of validation."""
+    """Saves while the averages replace the weights, and at the end of validation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -39,7 +39,7 @@ class Blocks(BoringModel):
 
 
 class DenoisesNoise(L.LightningModule):
-    """A tiny DiT in somebody's own module."""
+    """A tiny DiT in a module from outside the package."""
 
     def __init__(self, tuner: Tuner) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class DenoisesNoise(L.LightningModule):
 
 
 class History(Logger, Callback):
-    """What a logger gets of EWC, and the weights, by the number of optimizer steps."""
+    """Logged values of EWC, and the weights, by optimizer step."""
 
     name = "history"
     version = 0

@@ -1,4 +1,4 @@
-"""ForgettingMeter on a module of nobody's: what it measures, when, what it writes, and what it refuses."""
+"""ForgettingMeter on a module from outside the package: measurements, intervals, files and errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Denoising(L.LightningModule):
 
 
 class Data(L.LightningDataModule):
-    """Two target samples and, if asked for, one of the bank a batch."""
+    """Batches of two target samples and, if ``bank``, one of the bank."""
 
     def __init__(self, bank: bool = True, held_out: int = 8) -> None:
         super().__init__()

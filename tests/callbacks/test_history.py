@@ -1,4 +1,4 @@
-"""What the callbacks that measure something have in common: history, state, and what is better."""
+"""Common behaviour of the measuring callbacks: history, state, and the better direction."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def test_pauses_do_not_count():
 
 
 class ChattyModel(LoggingModel):
-    """One that logs more than a narrow terminal has place for."""
+    """A module that logs more than fits on a narrow terminal."""
 
     def training_step(self, batch, batch_idx):
         output = super().training_step(batch, batch_idx)

@@ -95,7 +95,7 @@ class BoardLogger(QuietLogger):
 
 
 class ImageLogger(QuietLogger):
-    """Takes images the way Weights & Biases does, by a method of its own."""
+    """Takes images the way Weights & Biases does, by its own method."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ def test_a_model_that_cannot_generate_is_refused_at_the_start(tmp_path: Path) ->
 
 
 class NamedModel(GeneratingModel):
-    """One that says what its samples show."""
+    """A module with names for its samples."""
 
     def names_of(self, indices):
         return [("rose", "oxeye daisy")[index % 2] for index in indices]
@@ -197,7 +197,7 @@ def test_rows_are_of_one_name_and_the_base_and_real_pictures_are_there(tmp_path:
 
 
 class NamedData(ReferenceData):
-    """One that finds real pictures of a class: three roses, and no other."""
+    """A data module that finds real pictures of a class: only three roses."""
 
     def examples_of(self, subject, count, skip=0):
         return torch.full((3 if subject == "rose" else 0, 1, 8, 8), 200, dtype=torch.uint8)[skip : skip + count]

@@ -1,4 +1,4 @@
-"""``difftune data check``: every kind of trouble in one folder, and what is said about it."""
+"""``difftune data check``: every kind of problem in one folder, and its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def picture(width, height, mode="RGB", seed=0):
 
 @pytest.fixture
 def trouble(tmp_path):
-    """Twelve roses and three daisies, each odd in a way of its own."""
+    """Twelve roses and three daisies, each with another defect."""
     roses, daisies = tmp_path / "flowers" / "rose", tmp_path / "flowers" / "daisy"
     for folder in (roses, daisies):
         folder.mkdir(parents=True)

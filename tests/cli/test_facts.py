@@ -1,4 +1,4 @@
-"""What commands say at their end."""
+"""The final messages of commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``difftune init``: what it sees, what it decides, and that what it writes is a config."""
+"""``difftune init``: its findings and decisions, and that it writes a valid config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports as others meet them: the card, the hub, and the libraries that they are for."""
+"""Exports from a user's view: the card, the hub, and the target libraries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def exported(run, output, *args):
 
 
 def alone(code, *args):
-    """Run code in a process of its own, which must not need this package."""
+    """Run code in a separate process, which must not need this package."""
     code = f"import sys\n{code}\nassert 'lightning_difftune' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *map(str, args)], check=True, timeout=120)
 
@@ -111,7 +111,7 @@ with safe_open(sys.argv[1], "pt") as file:
 
 
 class Hub:
-    """Stands in for HfApi, and notes what it is asked."""
+    """A stand-in for HfApi that records its calls."""
 
     asked: list = []
 

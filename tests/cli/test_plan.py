@@ -1,4 +1,4 @@
-"""``difftune plan``: what is counted, what a config has a machine do, and what it says."""
+"""``difftune plan``: its counts, the phases of a config, and its output."""
 
 from __future__ import annotations
 

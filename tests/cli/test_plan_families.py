@@ -1,4 +1,4 @@
-"""What is counted of published text-to-image pipelines without their weights."""
+"""Counts of published text-to-image pipelines without their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run says of its machine, also where several processes share it."""
+"""The record of a run's machine, also if several processes share it."""
 
 from __future__ import annotations
 

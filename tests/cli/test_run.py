@@ -1,4 +1,4 @@
-"""One object for a run: found by any of its places, and what it says about itself."""
+"""The object of a run: found by any of its paths, and its facts."""
 
 from __future__ import annotations
 

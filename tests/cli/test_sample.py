@@ -1,4 +1,4 @@
-"""``difftune sample``: the same command gives the same bytes, whatever a model is opened from."""
+"""``difftune sample``: the same command gives the same bytes, from any form of a model."""
 
 from __future__ import annotations
 

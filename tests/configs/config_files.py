@@ -1,4 +1,4 @@
-"""The files of the config hub, the families that they are tested by, and what their headers say."""
+"""The files of the config hub, the test files that cover them, and the commands in their headers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def commands(file: str) -> list[list[str]]:
 
 
 def arguments(file: str) -> list[str]:
-    """The command that a file is for, of those in its header the last."""
+    """The main command of a file, the last one in its header."""
     return commands(file)[-1]
 
 

@@ -1,6 +1,6 @@
-"""configs/loggers: the services get numbers and pictures, and the run keeps a folder of its own.
+"""configs/loggers: the services get numbers and pictures, and the run keeps its own folder.
 
-The services' packages are stood in for, so that nobody needs them to run the tests.
+Stand-ins replace the services' packages, so that the tests do not need them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_difftune.models import DiT, export_dit
 
 
 class Run:
-    """Stands in for a run of Weights & Biases."""
+    """A stand-in for a run of Weights & Biases."""
 
     def __init__(self) -> None:
         self.logged: list[dict] = []

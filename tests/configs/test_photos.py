@@ -1,4 +1,4 @@
-"""The transfers of the bundled photo model, each on one picture a class, with and without Diff-Tuning."""
+"""The transfers of the bundled photo model, each on one picture per class, with and without Diff-Tuning."""
 
 from __future__ import annotations
 

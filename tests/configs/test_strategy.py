@@ -1,4 +1,4 @@
-"""The overlays for many GPUs compose with every DiT config, and make the strategies that they say."""
+"""The overlays for many GPUs compose with every DiT config, and create the named strategies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The studies of `difftune compare`; what the command does with them is tested in tests/test_compare.py."""
+"""The studies of `difftune compare`; the command itself is tested in tests/test_compare.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Order of the two streams: a function of the seed and the step, whatever the processes and resumes."""
+"""Order of the two streams: depends only on the seed and the step, not on processes and resumes."""
 
 import pickle
 
@@ -132,7 +132,7 @@ def test_classes_of_a_long_tail_come_equally_often():
     order = [index for step in range(180) for index in stream.indices(step)]  # 900 = 300 turns of 3 classes
     assert {label: int((LONG_TAIL[order] == label).sum()) for label in (0, 4, 7)} == {0: 300, 4: 300, 7: 300}
     assert all(sorted(LONG_TAIL[order[i : i + 3]]) == [0, 4, 7] for i in range(0, 900, 3))
-    for label, count in ((4, 50), (0, 9)):  # nobody of a class comes again before all others of it
+    for label, count in ((4, 50), (0, 9)):  # no sample of a class repeats before all others of it
         own = [index for index in order if LONG_TAIL[index] == label]
         passes = [own[i : i + count] for i in range(0, len(own) - count + 1, count)]
         assert len(set(own[:count])) == count

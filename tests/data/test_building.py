@@ -1,4 +1,4 @@
-"""The largest batch is found by doubling, on a pretended device that holds so many samples."""
+"""The largest batch is found by doubling, on a simulated device with room for a number of samples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_difftune.data.building import build_batch, largest_batch
 
 
 class Device:
-    """Computes ``capacity`` samples at most, and notes what was asked of it."""
+    """Computes at most ``capacity`` samples, and records the requests."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.asked = capacity, []

@@ -1,4 +1,4 @@
-"""Classes of the target and of held-out pictures are the same ones: joined by name, checked when the data is made."""
+"""Classes of target and held-out pictures agree: matched by name, and checked when the data is created."""
 
 from __future__ import annotations
 

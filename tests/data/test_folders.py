@@ -1,4 +1,4 @@
-"""What lies in a folder: texts in their encodings, what systems leave there, links, captions and lists."""
+"""Contents of a folder: texts in their encodings, system files, links, captions and lists."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def build(
 
 
 def put(writer: ShardWriter, shard: int, tensors: dict[str, Tensor] | None = None) -> None:
-    """Write one shard, of what belongs there or of something else."""
+    """Write one shard, with its own samples or other ones."""
     tensors = generate(writer.indices(shard)) if tensors is None else tensors
     writer.check(shard, tensors)
     writer.write(shard, tensors)

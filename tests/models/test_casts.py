@@ -1,4 +1,4 @@
-"""Weights cast together: what autocast computes one by one, to the bit, and with fewer operations."""
+"""Weights cast together: the same results as autocast to the bit, with fewer operations."""
 
 from __future__ import annotations
 

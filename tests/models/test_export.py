@@ -88,7 +88,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, format, name: str) -> No
 
 
 class Shifted(DiT):
-    """Computes something that its weights do not tell."""
+    """Computes something that its weights do not determine."""
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return super().forward(x, t, y) + 1e-4

@@ -21,7 +21,7 @@ from lightning_difftune.models.hub import choose_files, fetch
 
 @pytest.fixture(autouse=True)
 def no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A hub that nobody answers for, and an empty cache."""
+    """A hub that does not answer, and an empty cache."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -1,4 +1,4 @@
-"""What diffusers' scripts train is what the families train; and who may not be replayed."""
+"""The families train what diffusers' scripts train; and distilled models are not replayed."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_name_is_a_sign_by_its_last_part_and_whole_words() -> None:
 
 
 def test_a_consistency_models_unet_is_refused(tmp_path: Path, folder_of: Callable[..., str]) -> None:
-    """It takes its guidance as an embedding that nothing here makes."""
+    """It takes its guidance as an embedding that this package does not make."""
     module = built(folder_of("sdxl"))
     module.network.register_to_config(time_cond_proj_dim=256)
     with pytest.raises(CheckpointError, match=r"time_cond_proj_dim.*LCM"):

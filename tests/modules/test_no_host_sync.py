@@ -28,7 +28,7 @@ from lightning_difftune.models import DiT
 from lightning_difftune.sampling import Sampler, sample, scheduler_named, swap
 from lightning_difftune.sampling.loop import Guided
 
-WAITING = {  # what has to know values: on a GPU, each waits until they are computed
+WAITING = {  # operations that need values: on a GPU, each waits until they are computed
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.equal.default,
     torch.ops.aten.masked_select.default,
@@ -37,7 +37,7 @@ WAITING = {  # what has to know values: on a GPU, each waits until they are comp
 
 
 class Watch(TorchDispatchMode):
-    """Counts where tensors are read, while it is told to."""
+    """Counts the places where tensors are read, while it is active."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A family that is not in the package, PixArt-Sigma, written by docs/tasks/own-family.md alone."""
+"""A family outside the package, PixArt-Sigma, written only from docs/tasks/own-family.md."""
 
 from __future__ import annotations
 

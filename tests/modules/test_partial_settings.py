@@ -1,4 +1,4 @@
-"""A setting that is given in part has the rest from the model's own family, on every road that it can be given."""
+"""A partial setting is completed by the model's own family, in every way of giving it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_sampler_that_is_assigned_before_the_model_is_built_counts(pipeline_fo
 
 
 class OfOnesOwn(DiTDiffTuningModule):
-    """A family that does not say how it is drawn."""
+    """A family without a default sampler."""
 
     default_sampler = DiffTuningModule.default_sampler
 

@@ -1,4 +1,4 @@
-"""A loss that is no longer finite stops the run by name, and leaves the last checkpoint as it was."""
+"""A loss that is not finite stops the run with an error that names it, and keeps the last checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lightning_difftune.sampling import Sampler
 
 
 class Broken(DiTDiffTuningModule):
-    """Its network says ``value`` about one sample of a step."""
+    """Its network returns ``value`` for one sample of a step."""
 
     at_step, value, stream = 5, float("nan"), "target"
 

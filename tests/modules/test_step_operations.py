@@ -1,4 +1,4 @@
-"""What a training step dispatches, counted: exact and the same on every machine, where a time is neither."""
+"""Counts the operations of a training step: unlike times, counts are exact and the same on every machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIRST, LAST = 3, 5  # steps that are counted
 
 
 class Count(TorchDispatchMode):
-    """Counts operations while it is told to."""
+    """Counts operations while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def batch_of() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def ours(folder: Any, count: Any) -> Counter[str]:
-    """What our step under the Trainer does, with EMA."""
+    """The operations of our step under the Trainer, with EMA."""
     module = DiTDiffTuningModule(tiny_dit(depth=DEPTH), optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=True))
     with count:
         trainer = quiet_trainer(folder, LAST + 2, Steps(count), EMA(), precision="bf16-mixed", log_every_n_steps=100)
@@ -67,7 +67,7 @@ def ours(folder: Any, count: Any) -> Counter[str]:
 
 
 def bare(count: Any) -> Counter[str]:
-    """What a step of the loop that a person writes by hand does, with the same loss, optimizer and averages."""
+    """The operations of a step in a hand-written loop with the same loss, optimizer and averages."""
     model, process, batch = tiny_dit(depth=DEPTH).train(), GaussianDiffusion(), batch_of()
     trained = [p for p in model.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in trained]
@@ -106,7 +106,7 @@ VIEWS = {*VIEWS.split(), "unsqueeze", "view", "_unsafe_view"}
 
 
 def launches(entry: tuple[str, int]) -> int:
-    """Of an operation and how often it is dispatched: what a GPU has to do, and not views and memory alone."""
+    """Filter counts of operations: only those that a GPU computes, without views and allocations."""
     name, number = entry
     return number if name.startswith("aten.") and name.split(".")[1] not in VIEWS else 0
 
@@ -120,7 +120,7 @@ def test_our_step_dispatches_hardly_more_than_a_bare_loop(tmp_path):
 
 
 class Calls:
-    """Counts calls of functions, those of Python and those that C offers to it, while it is told to."""
+    """Counts calls of Python functions and C functions while it is active."""
 
     def __init__(self) -> None:
         self.is_counting, self.operations = False, Counter()

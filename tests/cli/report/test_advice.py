@@ -1,4 +1,4 @@
-"""The advice of `difftune report`: each rule where it applies, and next to where it does."""
+"""The advice of `difftune report`: each rule where it applies, and close to where it does."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_noise_is_not_a_leap(tmp_path, losses):
 
 
 def test_noise_is_not_a_rise(tmp_path):
-    """Losses that scatter by more than they rise ask for nothing."""
+    """Losses that scatter by more than they rise give no advice."""
     noisy = [1.0, 3.0, 0.2, 2.0, 1.0, 1.0, 1.0, 1.0, 0.3, 3.5, 0.4, 3.0]
     assert advise(make_run(tmp_path, {**FLAT, "train/retention": noisy})) == []
 
@@ -124,7 +124,7 @@ def test_advice_from_what_else_there_is(tmp_path):
 
 
 def test_advised_options_are_options(tmp_path):
-    """What the page says to add to the command line parses."""
+    """The options that the page suggests can be parsed."""
     base = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
     schedule = tmp_path / "forgetting" / "schedule.json"
     schedule.parent.mkdir()

@@ -172,7 +172,7 @@ def test_gathered_values_are_all_there(length):
 @pytest.mark.parametrize(("scheme", "paper"), [("dark", (20, 23, 27)), ("light", (255, 255, 255))])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_in_a_headless_browser(run, tmp_path, scheme, paper, width):
-    """No network is asked for, nothing is wider than a phone's screen, and the colours are the system's."""
+    """The page needs no network, fits on a phone's screen, and has the system's colours."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed; `apt-get install chromium` brings one")

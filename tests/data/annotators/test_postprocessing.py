@@ -1,4 +1,4 @@
-"""What annotators do with the outputs of their networks, against slow twins in plain numpy."""
+"""The annotators' processing of network outputs, against slow twins in plain numpy."""
 
 from __future__ import annotations
 
