@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_difftune.diffusion import ForwardProcess
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.files import atomic_write
 
 
 @runtime_checkable
@@ -281,7 +282,7 @@ def fit_schedule(
         "tuned_loss": after.tolist(),
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(content, indent=2) + "\n")
+    atomic_write(Path(path), (json.dumps(content, indent=2) + "\n").encode())
     return MeasuredSchedule(path)
 
 

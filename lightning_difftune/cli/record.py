@@ -23,6 +23,7 @@ from lightning_difftune import __version__, draws
 from lightning_difftune.cli.run import CONFIG, Run
 from lightning_difftune.cli.run_files import launch_of, newest_checkpoint
 from lightning_difftune.errors import CheckpointError
+from lightning_difftune.files import atomic_write
 from lightning_difftune.trust import split_trusted
 
 
@@ -103,7 +104,7 @@ class SaveRun(SaveConfigCallback):
         }
         path = self._folder / "environment.json"
         try:
-            path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
         except OSError as error:
             rank_zero_warn(f"{path} could not be saved: {error}. Training continues.")
 
