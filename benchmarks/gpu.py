@@ -7,7 +7,7 @@
 Each part runs in its own process with its own time limit, so that an error or a part that hangs does not affect the
 others. Every figure is written to a file of its part immediately (`PART.jsonl`), and all of them to `gpu.json` and
 `gpu.md`; each has its peak memory. Weights are random and nothing is downloaded. `--budget` is the limit of all parts
-together: parts that do not fit are left out, and the table states it.
+together: parts that do not fit are left out, and the command that measures them is printed.
 
 Parts that have never been measured come first; the others have figures in docs/performance.md, from before weights
 were cast together.
@@ -117,9 +117,11 @@ def main() -> None:
     size = "tiny" if options.tiny else "full"
     began, how = time.perf_counter(), "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     rows: list[dict[str, Any]] = []
+    later: list[str] = []
     for part in options.parts:
         left = options.budget - (time.perf_counter() - began)
         if left < 5:
+            later.append(part)
             rows.append({"part": part, "name": "all", "error": "left out: no time was left"})
             continue
         found, how = run_part(part, size, options.output, min(LIMITS[part], left), how)
@@ -127,6 +129,9 @@ def main() -> None:
         print(f"{part}: {len(found)} figures, {time.perf_counter() - began:.0f} s so far", flush=True)
         write(options.output, rows, time.perf_counter() - began)
     Console(soft_wrap=True, width=200).print(table_of(rows))
+    if later:
+        rest = f"--output {options.output}-rest --parts {' '.join(later)}" + " --tiny" * options.tiny
+        print(f"No time was left for these parts: python benchmarks/gpu.py {rest}")
 
 
 def write(folder: Path, rows: list[dict[str, Any]], seconds: float) -> None:

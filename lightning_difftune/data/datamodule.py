@@ -51,7 +51,8 @@ class MemoryBankDataModule(RealPictures):
         bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
         bank_size: Samples in the bank (5K to 200K in Fig. 6d).
         bank_source: Pictures that fill the bank in place of samples, such as the pre-training set (the last bar of
-            Fig. 6d). ``bank_size`` of them are chosen at random, without labels.
+            Fig. 6d). ``bank_size`` of them are chosen at random, without labels. ``"target"`` takes the target's own
+            pictures, all of them if there are no more than ``bank_size``.
         retention_share: Share of a batch that comes from the bank.
         batch_size: Samples per process and step, both streams together.
         val_target: Held-out pictures, for the validation loss and FID; classes are matched with the target's by name.
@@ -87,7 +88,7 @@ class MemoryBankDataModule(RealPictures):
         channels: int = 3,
         bank: str | Path | None = None,
         bank_size: int = 50_000,
-        bank_source: Dataset | None = None,
+        bank_source: Literal["target"] | Dataset | None = None,
         retention_share: float = 0.2,
         batch_size: int = 32,
         val_target: Dataset | None = None,
@@ -113,10 +114,11 @@ class MemoryBankDataModule(RealPictures):
         )
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shards left to build
         self.bank_path = Path(bank).expanduser() if bank is not None else None
-        self.bank_size = bank_size
-        self.bank_source = (
-            ImageTargets(bank_source, image_size, channels, on_corrupt) if bank_source is not None else None
-        )
+        self.bank_size, self.bank_source = bank_size, None
+        if bank_source == "target":
+            self.bank_size, self.bank_source = min(bank_size, len(self.target)), self.target
+        elif bank_source is not None:
+            self.bank_source = ImageTargets(bank_source, image_size, channels, on_corrupt)
         self.retention_share = retention_share
         self.batch_size = batch_size
         self.latent_cache_path = Path(latent_cache).expanduser() if latent_cache is not None else None

@@ -124,6 +124,9 @@ def test_a_bank_of_pictures_draws_no_samples(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, *source, "--data.init_args.bank_source.init_args.path", "photos.npz")
     bank = plan["phases"]["memory bank"]
     assert (bank["what"], bank["flops"], bank["disk_bytes"]) == ("1,000 pictures", 0, 1000 * (20 * 20 * 4 + 8))
+    for size, pictures in ((1000, "1,000"), (50_000, "4,000")):
+        own = plan_of(tmp_path, "--data.init_args.bank_source", "target", "--data.init_args.bank_size", str(size))
+        assert own["phases"]["memory bank"]["what"] == f"{pictures} pictures"
 
 
 def test_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

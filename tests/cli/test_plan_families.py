@@ -84,6 +84,6 @@ def test_a_bank_under_no_prompt_is_not_guided_whatever_its_sampler_says(prompts:
     module = TextToImageDiffTuningModule("sd-nano-flowers", bank_prompts=prompts, bank_sampler=sampler)
     module.configure_model()
     costs = Costs(dict.fromkeys(PARTS, 1.0), 0, 0, 0, 0, 0, 0)
-    found = bank(Namespace(bank_size=2, bank_source=None), module, costs)
+    found = bank(Namespace(bank_size=2, bank_source=None), module, costs, None)
     assert found.what == words
     assert found.flops(costs) == 2 * (6 if "guided" in words else 3) + 2

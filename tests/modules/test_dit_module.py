@@ -151,6 +151,19 @@ def test_a_bank_of_pictures_has_each_of_them_once(tmp_path, weights):
         data_of(tmp_path, bank_source=source, bank_size=13)
 
 
+def test_a_bank_of_the_targets_own_pictures_has_all_of_them(tmp_path, weights):
+    data = data_of(tmp_path, bank_source="target", bank_size=1000)
+    trainer_of(tmp_path, 1).fit(module_of(weights), data)
+    bank, count = MemoryBank(tmp_path / "bank"), len(data.target)
+    assert len(bank) == data.bank_size == count
+    own = data.target.pixels(range(count), [False] * count)["pixel_values"]
+    same = (bank.read(torch.arange(count))["latents"][:, None] == own).flatten(2).all(2)
+    assert same.sum(0).tolist() == same.sum(1).tolist() == [1] * count
+    assert data_of(tmp_path, bank_source="target", bank_size=5).bank_size == 5
+    named = data_of(tmp_path, bank_source=pictures(), bank_size=count)
+    trainer_of(tmp_path, 1).fit(module_of(weights), named)  # the same bank
+
+
 @pytest.mark.parametrize("steps_before", [3, 5, 7])  # an epoch has 5: in the first, at its end, in the second
 def test_resume_is_exact(tmp_path, weights, steps_before):
     def run(folder, steps, ckpt_path=None):

@@ -128,7 +128,7 @@ def phases_of(
     """The phases of ``difftune fit``; a number of pictures is ``None`` if the files are not available."""
     data, trainer = config.data.init_args, config.trainer
     devices = num_devices(trainer)
-    found = [bank(data, module, costs)] if data.bank is not None and module.uses_retention else []
+    found = [bank(data, module, costs, num_targets)] if data.bank is not None and module.uses_retention else []
     is_cached = data.latent_cache is not None and has_encoder(module)
     if is_cached:
         found.append(latent_cache(data, costs, num_targets))
@@ -145,9 +145,11 @@ def phases_of(
     return found
 
 
-def bank(data: Namespace, module: DiffTuningModule, costs: Costs) -> Phase:
+def bank(data: Namespace, module: DiffTuningModule, costs: Costs, num_targets: int | None) -> Phase:
     """The samples of the pre-trained model, or pictures in place of them."""
     size = data.bank_size
+    if data.bank_source == "target" and num_targets is not None:
+        size = min(size, num_targets)
     if data.bank_source is not None:
         samples = {"encode": float(size) if has_encoder(module) else 0.0, "bank_columns": float(size)}
         return Phase("memory bank", f"{size:,} pictures", samples, size * costs.bank_bytes)
