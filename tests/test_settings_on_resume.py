@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -467,3 +468,94 @@ def test_a_fast_dev_run_which_saves_nothing_is_not_warned_of_it(weights, tmp_pat
     data = MemoryBankDataModule(tiny_pictures(8), 3, 8, 1, val_target=tiny_pictures(4), batch_size=4)
     quiet_trainer(tmp_path, -1, checkpoint, fast_dev_run=True).fit(module, data)
     assert not [warning for warning in recwarn if "in no checkpoint" in str(warning.message)]
+
+
+# -- runs that a callback ends ------------------------------------------------------------------------------------
+
+
+class Stop(L.Callback):
+    """Ends a run in a hook, once."""
+
+    def __init__(self, hook="on_train_batch_end", batches=3):
+        self.batches, self.seen = batches, 0
+        setattr(self, hook, self.stop)
+
+    def stop(self, trainer, *_):
+        self.seen += not trainer.sanity_checking
+        if self.seen == self.batches:
+            trainer.should_stop = True
+
+
+class StopInModule(DiTDiffTuningModule):
+    """A module that ends its run itself, after all callbacks."""
+
+    batches = 3
+
+    def on_train_batch_end(self, *_):
+        self.trainer.should_stop = self.trainer.fit_loop.total_batch_idx + 1 == self.batches
+
+
+def stopped(weights, folder, *callbacks, kind=DiTDiffTuningModule, ckpt_path=None, steps=-1, **settings):
+    """A run of four epochs of four steps; its trainer, stream of pictures and module."""
+    checkpoint = ModelCheckpoint(folder / "saved", "{step}", save_last=True, **settings.pop("period", {}))
+    module = kind(str(weights), num_classes=3, sampler=Sampler(num_inference_steps=2))
+    data = MemoryBankDataModule(tiny_pictures(16), 3, 8, 1, val_target=tiny_pictures(4), batch_size=4)
+    seen = Batches()
+    settings = {"max_epochs": 4, **settings}
+    trainer = quiet_trainer(folder, steps, seen, *callbacks, checkpoint, **settings)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer, seen.sums, module
+
+
+class Batches(L.Callback):
+    def __init__(self):
+        self.sums = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.sums.append(batch["target"]["pixel_values"].sum().item())
+
+
+NO_GAIN = {"patience": 1, "min_delta": 99.0}
+ENDS = {
+    "a callback": ([Stop()], 3, {}),
+    "a callback in an open window": ([Stop(batches=5)], 2, {"accumulate_grad_batches": 2}),
+    "max_time": ([], 1, {"max_time": {"seconds": 0.001}}),
+    "early stopping": ([EarlyStopping("val/loss", **NO_GAIN)], 4, {"val_check_interval": 2}),
+    "early stopping by epochs": ([EarlyStopping("train/loss", check_on_train_epoch_end=True, **NO_GAIN)], 8, {}),
+    "the end of a validation": ([Stop("on_validation_end", 2)], 7, {"val_check_interval": 3}),
+    "the end of an epoch": ([Stop("on_train_epoch_end", 2)], 8, {}),
+    "the module": ([], 3, {"kind": StopInModule}),
+    "the module without validation": ([], 3, {"kind": StopInModule, "limit_val_batches": 0}),
+}
+SELDOM, BY_EPOCHS = {"every_n_train_steps": 50}, {}
+
+
+@pytest.mark.parametrize(
+    ("end", "period"),
+    [(end, SELDOM) for end in ENDS] + [(end, BY_EPOCHS) for end in ("a callback", "a callback in an open window")],
+)
+def test_a_run_that_is_ended_early_resumes_from_its_last_step(weights, tmp_path, end, period):
+    callbacks, step, settings = copy.deepcopy(ENDS[end])
+    first, begun, _ = stopped(weights, tmp_path, *callbacks, period=period, **settings)
+    last = tmp_path / "saved/last.ckpt"
+    assert first.global_step == torch.load(last, weights_only=True)["global_step"] == step
+    kept = {name: value for name, value in settings.items() if name not in ("max_time", "kind")}
+    again, continued, module = stopped(weights, tmp_path / "again", ckpt_path=last, **kept)
+    whole, expected, same = stopped(weights, tmp_path / "whole", **kept)
+    assert len(begun) < len(expected)
+    assert expected[-len(continued) :] == continued  # the pictures that were left
+    assert again.current_epoch == whole.current_epoch == 4
+    assert_equal(state_of(again, module), state_of(whole, same))
+
+
+def test_a_run_that_is_ended_early_validates_and_saves_once(weights, tmp_path):
+    validations = Validations()
+    trainer, _, _ = stopped(weights, tmp_path, Stop(), validations, check_val_every_n_epoch=3)
+    assert validations.steps == [3]
+    assert trainer.should_stop
+    assert trainer.check_val_every_n_epoch == 3
+
+
+def test_a_stop_before_min_steps_saves_nothing(weights, tmp_path):
+    trainer, _, _ = stopped(weights, tmp_path, Stop(), period={"every_n_train_steps": 50}, min_steps=16)
+    assert trainer.global_step == 16

@@ -27,7 +27,7 @@ class RunKeeper(Callback):
     - Batches stay float32 at any precision: bf16-true would round pictures, cached latents and the bank's. The inputs
       of networks are cast in one place, :func:`~lightning_difftune.models.casts.takes_its_own_type`.
     - The last step is validated unless validation is off, and ``last.ckpt`` holds the last step, at any interval of
-      validation and checkpoints.
+      validation and checkpoints, also where ``max_time``, ``EarlyStopping`` or another callback ends the run.
     - A checkpoint within an accumulation window holds the accumulated gradients, and a resumed run does not save the
       checkpoint that it was resumed from again.
     """
@@ -36,8 +36,8 @@ class RunKeeper(Callback):
         self._resumed: dict[str, Any] | None = None
         self._configured: dict[str, Any] | None = None
         self._gradients: dict[str, torch.Tensor] | None = None
-        self._check_val_every_n_epoch: Any = None
-        self._forced = False
+        self._before: tuple[Any, bool] | None = None  # the trainer's settings while the last validation is forced
+        self._saved_step = -1
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take over reading and writing checkpoints, and keep batches as the data module made them."""
@@ -64,6 +64,7 @@ class RunKeeper(Callback):
             state = checkpoint.get("callbacks", {}).get(callback.state_key)
             if isinstance(callback, EarlyStopping) and state:
                 state["patience"] = callback.patience
+        reopen_epoch(checkpoint)
         self._resumed = checkpoint
         self._gradients = self._window_of(trainer, checkpoint)
         if trainer.optimizers:  # sharded strategies restore after they have set up
@@ -116,7 +117,7 @@ class RunKeeper(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the gradients of an open window, and mark the step that was resumed from as saved."""
-        self._forced = False
+        self._before, self._saved_step = None, -1
         if self._gradients is not None:
             parameters = dict(pl_module.named_parameters())
             for name, gradient in self._gradients.items():
@@ -147,27 +148,60 @@ class RunKeeper(Callback):
         """Save and validate the last step: a trainer that should stop validates first."""
         last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
         is_last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
-        if is_last:
-            for callback in trainer.checkpoint_callbacks:
-                if isinstance(callback, ModelCheckpoint):
-                    save_last(trainer, callback)
-        if is_last and has_validation(trainer):
-            self._check_val_every_n_epoch, self._forced = trainer.check_val_every_n_epoch, True
+        if not (is_last or stops_early(trainer)):
+            return
+        self._save(trainer)
+        if has_validation(trainer):
+            self._before = trainer.check_val_every_n_epoch, trainer.should_stop
             trainer.check_val_every_n_epoch = None
             trainer.should_stop = True
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, if a callback ends the run by what was validated."""
+        if stops_early(trainer):
+            self._save(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the trainer as it was."""
-        if self._forced:
-            trainer.check_val_every_n_epoch, trainer.should_stop = self._check_val_every_n_epoch, False
-            self._forced = False
+        """Save, if the run was ended after these hooks, and leave the trainer as it was."""
+        if stops_early(trainer):
+            self._save(trainer, is_over=True)
+        if self._before is not None:
+            trainer.check_val_every_n_epoch, trainer.should_stop = self._before
+            self._before = None
+
+    def _save(self, trainer: L.Trainer, is_over: bool = False) -> None:
+        for callback in trainer.checkpoint_callbacks if self._saved_step != trainer.global_step else ():
+            if isinstance(callback, ModelCheckpoint):
+                save_last(trainer, callback, is_over)
+        self._saved_step = trainer.global_step
 
 
-def save_last(trainer: L.Trainer, callback: ModelCheckpoint) -> None:
-    """Write ``last.ckpt`` at a last step where none is due, or warn that the steps since the latest are lost."""
+def stops_early(trainer: L.Trainer) -> bool:
+    """Whether a callback ends the run here, such as ``EarlyStopping`` or the timer of ``max_time``."""
+    is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+    return is_fit and trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Undo that Lightning counted an epoch in which a run was stopped: the resumed run does the rest of it."""
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, is_over = loops["epoch_progress"], loops["epoch_loop.batch_progress"]["is_last_batch"]
+    if not is_over and epochs["current"]["processed"] == epochs["current"]["started"]:
+        for counts in (epochs["total"], epochs["current"]):
+            counts["processed"] = counts["completed"] = counts["started"] - 1
+
+
+def save_last(trainer: L.Trainer, callback: ModelCheckpoint, is_over: bool = False) -> None:
+    """Write ``last.ckpt`` at a last step where none is due, or warn that the steps since the latest are lost.
+
+    Args:
+        trainer: The trainer.
+        callback: One of its checkpoint callbacks.
+        is_over: Whether the end of the epoch, where one may be due, has passed.
+    """
     every, epochs, step = callback._every_n_train_steps, callback._every_n_epochs, trainer.global_step
     is_epoch_due = epochs >= 1 and (trainer.current_epoch + 1) % epochs == 0  # at its end, which follows
-    is_due = step % every == 0 if every else is_epoch_due
+    is_due = step % every == 0 if every else is_epoch_due and not is_over
     if is_due or callback._should_skip_saving_checkpoint(trainer):
         return
     if callback.save_last:
