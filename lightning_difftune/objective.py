@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -137,9 +138,9 @@ class DiffTuningObjective(Tables):
                 "prediction says nothing about the picture. It needs a network that predicts v or the clean sample."
             )
         if said not in (None, prediction):
-            fit = loss_for(prediction, source.learned_variance).__name__
+            fit, found = loss_for(prediction, source.learned_variance).__name__, getattr(loss, "__name__", loss)
             raise ConfigError(
-                f"{source.name} predicts {prediction!r}, but the objective's loss is {_name(loss)}, for {said!r}. "
+                f"{source.name} predicts {prediction!r}, but the objective's loss is {found}, for {said!r}. "
                 f"Leave the loss out, or set it to {fit}."
             )
         if source.process is not None and not same_process(process, source.process):
@@ -153,7 +154,7 @@ class DiffTuningObjective(Tables):
                 f"The objective's loss is for {prediction!r}, and its diffusion is a {type(process).__name__}. "
                 "velocity_mse_loss goes with RectifiedFlow, and the other losses with GaussianDiffusion."
             )
-        if said == "epsilon" and not source.learned_variance and _name(loss) == hybrid_loss.__name__:
+        if said == "epsilon" and not source.learned_variance and loss is hybrid_loss:
             raise ConfigError(
                 f"hybrid_loss trains a variance, and {source.name} predicts none. Leave the loss out, or set it to "
                 "eps_mse_loss."
@@ -164,10 +165,15 @@ class DiffTuningObjective(Tables):
         device = next((table.device for table in self.buffers()), torch.device("cpu"))
         self.diffusion: ForwardProcess = process.to(device)
         self._bound = {name: getattr(self, name) for name in self._given}
+        self._model = source.fingerprint
         if hasattr(self.schedule, "bind"):
             self.schedule.bind(process)
         self._tabulate(device)
         return replace(source, process=process, prediction_type=prediction)
+
+    def of(self, source: SourceFacts) -> Self:
+        """This objective or, if it is bound to another model, a copy: two modules may be given the same one."""
+        return self if self._model in ("", source.fingerprint) else copy.deepcopy(self)
 
     def _tabulate(self, device: torch.device) -> None:
         psi, xi = tables_of(self.schedule, self.diffusion.num_timesteps)
@@ -267,9 +273,8 @@ class DiffTuningObjective(Tables):
         return ObjectiveOutput(loss, reconsolidation, retention, per_sample, t)
 
     def _losses(self, batch: tuple[Tensor, ...], target: Tensor | None = None) -> Tensor:
-        options = {"weighting": self.weighting, "target": target}
-        used = {name: option for name, option in options.items() if option is not None}  # a loss may take neither
-        return self.loss(*batch, self.diffusion, **used)
+        used = {"weighting": self.weighting, "target": target}  # a loss may take neither
+        return self.loss(*batch, self.diffusion, **{name: value for name, value in used.items() if value is not None})
 
 
 class WeightedDiffTuningObjective(DiffTuningObjective):
@@ -282,18 +287,13 @@ class WeightedDiffTuningObjective(DiffTuningObjective):
 
     def timesteps(self, uniform: Tensor, is_retention: Tensor) -> Tensor:
         """Timesteps (B,) int64 from the density, uniform over the T steps by default."""
-        if self.density is None:
-            return (uniform * self.diffusion.num_timesteps).long().clamp_(max=self.diffusion.num_timesteps - 1)
-        t = torch.searchsorted(self.density_cdf, uniform, right=True)
-        return t.clamp_(max=self.diffusion.num_timesteps - 1)
+        steps, cdf = self.diffusion.num_timesteps, self.density_cdf
+        t = (uniform * steps).long() if self.density is None else torch.searchsorted(cdf, uniform, right=True)
+        return t.clamp_(max=steps - 1)
 
     def weights(self, t: Tensor, is_retention: Tensor) -> Tensor:
         """Psi(s_t) for target samples and xi(s_t) for retained ones, (B,)."""
         return torch.where(is_retention, self.xi[t], self.psi[t])
-
-
-def _name(loss: Any) -> str:
-    return str(getattr(loss, "__name__", repr(loss)))
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

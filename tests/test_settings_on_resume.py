@@ -355,9 +355,11 @@ def test_windows_are_whole(weights, tmp_path, batch_size):
     assert windows.sizes == [4] * 5
 
 
-def test_a_limit_that_cuts_a_window_is_refused(weights, tmp_path):
-    with pytest.raises(ConfigError, match=r"limit_train_batches is 6, which cuts a window of 4 .*multiple of 4"):
-        run(weights, tmp_path, 5, batch_size=2, accumulate_grad_batches=4, limit_train_batches=6)
+@pytest.mark.parametrize(("limit", "shown"), [(6, "6"), (0.8, "0.8, 6 batches")])
+def test_a_limit_that_cuts_a_window_is_refused(weights, tmp_path, limit, shown):
+    with pytest.raises(ConfigError, match=rf"limit_train_batches is {shown}, which cuts a window of 4 .*multiple of 4"):
+        run(weights, tmp_path, 5, batch_size=2, accumulate_grad_batches=4, limit_train_batches=limit)
+    run(weights, tmp_path, 2, batch_size=2, accumulate_grad_batches=4, limit_train_batches=0.5)
 
 
 @pytest.mark.parametrize("batches", range(1, 9))

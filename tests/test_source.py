@@ -507,3 +507,15 @@ def test_what_is_assigned_to_an_objective_stays_however_often_it_is_bound() -> N
     for _ in range(3):
         objective.bind(facts)
         assert (objective.loss, objective.diffusion, objective.density) == (eps_mse_loss, process, density)
+
+
+def test_two_modules_may_be_given_one_objective():
+    objective = DiffTuningObjective()
+    first = DiTDiffTuningModule(tiny_dit(), objective=objective)
+    second = DiTDiffTuningModule(tiny_dit(learn_sigma=False), objective=objective)
+    for module in (first, second):
+        module.configure_model()
+    assert (first.objective.loss, second.objective.loss) == (hybrid_loss, eps_mse_loss)
+    assert first.objective is objective
+    second.objective = objective
+    assert (first.objective.loss, second.objective.loss) == (hybrid_loss, eps_mse_loss)

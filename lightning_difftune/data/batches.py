@@ -204,10 +204,12 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
         if trainer is None:
             return cls(batches)
         window, limit = accumulated_batches(trainer), trainer.limit_train_batches
-        if isinstance(limit, int) and limit % window:
+        count = limit if isinstance(limit, int) else int(limit * len(cls(batches, window=window)))
+        if count % window:
+            shown = f"{limit}, {count} batches" if count != limit else str(limit)
             raise ConfigError(
-                f"trainer.limit_train_batches is {limit}, which cuts a window of {window} accumulated batches short. "
-                f"Set it to a multiple of {window}."
+                f"trainer.limit_train_batches is {shown}, which cuts a window of {window} accumulated batches short. "
+                f"Set it to a number that is a multiple of {window}."
             )
         progress = trainer.fit_loop.epoch_loop.batch_progress
         steps = cls(batches, lambda: (progress.total.ready, progress.current.ready), window)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune import draws
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.objective import DiffTuningObjective
 from lightning_difftune.protocols import BankPictures, Denoiser, RetentionBatch
@@ -74,6 +75,11 @@ class EncodedPictures(PretrainedSamples):
 
     def __init__(self, module: DiffusionModel, objective: DiffTuningObjective, pictures: BankPictures) -> None:
         super().__init__(module, objective)
+        if getattr(module, "retention_labels", "null") == "source":
+            raise ConfigError(
+                "retention_labels: source needs the classes that samples were drawn for, and the pictures of "
+                "bank_source have none. Set retention_labels: null."
+            )
         self.pictures = pictures
 
     @cached_property

@@ -136,6 +136,7 @@ class DiffTuningModule(DiffusionModel):
             facts = SourceFacts.of_identity(facts)
         if facts.latents is None and self.encoder_identity() is not None:
             facts = replace(facts, latents=LatentScale())  # an encoder means latents, of whatever scale
+        self.objective = self.objective.of(facts)
         self.source_facts = self.objective.bind(facts)
         self.sampler = self.sampler  # completed and compared with the facts from here on
         self.bank_sampler = self.bank_sampler
@@ -150,6 +151,7 @@ class DiffTuningModule(DiffusionModel):
     def __setattr__(self, name: str, value: Any) -> None:
         """Bind an objective that is assigned after the model was built."""
         if name == "objective" and hasattr(self, "source_facts"):
+            value = value.of(self.source_facts)
             self.source_facts = value.bind(self.source_facts)
         super().__setattr__(name, value)
 

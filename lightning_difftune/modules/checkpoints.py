@@ -153,6 +153,18 @@ def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:
     checkpoint["state_dict"] = state
     checkpoint["base_identity"] = module.base_identity
     checkpoint["source"] = module.source_facts.state()
+    checkpoint["tuner"] = describe_tuner(module.tuner)
+
+
+def describe_tuner(tuner: Any) -> str:
+    """A tuner's class and plain settings, in words."""
+    settings = {} if tuner is None else vars(tuner)
+    shown = (
+        f"{name}={list(value) if isinstance(value, tuple) else value}"
+        for name, value in sorted(settings.items())
+        if name[0] != "_" and _is_plain(value)
+    )
+    return "none" if tuner is None else f"{type(tuner).__name__}({', '.join(shown)})"
 
 
 def complete(module: Any, checkpoint: dict[str, Any], strict: bool, source: str) -> None:
@@ -175,6 +187,12 @@ def complete(module: Any, checkpoint: dict[str, Any], strict: bool, source: str)
         raise CheckpointError(
             f"{source} was trained with {' and '.join(changed)}. Keep the objective's loss and diffusion, and the "
             "autoencoder, as the run had them."
+        )
+    tuners = checkpoint.get("tuner"), describe_tuner(module.tuner)
+    if tuners[0] not in (None, tuners[1]):
+        raise CheckpointError(
+            f"{source} was trained with the tuner {tuners[0]}, and the tuner here is {tuners[1]}: with the same "
+            "weights it is another network. Give the module the tuner that the run had."
         )
     current = module.state_dict()
     for name in frozen_names(module):

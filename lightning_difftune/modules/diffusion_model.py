@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, float32_by_default, noise_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models.casts import WeightCasts, takes_its_own_type, weight_casts_of
+from lightning_difftune.modules.data_checks import check_target
 from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch
@@ -47,6 +49,7 @@ class DiffusionModel(ModelFamily):
         self.sampler = sampler if sampler is not None else Sampler()
         self.bank_sampler = bank_sampler if bank_sampler is not None else Sampler()
         self.seed = seed
+        self._checked: Counter[Any] = Counter()  # batches per stage that were looked at
         # In a tuple, so that nn.Module does not register it: it is not part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
 
@@ -153,6 +156,9 @@ class DiffusionModel(ModelFamily):
                 f"{found}. Pass your data set to lightning_difftune.MemoryBankDataModule, which makes them, or return "
                 "such dicts from the collate_fn of your loader."
             )
+        stage = None if self._trainer is None else self._trainer.state.stage
+        check_target(batch["target"], getattr(self, "num_classes", None), self._checked[stage])
+        self._checked[stage] += 1
         target = batch["target"] if "latent_mean" in batch["target"] else self.encode(batch["target"])
         x0, std = target["latent_mean"].float(), target.get("latent_std")
         if std is not None:

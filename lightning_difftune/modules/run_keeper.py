@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
 from lightning_difftune.modules.checkpoints import write_whole
+from lightning_difftune.modules.data_checks import check_classes
 
 WINDOW = "open_window"  # the checkpoint's key for the gradients of an unfinished accumulation window
 
@@ -24,6 +25,7 @@ class RunKeeper(Callback):
     - Checkpoints are written atomically, and damaged ones are refused (:class:`AtomicCheckpointIO`).
     - Settings of the optimizer and its scheduler that changed since the checkpoint take effect, as does the
       patience of ``EarlyStopping``, or are refused. Everything else is restored to the bit.
+    - Classes keep their numbers: data with others than the module's or the checkpoint's are refused.
     - Batches stay float32 at any precision: bf16-true would round pictures, cached latents and the bank's. The inputs
       of networks are cast in one place, :func:`~lightning_difftune.models.casts.takes_its_own_type`.
     - The last step is validated unless validation is off, and ``last.ckpt`` holds the last step, at any interval of
@@ -38,10 +40,11 @@ class RunKeeper(Callback):
         self._gradients: dict[str, torch.Tensor] | None = None
         self._before: tuple[Any, bool] | None = None  # the trainer's settings while the last validation is forced
         self._saved_step = -1
+        self._class_names: list[str] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take over reading and writing checkpoints, and keep batches as the data module made them."""
-        self._resumed = self._configured = self._gradients = None
+        self._resumed = self._configured = self._gradients = self._class_names = None
         plugin: Any = trainer.precision_plugin
         plugin.convert_input = Precision.convert_input.__get__(plugin)  # converts nothing
         write_whole(trainer.strategy)
@@ -50,6 +53,7 @@ class RunKeeper(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check a checkpoint before anything in it is restored."""
+        self._class_names = checkpoint.get("class_names")
         if trainer.state.fn != TrainerFn.FITTING:
             return
         step = checkpoint.get("global_step", 0)
@@ -91,8 +95,15 @@ class RunKeeper(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the optimizers' settings, and report changes since the checkpoint."""
+        check_classes(pl_module, getattr(trainer, "datamodule", None), self._class_names)
         self._check_clipping(trainer)
         self._carry(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the classes of the data, which may be others than those of the training."""
+        check_classes(pl_module, getattr(trainer, "datamodule", None), self._class_names)
+
+    on_test_start = on_validation_start
 
     def _carry(self, trainer: L.Trainer) -> None:
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

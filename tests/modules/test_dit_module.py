@@ -399,6 +399,8 @@ def test_samples_may_be_retained_under_source_classes_whose_rows_are_free():
     assert module.retention_condition(retention).tolist() == [6, 6, 3, 5]
     with pytest.raises(ConfigError, match="pictures without source classes"):
         module.retention_condition({"latents": torch.zeros(4, 1, 8, 8)})
+    with pytest.raises(ConfigError, match="the pictures of bank_source have none"):
+        module.bank_generator(tiny_pictures())
     with pytest.raises(ConfigError, match="retention_labels: source needs the rows"):
         DiTDiffTuningModule(tiny_dit(), num_classes=3, retention_labels="source", label_table="resize")
 

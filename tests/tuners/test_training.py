@@ -72,10 +72,22 @@ def test_fit_changes_the_trained_parameters_alone_and_resumes(tuner: Tuner, weig
         assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
-def test_a_checkpoint_of_another_tuner_is_refused(weights: Path, tmp_path: Path) -> None:
-    fit(tmp_path / "run", weights, BitFit(), 1)
-    with pytest.raises(CheckpointError, match=r"missing.*gamma"):
-        fit(tmp_path / "other", weights, DiffFit(), 2, ckpt_path=tmp_path / "run/step=1.ckpt")
+@pytest.mark.parametrize(
+    ("saved", "other", "message"),
+    [
+        (BitFit(), DiffFit(), r"tuner BitFit\(\), and the tuner here is DiffFit\("),
+        (LoRA(2, alpha=2), LoRA(2, alpha=8), r"LoRA\(alpha=2, .*LoRA\(alpha=8, "),
+        (AdaptFormer(4), AdaptFormer(4, scale=1.0), r"scale=0\.1\).*scale=1\.0\)"),
+    ],
+)
+def test_a_checkpoint_of_another_tuner_is_refused(
+    saved: Tuner, other: Tuner, message: str, weights: Path, tmp_path: Path
+) -> None:
+    fit(tmp_path / "run", weights, saved, 1)
+    with pytest.raises(CheckpointError, match=message):
+        fit(tmp_path / "other", weights, other, 2, ckpt_path=tmp_path / "run/step=1.ckpt")
+    with pytest.raises(CheckpointError, match=message):
+        DiTDiffTuningModule.load_from_checkpoint(tmp_path / "run/step=1.ckpt", tuner=other)
 
 
 @pytest.mark.parametrize(
