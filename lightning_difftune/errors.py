@@ -1,5 +1,8 @@
 """Errors that a user can fix. Each message states what is wrong, what was found and what to do."""
 
+import difflib
+from collections.abc import Iterable, Mapping
+
 
 class DiffTuneError(Exception):
     """Base of errors caused by the input, not by a bug.
@@ -26,6 +29,22 @@ class StoreError(DiffTuneError):
 
 class NumericsError(DiffTuneError):
     """A loss or weights that are no longer finite."""
+
+
+def did_you_mean(name: str, known: Iterable[str], spelled: Mapping[str, str] | None = None) -> str:
+    """``Did you mean ...?`` for a name that is close to known ones; else empty.
+
+    Args:
+        name: What was found.
+        known: What would be right.
+        spelled: How the known names are spelled in the message, if differently.
+
+    Example:
+        >>> did_you_mean("max_step", ["max_steps", "precision"])
+        'Did you mean max_steps?'
+    """
+    near = dict.fromkeys((spelled or {}).get(entry, entry) for entry in difflib.get_close_matches(name, [*known]))
+    return f"Did you mean {' or '.join(near)}?" if near else ""
 
 
 def check_counts(owner: str, **counts: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Atomic files and folders with digests, and a lock that admits one job at a time to a folder."""
+"""Atomic files and folders, with digests."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_difftune.errors import CheckpointError, StoreError
+from lightning_difftune.errors import CheckpointError
 
-LOCK = ".lock"
 SHA256 = "sha256"  # the key of the digest in the metadata of our safetensors files
 SUMS = "SHA256SUMS"  # in folders that we write
 
@@ -35,25 +33,42 @@ SUMS = "SHA256SUMS"  # in folders that we write
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which appears under its name only when the ``with`` block succeeds.
 
-    An ``OSError``, such as of a full disk, leaves nothing behind.
+    An ``OSError``, such as of a full disk, names ``path`` and leaves nothing behind. A pipe or device, such as
+    ``/dev/stdout``, is written to directly.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    with _naming(path, temporary):
+        try:
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+@contextmanager
+def _naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Let errors name the final path in place of a temporary one or none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and str(error.filename or temporary).startswith(str(temporary)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -86,7 +101,11 @@ def atomic_path(path: Path, replace: bool = True) -> Iterator[Path]:
     for leftover in path.parent.glob(f".{path.name}.*-draft-*"):
         if not _is_running(leftover.name.removeprefix(f".{path.name}.").partition("-")[0]):
             shutil.rmtree(leftover, ignore_errors=True)
-    with TemporaryDirectory(prefix=f".{path.name}.{os.getpid()}-draft-", dir=path.parent) as workspace:
+    prefix = f".{path.name}.{os.getpid()}-draft-"
+    with (
+        _naming(path, path.with_name(prefix)),
+        TemporaryDirectory(prefix=prefix, dir=path.parent) as workspace,
+    ):
         draft, replaced = Path(workspace) / path.name, Path(workspace) / "replaced"
         yield draft
         _follow_umask(Path(workspace))
@@ -120,64 +139,6 @@ def _is_running(pid: str) -> bool:
     except OSError:  # another user's
         return True
     return True
-
-
-# -- one job at a time ------------------------------------------------------------------------------------------------
-
-
-class FolderLock:
-    """A lock for the job that writes into a folder; the operating system releases it when the job is killed.
-
-    Args:
-        folder: The folder; the lock is a file in it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock = FileLock(folder / LOCK, thread_local=False)
-
-    def acquire(self, waits: bool) -> None:
-        """Take the lock.
-
-        Args:
-            waits: Log and wait while another job holds it; otherwise refuse to start.
-
-        Raises:
-            StoreError: Another job holds it and ``waits`` is not set, or the folder cannot be written to.
-        """
-        if self.try_acquire():
-            return
-        if not waits:
-            raise StoreError(f"Another job is working in {self.folder}. Wait until it is done, or name another folder.")
-        from lightning.fabric.utilities.rank_zero import rank_zero_info  # the method needs torch alone
-
-        rank_zero_info(f"Another job is working in {self.folder}; waiting for it.")
-        self._lock.acquire(poll_interval=0.5)
-
-    def try_acquire(self) -> bool:
-        """Take the lock if no other job holds it, and return whether it was taken.
-
-        Raises:
-            StoreError: The folder cannot be written to.
-        """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder} cannot be written to ({error}). Make it writable or name another."
-            ) from error
-        return True
-
-    def release(self) -> None:
-        """Release the lock, if it is held."""
-        self._lock.release()
-
-    def discard(self) -> None:
-        """Delete the lock file of a finished folder."""
-        (self.folder / LOCK).unlink(missing_ok=True)
 
 
 # -- digests of tensors and folders -----------------------------------------------------------------------------------

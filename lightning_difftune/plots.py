@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_difftune.files import atomic_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -149,8 +151,10 @@ def save(figure: Figure, path: Path) -> None:
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "difftune"}):
-        figure.savefig(path.with_suffix(".png"), dpi=120)
-        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        with atomic_file(path.with_suffix(".png")) as file:
+            figure.savefig(file, format="png", dpi=120)
+        with atomic_file(path.with_suffix(".svg")) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _label(axes: Axes, title: str, y_label: str) -> None:

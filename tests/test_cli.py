@@ -112,6 +112,8 @@ def refused(project, capsys):
             ["--model.optimizer", "torch.optim.AdamV"],
             "model.optimizer: torch.optim has no class AdamV. Did you mean Adam",
         ),
+        (["--trainer.max_step", "3"], "--trainer.max_step is not an option. Did you mean trainer.max_steps"),
+        (["--data.batch", "3"], "no argument 'batch'. Did you mean batch_size"),
         (["--config", "wrong.yaml"], r"trainer.max_step is not a key. Did you mean trainer.max_steps"),
         (["--trainer.max_steps", "many"], "trainer.max_steps takes a whole number, found 'many'"),
         (["--model.sampler.guidance_scale", "x"], "model.sampler.guidance_scale takes a number, found 'x'"),

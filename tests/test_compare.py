@@ -23,7 +23,7 @@ from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import comparison, line_of, shown
 from lightning_difftune.cli.tuned import RunRecord
-from lightning_difftune.files import FolderLock
+from lightning_difftune.locks import FolderLock
 
 STEPS = 4
 STUDY = {
@@ -473,7 +473,7 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"outputs": "x"}, r"study.yaml: outputs is not a key of a study file. Is it output\?"),
+        ({"outputs": "x"}, r"study.yaml: outputs is not a key of a study file. Did you mean output\?"),
         ({"output": None}, "study.yaml: output is missing. Give a folder"),
         ({"seeds": [0, 0]}, r"seeds is \[0, 0\]. Give different whole numbers"),
         ({"seeds": "0"}, "seeds is '0'. Give a list of numbers"),
@@ -482,7 +482,7 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
         ({"metrics": {}}, "metrics is empty"),
         ({"runs": {}}, "runs names no run"),
         ({"runs": {"a/b": {}}}, "runs.a/b has the name 'a/b'. Names become file names"),
-        ({"runs": {"a": {"config": []}}}, r"runs.a.config is not a key of a study file. Is it configs\?"),
+        ({"runs": {"a": {"config": []}}}, r"runs.a.config is not a key of a study file. Did you mean configs\?"),
         ({"runs": {"a": {"configs": ["x.yaml"]}}}, "runs.a.configs names x.yaml, which is not a file"),
         ({"runs": {"a": {"at": {"tau": "one"}}}}, "runs.a.at gives tau the value 'one'. Give a number"),
         (

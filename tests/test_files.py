@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_difftune.files import atomic_path, atomic_write, tensor_digest, write_safetensors
+from lightning_difftune.files import atomic_file, atomic_path, atomic_write, tensor_digest, write_safetensors
 
 
 @pytest.fixture
@@ -92,3 +94,31 @@ def test_a_digest_counts_names_types_shapes_bytes_and_metadata_but_no_order() ->
     digests = [tensor_digest(each) for each in [tensors, *others]] + [tensor_digest(tensors, {"format": "1"})]
     assert len(set(digests)) == 6
     assert tensor_digest(dict(reversed(tensors.items()))) == digests[0]
+
+
+def test_errors_name_the_file_and_not_its_temporary(tmp_path: Path) -> None:
+    missing = tmp_path / "nosuch" / "file"
+    with pytest.raises(FileNotFoundError) as caught:
+        atomic_write(missing, b"1")
+    assert (caught.value.filename, caught.value.filename2) == (str(missing), None)
+    with pytest.raises(OSError, match="other") as full, atomic_file(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "other")  # a full disk names no file
+    assert full.value.filename == str(tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as folder:
+        atomic_write(tmp_path / "folder", b"1")
+    assert folder.value.filename == str(tmp_path / "folder")
+    with pytest.raises(FileNotFoundError) as others, atomic_file(tmp_path / "file"):
+        missing.read_bytes()
+    assert others.value.filename == str(missing), "of the block's own file"
+    assert [file.name for file in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_pipe_is_written_to_directly(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit(pipe.read_bytes)
+        atomic_write(pipe, b"content")
+        assert read.result(timeout=60) == b"content"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)

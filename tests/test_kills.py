@@ -18,7 +18,7 @@ import torch
 from lightning_difftune import MemoryBank
 from lightning_difftune.cli import main
 from lightning_difftune.errors import DiffTuneError, StoreError
-from lightning_difftune.files import FolderLock
+from lightning_difftune.locks import FolderLock
 
 
 def load_stress():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from lightning_difftune import __version__
-from lightning_difftune.errors import ConfigError, DiffTuneError
+from lightning_difftune.errors import ConfigError, DiffTuneError, did_you_mean
 
 # The commands of `difftune`, in the groups of the help.
 COMMANDS = {
@@ -143,8 +142,7 @@ def start(args: list[str]) -> int:
         module = import_module(f"{__name__}.{OWN[command]}")
         return int(getattr(module, command)(rest) or 0)
     if command not in COMMANDS and not command.startswith("-"):
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        known = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(COMMANDS)}."
+        known = did_you_mean(command, COMMANDS) or f"Choose from {', '.join(COMMANDS)}."
         raise ConfigError(f"{command!r} is not a command. {known} `difftune --help` says more.")
     if {"-h", "--help"} & {*rest}:
         print(short_help(command))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import textwrap
 from typing import Any, NoReturn
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, did_you_mean
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -74,8 +75,12 @@ class CommandParser(argparse.ArgumentParser):
         return own, rest
 
     def error(self, message: str) -> NoReturn:
-        """Raise a :class:`ConfigError`."""
-        raise ConfigError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the options.")
+        """Raise a :class:`ConfigError`, with a suggestion if an unknown option is close to one."""
+        said = f"{message[:1].upper()}{message[1:]}."
+        if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            known = [option for action in self._actions for option in action.option_strings]
+            said = f"{match[1]} is not an option. {did_you_mean(match[1], known)}".strip()
+        raise ConfigError(f"{said} `{self.prog} --help` lists the options.")
 
 
 def filled(text: str) -> str:

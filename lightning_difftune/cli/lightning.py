@@ -180,7 +180,7 @@ _WIRING: dict[str, Any] = {
     "subclass_mode_data": True,
     "auto_configure_optimizers": False,
     "seed_everything_default": 0,
-    "parser_kwargs": {"prog": "difftune"},
+    "parser_kwargs": {"prog": "difftune", "allow_abbrev": False},
     "parser_class": DiffTuneParser,
 }
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning_difftune import __version__
 from lightning_difftune.cli.tuned import TunedRun
+from lightning_difftune.files import atomic_write
 from lightning_difftune.models import hub
 
 BUNDLED_LICENSES = {
@@ -176,7 +176,7 @@ class Card:
         card, picture = self.files()
         grids = run.run.grids.get("samples", {})
         if grids:
-            shutil.copyfile(grids[max(grids)], picture)
+            atomic_write(picture, grids[max(grids)].read_bytes())
         text = model_card(run, library, self.output.stem, usage, picture.name if grids else "", license_name, done)
-        card.write_text(text, encoding="utf-8")
+        atomic_write(card, text.encode())
         done.append(f"model card: {card}\nNext: the card says how to open it")

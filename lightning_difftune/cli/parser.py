@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import import_module
@@ -13,7 +12,7 @@ import yaml
 from jsonargparse._loaders_dumpers import yaml_load
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, did_you_mean
 from lightning_difftune.modules.checkpoints import parameter_names
 
 A_CLASS = "the path of a class"
@@ -121,9 +120,8 @@ def in_words(kind: str) -> str:
 
 
 def meant(name: str, known: Collection[str]) -> str:
-    """`` Did you mean ...?`` for a name that is close to known ones; else empty."""
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(near)}?" if near else ""
+    """:func:`did_you_mean` as the end of a message: after a space, or empty."""
+    return f" {said}" if (said := did_you_mean(name, known)) else ""
 
 
 def parameters_of(path: str) -> set[str]:

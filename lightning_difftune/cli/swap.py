@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.errors import ConfigError
+from lightning_difftune.files import atomic_write
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.plots import save, swap_figure
 from lightning_difftune.trust import split_trusted
@@ -110,11 +112,12 @@ def write_results(
     output: Path, series: dict[str, dict[float, float]], strips: dict[str, Tensor], chain: Any, tail: str
 ) -> None:
     """Write the table and the figure, and print their paths and meaning."""
-    with (output / "swap.csv").open("w", newline="") as file:
+    with StringIO(newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("model", "swapped_percent", chain.monitor))
         for name, distances in series.items():
             writer.writerows((name, f"{percent:g}", f"{value:.6g}") for percent, value in distances.items())
+        atomic_write(output / "swap.csv", file.getvalue().encode())
     save(swap_figure(series, strips, f"Fréchet distance ({chain.distance.name})", tail), output / "swap")
     for name, distances in series.items():
         best = min(distances, key=lambda percent: distances[percent])

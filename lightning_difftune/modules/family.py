@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, did_you_mean
 from lightning_difftune.models import FrozenAutoencoder, export_network
 from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.usage import usage_of_network
@@ -281,9 +280,7 @@ def class_number(asked: str, names: Sequence[str] | None, count: int) -> int:
     if not names:
         raise ConfigError(f"There is no class {asked!r}: this model has no names, and the numbers 0 to {count - 1}.")
     known = {part: name for name, parts in zip(names, synonyms, strict=True) for part in parts}
-    near = difflib.get_close_matches(_plain(asked), known, n=5)
-    fix = f"Did you mean {', '.join(dict.fromkeys(known[part] for part in near))}?"
-    if not near:
+    if not (fix := did_you_mean(_plain(asked), known, known)):
         fix = f"Its classes are {', '.join(names[:FEW])}{', ...' if len(names) > FEW else '.'}"
     raise ConfigError(f"There is no class {asked!r} among the {len(names)}. {fix}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.diffusion import GaussianDiffusion
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, did_you_mean
 from lightning_difftune.source import SourceFacts, betas_of, prediction_type_of
 
 # Settings that describe the process that a scheduler reverses, not how it does so.
@@ -169,8 +168,8 @@ def scheduler_class(name: str) -> Any:
     if class_name not in dir(diffusers):
         known = [entry.removesuffix("Scheduler") for entry in dir(diffusers) if entry.endswith("Scheduler")]
         near = [entry for entry in known if entry.lower().startswith(asked.lower())]
-        near = near[:4] or difflib.get_close_matches(asked, known) or ["DDIM", "UniPCMultistep"]
-        raise ConfigError(f"diffusers has no {class_name}. Did you mean {', '.join(near)}?")
+        fix = f"Did you mean {' or '.join(near[:4])}?" if near else did_you_mean(asked, known)
+        raise ConfigError(f"diffusers has no {class_name}. {fix or 'Two that work are DDIM and UniPCMultistep.'}")
     return getattr(diffusers, class_name)
 
 

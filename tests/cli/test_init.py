@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,28 @@ def test_folders_for_classes_become_a_dit(folder, capsys) -> None:
     assert "36 pictures of 3 classes in photos, 4 of them held out" in said
     assert "fewer" not in said
     assert "Next: difftune fit --config my.yaml" in said
+
+
+@pytest.mark.parametrize("flags", [[], ["--no_plan"]])
+@pytest.mark.parametrize(
+    ("kind", "model", "said"),
+    [
+        ([], "dit-nano-imagnet", "'dit-nano-imagnet' is not a file or folder. Did you mean dit-nano-imagenet"),
+        ([], "nosuch", "Known are dit-nano-imagenet, .*owner/name"),
+        (["--captions"], "my/models/sd", "Known are sd-nano-flowers, .*owner/name"),
+    ],
+)
+def test_a_wrong_model_leaves_no_config(folder, capsys, flags, kind, model, said) -> None:
+    assert main(["init", "photos", "--model", model, *kind, *flags]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert [file.name for file in Path().iterdir()] == ["photos"]
+
+
+def test_a_model_that_cannot_be_opened_leaves_no_config(folder, capsys) -> None:
+    Path("damaged.safetensors").write_bytes(b"not one")
+    assert main(["init", "photos", "--model", "damaged.safetensors"]) == 2
+    assert re.search("damaged.safetensors .*my.yaml was not written; --no_plan writes", capsys.readouterr().err)
+    assert not Path("my.yaml").exists()
 
 
 def test_shards_and_saved_data_sets(tmp_path, monkeypatch) -> None:

@@ -19,7 +19,8 @@ from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
 from lightning_difftune.cli.compare.table import comparison, write_tables
 from lightning_difftune.errors import ConfigError
-from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries
+from lightning_difftune.files import atomic_write, discard_temporaries
+from lightning_difftune.locks import FolderLock
 
 DESCRIPTION = """Compare the configs of a study file over its seeds, in tables and figures of the finished runs.
 
@@ -66,13 +67,9 @@ def compare(argv: Sequence[str]) -> None:
     failed = run_jobs(jobs, console) if starts else []
     missing = [job for job in jobs if job.result() is None]
     if len(missing) < len(jobs):
-        lock = FolderLock(output)
-        lock.acquire(waits=True)
-        try:
+        with FolderLock(output).acquire(waits=True):
             discard_temporaries(kept)
             report(study, jobs, output, kept, console)
-        finally:
-            lock.release()
     if missing and not starts:
         list_jobs(missing, console)
         count = f"{len(missing)} run{'s' if len(missing) > 1 else ''}"
@@ -117,12 +114,8 @@ def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
                 "or --report to see it."
             )
         if differences:
-            lock = FolderLock(job.folder)
-            lock.acquire(waits=False)
-            try:
+            with FolderLock(job.folder).acquire(waits=False):
                 job.forget()
-            finally:
-                lock.release()
 
 
 def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
@@ -137,11 +130,9 @@ def run_jobs(jobs: Sequence[Job], console: Console) -> list[Job]:
         if not lock.try_acquire():
             console.print(f"{count}: another process is doing it")
             continue
-        try:
+        with lock:
             if job.result() is None:  # another process may have finished it meanwhile
                 failed += [] if run_job(job, count, console) else [job]
-        finally:
-            lock.release()
     return failed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, did_you_mean
 
 Better = Literal["lower", "higher"]
 
@@ -198,8 +197,7 @@ class Keys:
             raise self.error("", f"is {content!r}", f"Give a mapping with {', '.join(known)}.")
         for key in content:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                fix = f"Is it {near[0]}?" if near else f"Keys are {', '.join(known)}."
+                fix = did_you_mean(str(key), known) or f"Keys are {', '.join(known)}."
                 raise self.error(str(key), "is not a key of a study file", fix)
 
     def error(self, key: str, found: str, fix: str = "") -> ConfigError:

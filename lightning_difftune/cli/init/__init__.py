@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
@@ -18,7 +19,8 @@ from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.image_files import SPLIT_FOLDERS
 from lightning_difftune.data.real_pictures import FEW_PICTURES
 from lightning_difftune.data.source_facts import captions_of
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError
+from lightning_difftune.files import atomic_write
 
 DESCRIPTION = """Look at a folder of pictures and write a commented config that tunes a model to them.
 
@@ -55,21 +57,24 @@ def init(argv: Sequence[str]) -> None:
     made = planned(seen, options.model, options.control or ("captions" if seen.captions else "classes"))
     if named is not None:
         made.name = named.stem  # so that two configs for one folder do not share caches
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(config_text(made, options.output), encoding="utf-8")
-    said = [
-        f"Looked at {described(seen)}.",
-        *made.notes,
-        f"Wrote {options.output}: {made.base.name}, {made.steps:,} steps.",
-    ]
     console = Console(highlight=False, markup=False)
-    console.print("\n".join(said), soft_wrap=not console.is_terminal)
-    if not options.no_plan:
+    console.print("\n".join([f"Looked at {described(seen)}.", *made.notes]), soft_wrap=not console.is_terminal)
+    text = config_text(made, options.output)
+    if not options.no_plan:  # opens the model, so that a mistake in its name leaves no config behind
         from lightning_difftune.cli.plan import plan
 
         device = [] if torch.cuda.is_available() or made.base.is_large else ["--device", "measured"]
-        plan(["--config", str(options.output), *device])
-    print(f"\nNext: difftune fit --config {options.output}")
+        try:
+            plan(["--config", text, *device])
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} {options.output} was not written; --no_plan writes it unchecked."
+            ) from error
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(options.output, text.encode())
+    wrote = f"Wrote {options.output}: {made.base.name}, {made.steps:,} steps."
+    console.print(wrote, soft_wrap=not console.is_terminal)
+    print(f"\nNext: difftune fit --config {shlex.quote(str(options.output))}")
 
 
 def look(path: str, wants_captions: bool) -> Seen:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_difftune.data.inspection import Inspection
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, did_you_mean
+from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoint_files import read_json
 
 CONTROLS = {  # annotator, metric of control similarity, threshold and mode (the paper's, at 512 px)
@@ -104,6 +105,9 @@ ALIKE = {  # pipeline class, or part of a name on the hub => the base whose sett
 
 def alike(model: str, known: dict[str, Base]) -> Base:
     """The base whose settings another model gets, by the class in its ``model_index.json`` or by its name."""
+    if hub.repository_of(model) is None and not Path(model).expanduser().exists():
+        fix = did_you_mean(model, known) or f"Known are {', '.join(known)}."
+        raise ConfigError(f"{model!r} is not a file or folder. {fix} A hub repository is written 'owner/name'.")
     large = next(base for base in reversed(known.values()) if base.is_large)
     if known is not CAPTIONS:
         return large

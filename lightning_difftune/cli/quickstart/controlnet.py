@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_difftune.cli.quickstart.methods import METHODS, print_summary, tune, write_metrics
 from lightning_difftune.cli.tuned import callbacks_with, count_trainable, scoring
 from lightning_difftune.errors import DataError
+from lightning_difftune.files import atomic_file
 from lightning_difftune.models import export_network
 from lightning_difftune.pictures import pictures_of
 
@@ -145,4 +146,5 @@ def draw_report(path: Path, tuned: dict[str, Tuned], columns: int = 8) -> None:
         labels = ["control", *(f"step {step}" for step in steps)]
         picture_grid(axes[name], strip.flatten(0, 1), columns, name, labels)
     figure.suptitle("A Canny ControlNet for 32 px flowers: the same steps, batch, start and noise", fontsize=13)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)

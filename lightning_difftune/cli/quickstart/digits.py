@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_difftune.cli.quickstart.methods import METHODS, print_summary, tune, write_metrics
 from lightning_difftune.cli.tuned import averaged_weights, count_trainable, scoring
 from lightning_difftune.data import HandwrittenDigits, ImageTargets, MemoryBank
+from lightning_difftune.files import atomic_file
 from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.pictures import to_uint8
@@ -116,4 +117,5 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
     curves(axes["curve"], series, "Distance to the real test digits", "Fréchet distance (digit-classifier features)")
     axes["curve"].set_ylim(bottom=0)
     figure.suptitle("From Omniglot characters to digits: the same steps, batch and start", fontsize=13)
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.record import circumstances
+from lightning_difftune.files import atomic_write
 
 METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # overlays on the quickstart's config
 
@@ -44,7 +45,7 @@ def write_metrics(output: Path, methods: Mapping[str, Any], seed: int, started: 
     """Write ``metrics.json``: metrics of each method and of the whole, ``started`` at ``time.perf_counter()``."""
     seconds = round(time.perf_counter() - started, 1)
     metrics = {"methods": methods, **others, "seed": seed, "seconds": seconds, **circumstances()}
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    atomic_write(output / "metrics.json", (json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def print_summary(

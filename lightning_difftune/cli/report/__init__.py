@@ -21,6 +21,7 @@ from lightning_difftune.cli.report.advice import RULES, advise
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import Series
 from lightning_difftune.errors import DataError
+from lightning_difftune.files import atomic_write
 
 DESCRIPTION = """Write a run's curves, pictures, config, environment and what to try next as one HTML page.
 
@@ -47,7 +48,7 @@ def report(argv: Sequence[str]) -> None:
     content = page(run).encode()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_bytes(content)
+        atomic_write(output, content)
     except OSError as error:
         raise DataError(f"The report cannot be written: {error}. Choose another place: --output FILE.html.") from error
     print(f"{output}: {len(content) / 1e6:.1f} MB, of the run in {run.path}; open it in a browser")

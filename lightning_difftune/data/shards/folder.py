@@ -21,7 +21,8 @@ from lightning_difftune.data.shards.format import (
     shard_tag,
 )
 from lightning_difftune.errors import StoreError
-from lightning_difftune.files import FolderLock, atomic_write, discard_temporaries
+from lightning_difftune.files import atomic_write, discard_temporaries
+from lightning_difftune.locks import FolderLock
 
 _PREVIOUS = "previous-"
 
