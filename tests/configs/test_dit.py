@@ -52,6 +52,7 @@ FILES = files_of("dit")
 BASE = "configs/dit/base.yaml"
 MEASURED = "configs/presets/measured.yaml"
 SMALL_TAU = "configs/presets/small_tau.yaml"
+SELF_TEACHER = "configs/presets/self_teacher.yaml"
 TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
     "configs/dit/food101.yaml": ("10.68", "6.05", 101),
     "configs/dit/sun397.yaml": ("11.01", "7.21", 397),
@@ -198,6 +199,7 @@ def test_overlays_set_only_what_differs(file: str) -> None:
 def test_base_has_the_settings_of_the_paper() -> None:
     cli = instantiate("configs/dit/flowers.yaml")
     trainer, data, module = cli.trainer, cli.datamodule, cli.model
+    module.configure_model()  # the samplers' schedulers are made for the model
     assert (trainer.max_steps, trainer.val_check_interval, trainer.precision) == (24_000, 24_000, "32-true")
     assert (data.batch_size, data.retention_batch_size, data.horizontal_flip) == (32, 6, True)
     assert (data.target.image_size, data.bank_size, data.reference) == (256, 50_000, "val")
@@ -221,6 +223,10 @@ def test_presets_are_what_they_are_called() -> None:
     described = {file: describe_preset(cli.model, cli.datamodule) for file in FILES for cli in [instantiate(file)]}
     assert described.pop("configs/presets/full.yaml").startswith("Preset: standard fine-tuning")
     assert described.pop("configs/presets/paper.yaml").startswith("Preset: paper-literal.")
+    assert described.pop(SELF_TEACHER).startswith(
+        "Preset: custom; nearest is official code, with retention weight = 1.0, schedule = MirroredPowerSchedule(tau=0.3), "
+        "retention target = OnlineTeacher()"
+    )
     flow = described.pop("configs/presets/flow_matching.yaml")
     assert "loss = velocity_mse_loss" in flow
     assert "schedule = PowerSchedule(tau=1)" in flow
