@@ -26,6 +26,7 @@ class Preset:
     loss_weighting: str = "none"
     retention_target: str = "replay"
     timestep_density: str = "uniform"
+    bank: str = "samples"
 
 
 OFFICIAL = Preset("int(0.2 B)", 0.1, "MirroredPowerSchedule(tau=1)", "hybrid_loss", "keep", "first 3")
@@ -39,6 +40,8 @@ def active_settings(module: Any, datamodule: Any) -> Preset:
         share = "that of the data"  # the batches of a custom loader may have any share
     elif module.uses_retention and getattr(datamodule, "bank_path", True) is not None:
         share = f"int({datamodule.retention_share:g} B)"
+    pictures = getattr(datamodule, "bank_source", None) if "int" in share else None
+    own = pictures is not None and pictures is datamodule.target
     schedule, kind = objective.schedule, type(objective)
     return Preset(
         retention_share=share,
@@ -51,6 +54,7 @@ def active_settings(module: Any, datamodule: Any) -> Preset:
         loss_weighting="none" if objective.weighting is None else repr(objective.weighting),
         retention_target="replay" if objective.retention_target is None else repr(objective.retention_target),
         timestep_density="uniform" if objective.density is None else repr(objective.density),
+        bank="samples" if pictures is None else "the target's own pictures" if own else "other pictures",
     )
 
 

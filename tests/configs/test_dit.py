@@ -224,8 +224,8 @@ def test_presets_are_what_they_are_called() -> None:
     assert described.pop("configs/presets/full.yaml").startswith("Preset: standard fine-tuning")
     assert described.pop("configs/presets/paper.yaml").startswith("Preset: paper-literal.")
     assert described.pop(SELF_TEACHER).startswith(
-        "Preset: custom; nearest is official code, with retention weight = 1.0, schedule = MirroredPowerSchedule(tau=0.3), "
-        "retention target = OnlineTeacher()"
+        "Preset: custom; nearest is official code, with retention weight = 1.0, schedule = "
+        "MirroredPowerSchedule(tau=0.3), retention target = OnlineTeacher(), bank = the target's own pictures. "
     )
     flow = described.pop("configs/presets/flow_matching.yaml")
     assert "loss = velocity_mse_loss" in flow
