@@ -41,6 +41,26 @@ def float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(default)
 
 
+@contextmanager
+def seeded(device: torch.device, stream: str, *key: int) -> Iterator[None]:
+    """A ``with`` block whose draws without a generator depend only on a name and integers; later draws do not notice.
+
+    Example:
+        >>> with seeded(torch.device("cpu"), "solver", 0, 7):
+        ...     first = torch.randn(3)
+        >>> with seeded(torch.device("cpu"), "solver", 0, 7):
+        ...     torch.equal(torch.randn(3), first)
+        True
+    """
+    is_cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if is_cuda else []):
+        torch.default_generator.manual_seed(seed_of(stream, *key))
+        if is_cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed_of(stream, *key))
+        yield
+
+
 class Draws:
     """The random numbers of one training step.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -519,3 +520,44 @@ def test_two_modules_may_be_given_one_objective():
     assert first.objective is objective
     second.objective = objective
     assert (first.objective.loss, second.objective.loss) == (hybrid_loss, eps_mse_loss)
+
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def published_as(kind, **settings):
+    return getattr(diffusers, kind)(**{"clip_sample": False, **BETAS, **settings})
+
+
+@pytest.mark.parametrize("family", ["DiT of pixels", "text-to-image"])
+@pytest.mark.parametrize(
+    ("published", "asked", "warning"),
+    [
+        ("DDIMScheduler", "LCM", "LCMScheduler is for models .* was published with DDIMScheduler"),
+        ("DDIMScheduler", "TCD", "TCDScheduler is for models .* was published with DDIMScheduler"),
+        ("LCMScheduler", "LCM", None),
+        ("TCDScheduler", "LCM", None),
+        ("LCMScheduler", "DDIM", None),
+    ],
+)
+def test_few_step_schedulers_of_plain_models_are_warned_of(family, published, asked, warning, pipelines, recwarn):
+    scheduler = published_as(published)
+    folder = pipelines(scheduler) if family == "text-to-image" else None
+    module_of(family, scheduler, folder, sampler=Sampler(asked, 4)).configure_model()
+    said = [str(warned.message) for warned in recwarn if "distilled to a few steps" in str(warned.message)]
+    assert bool(said) == (warning is not None)
+    assert all(re.search(f"the (bank_)?sampler: {warning}", text) for text in said)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "kind"),
+    [("leading", "DDIMScheduler"), ("linspace", "DDIMScheduler"), ("trailing", "DDIMScheduler"), (None, "DDIM")],
+)
+def test_a_grid_that_misses_pure_noise_is_warned_of(spacing, kind, recwarn):
+    zero = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    published = published_as("DDIMScheduler", timestep_spacing="trailing", **zero)
+    asked = kind if spacing is None else published_as(kind, timestep_spacing=spacing, **zero)
+    module_of("DiT of latents", published, None, sampler=Sampler(asked, 10)).configure_model()
+    said = [str(warned.message) for warned in recwarn if "trained to begin at 999" in str(warned.message)]
+    assert bool(said) == (spacing == "leading")
+    assert all("starts at timestep 900 with its timestep_spacing 'leading'" in text for text in said)

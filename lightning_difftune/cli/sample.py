@@ -38,6 +38,7 @@ prompt; a row of a ControlNet begins with its map.
 
 SOURCE is a run (its folder or a checkpoint), an export, a model that `load_dit` opens, a Stable Diffusion pipeline or
 the name of a bundled model. Sampler settings that are not given are the run's or the export's own.
+A run draws at its trainer's precision, as in its validations (--trainer.precision 32-true changes it).
 Picture j of a class has the start noise of (seed, j), so it stays the same whatever else is drawn.
 Each PNG carries its settings as text, under "parameters". The same command line gives the same bytes on the same
 machine; another batch size or device rounds differently and may move a pixel by one level in 255."""
@@ -82,16 +83,19 @@ def sample(argv: Sequence[str]) -> None:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
     output = free_folder(options.output, options.overwrite)
     source = open_source(options, rest)
-    module = source.module.to(device_of(options.device))
+    module, device = source.module, device_of(options.device)
+    drawing = nullcontext() if source.run is None else source.run.drawing(device)
+    module.to(device)
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
     subjects = module.subjects(Asked(options.classes, options.prompts, options.controls))
-    with nullcontext() if source.run is None else source.run.weights(options.raw, source.done):
+    with nullcontext() if source.run is None else source.run.weights(options.raw, source.done), drawing:
         parameters = {
             "source": options.run,
             "weights": "+".join(fingerprint(network) for network in module.trainable_modules()),
             "raw": options.raw,
             "seed": options.seed,
+            **({} if source.run is None else {"precision": source.run.precision}),
             **module.sampler.spec(),
         }
         pictures = draw(module, subjects, options.num_samples, options.batch_size)

@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
+import torch
 import yaml
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
 
 from lightning_difftune.cli.lightning import DiffTuneCLI, ModelReader
@@ -40,6 +42,7 @@ class TunedRun:
         settings, trusted = split_trusted(settings)
         if "--config" not in settings:
             kept = self.run.settings(trusted, ("seed_everything", "model", "data"))
+            kept["trainer"] = {"precision": self.run.setting("trainer", "precision")}
             settings = ["--config", yaml.safe_dump(kept), *settings]
         self.reader = ModelReader(settings)
         self.module: DiffTuningModule = self.reader.model
@@ -51,6 +54,17 @@ class TunedRun:
     def __str__(self) -> str:
         """A description for messages."""
         return f"{self.run.checkpoint}, step {self.run.step}, tuned from {self.module.base_identity['name']}"
+
+    @property
+    def precision(self) -> str:
+        """That of the run's trainer, such as ``"bf16-mixed"``."""
+        return str(self.reader.composed["trainer"]["precision"] or "32-true")
+
+    def drawing(self, device: torch.device) -> AbstractContextManager[None]:
+        """Move the module to a device; a ``with`` block that draws as the run does, at its precision."""
+        fabric = Fabric(accelerator=device.type, devices=1, precision=cast("Any", self.precision))
+        fabric._precision.convert_module(self.module.to(device))  # the weights, if the precision is a "true" one
+        return fabric.autocast()
 
     def weights(self, raw: bool, done: list[str]) -> AbstractContextManager[None]:
         """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights."""

@@ -163,9 +163,11 @@ class ControlNetDiffTuningModule(TextPipelineModule):
             t,
             **given,
             controlnet_cond=condition["conditioning_pixel_values"],
-            conditioning_scale=1.0 if self.training else self.conditioning_scale,
             return_dict=False,
         )
+        if "conditioning_scale" in condition:  # of generated pictures, not of losses
+            scale = condition["conditioning_scale"]
+            down, middle = [(part * scale).to(part) for part in down], (middle * scale).to(middle)
         return self.unet(
             x_t,
             t,
@@ -207,6 +209,8 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         """Condition and null condition of B captions and control maps (B, C, H, W) uint8."""
         control = self.control_values(self.checked(maps, "The batch"))
         condition = {**self.text_encoder.encode(captions), "conditioning_pixel_values": control}
+        if self.conditioning_scale != 1:
+            condition["conditioning_scale"] = control.new_full((len(control), 1, 1, 1), self.conditioning_scale)
         return condition, self.null_condition(condition)
 
     def control_values(self, maps: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any, TypeVar, cast
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_difftune.conditions import concatenate, where
-from lightning_difftune.draws import Draws, float32_by_default, noise_of
+from lightning_difftune.draws import Draws, float32_by_default, noise_of, seeded
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models.casts import WeightCasts, takes_its_own_type, weight_casts_of
 from lightning_difftune.modules.data_checks import check_target
@@ -22,6 +23,7 @@ from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch
 from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for, scheduler_named
 from lightning_difftune.sampling.sampler import check_scheduler
+from lightning_difftune.sampling.schedulers import describe_unfit
 from lightning_difftune.source import SourceFacts
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -85,6 +87,9 @@ class DiffusionModel(ModelFamily):
             named = scheduler_named(sampler.scheduler, self.default_scheduler().config)
             sampler = replace(sampler, scheduler=named)
         check_scheduler(sampler.scheduler, self.source_facts, role)
+        unfit = describe_unfit(sampler.scheduler, cast("int", sampler.num_inference_steps), self.source_facts)
+        if unfit is not None:
+            rank_zero_warn(f"{role}: {unfit}")
         return sampler
 
     @property
@@ -225,18 +230,22 @@ class DiffusionModel(ModelFamily):
         condition, null_condition = conditions
         null_condition, null_denoise = self.null_branch(sampler, null_condition)
         noise = self.start_noise(indices)
-        with self.weights_cast(denoise):
+        with self.weights_cast(denoise), self._solver_noise(indices):
             if sampler.pretrained_tail:
                 tuned = sampler.guided(denoise, condition, null_condition, null_denoise)
                 return sampler.swap(tuned, self.guided_source(conditions), noise, [sampler.pretrained_tail])[0]
             return sampler(denoise, noise, condition, null_condition, null_denoise=null_denoise)
+
+    def _solver_noise(self, indices: Tensor) -> AbstractContextManager[None]:
+        """Noise of solvers that add some: it depends only on the seed and the batch of indices."""
+        return seeded(self.device, "solver", self.seed, *indices.tolist())
 
     def guided_source(self, conditions: tuple[Any, Any]) -> Guided:
         """The pre-trained network under the part of this module's conditions that it understands."""
         return self.sampler.guided(self.frozen_denoiser(), *map(self.source_condition, conditions))
 
     def generate(self, indices: Tensor, conditions: tuple[Any, Any] | None = None) -> Tensor:
-        """Pictures (B, C, H, W) uint8; picture i depends only on the seed and i.
+        """Pictures (B, C, H, W) uint8; picture i depends only on the seed and i, under a solver that adds no noise.
 
         Args:
             indices: Sample indices (B,).
@@ -284,5 +293,6 @@ class DiffusionModel(ModelFamily):
             if changed:
                 raise ConfigError(f"The tail has {' and '.join(changed)}: it cannot continue this model's samples.")
             last = tail.guided(indices)
-        swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)
+        with self._solver_noise(indices):
+            swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)
         return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])

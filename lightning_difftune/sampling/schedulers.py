@@ -29,6 +29,9 @@ _PROCESS = (
 # Settings of the grid in schedulers only for flow matching.
 _FLOW = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
+FEW_STEPS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler")
+"""Schedulers of models that were distilled to a few steps."""
+
 _LEARNED = ("learned", "learned_range")
 
 
@@ -125,6 +128,39 @@ def network_timesteps(scheduler: NoiseScheduler) -> Tensor:
     exact = (sigmas.double() * steps - 1).to(scheduler.timesteps.device)
     near = exact.round()  # for indices up to float32 rounding
     return torch.where((exact - near).abs() < 1e-4, near, exact).float()
+
+
+def describe_unfit(scheduler: NoiseScheduler, num_inference_steps: int, source: SourceFacts) -> str | None:
+    """A warning about a scheduler that draws, but not what the model can; ``None`` for one that fits.
+
+    Args:
+        scheduler: A scheduler of the model's process and prediction type.
+        num_inference_steps: Number of reverse steps.
+        source: Facts of the model.
+
+    Example:
+        >>> print(describe_unfit(scheduler_named("LCM", ddim().config), 4, SourceFacts("DiT", "")))
+        LCMScheduler is for models that were distilled to a few steps, and DiT does not say that it was: it would ...
+    """
+    kind, published = type(scheduler).__name__, (source.scheduler or {}).get("_class_name")
+    if kind in FEW_STEPS and published not in FEW_STEPS:
+        stated = "does not say that it was" if published is None else f"was published with {published}"
+        return (
+            f"{kind} is for models that were distilled to a few steps, and {source.name} {stated}: it would draw "
+            "blurred or noisy pictures. Take diffusers.DDIMScheduler, say, or leave the scheduler out."
+        )
+    process = source.process
+    if isinstance(process, GaussianDiffusion) and process.has_zero_terminal_snr:
+        reverse: Any = copy.deepcopy(scheduler)
+        set_grid(reverse, num_inference_steps, (1, 8, 8), "cpu")
+        first, last = float(reverse.timesteps[0]), process.num_timesteps - 1
+        if first < last - 0.5:
+            return (
+                f"{kind} starts at timestep {first:g} with its timestep_spacing {scheduler.config.timestep_spacing!r}, "
+                f"and {source.name} was trained to begin at {last}, where there is only noise: brightness and contrast "
+                "would be wrong. Set the scheduler's timestep_spacing to 'trailing', or leave the scheduler out."
+            )
+    return None
 
 
 def learns_variance(scheduler: NoiseScheduler) -> bool:

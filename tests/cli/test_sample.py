@@ -15,6 +15,7 @@ from PIL import Image
 
 from lightning_difftune import ControlNetDiffTuningModule
 from lightning_difftune.cli import main
+from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.data import Canny
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit
@@ -89,10 +90,34 @@ def test_an_export_draws_what_its_run_draws(tiny_run, tmp_path, capsys):
         sampled(tmp_path / f"of-{name}", tmp_path / name, *args)
         assert (pixels_of(tmp_path / f"of-{name}") == pixels_of(tmp_path / "run")).all()
         theirs, ours = text_of(tmp_path / f"of-{name}" / "grid.png"), text_of(tmp_path / "run" / "grid.png")
-        assert {**theirs, "source": 0} == {**ours, "source": 0}  # the same weights and sampler
+        assert {"precision": "32-true", **theirs, "source": 0} == {**ours, "source": 0}  # the same weights and sampler
     raw = sampled(tmp_path / "raw", tiny_run.checkpoint, *args, "--raw")
     assert raw["00-rose-000.png"] != run["00-rose-000.png"]
     assert text_of(tmp_path / "raw" / "grid.png")["weights"] != ours["weights"]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_a_run_draws_at_its_precision(tiny_run, tmp_path, precision):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run.folder, run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["trainer"]["precision"] = precision
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    sampled(tmp_path / "own", run, "--classes", "rose")
+    sampled(tmp_path / "whole", run, "--classes", "rose", "--trainer.precision", "32-true")
+    assert [text_of(tmp_path / name / "grid.png")["precision"] for name in ("own", "whole")] == [precision, "32-true"]
+
+    tuned = TunedRun(tiny_run.checkpoint)
+    module = tuned.module
+    with tuned.weights(False, []):
+        for name, kind in (("whole", "32-true"), ("own", precision)):
+            if kind.endswith("true"):
+                module.to({"b": torch.bfloat16, "6": torch.float64, "3": torch.float32}[kind[0]])
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16-mixed"), torch.inference_mode():
+                pictures = module.generate(torch.arange(4), module.class_conditions(torch.ones(4, dtype=torch.int64)))
+            assert (pixels_of(tmp_path / name) == pictures[:, 0].numpy()).all()
+    differs = (pixels_of(tmp_path / "own") != pixels_of(tmp_path / "whole")).any()
+    assert differs == precision.startswith("bf16")
 
 
 def test_domain_guidance_needs_the_base_and_uses_it(tiny_run, tmp_path, capsys):

@@ -246,8 +246,8 @@ def test_the_ends_of_a_swap_are_with_control_and_without(pipeline_folder):
     assert not torch.equal(both[0], both[1])
 
 
-def test_the_scale_of_control_is_of_pictures_and_not_of_training(pipeline_folder):
-    x_t, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+def test_the_scale_of_control_is_of_pictures_and_not_of_losses(pipeline_folder):
+    x_t, t, maps = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.full((2, 1, 16, 16), 200, dtype=torch.uint8)
     outputs = {}
     for scale in (1.0, 0.25):
         module = awake(built(pipeline_folder, conditioning_scale=scale))
@@ -256,12 +256,16 @@ def test_the_scale_of_control_is_of_pictures_and_not_of_training(pipeline_folder
             "prompt_embeds": torch.randn(2, 8, 16, generator=generator),
             "conditioning_pixel_values": torch.rand(2, 1, 16, 16, generator=generator),
         }
+        drawn, _ = module.controlled(["a cat", "a dog"], maps)
         for training in (True, False):
             module.train(training)
             with torch.no_grad():
-                outputs[scale, training] = module.denoise(x_t, t, condition)
-    assert torch.equal(outputs[1.0, True], outputs[0.25, True])
-    assert not torch.equal(outputs[1.0, False], outputs[0.25, False])
+                outputs[scale, training] = module.denoise(x_t, t, condition), module.denoise(x_t, t, drawn)
+    losses, pictures = zip(*outputs.values(), strict=True)  # as in a training or validation step, and in sampling
+    assert all(torch.equal(output, losses[0]) for output in losses)
+    assert torch.equal(pictures[0], pictures[1])
+    assert torch.equal(pictures[2], pictures[3])
+    assert not torch.equal(pictures[0], pictures[2])
 
 
 def test_a_checkpoint_of_the_command_line_knows_what_the_data_say():

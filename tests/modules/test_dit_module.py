@@ -251,6 +251,19 @@ def test_generation_depends_on_the_index_alone(weights):
     assert not torch.equal(together[0], together[3])  # same class, other noise
 
 
+def test_a_solver_that_adds_noise_draws_the_same_batch_again(weights):
+    module = DiTDiffTuningModule(str(weights), num_classes=3, sampler=Sampler("DDPM", num_inference_steps=3))
+    module.configure_model()
+    first = module.generate(torch.arange(4))
+    torch.manual_seed(0)
+    expected = torch.randn(2)
+    torch.manual_seed(0)
+    assert torch.equal(module.generate(torch.arange(4)), first)
+    assert torch.equal(module.generate_swapped(torch.arange(4), [0.0])[0], first)
+    assert torch.equal(torch.randn(2), expected)  # other draws are as if nothing had been drawn
+    assert not torch.equal(module.generate(torch.arange(4, 8)), first)
+
+
 def test_checkpoints_hold_what_is_trained_and_refuse_another_base(tmp_path, weights):
     class HeadOnly:
         def apply(self, model):

@@ -13,6 +13,7 @@ from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models import FrozenTextEncoder
 from lightning_difftune.modules.families.text import PipelineText
 from lightning_difftune.sampling import NoiseScheduler, Sampler, ddim_for
+from lightning_difftune.sampling.schedulers import FEW_STEPS
 from lightning_difftune.source import SourceFacts, betas_of
 
 FURTHER_INPUTS = (  # of UNets in other pipelines: upscalers, unCLIP, SDXL, consistency models, IP adapters
@@ -101,7 +102,7 @@ class StableDiffusion:
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
         """True for Turbo, LCM and the like, by the few-step scheduler that they are published with."""
         kind, spacing = scheduler.get("_class_name"), scheduler.get("timestep_spacing")
-        few = kind in ("LCMScheduler", "TCDScheduler") or (spacing == "trailing" and str(kind).startswith("Euler"))
+        few = kind in FEW_STEPS or (spacing == "trailing" and str(kind).startswith("Euler"))
         return few and scheduler.get("prediction_type", "epsilon") == "epsilon"
 
     def takes_guidance(self, network: Any) -> bool:
