@@ -215,6 +215,21 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
     assert not Path("elsewhere").exists(), "loggers write into the folders of the runs"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "report {run}",
+        "export {run} --output {out}/model",
+        "sample {run} --classes class3 --output {out}/samples",
+        "swap {run} --percents 0 50 --num_samples 4 --output {out}/swap",
+    ],
+)
+def test_a_run_of_a_study_is_a_run_for_other_commands(undisturbed, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(undisturbed.parent)
+    words = command.format(run=undisturbed / "runs" / "plain-seed0", out=tmp_path).split()
+    assert main(words) == 0
+
+
 def test_nothing_is_started_without_being_asked(project, capsys):
     assert main(["compare", "study.yaml"]) == 0
     said = capsys.readouterr().out

@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import Namespace, set_loader
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -227,12 +227,13 @@ class ModelReader(DiffTuneCLI):
         return parser.instantiate_classes(Namespace(data=self.composed["data"])).data
 
 
-def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
+def run_lightning(args: Sequence[str], run: bool = True, callbacks: Sequence[Callback] = ()) -> DiffTuneCLI:
     """Run one LightningCLI command, such as ``["fit", "--config", "configs/quickstart.yaml"]``.
 
     Args:
         args: The command line without the program's name.
         run: Whether to run the command; otherwise ``args`` has no command and the objects are only created.
+        callbacks: Of the trainer, in addition to the config's; they are not part of the run's config.
 
     Returns:
         The CLI object, with its ``model``, ``datamodule`` and ``trainer``.
@@ -245,6 +246,7 @@ def run_lightning(args: Sequence[str], run: bool = True) -> DiffTuneCLI:
             **_WIRING,
             save_config_callback=SaveRun,
             save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": list(callbacks)},
             args=completed(args) if run else list(args),
             run=run,
         )

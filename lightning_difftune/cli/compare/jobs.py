@@ -18,8 +18,6 @@ from lightning_difftune.cli.parser import resolved
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import discard_temporaries, json_digest
 
-RECORD = "lightning_difftune.cli.tuned.RunRecord"
-
 
 @dataclass(frozen=True)
 class Job:
@@ -101,13 +99,9 @@ class Job:
             shutil.rmtree(self.folder)
 
     def config(self) -> dict[str, Any]:
-        """The final settings: with real folders and the callback that records the run."""
+        """The final settings, with real folders."""
         folders = {"{run}": str(self.folder), "{output}": str(self.output), "{results}": str(self.kept)}
-        config = filled(self.settings, folders | {"{seed}": str(self.seed)})
-        callbacks = config["trainer"].get("callbacks") or []
-        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        config["trainer"]["callbacks"] = [*callbacks, {"class_path": RECORD}]
-        return config
+        return filled(self.settings, folders | {"{seed}": str(self.seed)})
 
 
 def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, kept: Path) -> Iterator[Job]:

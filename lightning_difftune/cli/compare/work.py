@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_difftune.cli import STOPPED
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.record import circumstances
-from lightning_difftune.cli.tuned import averaged_weights, callbacks_with, count_trainable
+from lightning_difftune.cli.tuned import RunRecord, averaged_weights, callbacks_with, count_trainable
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.pictures import to_png
@@ -35,10 +35,10 @@ def work(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     measures = evaluators(job["identity"]["evaluate"])  # errors there appear before the training, not after
     resume = [] if job["checkpoint"] is None else ["--ckpt_path", job["checkpoint"]]
-    cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume])
+    record = RunRecord()  # not in the config, so that the run's other commands do not make it
+    cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume], callbacks=[record])
     if not cli.trainer.is_global_zero:
         return
-    (record,) = callbacks_with(cli, "seconds_of_fit")
     values = {name: points[-1][1] for name, points in record.history.items()}
     with averaged_weights(cli):
         for measure in measures:
