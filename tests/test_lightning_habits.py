@@ -17,6 +17,8 @@ from lightning.pytorch.tuner import Tuner
 from tiny import quiet_trainer, tiny_pictures, tiny_weights, write_pictures
 
 from lightning_difftune import DiffTuningModule, DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule
+from lightning_difftune.callbacks import EMA
+from lightning_difftune.callbacks.ema import averages_in
 from lightning_difftune.cli import main
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.errors import CheckpointError, ConfigError
@@ -85,6 +87,19 @@ def test_a_run_from_python_is_loaded_by_its_plain_values(weights, tmp_path):
     assert all(torch.equal(value, module.state_dict()[name]) for name, value in again.state_dict().items())
 
 
+def test_a_checkpoint_with_averages_says_that_the_raw_weights_are_loaded(weights, tmp_path, caplog):
+    module, ema = DiTDiffTuningModule(str(weights), num_classes=3), EMA(decay=0.5)
+    trainer = quiet_trainer(tmp_path, 2, ema)
+    trainer.fit(module, data_module())
+    trainer.save_checkpoint(path := tmp_path / "run.ckpt")
+    with caplog.at_level("INFO"):
+        again = DiTDiffTuningModule.load_from_checkpoint(path)
+    assert f"averages_in(torch.load({str(path)!r})).average_parameters(module)" in caplog.text
+    assert torch.equal(again.dit.blocks[0].mlp.fc1.weight, module.dit.blocks[0].mlp.fc1.weight)
+    with averages_in(torch.load(path)).average_parameters(again), ema.average_parameters(module):
+        assert torch.equal(again.dit.blocks[0].mlp.fc1.weight, module.dit.blocks[0].mlp.fc1.weight)
+
+
 def test_objects_that_a_module_was_made_with_are_asked_for_by_name(weights, tmp_path):
     options = {"sampler": Sampler(num_inference_steps=3), "optimizer": partial(torch.optim.SGD, lr=0.1)}
     trainer = quiet_trainer(tmp_path, 1)
@@ -123,6 +138,17 @@ def test_the_trainer_tests(weights, tmp_path):
     (tested,) = trainer.test(module, data, verbose=False)
     (validated,) = trainer.validate(module, data, verbose=False)
     assert tested["test/loss"] == pytest.approx(validated["val/loss"])
+
+
+@pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2}, {"ckpt_path": "run.ckpt"}])
+def test_a_loader_that_was_made_outside_of_the_trainer_is_refused_where_it_would_be_wrong(weights, tmp_path, settings):
+    module, data = DiTDiffTuningModule(str(weights), num_classes=3), data_module()
+    trainer = quiet_trainer(tmp_path, 1)
+    trainer.fit(module, data.train_dataloader())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    path = tmp_path / settings.pop("ckpt_path") if "ckpt_path" in settings else None
+    with pytest.raises(ConfigError, match=r"made outside of this trainer.*fit\(module, datamodule=data\)"):
+        quiet_trainer(tmp_path, 2, **settings).fit(module, data_module().train_dataloader(), ckpt_path=path)
 
 
 def test_two_validation_loaders(weights, tmp_path):

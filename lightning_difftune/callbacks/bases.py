@@ -9,11 +9,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
@@ -80,6 +82,7 @@ class GenerationCallback(Callback, ABC):
         last = self._latest_step
         waits = self.every_n_steps is not None and last is not None and step < last + self.every_n_steps
         if fitting and waits and step != trainer.max_steps:
+            warn_of_followers(trainer, self)
             return
         with isolate_rng():
             self.evaluate(trainer, pl_module, step)
@@ -190,6 +193,24 @@ class MeasuringCallback(Callback):
             )
         self.history = [(int(step), value) for step, value in state_dict["history"]]
         self._latest_step = self.history[-1][0] if self.history else None
+
+
+def warn_of_followers(trainer: L.Trainer, callback: Any) -> None:
+    """Warn, where a callback does not measure, of what takes its last value for a new one."""
+    names = callback.scores() if isinstance(callback, MeasuringCallback) else {}
+    followers = [
+        *(c for c in trainer.callbacks if isinstance(c, EarlyStopping)),  # type: ignore[attr-defined]
+        *(c for c in trainer.checkpoint_callbacks if getattr(c, "save_top_k", 1) not in (0, 1)),
+        *(config for config in trainer.lr_scheduler_configs if isinstance(config.scheduler, ReduceLROnPlateau)),
+    ]
+    for follower in followers:
+        if (name := getattr(follower, "monitor", None)) in names:
+            kind = type(getattr(follower, "scheduler", follower)).__name__
+            rank_zero_warn(
+                f"{kind} monitors {name}, which {type(callback).__name__} measures every {callback.every_n_steps} "
+                f"steps: at the validations in between, {kind} takes the last value for a new one. Validate as seldom, "
+                f"or leave every_n_steps of {type(callback).__name__} out."
+            )
 
 
 class OptimizerStepCallback(Callback, ABC):

@@ -112,6 +112,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         if trainer.strategy.broadcast(state is not None):
             if state is not None:
                 distance.load_real_state(state)
+            count = distance.real_features_num_samples
         else:
             images = source.reference_images() if isinstance(source, SupportsReferenceImages) else source
             for number, pictures in enumerate(progress.track(images, description=f"{self.monitor}: real pictures")):
@@ -119,9 +120,16 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
                     check_pictures(pictures, "The reference gave")
                     distance.update(pictures.to(distance.device), real=True)
             with distance.sync_context():
+                count = distance.real_features_num_samples.clone()
                 if cache is not None and trainer.is_global_zero:
                     cache.store(key, distance.real_state())
         self._ready = self._reference_key
+        if self.monitor == "fid" and 0 < int(count) < distance.num_features:
+            rank_zero_warn(
+                f"FID compares with {int(count):,} real pictures, too few to estimate the covariance of "
+                f"{distance.num_features:,} features: it comes out too large, and compares only with values against "
+                "the same pictures. Hold out more, or set reference: train of the data."
+            )
 
     @staticmethod
     def progress(trainer: L.Trainer) -> Progress:

@@ -14,7 +14,7 @@ from jsonargparse._parameter_resolvers import get_signature_parameters
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_difftune.errors import CheckpointError, ConfigError, NumericsError
@@ -55,6 +55,12 @@ def rebuild(kind: type, content: Mapping[str, Any], path: str, trusted: Sequence
     Raises:
         ConfigError: If the checkpoint lacks an argument, is of another class, or names code that is not trusted.
     """
+    if any("averages" in state for state in content.get("callbacks", {}).values()):
+        rank_zero_info(
+            f"{path} also holds averaged weights, by which its run validated; these are the raw ones. The averages "
+            f"replace them inside `with averages_in(torch.load({path!r})).average_parameters(module):`, of "
+            "lightning_difftune.callbacks.ema."
+        )
     if isinstance(content.get(CONFIG), str):
         return _from_config(kind, content[CONFIG], path, trusted, options)
     known = content.get(ARGUMENTS, {"values": {}, "objects": []})

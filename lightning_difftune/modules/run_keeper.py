@@ -97,6 +97,7 @@ class RunKeeper(Callback):
         """Record the optimizers' settings, and report changes since the checkpoint."""
         check_classes(pl_module, getattr(trainer, "datamodule", None), self._class_names)
         self._check_clipping(trainer)
+        check_loader(trainer)
         self._carry(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -185,6 +186,22 @@ class RunKeeper(Callback):
             if isinstance(callback, ModelCheckpoint):
                 save_last(trainer, callback, is_over)
         self._saved_step = trainer.global_step
+
+
+def check_loader(trainer: L.Trainer) -> None:
+    """Refuse a training loader that a data module made outside of the trainer, where it cannot know what it must.
+
+    Raises:
+        ConfigError: If there are several processes, accumulated gradients, or a checkpoint to resume from.
+    """
+    sampler = getattr(trainer.fit_loop._data_source.instance, "sampler", None)
+    needed = trainer.world_size > 1 or trainer.accumulate_grad_batches > 1 or trainer.ckpt_path
+    if needed and getattr(sampler, "progress", "not ours") is None:
+        raise ConfigError(
+            "The training loader was made outside of this trainer: it does not know the processes, the windows of "
+            "accumulated gradients and the step that the run is resumed from. Pass the data module itself, "
+            "trainer.fit(module, datamodule=data)."
+        )
 
 
 def stops_early(trainer: L.Trainer) -> bool:

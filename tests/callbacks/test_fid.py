@@ -18,7 +18,7 @@ from generating import (
     make_trainer,
     noise_pictures,
 )
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
@@ -262,6 +262,33 @@ def test_fid_of_too_few_pictures_is_warned_about(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(type(fid.distance), "key", "fid")
     with pytest.warns(UserWarning, match="5 pictures are too few.*Raise num_samples above 6"):
         make_trainer(tmp_path, fid).validate(GeneratingModel(), ReferenceData(), verbose=False)
+
+
+def test_fid_against_too_few_real_pictures_is_warned_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fid = make_fid(cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(type(fid.distance), "key", "fid")
+    for _ in range(2):  # measured, and from the cache
+        with pytest.warns(UserWarning, match="compares with 5 real pictures, too few .* of 6 features"):
+            make_trainer(tmp_path, fid).validate(GeneratingModel(), ReferenceData(5), verbose=False)
+        fid = make_fid(cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("follower", "is_misled"),
+    [
+        (EarlyStopping("fd_pixels", patience=9), True),
+        (ModelCheckpoint(monitor="fd_pixels", save_top_k=3), True),
+        (ModelCheckpoint(monitor="fd_pixels", save_top_k=1), False),
+    ],
+)
+@pytest.mark.parametrize("every", [2, 4])
+def test_what_takes_an_old_value_for_a_new_one_is_warned_of(
+    tmp_path: Path, follower: Any, is_misled: bool, every: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    make_trainer(tmp_path, make_fid(every_n_steps=every), follower).fit(GeneratingModel(), ReferenceData())
+    said = [str(warning.message) for warning in recwarn if "takes the last value for a new one" in str(warning.message)]
+    assert bool(said) == (is_misled and every == 4)
+    assert all("monitors fd_pixels, which FID measures every 4 steps" in text for text in said)
 
 
 @pytest.mark.parametrize("ema_first", [True, False])
