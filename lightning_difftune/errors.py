@@ -31,19 +31,21 @@ class NumericsError(DiffTuneError):
     """A loss or weights that are no longer finite."""
 
 
-def did_you_mean(name: str, known: Iterable[str], spelled: Mapping[str, str] | None = None) -> str:
+def did_you_mean(name: str, known: Iterable[str], spelled: Mapping[str, str] | None = None, cutoff: float = 0.6) -> str:
     """``Did you mean ...?`` for a name that is close to known ones; else empty.
 
     Args:
         name: What was found.
         known: What would be right.
         spelled: How the known names are spelled in the message, if differently.
+        cutoff: How similar names must be, of 1.
 
     Example:
         >>> did_you_mean("max_step", ["max_steps", "precision"])
         'Did you mean max_steps?'
     """
-    near = dict.fromkeys((spelled or {}).get(entry, entry) for entry in difflib.get_close_matches(name, [*known]))
+    close = difflib.get_close_matches(name, [*known], cutoff=cutoff)
+    near = dict.fromkeys((spelled or {}).get(entry, entry) for entry in close)
     return f"Did you mean {' or '.join(near)}?" if near else ""
 
 

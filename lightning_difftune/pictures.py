@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib import get_data_path
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -220,10 +222,11 @@ def grid_of(pictures: Tensor, columns: int, names: Sequence[str] | None = None) 
 def _labels(names: Sequence[str], height: int) -> Tensor:
     """Names below each other, each at the middle of its row: (3, height, _LABEL) uint8."""
     strip = Image.new("RGB", (_LABEL, height))
-    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(strip), ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
     row = height / len(names)
     for number, name in enumerate(names):
-        lines = textwrap.wrap(name, 18, max_lines=max(1, int(row // 15)), placeholder=" ...")
+        composed = unicodedata.normalize("NFC", name)
+        lines = textwrap.wrap(composed, 18, max_lines=max(1, int(row // 15)), placeholder=" ...")
         middle = (6, (number + 0.5) * row)
         draw.multiline_text(middle, "\n".join(lines), font=font, anchor="lm", fill="white")
     return torch.from_numpy(np.array(strip)).permute(2, 0, 1)

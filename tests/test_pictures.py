@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lightning_difftune.errors import DataError
-from lightning_difftune.pictures import center_crop, to_pixels
+from lightning_difftune.pictures import center_crop, grid_of, to_pixels, to_png
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -200,3 +200,11 @@ def test_memory_is_bounded_for_extreme_shapes(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
     with pytest.raises(ValueError, match="would grow to"):
         center_crop(Image.new("L", (1, 5000)), 64)
+
+
+def test_names_of_rows_may_have_accents() -> None:
+    """A font without these letters draws the same box for all of them; macOS writes them as two characters."""
+    pictures = torch.zeros(1, 3, 96, 96, dtype=torch.uint8)
+    by_name = {name: grid_of(pictures, 1, [name]) for name in ("ä", "ö", "ß", "é", "ж", "λ")}
+    assert len({to_png(grid) for grid in by_name.values()}) == len(by_name)
+    assert torch.equal(grid_of(pictures, 1, ["a\u0308"]), by_name["ä"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shutil
 import sys
 import textwrap
@@ -54,6 +53,9 @@ class CommandParser(argparse.ArgumentParser):
             if len(runs) > self._most_runs:
                 self.error(f"{len(runs)} runs are more than {self._most_runs}: {', '.join(runs)}")
             options.run = runs if self._most_runs > 1 else runs[0]
+        for option in (word.partition("=")[0] for word in rest if word.startswith("--") and "." not in word):
+            if near := did_you_mean(option, self._option_string_actions, cutoff=0.8):  # else a key of a config
+                self.error(f"{option} is not an option. {near}")
         return options, [*unknown, *rest]
 
     def _divided(self, args: list[str]) -> tuple[list[str], list[str]]:
@@ -75,12 +77,9 @@ class CommandParser(argparse.ArgumentParser):
         return own, rest
 
     def error(self, message: str) -> NoReturn:
-        """Raise a :class:`ConfigError`, with a suggestion if an unknown option is close to one."""
-        said = f"{message[:1].upper()}{message[1:]}."
-        if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
-            known = [option for action in self._actions for option in action.option_strings]
-            said = f"{match[1]} is not an option. {did_you_mean(match[1], known)}".strip()
-        raise ConfigError(f"{said} `{self.prog} --help` lists the options.")
+        """Raise a :class:`ConfigError`."""
+        end = "" if message.endswith(("?", ".")) else "."
+        raise ConfigError(f"{message[:1].upper()}{message[1:]}{end} `{self.prog} --help` lists the options.")
 
 
 def filled(text: str) -> str:

@@ -186,7 +186,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         ("16 bits", bits),
         ("captions", f"{len(report['captions'].get('empty', [])):,} are empty" if report["captions"] else ""),
         ("left out", escape(describe_counts(report["left_out"]))),
-        ("duplicates", f"{len(report['duplicates']):,} groups, {report['duplicates_of_two_classes']} across classes"),
+        ("duplicates", f"groups: {len(report['duplicates']):,}, across classes: {report['duplicates_of_two_classes']}"),
         ("split", "{train:,} to train on, {val:,} held out ({by}), {in_both:,} in both".format(**split)),
     ):
         if value:

@@ -236,7 +236,7 @@ def describe_small_classes(labels: Tensor, num_classes: int, names: Sequence[str
 
     Example:
         >>> describe_small_classes(torch.tensor([0] * 12 + [1] * 3), 2, ["ant", "bee"])
-        '1 of 2 classes have fewer than 10 pictures, which is little to learn a class from: bee 3. ...'
+        '1 of 2 classes has fewer than 10 pictures, which is little to learn a class from: bee 3. ...'
         >>> describe_small_classes(torch.zeros(10, dtype=torch.int64), 1) is None
         True
     """
@@ -246,7 +246,7 @@ def describe_small_classes(labels: Tensor, num_classes: int, names: Sequence[str
         return None
     counted = [f"{name_of_class(label, names)} {counts[label]}" for label in small if counts[label]]
     return (
-        f"{len(small)} of {len(counts)} classes have fewer than {FEW_PICTURES} pictures, which is little to learn a "
-        f"class from: {shorten(counted, 4) or 'all of them none'}. Samples of these will repeat what there is; add "
-        "pictures, or merge classes."
+        f"{len(small)} of {len(counts)} classes {'has' if len(small) == 1 else 'have'} fewer than {FEW_PICTURES} "
+        f"pictures, which is little to learn a class from: {shorten(counted, 4) or 'all of them none'}. Samples of "
+        "these will repeat what there is; add pictures, or merge classes."
     )

@@ -83,6 +83,11 @@ def test_a_wrong_model_leaves_no_config(folder, capsys, flags, kind, model, said
     assert [file.name for file in Path().iterdir()] == ["photos"]
 
 
+def test_a_wrong_option_is_answered_with_the_one_that_was_meant(folder, capsys) -> None:
+    assert main(["init", "photos", "--mdoel", "x"]) == 2
+    assert "--mdoel is not an option. Did you mean --model?" in capsys.readouterr().err
+
+
 def test_a_model_that_cannot_be_opened_leaves_no_config(folder, capsys) -> None:
     Path("damaged.safetensors").write_bytes(b"not one")
     assert main(["init", "photos", "--model", "damaged.safetensors"]) == 2

@@ -291,6 +291,7 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
         ),
         (["RUN", "--device", "abacus"], "--device abacus cannot be used"),
         (["RUN", "--modle", "x"], "--modle is not an option. Did you mean model"),
+        (["RUN", "--clases", "rose"], r"--clases is not an option. Did you mean --classes\? `difftune sample --help`"),
         (["tiny.safetensors", "--modle", "x"], "Unknown options: --modle x. Only a checkpoint takes keys"),
         (["none.ckpt"], "none.ckpt does not exist"),
         (["none"], "'none' is not a file, a folder or a bundled model"),

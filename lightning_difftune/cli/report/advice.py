@@ -189,7 +189,8 @@ def small_classes(run: Run) -> Advice | None:
     least = ", ".join(f"{name} {count}" for name, count in sorted(few.items(), key=lambda item: item[1])[:5])
     return Advice(
         "Add pictures to the small classes, or merge them: so few are learned by heart.",
-        f"{len(few)} of {len(counts)} classes have fewer than {FEWEST_PER_CLASS} pictures; the least are {least}.",
+        f"{len(few)} of {len(counts)} classes {'has' if len(few) == 1 else 'have'} fewer than {FEWEST_PER_CLASS} "
+        f"pictures; the smallest: {least}.",
     )
 
 

@@ -48,7 +48,7 @@ def test_whole_run(run):
     text = " ".join("".join(tree.itertext()).split())
     assert "It ran all of its 8 steps." in text
     assert "15 pictures of 2 classes" in text
-    assert "1 of 2 classes have fewer than 10 pictures; the least are b<ee> 3." in text
+    assert "1 of 2 classes has fewer than 10 pictures; the smallest: b<ee> 3." in text
     (config,) = texts(tree, "pre")
     assert config == (run / "config.yaml").read_text()
     captions = texts(tree, "figcaption")
