@@ -161,7 +161,12 @@ def export_command(run: Run) -> str:
 def after_fit(trainer: Any) -> str:
     """The results of ``difftune fit``: run folder, checkpoint, latest scores, pictures, and the next commands."""
     folder = Path(trainer.log_dir or trainer.default_root_dir)
-    run = Run(folder)
+    run, resumed = Run(folder), str(trainer.ckpt_path or "")
+    if run.checkpoint is None and Path(resumed).is_file():
+        before = Run.find(resumed)
+        if before.step == trainer.global_step:
+            again = f"difftune fit {name_of(before)} --trainer.max_steps {2 * trainer.global_step}"
+            return f"Nothing was left to train: {resumed} is of the last step. To train more: {again}"
     told = [name for name in run.metrics if name in run.scores or name == "val/loss"]
     latest = [f"{name} {series[-1][1]:.4g}" for name in told if (series := run.finite(name))]
     pictures = [str(grids[max(grids)]) for grids in run.grids.values()]

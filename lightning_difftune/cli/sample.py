@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -192,7 +193,8 @@ def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters
     grid = grid_of(shown, columns + len(controls[:1]), names)
     write_png(grid, output / "grid.png", {"rows": names, **parameters}, rows=", ".join(names))
     for row, subject in enumerate(subjects):
-        slug = re.sub(r"[^a-z0-9]+", "-", subject.name.lower()).strip("-")[:40].rstrip("-") or "unconditional"
+        name = unicodedata.normalize("NFC", subject.name).lower()  # letters of any script
+        slug = re.sub(r"[\W_]+", "-", name).strip("-")[:40].rstrip("-") or "unconditional"
         place = f"{row:02d}-{slug}"
         shows = (
             {"shows": subject.name} if subject.control is None else {"shows": subject.asked, "control": subject.name}

@@ -61,7 +61,7 @@ difftune sample path/to/this/folder --classes 0 1
 _FILE = """\
 ## Use
 
-The tensors have the official names of DiT; the file's metadata hold architecture, class names and sampler settings.
+The tensors have the official names of DiT; the file's metadata states architecture, class names and sampler settings.
 
 ```bash
 difftune sample {file} --classes 0 1{vae}

@@ -44,7 +44,9 @@ def test_a_run_goes_by_its_root_as_long_as_that_means_this_launch(run) -> None:
 
 
 def test_the_summary_says_what_is_where_and_what_comes_next(run) -> None:
-    said = after_fit(SimpleNamespace(log_dir=str(run.path), default_root_dir=None, global_step=4)).splitlines()
+    said = after_fit(
+        SimpleNamespace(log_dir=str(run.path), default_root_dir=None, global_step=4, ckpt_path=None)
+    ).splitlines()
     assert said == [
         f"Run         {run.path}, 4 steps",
         f"Checkpoint  {run.path}/checkpoints/last.ckpt",
@@ -68,9 +70,18 @@ def test_the_summary_says_what_is_where_and_what_comes_next(run) -> None:
 def test_the_summary_does_not_deny_a_checkpoint_callback(run, callbacks, said) -> None:
     (run.path / "checkpoints" / "last.ckpt").unlink()
     trainer = SimpleNamespace(
-        log_dir=str(run.path), default_root_dir=None, global_step=4, checkpoint_callbacks=callbacks
+        log_dir=str(run.path), default_root_dir=None, global_step=4, checkpoint_callbacks=callbacks, ckpt_path=None
     )
     assert after_fit(trainer).splitlines()[1] == f"Checkpoint  {said}"
+
+
+def test_a_finished_run_that_is_resumed_says_that_nothing_was_left(run, tmp_path) -> None:
+    checkpoint = str(run.path / "checkpoints" / "last.ckpt")
+    trainer = SimpleNamespace(log_dir=str(tmp_path), default_root_dir=None, global_step=4, ckpt_path=checkpoint)
+    assert after_fit(trainer) == (
+        f"Nothing was left to train: {checkpoint} is of the last step. To train more: difftune fit 'my photos' "
+        "--trainer.max_steps 8"
+    )
 
 
 def test_a_controlnet_needs_a_picture(run) -> None:

@@ -15,11 +15,12 @@ from PIL import Image
 
 from lightning_difftune import ControlNetDiffTuningModule
 from lightning_difftune.cli import main
+from lightning_difftune.cli.sample import save
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.data import Canny
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit
-from lightning_difftune.modules.family import class_number, class_subjects
+from lightning_difftune.modules.family import Subject, class_number, class_subjects
 from lightning_difftune.pictures import pictures_of, to_pixels
 from lightning_difftune.sampling import Sampler
 
@@ -156,6 +157,13 @@ def test_bundled_models_have_a_fitting_sampler(tmp_path, capsys):
     assert text_of(tmp_path / "flow" / "grid.png")["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert main(["sample", "dit-nano-omniglot-flow", *few, "--solver", "DDIM"]) == 2
     assert "predicts 'flow_prediction'" in capsys.readouterr().err
+
+
+def test_files_are_named_in_any_script(tmp_path):
+    names = ("Gänseblümchen & Co", "a\u0308", "薔薇", "roses_1/2", "?")
+    save(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), [Subject(name, 0) for name in names], tmp_path, {})
+    slugs = ("00-gänseblümchen-co", "01-ä", "02-薔薇", "03-roses-1-2", "04-unconditional")
+    assert {file.name for file in tmp_path.iterdir()} == {"grid.png", *(f"{slug}-000.png" for slug in slugs)}
 
 
 def test_text_to_image_by_prompt(pipeline_folder, tmp_path, capsys):
