@@ -160,7 +160,10 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     counts = seen.facts.counts()
     if few := [name for name, count in counts.items() if 0 < count < FEW_PICTURES]:
         have = f"{len(few)} class{'es have' if len(few) > 1 else ' has'}"
-        plan.notes.append(f"{have} fewer than {FEW_PICTURES} pictures: so few are learned by heart.")
+        plan.notes.append(
+            f"{have} fewer than {FEW_PICTURES} pictures: so few are learned by heart. With the preset "
+            "self_teacher less is forgotten."
+        )
     if model is None and not has_gpu:
         large = next(base for base in reversed(known.values()) if base.is_large)
         plan.notes.append(

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from lightning_difftune.cli.facts import best_of, name_of
 from lightning_difftune.cli.run import Run
+from lightning_difftune.data.real_pictures import FEW_PICTURES
 
-FEWEST_PER_CLASS = 10
 GAIN = 0.02  # relative gain of a score in the last quarter of a run that is worth more training
 LOSS = 0.05  # relative loss of a score since its best that is more than noise
 LEAP = 3.0  # factor of the loss over its previous median, if that is also unusual for the run
@@ -183,13 +183,14 @@ def small_classes(run: Run) -> Advice | None:
     counts = run.environment.get("class_counts")
     if not isinstance(counts, dict):
         return None
-    few = {name: count for name, count in counts.items() if 0 < count < FEWEST_PER_CLASS}
+    few = {name: count for name, count in counts.items() if 0 < count < FEW_PICTURES}
     if not few:
         return None
     least = ", ".join(f"{name} {count}" for name, count in sorted(few.items(), key=lambda item: item[1])[:5])
     return Advice(
-        "Add pictures to the small classes, or merge them: so few are learned by heart.",
-        f"{len(few)} of {len(counts)} classes {'has' if len(few) == 1 else 'have'} fewer than {FEWEST_PER_CLASS} "
+        "Add pictures to the small classes, or merge them: so few are learned by heart. With the preset "
+        "self_teacher less is forgotten.",
+        f"{len(few)} of {len(counts)} classes {'has' if len(few) == 1 else 'have'} fewer than {FEW_PICTURES} "
         f"pictures; the smallest: {least}.",
     )
 
