@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -55,6 +55,19 @@ def anywhere(tmp_path, monkeypatch):
     for name in ("my", "captions", "edges", "xl", "sd"):
         shutil.copy(ROOT / "configs" / "quickstart.yaml", tmp_path / f"{name}.yaml")
     monkeypatch.chdir(tmp_path)
+
+
+def test_every_option_of_a_command_is_explained_on_the_page_of_the_commands():
+    """The page is made from the help; an option without a text there has nothing on its line or the next one."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "tools" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = hooks.commands_help()
+    assert re.findall(r"^## difftune (\w+)$", page, re.MULTILINE) == ["fit", *cli.OWN]
+    options = re.findall(r"^  (--\w+)((?: [A-Z]\S*| \[[^\]]*\]| \{[^}]*\}| \.\.\.)*)(.*)\n(.*)$", page, re.MULTILINE)
+    assert len(options) > 50
+    assert not [name for name, _, text, after in options if not (text.strip() or after.startswith("      "))]
+    assert "{{ commands }}" in (ROOT / "docs" / "commands.md").read_text()
 
 
 def check_difftune(args, monkeypatch):

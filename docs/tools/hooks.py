@@ -1,10 +1,14 @@
-"""Hooks of mkdocs: pages that may not be written yet, and the table of configs."""
+"""Hooks of mkdocs: pages that may not be written yet, the table of configs, and the help of the commands."""
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).parents[2]
 MEASURED = {"study": "Studies", "performance": "Performance", "reliability": "Reliability"}
@@ -19,8 +23,11 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Put the table of configs into the page that asks for it."""
-    return markdown.replace("{{ configs }}", configs_table()) if page.file.src_uri == "configs.md" else markdown
+    """Put generated text into the pages that ask for it."""
+    for asked, made in (("{{ configs }}", configs_table), ("{{ commands }}", commands_help)):
+        if asked in markdown:
+            markdown = markdown.replace(asked, made())
+    return markdown
 
 
 def configs_table() -> str:
@@ -30,6 +37,19 @@ def configs_table() -> str:
         lines += [f"## {folder.relative_to(ROOT)}", "", "| config | what it is |", "| --- | --- |"]
         lines += [f"| `{file.name}` | {first_sentence(file)} |" for file in sorted(folder.glob("*.yaml"))] + [""]
     return "\n".join(lines)
+
+
+def commands_help() -> str:
+    """A heading for each command, and what its ``--help`` prints; commands that take a config have the same options."""
+    from lightning_difftune.cli import OWN, main
+
+    parts: list[str] = []
+    for command in ("fit", *OWN):
+        printed = StringIO()
+        with mock.patch.dict(os.environ, COLUMNS="100"), redirect_stdout(printed), suppress(SystemExit):
+            main([command, "--help"])
+        parts += [f"## difftune {command}", "", "```text", printed.getvalue().strip(), "```", ""]
+    return "\n".join(parts)
 
 
 def first_sentence(file: Path) -> str:

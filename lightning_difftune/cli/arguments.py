@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -37,7 +38,7 @@ class CommandParser(argparse.ArgumentParser):
         """Add an argument for one or two runs, also as ``--ckpt_path``."""
         self.usage = f"{self.prog} {f'{metavar} [{metavar}]' if several else metavar} [options]"
         self.add_argument("run", nargs="*", metavar=metavar, help=help)
-        self.add_argument("--ckpt_path", action="append", default=[], metavar=metavar, help="the same")
+        self.add_argument("--ckpt_path", action="append", default=[], metavar=metavar, help=f"the same as {metavar}")
         self._most_runs = 2 if several else 1
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -66,10 +67,10 @@ class CommandParser(argparse.ArgumentParser):
             arg = args.pop(0)
             option, equals, value = arg.partition("=")
             underscored = f"--{option[2:].replace('-', '_')}"
-            if not arg.startswith("--") or option in known:
+            if not arg.startswith("--") or arg in known:
                 own.append(arg)
             elif underscored in known:
-                own.append(underscored + equals + value)
+                own.append(underscored + equals + os.path.expanduser(value))
             else:
                 rest.append(arg)
                 if args and not equals and not args[0].startswith("--"):

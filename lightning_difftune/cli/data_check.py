@@ -51,10 +51,11 @@ def data(argv: Sequence[str]) -> int:
     if not argv or argv[0] != "check":
         raise ConfigError("There is one command about data: `difftune data check PATH`.")
     parser = CommandParser("data check", DESCRIPTION)
-    parser.add_argument("path", help="file, folder, pattern of shards, or name on the hub")
+    parser.usage = "difftune data check PATH [options]"
+    parser.add_argument("path", metavar="PATH", help="file, folder, pattern of shards, or name on the hub")
     parser.add_argument("--split", help="of an .npz file or hub data set that has several")
     parser.add_argument("--val", metavar="PATH", help="held-out pictures; `PATH:SPLIT` for a split")
-    parser.add_argument("--image_size", type=int, default=256, help="that a run would crop to (default: 256)")
+    parser.add_argument("--image_size", type=int, default=256, help="size to which a run would crop (default: 256)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args(list(argv[1:]))

@@ -49,9 +49,11 @@ def export(argv: Sequence[str]) -> None:
     parser.add_run()
     parser.add_argument("--output", type=Path, help="file ending in .safetensors, or a folder")
     parser.add_argument("--format", choices=("safetensors", "diffusers", "peft"), help="default: by the output, merged")
-    parser.add_argument("--raw", action="store_true", help="the weights themselves, although there are averages")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at the output")
-    parser.add_argument("--license", metavar="NAME", help="the base's, for the card (default: what the base says)")
+    parser.add_argument("--raw", action="store_true", help="the trained weights, not their averages (EMA)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--license", metavar="NAME", help="of the base, for the model card (default: what the base says)"
+    )
     parser.add_argument("--push", metavar="USER/NAME", help="also upload it to the Hugging Face hub")
     parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
     options, rest = parser.parse_known_args(argv)

@@ -31,7 +31,7 @@ DESCRIPTION = """Look at a folder of pictures and write a commented config that 
   difftune init photos --control canny   a ControlNet that follows edges
 
 The base model fits the machine: a bundled one for 32 px without a GPU; DiT-XL/2 or Stable Diffusion 1.5 with one, whose
-weights the run downloads. Another one goes by --model: SDXL, FLUX.1, Stable Diffusion 3.5, or a folder of such a
+weights the run downloads. --model chooses another one: SDXL, FLUX.1, Stable Diffusion 3.5, or a folder of such a
 pipeline. A tenth of the pictures is held out, unless the folder has the parts train and val. What it will cost is
 printed as by `difftune plan`."""
 
@@ -42,13 +42,13 @@ def init(argv: Sequence[str]) -> None:
     parser.usage = "difftune init FOLDER [options]"
     parser.add_argument("path", metavar="FOLDER", help="pictures: a folder, .npz, shards, or a data set on the hub")
     parser.add_argument("--model", help="the pre-trained model (default: one that fits the machine)")
-    parser.add_argument("--captions", action="store_true", help="text to image, by captions or the classes' names")
+    parser.add_argument("--captions", action="store_true", help="text to image, with captions or class names")
     parser.add_argument("--control", choices=list(CONTROLS), help="a ControlNet that follows such maps")
     parser.add_argument(
-        "--output", type=Path, help="the config, whose name the run gets (default: my.yaml, by the folder's)"
+        "--output", type=Path, help="the config; the run gets its name (default: my.yaml, and the folder's name)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a config that is there")
-    parser.add_argument("--no_plan", action="store_true", help="leave out what it will cost")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing config")
+    parser.add_argument("--no_plan", action="store_true", help="do not open the model, and do not estimate the cost")
     options = parser.parse_args(list(argv))
     named, options.output = options.output, options.output or Path("my.yaml")
     if options.output.exists() and not options.overwrite:

@@ -34,9 +34,10 @@ machine. All other options are --config and overrides of its keys, as of `difftu
 def plan(argv: Sequence[str]) -> None:
     """Print the cost of a run."""
     parser = CommandParser("plan", DESCRIPTION)
-    parser.add_argument("--device", choices=[*PEAKS, "measured"], default="a100", help="whose hours (default: a100)")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of a named device's peak (0.2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.usage = "difftune plan --config FILE [--config OVERLAY ...] [options]"
+    parser.add_argument("--device", choices=[*PEAKS, "measured"], default="a100", help="which one (default: a100)")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="part of its peak (default: 0.2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     options, rest = parser.parse_known_args(argv)
     if not 0 < options.utilisation <= 1:
         raise ConfigError(f"--utilisation is a part of the peak, in (0, 1], got {options.utilisation}.")

@@ -17,7 +17,7 @@ def quickstart(argv: Sequence[str]) -> None:
     parser.add_argument("--controlnet", action="store_true", help="the ControlNet instead of the digits")
     parser.add_argument("--output", type=Path, default=None, help="folder of the results (default: below runs/)")
     parser.add_argument("--steps", type=int, default=None, help="training steps of each method (default: the config's)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of model, data and bank (default: 0)")
     parser.add_argument(
         "--flowers",
         type=Path,

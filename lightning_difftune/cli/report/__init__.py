@@ -25,8 +25,8 @@ from lightning_difftune.files import atomic_write
 
 DESCRIPTION = """Write a run's curves, pictures, config, environment and what to try next as one HTML page.
 
-The page needs no network and no other file, so it can be sent to someone. Runs that are still training or were killed
-have what they got to.
+The page needs no network and no other file, so it can be sent to someone. Of a run that is still
+training, or was killed, it shows what there is so far.
 
   difftune report runs/quickstart/diff-tuning
   difftune report runs/flowers/lightning_logs/version_0 --output flowers.html
