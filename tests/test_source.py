@@ -316,6 +316,16 @@ def test_what_nothing_states_is_taken_from_the_objective():
     assert type(module.sampler.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
 
 
+def test_an_export_of_the_trained_network_alone_states_it_as_well(tmp_path):
+    module = DiTDiffTuningModule(tiny_dit(), num_classes=3, objective=DiffTuningObjective(diffusion=RectifiedFlow()))
+    data = MemoryBankDataModule(tiny_pictures(), 3, 8, 1, batch_size=4)
+    quiet_trainer(tmp_path, 1).fit(module, data)
+    again = DiTDiffTuningModule(str(export_dit(module.dit, tmp_path / "tuned.safetensors")))
+    again.configure_model()
+    assert again.source_facts.prediction_type == "flow_prediction"
+    assert type(again.sampler.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+
+
 def test_a_sampler_that_comes_later_is_compared_too():
     module = DiTDiffTuningModule(tiny_dit())
     module.configure_model()

@@ -176,6 +176,7 @@ class DiTDiffTuningModule(DiffTuningModule):
     def on_fit_start(self) -> None:
         """Take over the names of the data's classes, unless names were given."""
         super().on_fit_start()
+        self.dit.sampling = self.dit.sampling or self.sampling_settings()  # for `export_dit(module.dit, path)`
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if self.class_names is None and names is not None:
             self.name_classes(names[: self.num_classes])
@@ -195,9 +196,7 @@ class DiTDiffTuningModule(DiffTuningModule):
         """The transformer."""
         return [self.dit]
 
-    def denoising_modules(self) -> list[nn.Module]:
-        """The transformer."""
-        return [self.dit]
+    denoising_modules = trainable_modules
 
     def reconstruct(self, pictures: Tensor) -> Tensor:
         """Pictures (B, C, H, W) uint8 => the autoencoder's reconstructions, uint8; unchanged for pixel models."""
@@ -280,13 +279,16 @@ class DiTDiffTuningModule(DiffTuningModule):
         """Whether the rows of the label table have no names."""
         return self.dit.class_names is None
 
+    def sampling_settings(self) -> dict[str, Any]:
+        """What exports state: sampler, autoencoder and the scale of latents."""
+        parts = {"autoencoder": self.autoencoder, "latents": self.source_facts.latents}
+        stated = {name: part.settings() for name, part in parts.items() if part is not None}
+        return self.sampler.settings() | {name: settings for name, settings in stated.items() if settings is not None}
+
     def write_export(self, network: DiT, path: Path) -> DiT:
         """Write one file with the official key names or a folder for diffusers, with sampler and autoencoder."""
         is_file = path.suffix == ".safetensors"
-        named = None if self.autoencoder is None else self.autoencoder.settings()
-        network.sampling = self.sampler.settings() | ({} if named is None else {"autoencoder": named})
-        if self.source_facts.latents is not None:
-            network.sampling["latents"] = self.source_facts.latents.settings()
+        network.sampling = self.sampling_settings()
         autoencoder = None if is_file else self.autoencoder
         export_dit(network, path, "safetensors" if is_file else "diffusers", autoencoder=autoencoder)
         return load_dit(path)
