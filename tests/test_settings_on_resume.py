@@ -145,6 +145,11 @@ def test_under_a_scheduler_the_rate_is_that_of_the_new_settings_at_the_step(weig
     assert [group["betas"] for group in seen.seen.values()] == [g["betas"] for g in list(expected.seen.values())[5:]]
 
 
+def test_a_scheduler_that_follows_validations_needs_some(weights, tmp_path):
+    with pytest.raises(ConfigError, match="follows val/loss from validation to validation, and this run has none"):
+        run(weights, tmp_path, 3, scheduler=ReduceLROnPlateau, limit_val_batches=0)
+
+
 def test_a_change_is_kept_by_the_runs_that_follow(weights, tmp_path):
     run(weights, tmp_path / "a", 3, save_at=2)
     optimizer = partial(torch.optim.AdamW, lr=1e-5)

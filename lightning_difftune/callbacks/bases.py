@@ -69,6 +69,10 @@ class GenerationCallback(Callback, ABC):
         """Reset the step of the last run."""
         self._checkpoint_step = self._latest_step = None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn, if there will be no validation."""
+        warn_without_validation(trainer, self)
+
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record the step of the weights, which ``trainer.validate(ckpt_path=...)`` does not know."""
         self._checkpoint_step = checkpoint["global_step"]
@@ -193,6 +197,18 @@ class MeasuringCallback(Callback):
             )
         self.history = [(int(step), value) for step, value in state_dict["history"]]
         self._latest_step = self.history[-1][0] if self.history else None
+
+
+def warn_without_validation(trainer: L.Trainer, callback: Callback) -> None:
+    """Warn of a callback that acts at the end of validations in a run that has none."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if trainer.enable_validation:
+        loop.setup_data()
+    if not (trainer.enable_validation and any(loop.max_batches)):
+        rank_zero_warn(
+            f"{type(callback).__name__} acts at the end of validations, and this run has none, so that nothing will "
+            "come of it. Set val_target of the data, and limit_val_batches of the trainer above 0."
+        )
 
 
 def warn_of_followers(trainer: L.Trainer, callback: Any) -> None:

@@ -67,6 +67,7 @@ class SampleGrid(SampleCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first step, save samples of the base model and, for comparison, real pictures."""
+        super().on_train_start(trainer, pl_module)
         begins = self.at_start and trainer.global_step == 0 and trainer.is_global_zero
         if not begins or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_difftune.callbacks.bases import MeasuringCallback
+from lightning_difftune.callbacks.bases import MeasuringCallback, warn_without_validation
 from lightning_difftune.errors import ConfigError, check_counts
 
 Mode = Literal["max", "min"]
@@ -171,6 +171,7 @@ class SuddenConvergence(MeasuringCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Discard values of an earlier ``fit`` after the step that this one starts from."""
         self.history = [(step, value) for step, value in self.history if step <= trainer.global_step]
+        warn_without_validation(trainer, self)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the value of this validation, whichever module or callback logged it."""

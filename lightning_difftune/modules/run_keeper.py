@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
@@ -130,6 +131,12 @@ class RunKeeper(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the gradients of an open window, and mark the step that was resumed from as saved."""
         self._before, self._saved_step = None, -1
+        plateaus = [c for c in trainer.lr_scheduler_configs if isinstance(c.scheduler, ReduceLROnPlateau)]
+        if plateaus and not has_validation(trainer):
+            raise ConfigError(
+                f"ReduceLROnPlateau follows {plateaus[0].monitor} from validation to validation, and this run has "
+                "none: the rate would never change. Set val_target of the data, or take another scheduler."
+            )
         if self._gradients is not None:
             parameters = dict(pl_module.named_parameters())
             for name, gradient in self._gradients.items():

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor
 
-from lightning_difftune.callbacks import EMA, FID
+from lightning_difftune.callbacks import EMA, FID, SampleGrid, SuddenConvergence
 from lightning_difftune.errors import ConfigError, DataError
 
 
@@ -271,6 +271,21 @@ def test_fid_against_too_few_real_pictures_is_warned_about(tmp_path: Path, monke
         with pytest.warns(UserWarning, match="compares with 5 real pictures, too few .* of 6 features"):
             make_trainer(tmp_path, fid).validate(GeneratingModel(), ReferenceData(5), verbose=False)
         fid = make_fid(cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("callback", [make_fid(), SuddenConvergence("loss"), SampleGrid(4, at_start=False)])
+@pytest.mark.parametrize("batches", [0, 1])
+def test_a_run_without_validation_is_warned_of(
+    tmp_path: Path, callback: Any, batches: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Logging(GeneratingModel):
+        def validation_step(self, *_: Any) -> None:
+            self.log("loss", 1.0)
+
+    trainer = make_trainer(tmp_path, callback, limit_val_batches=batches, max_steps=2)
+    trainer.fit(Logging(), ReferenceData())
+    said = [warning for warning in recwarn if "this run has none, so that nothing" in str(warning.message)]
+    assert bool(said) == (batches == 0)
 
 
 @pytest.mark.parametrize(
