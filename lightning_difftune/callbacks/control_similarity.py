@@ -143,6 +143,7 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock of ``control/time_share``."""
+        super().on_train_start(trainer, pl_module)
         self._training_since = perf_counter()
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
