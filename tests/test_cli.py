@@ -114,6 +114,8 @@ def refused(project, capsys):
         ),
         (["--trainer.max_step", "3"], "--trainer.max_step is not an option. Did you mean trainer.max_steps"),
         (["--data.batch", "3"], "no argument 'batch'. Did you mean batch_size"),
+        (["--model.optimizer.learning_rate", "3"], "AdamW has no argument 'learning_rate'; it takes .*lr"),
+        (["--modle.init_args.seed", "3"], "--modle.init_args.seed is not an option. Did you mean model"),
         (["--config", "wrong.yaml"], r"trainer.max_step is not a key. Did you mean trainer.max_steps"),
         (["--trainer.max_steps", "many"], "trainer.max_steps takes a whole number, found 'many'"),
         (["--model.sampler.guidance_scale", "x"], "model.sampler.guidance_scale takes a number, found 'x'"),
@@ -126,6 +128,48 @@ def test_a_wrong_key_or_value_is_one_line_with_what_was_meant(args, said, tmp_pa
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("trainer: {max_step: 3}")
     refused(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *args], rf"^difftune: [^\n]*{said}[^\n]*\n$")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("modle: {class_path: lightning_difftune.DiTDiffTuningModule}", "modle is not a key. Did you mean model"),
+        (
+            "model: {clas_path: lightning_difftune.DiTDiffTuningModule}",
+            "clas_path is not a key of a class",
+        ),
+        ("model: {init_arg: {label_table: keep}}", "init_arg is not a key of a class. Did you mean init_args"),
+        (
+            "model: {init_args: {optimizer: {class_path: torch.optim.AdamW, init_args: {learning_rate: 1.0}}}}",
+            "model.optimizer.learning_rate is not a key: torch.optim.AdamW has no argument .*; it takes .*lr",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: lightning_difftune.callbacks.EMA, init_args: {decy: 0.9}}]}",
+            "trainer.callbacks.decy is not a key: .*EMA has no argument 'decy'. Did you mean decay",
+        ),
+    ],
+)
+def test_a_typo_at_each_level_of_a_config(text, said, tmp_path, refused):
+    (tmp_path / "typo.yaml").write_text(text)
+    args = ["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--config", str(tmp_path / "typo.yaml")]
+    refused(args, rf"^difftune: [^\n]*{said}[^\n]*\n$")
+
+
+@pytest.mark.parametrize("is_lightning", [False, True])
+def test_control_c_is_one_line(is_lightning, monkeypatch, capsys):
+    def interrupted(args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if is_lightning:
+                sys.exit(1)
+            raise
+
+    monkeypatch.setattr("lightning_difftune.cli.start", interrupted)
+    assert main(["fit"]) == 130
+    assert capsys.readouterr().err.strip() == "difftune: stopped by Ctrl-C"
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        main(["fit", "--debug"])
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "predict"])

@@ -59,6 +59,7 @@ lists the options of a command; --debug, anywhere, shows an error's traceback.
 
 Exit status: 0 done; 1 `data check` found pictures that cannot be read, or
 there is a bug, with its traceback; 2 a mistake in the input, which is named;
+130 stopped by Ctrl-C: `difftune fit RUN` resumes from the last checkpoint;
 143 a run was stopped by a signal and has saved: `difftune fit RUN` resumes it.
 """
 
@@ -102,6 +103,7 @@ OWN = {name: name for name in ("quickstart", "init", "plan", "sample", "report",
 OWN["data"] = "data_check"
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # full or read-only
+INTERRUPTED = 130  # exit status of a process ended by Ctrl-C, 128 + 2
 STOPPED = 143  # exit status of a process ended by SIGTERM, 128 + 15
 
 
@@ -129,8 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         what = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
         print(f"difftune: {what}. --debug shows where it was raised.", file=sys.stderr)
         return 2
-    except SystemExit as error:
-        if type(error) is SystemExit:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if KeyboardInterrupt in (type(error), type(error.__context__)) and not debug:  # Lightning exits from within
+            print("\ndifftune: stopped by Ctrl-C", file=sys.stderr)
+            return INTERRUPTED
+        if type(error) in (KeyboardInterrupt, SystemExit):
             raise
         return STOPPED  # Lightning's SIGTERMException, whose module is not imported for `--help`
 

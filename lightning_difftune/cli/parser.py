@@ -66,9 +66,12 @@ def clearer(message: str, options: Iterable[str]) -> str:
     keys = {option.removeprefix("--") for option in options}
     parts = {key.partition(".")[0] for key in keys}
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    paths = re.findall(r"Problem with given class_path '([^']+)'", message)
-    if match := re.search(r"Option '([^']+)' is not accepted\s*$", message):
+    if match := re.search(
+        r"Option '([^']+)' is not accepted(?:\. Got value: Namespace\(class_path='([^']+)')?", message
+    ):
         name = match[1]
+        paths = re.findall(r"Problem with given class_path '([^']+)'", message[: match.start()])
+        paths += [match[2]] if match[2] else []
         if not paths:
             return f"{name} is not a key.{meant(name.partition('.')[0], parts)}"
         known = parameters_of(paths[-1])
@@ -77,6 +80,8 @@ def clearer(message: str, options: Iterable[str]) -> str:
         return f"{place}.{name} is not a key: {paths[-1]} has no argument {name!r}{near and '.'}{near or takes + '.'}"
     if match := re.search(r"(Group|Subcommand) '([^']+)' does not accept option '([^']+)'", message):
         name = match[3] if match[1] == "Subcommand" else f"{match[2]}.{match[3]}"
+        if (top := name.partition(".")[0]) not in parts:
+            return f"{top} is not a key.{meant(top, parts)}"
         return f"{name} is not a key.{meant(name, keys)}"
     if match := re.match(r"unrecognized arguments: (--[\w.]+)", message):
         name = match[1].removeprefix("--")
@@ -132,6 +137,8 @@ def parameters_of(path: str) -> set[str]:
         return set()
 
 
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
 # Required arguments of the classes; -1 is their value if they are omitted.
 _LEFT_OUT: dict[str, dict[str, Any]] = {
     "OneCycleLR": {"max_lr": -1.0, "total_steps": -1},
@@ -174,6 +181,9 @@ def _fill(content: Any, seen: set[int]) -> None:
         return
     seen.add(id(content))
     if isinstance(content, dict):
+        for key in () if len(content) > len(CLASS_KEYS) else content.keys() - CLASS_KEYS:
+            if near := did_you_mean(str(key), CLASS_KEYS, cutoff=0.8):
+                raise yaml.YAMLError(f"{key} is not a key of a class. {near}")
         scheduler = content.get("lr_scheduler")
         if isinstance(scheduler, dict) and isinstance(scheduler.get("class_path"), str):
             left_out = _LEFT_OUT.get(scheduler["class_path"].rpartition(".")[2])
