@@ -116,6 +116,9 @@ def refused(project, capsys):
         (["--data.batch", "3"], "no argument 'batch'. Did you mean batch_size"),
         (["--model.optimizer.learning_rate", "3"], "AdamW has no argument 'learning_rate'; it takes .*lr"),
         (["--modle.init_args.seed", "3"], "--modle.init_args.seed is not an option. Did you mean model"),
+        (["--config", "empty.yaml"], "The config empty.yaml is empty"),
+        (["--config", "."], r"\. is a folder, not a config"),
+        (["wrong.yaml"], "wrong.yaml is a config: write --config wrong.yaml"),
         (["--config", "wrong.yaml"], r"trainer.max_step is not a key. Did you mean trainer.max_steps"),
         (["--trainer.max_steps", "many"], "trainer.max_steps takes a whole number, found 'many'"),
         (["--model.sampler.guidance_scale", "x"], "model.sampler.guidance_scale takes a number, found 'x'"),
@@ -127,6 +130,7 @@ def refused(project, capsys):
 def test_a_wrong_key_or_value_is_one_line_with_what_was_meant(args, said, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("trainer: {max_step: 3}")
+    Path("empty.yaml").write_text(" ")
     refused(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *args], rf"^difftune: [^\n]*{said}[^\n]*\n$")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_difftune.errors import ConfigError, did_you_mean
 from lightning_difftune.modules.checkpoints import parameter_names
 
+LONGEST_PATH = 255  # characters
 A_CLASS = "the path of a class"
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "list": "a list"}
 ROOMS = [f"lightning_difftune{room}" for room in ("", ".callbacks", ".tuners", ".data", ".losses", ".metrics")]
@@ -30,6 +33,9 @@ class DiffTuneParser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """Parse a command line and its configs."""
         self._command = str(args[0]) if args else ""
+        for option, value in pairwise(args if isinstance(args, list | tuple) else ()):
+            if option in ("--config", "-c") and len(str(value)) < LONGEST_PATH:  # else the text of a config
+                check_file(Path(value))
         try:
             return super().parse_args(filled(args) if isinstance(args, list | tuple) else args, *more, **options)
         except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
@@ -47,6 +53,18 @@ class DiffTuneParser(LightningArgumentParser):
         said = clearer(message, options)
         command = "difftune fit" if parser.prog == "difftune" else parser.prog.replace(" [options]", "")
         raise ConfigError(f"{said} `{command} --help` lists the keys.") from ex
+
+
+def check_file(config: Path) -> None:
+    """Refuse a folder or an empty file in place of a config.
+
+    Raises:
+        ConfigError: If it is one.
+    """
+    if config.is_dir():
+        raise ConfigError(f"{config} is a folder, not a config. Name a file in it.")
+    if config.is_file() and not config.read_bytes().strip():
+        raise ConfigError(f"The config {config} is empty.")
 
 
 def part_parser(kind: type, key: str) -> DiffTuneParser:
@@ -83,6 +101,8 @@ def clearer(message: str, options: Iterable[str]) -> str:
         if (top := name.partition(".")[0]) not in parts:
             return f"{top} is not a key.{meant(top, parts)}"
         return f"{name} is not a key.{meant(name, keys)}"
+    if match := re.match(r"unrecognized arguments: (?!-)(\S+\.ya?ml)$", message):
+        return f"{match[1]} is a config: write --config {match[1]}."
     if match := re.match(r"unrecognized arguments: (--[\w.]+)", message):
         name = match[1].removeprefix("--")
         return f"{match[1]} is not an option.{meant(name, keys) or meant(name.partition('.')[0], parts)}"
