@@ -78,8 +78,11 @@ def scatter(
     x_label: str,
     y_label: str,
 ) -> None:
-    """Draw named series of (label, (x, y) by seed) on axes of percent: small markers per seed, a large mean."""
-    labelled = set()
+    """Draw named series of (label, (x, y) by seed) on axes of percent: small markers per seed, a large mean.
+
+    The labels are at the top, above the mean x of their points; near ones share a place, from left to right.
+    """
+    places: dict[str, list[float]] = {}
     for style, (name, groups) in zip(cycle(LINES), series.items(), strict=False):
         look = {"color": style["color"], "marker": style["marker"], "linestyle": "none"}
         for number, (label, points) in enumerate(groups):
@@ -87,10 +90,17 @@ def scatter(
             x, y = statistics.fmean(xs), statistics.fmean(ys)
             axes.plot(xs, ys, markersize=3, alpha=0.5, **look)
             axes.plot(x, y, markersize=7, label=None if number else name, **look)
-            if label not in labelled:  # once, at the first series that has it
-                axes.annotate(label, (x, y), (6, 4), textcoords="offset points", fontsize=7)
-                labelled.add(label)
-    axes.margins(x=0.3, y=0.1)  # room for the labels
+            places.setdefault(label, []).append(x)
+    axes.margins(x=0.1, y=0.1)
+    low, high = axes.get_xlim()
+    ticks: list[tuple[float, str]] = []
+    for x, label in sorted((statistics.fmean(xs), label) for label, xs in places.items()):
+        if ticks and x - ticks[-1][0] < 0.2 * (high - low):  # no room for two labels side by side
+            before, others = ticks.pop()
+            ticks.append(((before + x) / 2, f"{others}\n{label}"))
+        else:
+            ticks.append((x, label))
+    axes.secondary_xaxis("top").set_xticks(*zip(*ticks, strict=True), fontsize=7)
     for line in (axes.axhline, axes.axvline):
         line(0, color="black", linewidth=0.8)
     for axis in (axes.xaxis, axes.yaxis):
