@@ -51,8 +51,7 @@ class MemoryBankDataModule(RealPictures):
         bank: Folder of the memory bank; ``None`` is fine-tuning without retention.
         bank_size: Samples in the bank (5K to 200K in Fig. 6d).
         bank_source: Pictures that fill the bank in place of samples, such as the pre-training set (the last bar of
-            Fig. 6d). ``bank_size`` of them are chosen at random, without labels. ``"target"`` takes the target's own
-            pictures, all of them if there are no more than ``bank_size``.
+            Fig. 6d), or ``"target"`` for the target's own. At most ``bank_size``, chosen at random, without labels.
         retention_share: Share of a batch that comes from the bank.
         batch_size: Samples per process and step, both streams together.
         val_target: Held-out pictures, for the validation loss and FID; classes are matched with the target's by name.
