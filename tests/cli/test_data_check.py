@@ -128,7 +128,7 @@ def test_arrays_and_captions(tmp_path, capsys):
     [
         (["data"], "`difftune data check PATH`"),
         (["data", "chekc"], "`difftune data check PATH`"),
-        (["data", "check"], "following arguments are required: path"),
+        (["data", "check"], "following arguments are required: PATH"),
         (["data", "check", "nowhere"], "the image folder nowhere does not exist"),
     ],
 )

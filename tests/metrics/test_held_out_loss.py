@@ -18,7 +18,8 @@ def module_of():
     module = DiTDiffTuningModule(tiny_dit(), num_classes=3)
     module.configure_model()
     precision = SimpleNamespace(forward_context=torch.no_grad)
-    module._trainer = SimpleNamespace(datamodule=data, precision_plugin=precision)
+    state = SimpleNamespace(stage=None)
+    module._trainer = SimpleNamespace(datamodule=data, precision_plugin=precision, state=state)
     return module.train()
 
 
