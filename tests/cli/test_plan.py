@@ -129,6 +129,15 @@ def test_a_bank_of_pictures_draws_no_samples(tmp_path: Path) -> None:
         assert own["phases"]["memory bank"]["what"] == f"{pictures} pictures"
 
 
+def test_data_that_cannot_be_opened_is_said_and_wrong_settings_are_refused(tmp_path, capsys) -> None:
+    plan_of(tmp_path, "--data.init_args.target", "lightning_difftune.data.ImageFolder", "--data.target.root", "nowhere")
+    said = capsys.readouterr().out
+    assert "pictures is unknown, since they could not be opened" in said
+    assert "nowhere does not exist" in said
+    assert main(["plan", "--config", "configs/quickstart.yaml", "--data.retention_share", "20"]) == 2
+    assert "retention_share must be in [0, 1), got 20.0" in capsys.readouterr().err
+
+
 def test_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = plan_of(tmp_path)
     printed = " ".join(capsys.readouterr().out.split())

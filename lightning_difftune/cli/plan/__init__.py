@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.lightning import ModelReader
+from lightning_difftune.cli.lightning import ModelReader, causes_of
 from lightning_difftune.cli.plan.phases import PEAKS, UTILISATION, Phase, Speed, num_devices, phases_of
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.data.building import BATCH_SIZE
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import SupportsEncode
@@ -59,9 +59,12 @@ def plan(argv: Sequence[str]) -> None:
         timed = measured(module, data, shape, precision) if options.device == "measured" else None
         costs = count(module, shape, precision, mode)
         speed = timed or Speed.of_data_sheet(options.device, options.utilisation, precision, costs)
-        found = phases_of(config, module, costs, *sizes(reader))
+        num_targets, num_held_out, reason = sizes(reader)
+        found = phases_of(config, module, costs, num_targets, num_held_out)
     memory = Memory.of(costs, data.batch_size, data.latent_cache is not None)
     show(found, costs, speed, memory, num_devices(config.trainer), options.json)
+    if reason:
+        print(f"The number of pictures is unknown, since they could not be opened: {reason}")
 
 
 CPU_BATCH = 16
@@ -80,13 +83,21 @@ def measured(module: DiffTuningModule, data: Any, shape: tuple[int, ...], precis
     return Speed.measured(of_training, Probe(trained, shape, size, precision))
 
 
-def sizes(reader: ModelReader) -> tuple[int | None, int | None]:
-    """Numbers of target and held-out pictures, if their files are available."""
+def sizes(reader: ModelReader) -> tuple[int | None, int | None, str]:
+    """Numbers of target and held-out pictures or, if their files are not available, the reason.
+
+    Raises:
+        ConfigError: If the settings of the data contradict each other, with or without files.
+    """
     try:
         data = reader.open_data()
-    except Exception:  # data sets without files may raise anything
-        return None, None
-    return len(data.target), len(data.val_target) if data.val_target is not None else 0
+    except Exception as error:  # data sets without files may raise anything
+        causes = [error, *causes_of(error)]
+        cause = next((cause for cause in causes if isinstance(cause, DiffTuneError)), causes[-1])
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        return None, None, str(cause) or type(cause).__name__
+    return len(data.target), len(data.val_target) if data.val_target is not None else 0, ""
 
 
 @dataclass(frozen=True)
