@@ -20,6 +20,7 @@ from torchmetrics import Metric
 
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.pictures import check_pictures
+from lightning_difftune.trainers import has_validation
 
 
 class GenerationCallback(Callback, ABC):
@@ -201,10 +202,7 @@ class MeasuringCallback(Callback):
 
 def warn_without_validation(trainer: L.Trainer, callback: Callback) -> None:
     """Warn of a callback that acts at the end of validations in a run that has none."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    if trainer.enable_validation:
-        loop.setup_data()
-    if not (trainer.enable_validation and any(loop.max_batches)):
+    if not has_validation(trainer):
         rank_zero_warn(
             f"{type(callback).__name__} acts at the end of validations, and this run has none, so that nothing will "
             "come of it. Set val_target of the data, and limit_val_batches of the trainer above 0."

@@ -84,9 +84,8 @@ def sample(argv: Sequence[str]) -> None:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
     output = free_folder(options.output, options.overwrite)
     source = open_source(options, rest)
-    module, device = source.module, device_of(options.device)
-    drawing = nullcontext() if source.run is None else source.run.drawing(device)
-    module.to(device)
+    module = source.module.to(device_of(options.device))
+    drawing = nullcontext() if source.run is None else source.run.drawing()
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
     subjects = module.subjects(Asked(options.classes, options.prompts, options.controls))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import torch
 import yaml
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
@@ -60,10 +59,10 @@ class TunedRun:
         """That of the run's trainer, such as ``"bf16-mixed"``."""
         return str(self.reader.composed["trainer"]["precision"] or "32-true")
 
-    def drawing(self, device: torch.device) -> AbstractContextManager[None]:
-        """Move the module to a device; a ``with`` block that draws as the run does, at its precision."""
-        fabric = Fabric(accelerator=device.type, devices=1, precision=cast("Any", self.precision))
-        fabric._precision.convert_module(self.module.to(device))  # the weights, if the precision is a "true" one
+    def drawing(self) -> AbstractContextManager[None]:
+        """A ``with`` block that draws as the run does, at its precision, on the module's device."""
+        fabric = Fabric(accelerator=self.module.device.type, devices=1, precision=cast("Any", self.precision))
+        fabric._precision.convert_module(self.module)  # the weights, if the precision is a "true" one
         return fabric.autocast()
 
     def weights(self, raw: bool, done: list[str]) -> AbstractContextManager[None]:

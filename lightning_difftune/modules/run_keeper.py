@@ -16,6 +16,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
 from lightning_difftune.modules.checkpoints import write_whole
 from lightning_difftune.modules.data_checks import check_classes
+from lightning_difftune.trainers import has_validation
 
 WINDOW = "open_window"  # the checkpoint's key for the gradients of an unfinished accumulation window
 
@@ -248,14 +249,6 @@ def save_last(trainer: L.Trainer, callback: ModelCheckpoint, is_over: bool = Fal
             "it learned in between is in no checkpoint. Set save_last: true of ModelCheckpoint, or an "
             "every_n_train_steps that divides trainer.max_steps."
         )
-
-
-def has_validation(trainer: L.Trainer) -> bool:
-    """Whether there are held-out batches; without any, checkpoints are saved at the end of each epoch."""
-    loop = trainer.fit_loop.epoch_loop.val_loop
-    if trainer.enable_validation:
-        loop.setup_data()
-    return trainer.enable_validation and any(loop.max_batches)
 
 
 def in_open_window(trainer: L.Trainer) -> bool:
