@@ -95,8 +95,7 @@ class DiffTuneCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:  # jsonargparse's, which lists each type that an argument could have
-            causes = [*raised[-1:], *causes_of(error), error]
-            cause = next((cause for cause in causes if isinstance(cause, DiffTuneError)), causes[0])
+            cause = original(error, raised)
             if isinstance(cause, DiffTuneError):
                 raise cause from cause.__cause__
             raise ConfigError(f"{type(cause).__name__}: {cause}\n--debug shows where it was raised.") from cause
@@ -163,6 +162,12 @@ def loggers_of(given: Any, folder: str | None) -> Any:
     if given is not None and given is not True:
         return [table, *loggers]
     return [table, TensorBoardLogger(folder or ".", version=table.version)] if find_spec("tensorboard") else [table]
+
+
+def original(error: BaseException, raised: Sequence[BaseException]) -> BaseException:
+    """What an error of jsonargparse is about: ours, if one of ours is in its chain, else the last that was raised."""
+    causes = [*raised[-1:], *causes_of(error), error]
+    return next((cause for cause in causes if isinstance(cause, DiffTuneError)), causes[0])
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:

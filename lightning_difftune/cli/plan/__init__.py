@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.lightning import ModelReader, causes_of
+from lightning_difftune.cli.lightning import ModelReader, causes_of, original
 from lightning_difftune.cli.plan.phases import PEAKS, UTILISATION, Phase, Speed, num_devices, phases_of
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.data.building import BATCH_SIZE
-from lightning_difftune.errors import ConfigError, DiffTuneError
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import SupportsEncode
@@ -92,8 +92,7 @@ def sizes(reader: ModelReader) -> tuple[int | None, int | None, str]:
     try:
         data = reader.open_data()
     except Exception as error:  # data sets without files may raise anything
-        causes = [error, *causes_of(error)]
-        cause = next((cause for cause in causes if isinstance(cause, DiffTuneError)), causes[-1])
+        cause = original(error, [*causes_of(error)])
         if isinstance(cause, ConfigError):
             raise cause from None
         return None, None, str(cause) or type(cause).__name__
