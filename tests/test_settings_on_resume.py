@@ -6,16 +6,18 @@ import copy
 import logging
 import math
 import os
+import re
 import signal
 from datetime import timedelta
 from functools import partial
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from tiny import quiet_trainer, tiny_pictures, tiny_weights
+from tiny import noise_pixels, quiet_trainer, tiny_pictures, tiny_weights
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
@@ -30,6 +32,7 @@ from torch.optim.lr_scheduler import (
 
 from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.callbacks.preemption import Preemption
+from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.sampling import Sampler
 
@@ -52,15 +55,14 @@ class Rates(L.Callback):
         return [group["lr"] for group in self.seen.values()]
 
 
-def run(weights, folder, steps, optimizer=None, scheduler=None, ckpt_path=None, save_at=None, batch_size=4, **settings):
+def run(weights, folder, steps, optimizer=None, scheduler=None, ckpt_path=None, save_at=None, data=None, **settings):
     """Fit, and save after ``save_at`` steps; the trainer, the settings of each step and the module."""
     optimizer = optimizer or partial(torch.optim.AdamW, lr=1e-3)
     module = DiTDiffTuningModule(
         str(weights), num_classes=3, optimizer=optimizer, lr_scheduler=scheduler, sampler=Sampler(num_inference_steps=2)
     )
-    data = MemoryBankDataModule(
-        tiny_pictures(), num_classes=3, image_size=8, channels=1, batch_size=batch_size, val_target=tiny_pictures()
-    )
+    options = {"target": tiny_pictures(), "batch_size": 4, "val_target": tiny_pictures()} | (data or {})
+    data = MemoryBankDataModule(num_classes=3, image_size=8, channels=1, **options)
     seen = Rates()
     callbacks = [seen, *settings.pop("callbacks", [])]
     if save_at:
@@ -230,8 +232,34 @@ def test_weights_alone_are_refused(weights, tmp_path):
 def test_a_changed_batch_size_says_what_it_means_for_the_stream(weights, tmp_path, caplog):
     run(weights, tmp_path, 3, save_at=2)
     with caplog.at_level(logging.INFO):
-        run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt", batch_size=6)
-    assert "Changed since the checkpoint: batch_size 4 -> 6. Batch k of a run holds samples" in caplog.text
+        run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt", data={"batch_size": 6})
+    assert "Changed since the checkpoint: batch_size 4 -> 6. Each further step has the batch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"horizontal_flip": True}, "horizontal_flip False -> True"),
+        ({"class_balanced": True}, "class_balanced False -> True"),
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"target": tiny_pictures(9)}, r"pictures 12 -> 9, the target's pictures"),
+        ({"target": tiny_pictures(classes=2)}, r"the target's pictures \(their files' .*, labels or captions"),
+        ({"target": ArrayImages(255 - noise_pixels(12, 8, 8), np.arange(12) % 3)}, r"the target's pictures"),
+    ],
+)
+def test_other_pictures_are_named(weights, tmp_path, caplog, data, said):
+    run(weights, tmp_path, 3, save_at=2)
+    with caplog.at_level(logging.INFO):
+        run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt", data=data)
+    assert re.search(f"Changed since the checkpoint: {said}", caplog.text)
+
+
+def test_pictures_that_only_reading_would_tell_are_not_compared(weights, tmp_path, caplog):
+    pictures = [(picture, label) for picture, label in tiny_pictures()]
+    run(weights, tmp_path, 3, save_at=2, data={"target": pictures})
+    with caplog.at_level(logging.INFO):
+        run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt")
+    assert "Changed since" not in caplog.text
 
 
 def test_the_same_batch_size_says_nothing(weights, tmp_path, caplog):
@@ -356,15 +384,15 @@ class Windows(L.Callback):
 @pytest.mark.parametrize("batch_size", [2, 5, 12, 40])  # epochs of 6, 2, 1 and 1 batches
 def test_windows_are_whole(weights, tmp_path, batch_size):
     windows = Windows()
-    run(weights, tmp_path, 5, callbacks=[windows], batch_size=batch_size, accumulate_grad_batches=4)
+    run(weights, tmp_path, 5, callbacks=[windows], data={"batch_size": batch_size}, accumulate_grad_batches=4)
     assert windows.sizes == [4] * 5
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(6, "6"), (0.8, "0.8, 6 batches")])
 def test_a_limit_that_cuts_a_window_is_refused(weights, tmp_path, limit, shown):
     with pytest.raises(ConfigError, match=rf"limit_train_batches is {shown}, which cuts a window of 4 .*multiple of 4"):
-        run(weights, tmp_path, 5, batch_size=2, accumulate_grad_batches=4, limit_train_batches=limit)
-    run(weights, tmp_path, 2, batch_size=2, accumulate_grad_batches=4, limit_train_batches=0.5)
+        run(weights, tmp_path, 5, data={"batch_size": 2}, accumulate_grad_batches=4, limit_train_batches=limit)
+    run(weights, tmp_path, 2, data={"batch_size": 2}, accumulate_grad_batches=4, limit_train_batches=0.5)
 
 
 @pytest.mark.parametrize("batches", range(1, 9))
@@ -374,17 +402,17 @@ def test_a_checkpoint_in_an_open_window_resumes_to_the_bit(weights, tmp_path, ba
             if trainer.fit_loop.total_batch_idx + 1 == batches:
                 trainer.save_checkpoint(tmp_path / "open.ckpt")
 
-    options = {"batch_size": 5, "accumulate_grad_batches": 3, "scheduler": ONE_CYCLE}
+    options = {"data": {"batch_size": 5}, "accumulate_grad_batches": 3, "scheduler": ONE_CYCLE}
     trainer, _, module = run(weights, tmp_path, 4, callbacks=[Save()], **options)
     again, _, same = run(weights, tmp_path, 4, ckpt_path=tmp_path / "open.ckpt", **options)
     assert_equal(state_of(trainer, module), state_of(again, same))
     if batches % 3:
         with pytest.raises(ConfigError, match="in the middle of a window of 3 accumulated batches"):
-            run(weights, tmp_path, 4, ckpt_path=tmp_path / "open.ckpt", batch_size=5, accumulate_grad_batches=2)
+            run(weights, tmp_path, 4, ckpt_path=tmp_path / "open.ckpt", **options | {"accumulate_grad_batches": 2})
 
 
 def test_other_windows_after_a_resume_are_whole(weights, tmp_path):
-    run(weights, tmp_path, 4, save_at=3, batch_size=2, accumulate_grad_batches=1)
+    run(weights, tmp_path, 4, save_at=3, data={"batch_size": 2}, accumulate_grad_batches=1)
     windows = Windows()
     run(
         weights,
@@ -392,7 +420,7 @@ def test_other_windows_after_a_resume_are_whole(weights, tmp_path):
         8,
         callbacks=[windows],
         ckpt_path=tmp_path / "at3.ckpt",
-        batch_size=4,
+        data={"batch_size": 4},
         accumulate_grad_batches=2,
     )
     assert windows.sizes == [2] * 5
@@ -419,7 +447,7 @@ def test_a_signal_in_an_open_window_stops_at_its_end(weights, tmp_path, batches)
             if trainer.fit_loop.total_batch_idx + 1 == batches:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    options = {"batch_size": 5, "accumulate_grad_batches": 3, "scheduler": ONE_CYCLE}
+    options = {"data": {"batch_size": 5}, "accumulate_grad_batches": 3, "scheduler": ONE_CYCLE}
     trainer, _, module = run(weights, tmp_path, 4, **options)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=100)
     with pytest.raises(SIGTERMException):

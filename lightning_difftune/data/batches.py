@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -253,3 +253,16 @@ class EvaluationSteps(DistributedSampler[DiffTuningBatch]):
 
     def __len__(self) -> int:
         return len(self.steps)
+
+
+def changed_batches(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two states of a data module that changes the batches of all processes together."""
+    whole = ("batch_size", "processes")
+    same_whole = math.prod(was.get(key, 1) for key in whole) == math.prod(now.get(key, 1) for key in whole)
+    left_out = ("content", *(whole if same_whole else ()))
+    keys = [key for key in was if key in now and key not in left_out]
+    changed = [f"{key} {was[key]} -> {now[key]}" for key in keys if was[key] != now[key]]
+    content = {state.get("content") for state in (was, now)}
+    if None not in content and len(content) > 1:
+        changed.append("the target's pictures (their files' names, sizes or times), labels or captions")
+    return changed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from lightning_difftune.data.batches import (
     ShuffledStream,
     TrainingBatches,
     TrainingSteps,
+    changed_batches,
 )
 from lightning_difftune.data.building import BATCH_SIZE, building, rank_of
 from lightning_difftune.data.images import ImageTargets
@@ -152,23 +152,22 @@ class MemoryBankDataModule(RealPictures):
         return {
             "seed": self.seed,
             "pictures": len(self.target),
+            "content": self.target.unread_identity,
+            "class_balanced": self.class_balanced,
+            "horizontal_flip": self.horizontal_flip,
+            "bank_size": self.bank_path and self.bank_size,
             "batch_size": self.batch_size,
             "retention_batch_size": self.retention_batch_size,
             "processes": rank_of(self.trainer)[1],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn about changed settings in a resumed run."""
-        now = self.state_dict()
-        changed = [f"{key} {value} -> {now[key]}" for key, value in state_dict.items() if now.get(key, value) != value]
-        batch = ("batch_size", "processes")
-        if math.prod(state_dict.get(key, 1) for key in batch) == math.prod(now[key] for key in batch):
-            changed = [change for change in changed if not change.startswith(batch)]
+        """Say what changed since the checkpoint that a run is resumed from."""
+        changed = changed_batches(state_dict, self.state_dict())
         if changed and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_info(
-                f"Changed since the checkpoint: {', '.join(changed)}. Batch k of a run holds samples k * B to "
-                "(k + 1) * B of its shuffled passes, where B is their number in a batch of all processes. The stream "
-                "is at the same k, with the new settings: some pictures come sooner than they would have, some later."
+                f"Changed since the checkpoint: {', '.join(changed)}. Each further step has the batch that the new "
+                "settings give to it, as if the run had begun with them: some pictures come sooner, some later."
             )
 
     # -- stores -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_difftune.data.items import TargetItem, as_batch
 from lightning_difftune.data.source_facts import (
     captions_of,
     class_names_of,
@@ -30,7 +31,7 @@ from lightning_difftune.data.source_facts import (
 )
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest, text_digest
-from lightning_difftune.pictures import to_pixel_values, to_pixels
+from lightning_difftune.pictures import to_pixels
 from lightning_difftune.protocols import TargetBatch
 
 # In succession. If a disk is not mounted, one quick error is clearer than a hundred thousand warnings.
@@ -39,15 +40,6 @@ _MAX_UNREADABLE_RUN = 100
 _IDENTITY_SAMPLES = 64
 # Errors of one file; any other errno (too many open files, an unplugged disk) concerns the machine.
 _FILE_ERRNOS = frozenset({errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP})
-
-
-class TargetItem(NamedTuple):
-    """One picture of the target domain."""
-
-    pixels: Tensor  # (C, H, W) uint8
-    label: int | str  # class index or caption
-    source_index: int  # the picture that was read: another one if the requested one is damaged and skipped
-    control: Tensor | None = None  # (1 or 3, H, W) uint8, if the source has control maps
 
 
 class ImageTargets:
@@ -176,16 +168,26 @@ class ImageTargets:
         return self._identity
 
     @cached_property
+    def unread_identity(self) -> str | None:
+        """A hash of the source's content, labels and captions; ``None`` if only reading the pictures would tell."""
+        return None if self._content is None else array_digest(self._content, *self._texts())
+
+    @cached_property
+    def _content(self) -> str | None:
+        return content_digest_of(self.source)
+
+    def _texts(self) -> list[npt.NDArray[Any] | str]:
+        labels = self.labels()
+        return ["labels unknown" if labels is None else labels.numpy(), *(captions_of(self.source) or ())]
+
+    @cached_property
     def _identity(self) -> str:
-        content = content_digest_of(self.source)
-        labels, captions = self.labels(), captions_of(self.source)
-        parts: list[npt.NDArray[Any] | str] = [
+        parts = [
             f"adm centre crop, {self.image_size} px, {self.channels} channels, {len(self)} images",
-            type(self.source).__name__ if content is None else content,
-            "labels unknown" if labels is None else labels.numpy(),
-            *(captions or ()),
+            type(self.source).__name__ if self._content is None else self._content,
+            *self._texts(),
         ]
-        if content is None or transforms_pictures(self.source):
+        if self._content is None or transforms_pictures(self.source):
             positions = np.unique(np.linspace(0, len(self) - 1, _IDENTITY_SAMPLES).astype(int))
             items = [self.read(position) for position in positions.tolist()]
             parts.append(torch.stack([item.pixels for item in items]).numpy())
@@ -252,39 +254,6 @@ class ImageTargets:
             f"({len(self.skipped)} skipped so far in this process).",
             stacklevel=2,
         )
-
-
-def as_batch(items: Sequence[TargetItem], flips: Sequence[bool]) -> TargetBatch:
-    """Items as one batch; those with a flip are mirrored, left to right.
-
-    Raises:
-        DataError: Some items have a caption or a control map and others do not.
-    """
-    batch: TargetBatch = {"pixel_values": to_pixel_values(_stack([item.pixels for item in items], flips))}
-    captions = [item.label for item in items if isinstance(item.label, str)]
-    controls = [item.control for item in items if item.control is not None]
-    if len(captions) not in (0, len(items)) or len(controls) not in (0, len(items)):
-        raise DataError("some pictures of the data set have a caption or a control map and others do not.")
-    if captions:
-        batch["captions"] = captions
-    else:
-        batch["class_labels"] = torch.tensor([item.label for item in items], dtype=torch.int64)
-    if controls:
-        batch["conditioning_pixel_values"] = _stack(controls, flips)
-    return batch
-
-
-def mirror(batch: TargetBatch) -> TargetBatch:
-    """A batch of pictures, and of their control maps, mirrored left to right."""
-    mirrored = batch.copy()
-    mirrored["pixel_values"] = batch["pixel_values"].flip(-1)
-    if "conditioning_pixel_values" in batch:
-        mirrored["conditioning_pixel_values"] = batch["conditioning_pixel_values"].flip(-1)
-    return mirrored
-
-
-def _stack(pictures: Sequence[Tensor], flips: Sequence[bool]) -> Tensor:
-    return torch.stack([pixels.flip(-1) if flip else pixels for pixels, flip in zip(pictures, flips, strict=True)])
 
 
 def _label(label: Any) -> int | str:

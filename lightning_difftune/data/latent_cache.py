@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_difftune.data.building import read_ahead
 from lightning_difftune.data.caption_store import CaptionStore
-from lightning_difftune.data.images import ImageTargets, as_batch, mirror
+from lightning_difftune.data.images import ImageTargets
+from lightning_difftune.data.items import as_batch, mirror
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
 from lightning_difftune.data.shards.format import MANIFEST, BuildPlan, Manifest, shard_name
 from lightning_difftune.errors import ConfigError, StoreError

@@ -17,7 +17,8 @@ from lightning_difftune.data.batches import ReadTarget
 from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.data.derived import joined_by_name
 from lightning_difftune.data.folders import shorten
-from lightning_difftune.data.images import ImageTargets, TargetItem
+from lightning_difftune.data.images import ImageTargets
+from lightning_difftune.data.items import TargetItem
 from lightning_difftune.data.source_facts import name_of_class, require_source
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.pictures import largest_value
