@@ -118,6 +118,10 @@ def refused(project, capsys):
         (["--modle.init_args.seed", "3"], "--modle.init_args.seed is not an option. Did you mean model"),
         (["--config", "empty.yaml"], "The config empty.yaml is empty"),
         (["--config", "."], r"\. is a folder, not a config"),
+        (["--config", "open.yaml"], r"The config open\.yaml cannot be read: line 2, column 2: expected ',' or ']'"),
+        (["--config", "twice.yaml"], r"The config twice\.yaml cannot be read: the key 'a' is there twice, in lines 1 "),
+        (["--config", "binary.yaml"], r"The config binary\.yaml cannot be read: 'utf-8' codec"),
+        (["--config", "list.yaml"], r"The config list\.yaml is a list, not a mapping of keys to values"),
         (["wrong.yaml"], "wrong.yaml is a config: write --config wrong.yaml"),
         (["--config", "wrong.yaml"], r"trainer.max_step is not a key. Did you mean trainer.max_steps"),
         (["--trainer.max_steps", "many"], "trainer.max_steps takes a whole number, found 'many'"),
@@ -131,6 +135,10 @@ def test_a_wrong_key_or_value_is_one_line_with_what_was_meant(args, said, tmp_pa
     monkeypatch.chdir(tmp_path)
     Path("wrong.yaml").write_text("trainer: {max_step: 3}")
     Path("empty.yaml").write_text(" ")
+    Path("open.yaml").write_text("a: [1, 2\nb: {\n")
+    Path("twice.yaml").write_text("a: 1\na: 2\n")
+    Path("list.yaml").write_text("- 1\n")
+    Path("binary.yaml").write_bytes(b"\x89PNG\x00")
     refused(["fit", "--config", str(CONFIGS / "quickstart.yaml"), *args], rf"^difftune: [^\n]*{said}[^\n]*\n$")
 
 

@@ -56,15 +56,39 @@ class DiffTuneParser(LightningArgumentParser):
 
 
 def check_file(config: Path) -> None:
-    """Refuse a folder or an empty file in place of a config.
+    """Refuse what is not a config, by its name.
 
     Raises:
-        ConfigError: If it is one.
+        ConfigError: If it is a folder or empty, or not a YAML mapping.
     """
     if config.is_dir():
         raise ConfigError(f"{config} is a folder, not a config. Name a file in it.")
-    if config.is_file() and not config.read_bytes().strip():
+    if not config.is_file():
+        return
+    try:
+        content = load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
+        raise ConfigError(f"The config {config} cannot be read: {yaml_problem(error)}.") from error
+    if content is None:
         raise ConfigError(f"The config {config} is empty.")
+    if not isinstance(content, dict):
+        raise ConfigError(f"The config {config} is a {type(content).__name__}, not a mapping of keys to values.")
+
+
+def yaml_problem(error: Exception) -> str:
+    """What is wrong with a text of YAML and where, in one line.
+
+    Example:
+        >>> try:
+        ...     yaml.safe_load("model: data: 3")
+        ... except yaml.YAMLError as error:
+        ...     yaml_problem(error)
+        'line 1, column 12: mapping values are not allowed here'
+    """
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split()) or "it is nested too deeply"
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def part_parser(kind: type, key: str) -> DiffTuneParser:

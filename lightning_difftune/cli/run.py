@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from lightning_difftune.callbacks.ema import averages_in
+from lightning_difftune.cli.parser import yaml_problem
 from lightning_difftune.cli.run_files import (
     MARKS,
     Series,
@@ -139,7 +140,7 @@ class Run:
             text = self.content[CONFIG] if CONFIG in self.content else file.read_text(encoding="utf-8")
             settings = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{where} is not YAML ({' '.join(str(error).split())}). Pass --config.") from error
+            raise ConfigError(f"{where} is not YAML ({yaml_problem(error)}). Pass --config.") from error
         if not isinstance(settings, dict):
             raise ConfigError(f"{where} is not a mapping of settings. Pass --config.")
         if parts is not None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from lightning_difftune.cli.parser import yaml_problem
 from lightning_difftune.errors import ConfigError, did_you_mean
 
 Better = Literal["lower", "higher"]
@@ -148,7 +149,7 @@ def read_yaml(path: Path) -> list[Any]:
     try:
         return list(yaml.safe_load_all(path.read_text()))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
-        raise ConfigError(f"The study file {path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"The study file {path} is not YAML: {yaml_problem(error)}.") from error
 
 
 def part_of(path: Path, documents: Sequence[Any], name: str, first: Keys) -> dict[str, Any]:
