@@ -51,7 +51,7 @@ class PretrainedSamples:
         """Indices (B,) => latents (B, c, h, w) float32, the family's columns and the objective's, on the CPU."""
         module, target = self.module, self.objective.retention_target
         latents = self.latents(indices).float()
-        columns = {"latents": latents, **module.bank_columns(indices, latents)}
+        columns = {"latents": latents, **self.columns(indices, latents)}
         if target is not None:
             condition = module.retention_condition(cast("RetentionBatch", columns))
             columns |= target.bank_columns(self.objective, indices, latents, condition, self.teacher)
@@ -61,6 +61,10 @@ class PretrainedSamples:
         """Indices (B,) => the replayed samples (B, c, h, w)."""
         module = self.module
         return module.draw_latents(self.denoise, module.bank_sampler, indices, module.source_conditions(indices))
+
+    def columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """The family's columns of these samples."""
+        return self.module.bank_columns(indices, latents)
 
     def teacher(self, x_t: Tensor, t: Tensor, condition: Any) -> Tensor:
         """Like :meth:`DiffTuningModule.teacher`, with this copy."""
@@ -95,3 +99,7 @@ class EncodedPictures(PretrainedSamples):
         """Indices (B,) => the pictures' latents, (B, c, h, w)."""
         batch = self.pictures.pixels(self.order[indices].tolist(), [False] * len(indices))
         return self.module.posterior(batch["pixel_values"])[0]
+
+    def columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """The family's columns of pictures."""
+        return self.module.picture_columns(latents)

@@ -158,23 +158,13 @@ class ControlNetDiffTuningModule(TextPipelineModule):
     def denoise(self, x_t: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """Network output (B, c, h, w) under a prompt's conditions and control maps (B, C, H, W) in [0, 1]."""
         given = cast("Any", self.family).unet_inputs(condition)
-        down, middle = self.controlnet(
-            x_t,
-            t,
-            **given,
-            controlnet_cond=condition["conditioning_pixel_values"],
-            return_dict=False,
-        )
+        maps = condition["conditioning_pixel_values"]
+        down, middle = self.controlnet(x_t, t, **given, controlnet_cond=maps, return_dict=False)
         if "conditioning_scale" in condition:  # of generated pictures, not of losses
             scale = condition["conditioning_scale"]
             down, middle = [(part * scale).to(part) for part in down], (middle * scale).to(middle)
-        return self.unet(
-            x_t,
-            t,
-            **given,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-        ).sample
+        given |= {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return self.unet(x_t, t, **given).sample
 
     def pretrained(self) -> Denoiser:
         """The pipeline's UNet without control; it is frozen here, so it needs no copy."""
@@ -254,8 +244,14 @@ class ControlNetDiffTuningModule(TextPipelineModule):
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The prompts' numbers, and the control maps of the generated pictures themselves."""
-        maps = self.annotate(to_uint8(self.decode(latents)))
-        return {**super().bank_columns(indices, latents), "conditioning_pixel_values": maps}
+        return {**super().bank_columns(indices, latents), **self._maps_of(latents)}
+
+    def picture_columns(self, latents: Tensor) -> dict[str, Tensor]:
+        """The prompt's number, and the control maps of the pictures."""
+        return {**super().picture_columns(latents), **self._maps_of(latents)}
+
+    def _maps_of(self, latents: Tensor) -> dict[str, Tensor]:
+        return {"conditioning_pixel_values": self.annotate(to_uint8(self.decode(latents)))}
 
     def retention_condition(self, retention: RetentionBatch) -> dict[str, Tensor]:
         """The bank's prompts and control maps."""

@@ -171,6 +171,10 @@ class ModelFamily(L.LightningModule, ABC):
         """Columns that the bank stores for the samples ``indices`` (B,) in addition to their latents (B, c, h, w)."""
         return {}
 
+    def picture_columns(self, latents: Tensor) -> dict[str, Tensor]:
+        """As :meth:`bank_columns`, for pictures of a ``bank_source`` (latents (B, c, h, w)), drawn under nothing."""
+        return {}
+
     def bank_spec(self) -> dict[str, Any]:
         """What determines :meth:`source_conditions` and :meth:`bank_columns`, as plain JSON values."""
         return {}

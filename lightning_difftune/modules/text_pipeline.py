@@ -30,8 +30,9 @@ from lightning_difftune.source import SourceFacts
 class TextPipelineModule(DiffTuningModule, ABC):
     """Base of the modules conditioned on text: a pipeline's frozen autoencoder and text encoders, and prompts.
 
-    Sample i of the memory bank is drawn and retained under prompt i mod n of ``bank_prompts``. What is specific to
-    a class of pipelines is its :class:`~lightning_difftune.modules.families.Family`.
+    Sample i of the memory bank is drawn and retained under prompt i mod n of ``bank_prompts``; pictures of a
+    ``bank_source`` are retained under a single one. What is specific to a class of pipelines is its
+    :class:`~lightning_difftune.modules.families.Family`.
 
     Args:
         model: A text-to-image pipeline: hub repository or local folder in diffusers' layout, or the bundled
@@ -102,8 +103,9 @@ class TextPipelineModule(DiffTuningModule, ABC):
         )
         if not 0 <= prompt_dropout < 1:
             raise ConfigError(f"prompt_dropout must be in [0, 1), got {prompt_dropout}.")
-        if not prompts or not bank_prompts:
-            raise ConfigError("prompts and bank_prompts need one prompt each at least; the empty one is ''.")
+        for name, given in {"prompts": prompts, "bank_prompts": bank_prompts}.items():
+            if isinstance(given, str) or not given or not all(isinstance(prompt, str) for prompt in given):
+                raise ConfigError(f"{name} is a list of one prompt or more, such as ['a cat', '']; got {given!r}.")
         self.model, self.revision, self.image_size = str(model), revision, image_size
         self.prompts, self.bank_prompts = tuple(prompts), tuple(bank_prompts)
         self.prompt_dropout = prompt_dropout
@@ -154,24 +156,16 @@ class TextPipelineModule(DiffTuningModule, ABC):
         return replace(self.sampler, guidance_scale=1.0)
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
-        """What fills a memory bank; refused if replay would undo distillation or there is no prompt to draw under."""
-        network: Any = self.trainable_modules()[0]
-        is_replay = self.uses_retention and self.objective.retention_target is None
-        sign = "what is_step_distilled says" if self.is_step_distilled else None
-        if is_replay and self.is_step_distilled is None:
-            sign = self.pipeline.sign_of_few_steps(network, self.source_facts.scheduler or {})
-        if is_replay and sign is not None:
+        """What fills a memory bank; refused if replay would undo distillation, or no prompt fits its samples."""
+        if pictures is not None and len(set(self.bank_prompts)) > 1:
             raise ConfigError(
-                f"{self.model} was distilled to a few steps, by {sign}. Training on its samples as data (replay) "
-                "undoes that. Retain by the network's own predictions: set the objective's retention_target to "
-                "OnlineTeacher, or tune the model that it was distilled from. If it was not, set is_step_distilled to "
-                "false."
+                f"bank_prompts has {len(self.bank_prompts)} prompts, and which of them fits a picture of bank_source "
+                "is not known. Set bank_prompts to one that fits all of its pictures, or to [''], the unconditional "
+                "branch; the pictures' own captions are not used."
             )
-        if is_replay and self.family.takes_guidance(network) and not all(self.bank_prompts):
-            raise ConfigError(
-                f"{self.model} takes its guidance as a number and has no unconditional branch in sampling, so there "
-                "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it should keep."
-            )
+        if self.uses_retention and self.objective.retention_target is None:
+            network, scheduler = self.trainable_modules()[0], self.source_facts.scheduler or {}
+            self.pipeline.refuse_replay(network, scheduler, self.is_step_distilled, self.bank_prompts)
         return super().bank_generator(pictures)
 
     def on_fit_start(self) -> None:
@@ -271,12 +265,17 @@ class TextPipelineModule(DiffTuningModule, ABC):
     def retention_condition(self, retention: RetentionBatch) -> Any:
         """The prompts that the bank's samples were drawn with."""
         condition = conditions.take(self.embed(self.bank_prompts), retention["class_labels"])
-        return with_guidance(condition, self._guidance and cast("dict[str, Tensor]", retention).get("guidance"))
+        stored = cast("dict[str, Tensor]", retention)
+        return with_guidance(condition, self._guidance and stored.get("guidance", self._guidance[1]))
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The prompts' numbers and, if the network takes one, the guidance."""
         guidance = {} if self._guidance is None else {"guidance": torch.full((len(indices),), self._guidance[0])}
         return {"class_labels": indices % len(self.bank_prompts), **guidance}
+
+    def picture_columns(self, latents: Tensor) -> dict[str, Tensor]:
+        """The only prompt's number. Pictures were drawn with no guidance: they are retained with the target's."""
+        return {"class_labels": torch.zeros(len(latents), dtype=torch.int64)}
 
     def bank_spec(self) -> dict[str, Any]:
         """The prompts and what encodes them."""

@@ -207,6 +207,8 @@ def test_flux_is_retained_under_captions_at_the_banks_guidance(tmp_path: Path, f
     batch: Any = {"target": encoded, "retention": retained | {"latents": torch.zeros(1, 4, 16, 16)}}
     condition = module.prepare(batch, Draws(0, 0, torch.device("cpu")))[1]
     assert condition["guidance"].tolist() == [1.5, 1.5, 4.0]
+    pictures = module.picture_columns(torch.zeros(2, 4, 16, 16))  # no guidance has drawn them
+    assert module.retention_condition(pictures)["guidance"].tolist() == [1.5, 1.5]
     empty = module_of(folder_of("flux"), bank_prompts=("",), sampler=Sampler(None, 2, 1.0, None))
     with pytest.raises(ConfigError, match=r"no unconditional branch.*bank_prompts"):
         quiet_trainer(tmp_path, 1).fit(empty, data_of(tmp_path))

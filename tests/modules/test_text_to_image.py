@@ -113,6 +113,15 @@ def test_captions_are_dropped_once_a_sample_and_retained_samples_have_their_bank
     assert torch.equal(module.prepare({"target": target}, Draws(0, 0))[1]["prompt_embeds"], embeddings)
 
 
+@pytest.mark.parametrize("prompt", ["", "grey"])
+def test_pictures_of_a_bank_source_are_retained_under_the_only_prompt(tmp_path, pipeline_folder, prompt):
+    module, data = built(pipeline_folder, bank_prompts=[prompt]), data_of(tmp_path, bank_source="target")
+    quiet_trainer(tmp_path, 1).fit(module, data)
+    retained = MemoryBank(tmp_path / "bank").read(torch.arange(5))
+    expected = module.text_encoder.encode([prompt])["prompt_embeds"].expand(5, -1, -1)
+    assert torch.equal(module.retention_condition(retained)["prompt_embeds"], expected)
+
+
 def test_domain_guidance_takes_the_empty_prompt_of_the_pipeline_before_tuning(pipeline_folder):
     plain, domain = Sampler(None, 2, 3.0, None), Sampler(None, 2, 3.0, None)
     domain.domain_guidance = True
@@ -206,8 +215,13 @@ def test_a_model_starts_without_anything_to_retain(tmp_path, pipeline_folder, ta
 def test_mistakes_are_refused(tmp_path, pipeline_folder):
     with pytest.raises(ConfigError, match="prompt_dropout"):
         module_of(pipeline_folder, prompt_dropout=1.0)
-    with pytest.raises(ConfigError, match="one prompt each"):
-        module_of(pipeline_folder, bank_prompts=[])
+    for wrong in ([], "a photo of a cat", [None], [7]):  # a text is a sequence of letters
+        for name in ("prompts", "bank_prompts"):
+            with pytest.raises(ConfigError, match=f"^{name} is a list of one prompt or more"):
+                module_of(pipeline_folder, **{name: wrong})
+    prompted = module_of(pipeline_folder, bank_prompts=["grey", ""])
+    with pytest.raises(ConfigError, match="has 2 prompts, and which of them fits a picture of bank_source"):
+        quiet_trainer(tmp_path, 1).fit(prompted, data_of(tmp_path, bank_source="target"))
     labelled = MemoryBankDataModule([(np.zeros((16, 16, 3), np.uint8), 0)] * 5, 1, 16, batch_size=2)
     with pytest.raises(ConfigError, match=r"needs captions.*ClassCaptions"):
         quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), labelled)

@@ -159,6 +159,36 @@ class Pipeline:
             )
         return None
 
+    def refuse_replay(
+        self, network: Any, scheduler: Mapping[str, Any], is_step_distilled: bool | None, prompts: Sequence[str]
+    ) -> None:
+        """Refuse a bank of samples or pictures if it would undo a distillation, or a prompt is of no use.
+
+        Args:
+            network: The network.
+            scheduler: Settings of the scheduler that the pipeline was published with.
+            is_step_distilled: What the user says; ``None`` reads it from the pipeline's files.
+            prompts: The bank's prompts.
+
+        Raises:
+            ConfigError: If the pipeline was distilled to a few steps, or has no branch for the empty prompt.
+        """
+        sign = "what is_step_distilled says" if is_step_distilled else None
+        if is_step_distilled is None:
+            sign = self.sign_of_few_steps(network, scheduler)
+        if sign is not None:
+            raise ConfigError(
+                f"{self.model} was distilled to a few steps, by {sign}. Training on its samples as data (replay) "
+                "undoes that. Retain by the network's own predictions: set the objective's retention_target to "
+                "OnlineTeacher, or tune the model that it was distilled from. If it was not, set is_step_distilled to "
+                "false."
+            )
+        if self.family.takes_guidance(network) and not all(prompts):
+            raise ConfigError(
+                f"{self.model} takes its guidance as a number and has no unconditional branch in sampling, so there "
+                "is nothing to retain under the empty prompt. Set bank_prompts to captions of what it should keep."
+            )
+
     def sign_of_few_steps(self, network: Any, scheduler: Mapping[str, Any]) -> str | None:
         """The sign that it was distilled to a few steps, network and scheduler or a name; ``None`` if there is none."""
         if self.family.is_step_distilled(network, dict(scheduler)):
