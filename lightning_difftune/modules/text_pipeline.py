@@ -265,7 +265,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
     def retention_condition(self, retention: RetentionBatch) -> Any:
         """The prompts that the bank's samples were drawn with."""
         condition = conditions.take(self.embed(self.bank_prompts), retention["class_labels"])
-        stored = cast("dict[str, Tensor]", retention)
+        stored: Any = retention
         return with_guidance(condition, self._guidance and stored.get("guidance", self._guidance[1]))
 
     def bank_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
