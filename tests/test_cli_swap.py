@@ -105,6 +105,7 @@ def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
         (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
         (["--ckpt_path", "a", "--ckpt_path", "b", "c"], "3 runs are more than 2: c, a, b"),
         (["a.ckpt", "--name", "a", "--name", "b"], "Give each of the 1 runs its own --name"),
+        (["a.ckpt", "--output", "a.ckpt/swap"], "a.ckpt/swap cannot be written, since"),
     ):
         assert main(["swap", *args]) == 2
         assert message in capsys.readouterr().err

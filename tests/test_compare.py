@@ -431,6 +431,14 @@ def test_the_table_has_the_steps_of_convergence(finished, capsys):
     assert "not reached / 1,500" in capsys.readouterr().out
 
 
+def test_results_that_could_not_be_kept_are_refused_before_the_runs(project, capsys):
+    Path("kept").touch()
+    write_study(project, results="kept/results")
+    assert main(["compare", "study.yaml", "--run"]) == 2
+    assert "kept/results cannot be written, since" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_a_changed_config_is_refused_or_repeated(finished, capsys):
     only = ["compare", "study.yaml", "--seeds", "0", "--only", "plain"]
     before = Path("out/results/plain-seed0.json").read_bytes()

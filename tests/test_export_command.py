@@ -237,6 +237,13 @@ def test_mistakes_are_refused_and_change_nothing(project, tmp_path, capsys):
     assert "exists. Choose another path, or pass --overwrite" in said
     assert exported(checkpoint, tmp_path / "taken.safetensors", capsys, "--overwrite")[0] == 0
     load_dit(tmp_path / "taken.safetensors")
+    for output, reason in [
+        ("tuned.zip", "an export is a file ending in .safetensors or a folder"),
+        ("taken.safetensors/tuned", "cannot be written, since .*taken.safetensors is a file. Choose another --output"),
+    ]:
+        status, said = exported(checkpoint, tmp_path / output, capsys)
+        assert status == 2
+        assert re.search(reason, said)
     assert exported(tmp_path / "none.ckpt", tmp_path / "x.safetensors", capsys)[0] == 2
     model = DiT(8, patch_size=4, in_channels=1, hidden_size=16, depth=1, num_heads=2, num_classes=6)
     export_dit(model, tmp_path / "other.safetensors")

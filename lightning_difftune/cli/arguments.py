@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_difftune.errors import ConfigError, did_you_mean
@@ -81,6 +82,18 @@ class CommandParser(argparse.ArgumentParser):
         """Raise a :class:`ConfigError`."""
         end = "" if message.endswith(("?", ".")) else "."
         raise ConfigError(f"{message[:1].upper()}{message[1:]}{end} `{self.prog} --help` lists the options.")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that could not be made or written, before the work whose result it is for.
+
+    Raises:
+        ConfigError: If the nearest of its parents that exists is a file or read-only.
+    """
+    nearest = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "is read-only" if nearest.is_dir() else "is a file"
+        raise ConfigError(f"{folder} cannot be written, since {nearest} {why}. Choose another --output.")
 
 
 def filled(text: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_difftune import __version__
-from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.arguments import CommandParser, check_writable
 from lightning_difftune.cli.model_card import Card, base_of
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.draws import noise_of
@@ -40,6 +40,7 @@ takes its place. A model card comes with it: README.md in a folder, tuned.md nex
 RUN is a run's folder (its newest checkpoint) or a checkpoint, which holds the run's config. All other options are
 --config and overrides of its keys."""
 
+OTHER_FILES = (".bin", ".ckpt", ".gguf", ".gz", ".onnx", ".pt", ".pth", ".tar", ".zip")
 TOLERANCE = 1e-4  # of the largest output: float32 rounds differently once factors are multiplied out
 
 
@@ -62,6 +63,9 @@ def export(argv: Sequence[str]) -> None:
     if options.push is not None and not hub.is_repo_id(options.push):
         raise ConfigError(f"--push takes user/name, got {options.push!r}.")
     is_file = options.output.suffix == ".safetensors"
+    if options.output.suffix in OTHER_FILES:
+        raise ConfigError(f"{options.output}: an export is a file ending in .safetensors or a folder.")
+    check_writable(options.output.parent)
     if options.format is not None and (options.format == "safetensors") != is_file:
         raise ConfigError(f"--format {options.format} does not go into {options.output}: only safetensors are a file.")
     card = Card(options.output)

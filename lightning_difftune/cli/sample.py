@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune import __version__
-from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.arguments import CommandParser, check_writable
 from lightning_difftune.cli.facts import export_command
 from lightning_difftune.cli.run_files import checkpoints_below, launches_below
 from lightning_difftune.cli.tuned import TunedRun
@@ -83,6 +83,7 @@ def sample(argv: Sequence[str]) -> None:
     if options.num_samples < 1 or options.batch_size < 1:
         raise ConfigError("--num_samples and --batch_size must be at least 1.")
     output = free_folder(options.output, options.overwrite)
+    check_writable(output)
     source = open_source(options, rest)
     module = source.module.to(device_of(options.device))
     drawing = nullcontext() if source.run is None else source.run.drawing()

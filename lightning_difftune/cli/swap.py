@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_difftune.callbacks import GenerationCallback
 from lightning_difftune.callbacks.chain_of_forgetting import swap_meter
-from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.arguments import CommandParser, check_writable
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
@@ -53,6 +53,7 @@ def swap(argv: Sequence[str]) -> None:
     names = options.name or names_of(paths)
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise ConfigError(f"Give each of the {len(paths)} runs its own --name, got {names}.")
+    check_writable(options.output)
     for path in paths:
         check_checkpoint(Path(path))  # before the first is measured
     options.output.mkdir(parents=True, exist_ok=True)

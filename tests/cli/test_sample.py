@@ -305,6 +305,7 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
         (["none"], "'none' is not a file, a folder or a bundled model"),
         (["latent.safetensors"], "latents of 4 channels and comes without the autoencoder.*--vae"),
         (["RUN", "--output", "."], "is not empty. Choose another --output, or pass --overwrite"),
+        (["RUN", "--output", "latent.safetensors/x"], "x cannot be written, since .*latent.safetensors is a file"),
     ],
 )
 def test_mistakes_say_what_to_do(tiny_run, tmp_path, monkeypatch, capsys, args, message):

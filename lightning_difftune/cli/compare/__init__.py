@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from lightning_difftune import draws
-from lightning_difftune.cli.arguments import CommandParser
+from lightning_difftune.cli.arguments import CommandParser, check_writable
 from lightning_difftune.cli.compare.figures import contact_sheet, draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
@@ -57,13 +57,15 @@ def compare(argv: Sequence[str]) -> None:
             raise ConfigError("--report shows all results. Leave out --only and --seeds.")
         report(study, [], output, kept, console)
         return
+    starts = options.run or options.rerun_changed
+    for folder in (output, kept) if starts else ():
+        check_writable(folder)
     runs = [(run, seed) for seed in seeds for run in chosen(study, options.only)]
     jobs = list(read_jobs(study, runs, output, kept))
     if options.dry_run:
         list_jobs(jobs, console)
         return
     refuse_changed(study, jobs, options.rerun_changed)
-    starts = options.run or options.rerun_changed
     failed = run_jobs(jobs, console) if starts else []
     missing = [job for job in jobs if job.result() is None]
     if len(missing) < len(jobs):
