@@ -6,6 +6,7 @@ import contextlib
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib import get_data_path
+from matplotlib.font_manager import findSystemFonts
+from matplotlib.ft2font import FT2Font
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -222,14 +225,32 @@ def grid_of(pictures: Tensor, columns: int, names: Sequence[str] | None = None) 
 def _labels(names: Sequence[str], height: int) -> Tensor:
     """Names below each other, each at the middle of its row: (3, height, _LABEL) uint8."""
     strip = Image.new("RGB", (_LABEL, height))
-    draw, font = ImageDraw.Draw(strip), ImageFont.truetype(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 11)
+    draw = ImageDraw.Draw(strip)
     row = height / len(names)
     for number, name in enumerate(names):
         composed = unicodedata.normalize("NFC", name)
         lines = textwrap.wrap(composed, 18, max_lines=max(1, int(row // 15)), placeholder=" ...")
-        middle = (6, (number + 0.5) * row)
+        middle, font = (6, (number + 0.5) * row), ImageFont.truetype(_font_with(frozenset(composed)), 11)
         draw.multiline_text(middle, "\n".join(lines), font=font, anchor="lm", fill="white")
     return torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+
+
+@lru_cache
+def _font_with(characters: frozenset[str]) -> str:
+    """DejaVu Sans, or if it lacks some of the characters the installed font that has most of them."""
+    known = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
+    if not _lacking(known, characters):
+        return known
+    return min([known, *sorted(findSystemFonts())], key=lambda font: (_lacking(font, characters), font != known))
+
+
+def _lacking(font: str, characters: frozenset[str]) -> int:
+    """The number of characters that a font does not have; all, if it cannot be read."""
+    try:
+        known = FT2Font(font).get_charmap()
+    except (OSError, RuntimeError):
+        return len(characters)
+    return sum(ord(character) not in known for character in characters)
 
 
 def pictures_of(grid: Path, rows: int, columns: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lightning_difftune.errors import DataError
-from lightning_difftune.pictures import center_crop, grid_of, to_pixels, to_png
+from lightning_difftune.pictures import _font_with, center_crop, grid_of, to_pixels, to_png
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -208,3 +208,47 @@ def test_names_of_rows_may_have_accents() -> None:
     by_name = {name: grid_of(pictures, 1, [name]) for name in ("ä", "ö", "ß", "é", "ж", "λ")}
     assert len({to_png(grid) for grid in by_name.values()}) == len(by_name)
     assert torch.equal(grid_of(pictures, 1, ["a\u0308"]), by_name["ä"])
+
+
+def font_of(file, *characters):
+    """A font whose characters are all a bar from the bottom to the top."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for corner in [(100, 800), (300, 800), (300, 0)]:
+        pen.lineTo(corner)
+    pen.closePath()
+    glyphs = {".notdef": TTGlyphPen(None).glyph(), "bar": pen.glyph()}
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap(dict.fromkeys(map(ord, characters), "bar"))
+    font.setupGlyf(glyphs)
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (400, 0)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": file.stem, "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(file)
+    return str(file)
+
+
+def test_names_in_another_script_take_an_installed_font_that_has_it(tmp_path, monkeypatch):
+    one, two = font_of(tmp_path / "one.ttf", "花"), font_of(tmp_path / "two.ttf", "花", "木")
+    fonts = [one, two, str(tmp_path / "broken.ttf")]
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    known = fonts_with("rose")
+    assert known.endswith("DejaVuSans.ttf")
+    monkeypatch.setattr("lightning_difftune.pictures.findSystemFonts", lambda: fonts)
+    _font_with.cache_clear()
+    try:
+        assert [fonts_with(name) for name in ("花", "花木", "rose", "ж", "꧁")] == [one, two, known, known, known]
+        pictures = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+        assert not torch.equal(grid_of(pictures, 1, ["花"]), grid_of(pictures, 1, ["꧁"]))
+    finally:
+        _font_with.cache_clear()
+
+
+def fonts_with(name):
+    return _font_with(frozenset(name))
