@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 def has_validation(trainer: L.Trainer) -> bool:
@@ -11,3 +12,16 @@ def has_validation(trainer: L.Trainer) -> bool:
     if trainer.enable_validation:
         loop.setup_data()
     return trainer.enable_validation and any(loop.max_batches)
+
+
+def is_last_step(trainer: L.Trainer) -> bool:
+    """Whether a fit has come to its last step, by ``max_steps`` or ``max_epochs``."""
+    is_last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
+    # With several optimizers, the step may jump over max_steps.
+    return 0 <= trainer.max_steps <= trainer.global_step or (is_last_epoch and trainer.is_last_batch)
+
+
+def stops_early(trainer: L.Trainer) -> bool:
+    """Whether a callback ends the run here, such as ``EarlyStopping`` or the timer of ``max_time``."""
+    is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+    return is_fit and trainer.should_stop and trainer.fit_loop._can_stop_early

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.pictures import check_pictures
-from lightning_difftune.trainers import has_validation
+from lightning_difftune.trainers import has_validation, is_last_step, stops_early
 
 
 class GenerationCallback(Callback, ABC):
@@ -37,6 +37,7 @@ class GenerationCallback(Callback, ABC):
         num_samples: Number of generated pictures, indices 0 .. num_samples - 1.
         batch_size: Pictures generated at a time.
         every_n_steps: Least number of optimizer steps between two runs in ``fit``; ``None`` runs at each validation.
+            The last validation of a fit is never left out.
 
     Raises:
         ConfigError: If a number is not positive.
@@ -86,7 +87,7 @@ class GenerationCallback(Callback, ABC):
         step = trainer.global_step if fitting or self._checkpoint_step is None else self._checkpoint_step
         last = self._latest_step
         waits = self.every_n_steps is not None and last is not None and step < last + self.every_n_steps
-        if fitting and waits and step != trainer.max_steps:
+        if fitting and waits and not (is_last_step(trainer) or stops_early(trainer)):
             warn_of_followers(trainer, self)
             return
         with isolate_rng():
@@ -230,7 +231,7 @@ def warn_of_followers(trainer: L.Trainer, callback: Any) -> None:
 class OptimizerStepCallback(Callback, ABC):
     """Base of callbacks that act after an optimizer step, which with accumulated gradients is not every batch."""
 
-    _latest_step = 0
+    _latest_step = _previous_step = 0
 
     @abstractmethod
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
@@ -238,15 +239,19 @@ class OptimizerStepCallback(Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the step that a resumed run continues from."""
-        self._latest_step = trainer.global_step
+        self._latest_step = self._previous_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act, if the optimizer has stepped."""
         if trainer.global_step != self._latest_step:
-            self._latest_step = trainer.global_step
+            self._previous_step, self._latest_step = self._latest_step, trainer.global_step
             self.after_step(trainer, pl_module, trainer.global_step)
+
+    def is_due(self, every: int) -> bool:
+        """Whether the latest batch came to a multiple of ``every`` steps; several optimizers may step over it."""
+        return self._latest_step // every > self._previous_step // every
 
 
 def refuse_sharding(trainer: L.Trainer, needs: str) -> None:

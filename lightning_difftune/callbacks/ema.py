@@ -105,7 +105,7 @@ class EMA(OptimizerStepCallback):
     @torch.no_grad()
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Update the averages, if due."""
-        if step % self.every_n_steps:
+        if not self.is_due(self.every_n_steps):
             return
         n = self.num_updates * self.every_n_steps
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_difftune.callbacks.bases import OptimizerStepCallback, refuse_sharding, same_objects
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.models.checkpoints import differences
+from lightning_difftune.trainers import is_last_step
 
 
 class EWC(OptimizerStepCallback):
@@ -30,7 +31,7 @@ class EWC(OptimizerStepCallback):
     module measures from the start of the first.
 
     Args:
-        every_n_steps: Optimizer steps between two measurements; ``max_steps`` is measured as well. All of them are
+        every_n_steps: Optimizer steps between two measurements; the last step is measured as well. All of them are
             logged, independently of the trainer's ``log_every_n_steps``.
         blocks: Regular expression; parameters whose names have the same first match form one block, named after the
             match. The default matches ``blocks.3`` of transformers and ``down_blocks.1`` or ``mid_block`` of diffusers'
@@ -142,7 +143,7 @@ class EWC(OptimizerStepCallback):
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure, if due."""
-        if step % self.every_n_steps and step != trainer.max_steps:
+        if not (self.is_due(self.every_n_steps) or is_last_step(trainer)):
             return
         # Not by the module's log, which would repeat this value at each later step that is logged.
         metrics = self.measure(pl_module)

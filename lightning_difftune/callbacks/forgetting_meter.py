@@ -19,6 +19,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.plots import forgetting_figure
 from lightning_difftune.protocols import Denoiser, SupportsDenoisingLosses
 from lightning_difftune.schedules import fit_schedule
+from lightning_difftune.trainers import is_last_step
 
 COST = 0.02  # share of the training time, at the default interval
 PASSES = 3  # forward passes that cost about as much as a training step of the same batch
@@ -40,7 +41,7 @@ class ForgettingMeter(OptimizerStepCallback):
 
     Args:
         every_n_steps: Optimizer steps between two measurements; it also measures at the start, once there are enough
-            samples of the bank, and at the trainer's ``max_steps``. ``None`` chooses an interval that costs about 2 %
+            samples of the bank, and at the last step. ``None`` chooses an interval that costs about 2 %
             of the training, counting a training step as three forward passes of its batch.
         num_bins: Bins of equal width over the T timesteps.
         num_samples: Samples per bin of each of the two kinds.
@@ -126,7 +127,7 @@ class ForgettingMeter(OptimizerStepCallback):
         """Measure, if due."""
         if self._probe is None or self.interval is None:
             return
-        if step % self.interval == 0 or step == trainer.max_steps:
+        if self.is_due(self.interval) or is_last_step(trainer):
             self._record(trainer, pl_module, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

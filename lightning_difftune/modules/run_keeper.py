@@ -16,7 +16,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
 from lightning_difftune.modules.checkpoints import write_whole
 from lightning_difftune.modules.data_checks import check_classes
-from lightning_difftune.trainers import has_validation
+from lightning_difftune.trainers import has_validation, is_last_step, stops_early
 
 WINDOW = "open_window"  # the checkpoint's key for the gradients of an unfinished accumulation window
 
@@ -166,9 +166,7 @@ class RunKeeper(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and validate the last step: a trainer that should stop validates first."""
-        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 == trainer.max_epochs
-        is_last = trainer.global_step == trainer.max_steps or (last_epoch and trainer.is_last_batch)
-        if not (is_last or stops_early(trainer)):
+        if not (is_last_step(trainer) or stops_early(trainer)):
             return
         self._save(trainer)
         if has_validation(trainer):
@@ -210,12 +208,6 @@ def check_loader(trainer: L.Trainer) -> None:
             "accumulated gradients and the step that the run is resumed from. Pass the data module itself, "
             "trainer.fit(module, datamodule=data)."
         )
-
-
-def stops_early(trainer: L.Trainer) -> bool:
-    """Whether a callback ends the run here, such as ``EarlyStopping`` or the timer of ``max_time``."""
-    is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-    return is_fit and trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def reopen_epoch(checkpoint: dict[str, Any]) -> None:
