@@ -13,6 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from tiny import tiny_config, tiny_weights, write_pictures
+
+from lightning_difftune.cli import main
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 COMMANDS = sorted(
@@ -60,6 +64,36 @@ def test_all_parts_of_the_gpu_benchmark_run_on_tiny_shapes(tmp_path, monkeypatch
     assert not [row for row in rows if "error" in row]
     monkeypatch.syspath_prepend(BENCHMARKS)
     assert {row["part"] for row in rows} == set(importlib.import_module("gpu").PARTS)
+
+
+def test_guidance_is_measured_once_for_each_scale(tmp_path) -> None:
+    tiny_weights(tmp_path)
+    write_pictures(tmp_path / "pictures", 9)
+    config = tiny_config({"sampler": {"num_inference_steps": 4}}, {"batch_size": 4}, {"max_steps": 3}, tmp_path)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["fit", "--config", str(tmp_path / "run.yaml")]) == 0
+    run = tmp_path / "run/lightning_logs/version_0"
+    options = ["--num_samples", "12", "--batch_size", "6", "--output", tmp_path / "guidance.json"]
+    found = []
+    for scales in ["1", "2"]:
+        command = [
+            sys.executable,
+            BENCHMARKS / "guidance.py",
+            run,
+            "--scales",
+            scales,
+            "--domain_scales",
+            "2",
+            *options,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "guidance.json").read_text())["results"]["version_0"])
+    first, second = found
+    assert list(first) == ["1", "2 domain"]
+    assert list(second) == ["1", "2 domain", "2"]
+    assert {name: second[name] for name in first} == first
+    assert len({values["fd_efficientnet_lite0"] for values in second.values()}) == 3, "each scale has its own samples"
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ BASE = "configs/dit/base.yaml"
 MEASURED = "configs/presets/measured.yaml"
 SMALL_TAU = "configs/presets/small_tau.yaml"
 SELF_TEACHER = "configs/presets/self_teacher.yaml"
+DOMAIN_GUIDANCE = "configs/presets/domain_guidance.yaml"
 TRANSFERS = {  # Table 1: full fine-tuning, Diff-Tuning; classes
     "configs/dit/food101.yaml": ("10.68", "6.05", 101),
     "configs/dit/sun397.yaml": ("11.01", "7.21", 397),
@@ -269,6 +270,14 @@ def test_a_small_tau_keeps_the_schedule_of_the_preset_before_it() -> None:
     args = [*composition("configs/presets/paper.yaml"), "--config", SMALL_TAU, *tiny(BASE)]
     cli = run_lightning(args, run=False)
     assert active_settings(cli.model, cli.datamodule) == replace(PAPER, schedule="PowerSchedule(tau=0.3)")
+
+
+def test_domain_guidance_is_of_the_samples_and_not_of_the_bank() -> None:
+    base, guided = (
+        run_lightning([*composition(file), *tiny(BASE)], run=False).model for file in (BASE, DOMAIN_GUIDANCE)
+    )
+    assert guided.sampler == replace(base.sampler, domain_guidance=True)
+    assert guided.bank_sampler == base.bank_sampler
 
 
 def test_paper_and_official_preset_undo_each_other() -> None:
