@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from tiny import quiet_trainer, tiny_pictures, tiny_weights, write_pictures
+from torch.utils.data import DataLoader
 
 from lightning_difftune import DiffTuningModule, DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA
@@ -163,6 +164,25 @@ def test_two_validation_loaders(weights, tmp_path):
     assert {k: v for one in both for k, v in one.items()} == pytest.approx(
         {"val/loss": first["val/loss"], "val/loss/1": second["val/loss"]}
     )
+
+
+class Weights(L.Callback):
+    """The number of samples in the mean, after each batch."""
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.seen = []
+
+    def on_validation_batch_end(self, trainer, pl_module, *rest):
+        self.seen.append(float(pl_module.val_loss.weight))
+
+
+def test_the_validation_loss_counts_samples_of_the_target_alone(weights, tmp_path):
+    module, counted = DiTDiffTuningModule(str(weights), num_classes=3), Weights()
+    batch = next(iter(data_module().train_dataloader()))
+    few = {"target": {name: column[:1] for name, column in batch["target"].items()}}
+    retained = {"retention": {"latents": torch.zeros(12, 1, 8, 8)}}
+    quiet_trainer(tmp_path, 1, counted).validate(module, DataLoader([{**batch, **retained}, few], None), verbose=False)
+    assert counted.seen == [4, 5]
 
 
 def test_lr_find_with_its_defaults(weights, tmp_path):

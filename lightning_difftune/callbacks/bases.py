@@ -171,6 +171,11 @@ class MeasuringCallback(Callback):
         """The latest value, or ``None`` before the first."""
         return self.history[-1][1] if self.history else None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Discard values of an earlier ``fit`` after the step that this one starts from."""
+        self.history = [(step, value) for step, value in self.history if step <= trainer.global_step]
+        super().on_train_start(trainer, pl_module)
+
     def record(self, pl_module: L.LightningModule, name: str, value: float, step: int) -> None:
         """Record and log a value that is the same on all processes."""
         self.history.append((step, value))

@@ -100,8 +100,9 @@ class ForgettingMeter(OptimizerStepCallback):
             self._bank, self.pretrained = None, {}
         if not trainer.is_global_zero:
             return
-        source: Any = getattr(trainer, "datamodule", None) or pl_module
-        loader = source.val_dataloader()
+        source: Any = trainer.fit_loop.epoch_loop.val_loop._data_source  # the data module's, or loaders given to fit
+        loaders = source.dataloader() if source.is_defined() else None
+        loader = loaders[0] if isinstance(loaders, list | tuple) and loaders else loaders
         self._target = spread_over(loader, self.num_samples) if loader is not None else None
         if self._target is None:
             raise ConfigError(

@@ -169,8 +169,8 @@ class SuddenConvergence(MeasuringCallback):
         return self._generate_state_key(monitor=self.monitor, mode=self.mode)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Discard values of an earlier ``fit`` after the step that this one starts from."""
-        self.history = [(step, value) for step, value in self.history if step <= trainer.global_step]
+        """Warn, if there will be no validation."""
+        super().on_train_start(trainer, pl_module)
         warn_without_validation(trainer, self)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -145,7 +145,8 @@ class MemoryBankDataModule(RealPictures):
     @property
     def retention_batch_size(self) -> int:
         """Bank samples in a batch: ``int(retention_share * batch_size)``, 0 without a bank."""
-        return int(self.retention_share * self.batch_size) if self.bank_path is not None else 0
+        exact = round(self.retention_share * self.batch_size, 9)  # 0.29 * 100 is 28.999999999999996
+        return int(exact) if self.bank_path is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
         """What determines the pictures in a step's batch, for comparison when the run is resumed."""

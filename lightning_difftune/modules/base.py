@@ -269,7 +269,8 @@ class DiffTuningModule(DiffusionModel):
             if name not in self.other_losses:
                 self.other_losses[name] = MeanMetric(nan_strategy="disable").to(self.device)
             mean, attribute = cast("MeanMetric", self.other_losses[name]), f"other_losses.{name}"
-        mean.update(output.reconsolidation, len(x0))
+        count = len(next(iter(cast("Any", batch["target"]).values())))
+        mean.update(output.reconsolidation.expand(count))  # not by weights: without NaN checks they have no effect
         self.log(name, mean, prog_bar=True, add_dataloader_idx=False, metric_attribute=attribute)
 
     @property

@@ -55,6 +55,10 @@ class DiffusionModel(ModelFamily):
         # In a tuple, so that nn.Module does not register it: it is not part of the model.
         self._frozen: tuple[torch.device, Denoiser] | None = None
 
+    def setup(self, stage: str) -> None:
+        """Begin anew to look at batches: another run may have other data."""
+        self._checked.clear()
+
     # -- the model and its samplers --------------------------------------------------------------------------------
 
     @property

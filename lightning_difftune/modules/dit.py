@@ -176,7 +176,7 @@ class DiTDiffTuningModule(DiffTuningModule):
     def on_fit_start(self) -> None:
         """Take over the names of the data's classes, unless names were given."""
         super().on_fit_start()
-        self.dit.sampling = self.dit.sampling or self.sampling_settings()  # for `export_dit(module.dit, path)`
+        self.dit.sampling = self.sampling_settings()  # for `export_dit(module.dit, path)`
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if self.class_names is None and names is not None:
             self.name_classes(names[: self.num_classes])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
@@ -28,6 +31,8 @@ def test_the_history_goes_through_a_checkpoint(make, value, tmp_path):
     second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert (second.history, second.last_value) == (first.history, value)
     assert second._latest_step == 20
+    second.on_train_start(SimpleNamespace(global_step=10, enable_validation=False, fit_loop=MagicMock()), None)
+    assert second.history == [(10, value)], "of a fit that starts at step 10"
     with pytest.raises(CheckpointError, match=rf"The state of {type(first).__name__} holds \['other'\]"):
         second.load_state_dict({"other": 1})
 

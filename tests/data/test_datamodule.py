@@ -19,7 +19,9 @@ def data_of(target=None, **settings):
     return MemoryBankDataModule(target if target is not None else pictures(), **settings)
 
 
-@pytest.mark.parametrize(("batch_size", "share", "retained"), [(32, 0.2, 6), (32, 0.5, 16), (5, 0.2, 1), (4, 0.5, 2)])
+@pytest.mark.parametrize(
+    ("batch_size", "share", "retained"), [(32, 0.2, 6), (32, 0.5, 16), (5, 0.2, 1), (4, 0.5, 2), (100, 0.29, 29)]
+)
 def test_shares_follow_the_official_rounding(tmp_path, batch_size, share, retained):
     data = data_of(bank=tmp_path, batch_size=batch_size, retention_share=share)
     assert data.retention_batch_size == retained

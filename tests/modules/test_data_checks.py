@@ -79,6 +79,14 @@ def test_pixels_of_a_loader_in_another_range_are_refused(tmp_path, pixels):
         fit(tmp_path, DataLoader([batch], None), num_classes=3)
 
 
+def test_the_pixels_of_a_second_fit_are_looked_at_too(tmp_path):
+    pixels, labels = to_pixel_values(PIXELS), torch.tensor([0, 1, 2, 0])
+    _, module = fit(tmp_path, DataLoader([{"target": {"pixel_values": pixels, "class_labels": labels}}], None))
+    wrong = DataLoader([{"target": {"pixel_values": PIXELS.float(), "class_labels": labels}}], None)
+    with pytest.raises(DataError, match=r"pixel_values torch\..*in \[-1, 1\]"):
+        fit(tmp_path, wrong, module)
+
+
 def test_pixels_from_0_to_1_are_warned_of(tmp_path, recwarn):
     for pixels in (to_pixel_values(PIXELS), PIXELS / 255):
         batch = {"target": {"pixel_values": pixels, "class_labels": torch.tensor([0, 1, 2, 0])}}
