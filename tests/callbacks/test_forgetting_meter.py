@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -131,9 +132,9 @@ def test_losses_by_bin_of_both_kinds_and_both_networks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("several", [False, True])
 def test_held_out_loaders_that_fit_was_given(tmp_path: Path, several: bool) -> None:
     data, meters = Data(), [ForgettingMeter(2, num_bins=4, num_samples=4, dirpath=tmp_path / name) for name in "ab"]
-    for meter, loaders in zip(meters, ({"datamodule": data}, None), strict=True):
-        held_out = [data.val_dataloader()] * 2 if several else data.val_dataloader()
-        given = loaders or {"train_dataloaders": data.train_dataloader(), "val_dataloaders": held_out}
+    held_out = [data.val_dataloader()] * 2 if several else data.val_dataloader()
+    loaders: dict[str, Any] = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": held_out}
+    for meter, given in zip(meters, ({"datamodule": data}, loaders), strict=True):
         make_trainer(tmp_path, meter, max_steps=5, limit_val_batches=0, val_check_interval=None).fit(
             Denoising(), **given
         )
