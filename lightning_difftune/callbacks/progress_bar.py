@@ -15,6 +15,8 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
+from lightning_difftune.trainers import is_last_step
+
 LOSSES_EVERY = 0.5  # seconds
 NARROW = 110  # characters, below which a bar and its numbers do not fit
 BAR, OTHERS = 41, 10 + 18 + 14 + 5  # characters of the bar; of description, times, rate and the gaps
@@ -165,7 +167,7 @@ class StepLines(ProgressBar):
     ) -> None:
         """Print a line, if due."""
         self.throughput.stop(pictures_in(batch) * trainer.world_size)
-        if trainer.global_step >= self._latest + self._interval(trainer) or trainer.global_step == trainer.max_steps:
+        if trainer.global_step >= self._latest + self._interval(trainer) or is_last_step(trainer):
             self._print(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -159,6 +159,8 @@ def test_epochs_have_no_end_to_count_to(tmp_path, capsys):
     _, lines = lines_of(tmp_path, capsys, 2, max_epochs=2, limit_train_batches=2, limit_val_batches=0)
     assert [line[0] for line in lines] == ["Training 2", "Training 4"]
     assert not any("left" in part for line in lines for part in line)
+    _, lines = lines_of(tmp_path, capsys, 3, max_epochs=2, limit_train_batches=2, limit_val_batches=0)
+    assert [line[0] for line in lines] == ["Training 3", "Training 4"], "the last one, too"
 
 
 def test_other_processes_say_nothing(capsys):
