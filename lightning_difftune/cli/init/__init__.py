@@ -161,7 +161,8 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     if few := [name for name, count in counts.items() if 0 < count < FEW_PICTURES]:
         have = f"{len(few)} class{'es have' if len(few) > 1 else ' has'}"
         plan.notes.append(
-            f"{have} fewer than {FEW_PICTURES} pictures: so few are learned by heart. The preset self_teacher may help."
+            f"{have} fewer than {FEW_PICTURES} pictures: so few are learned by heart. The presets domain_guidance and "
+            "self_teacher may help."
         )
     if model is None and not has_gpu:
         large = next(base for base in reversed(known.values()) if base.is_large)

@@ -188,8 +188,8 @@ def small_classes(run: Run) -> Advice | None:
         return None
     least = ", ".join(f"{name} {count}" for name, count in sorted(few.items(), key=lambda item: item[1])[:5])
     return Advice(
-        "Add pictures to the small classes, or merge them: so few are learned by heart. The preset "
-        "self_teacher may help.",
+        "Add pictures to the small classes, or merge them: so few are learned by heart. Domain Guidance may help, "
+        "without training (difftune sample --domain_guidance), and the preset self_teacher.",
         f"{len(few)} of {len(counts)} classes {'has' if len(few) == 1 else 'have'} fewer than {FEW_PICTURES} "
         f"pictures; the smallest: {least}.",
     )
