@@ -1,7 +1,7 @@
 """Errors that a user can fix. Each message states what is wrong, what was found and what to do."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class DiffTuneError(Exception):
@@ -58,3 +58,14 @@ def check_counts(owner: str, **counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"{name} of {owner} must be at least 1, found {count}.")
+
+
+def check_lists(owner: str, **lists: Sequence[str] | None) -> None:
+    """Refuse a text where a class takes a list of texts, since it would be taken letter by letter.
+
+    Raises:
+        ConfigError: If one of them is a text.
+    """
+    for name, given in lists.items():
+        if isinstance(given, str):
+            raise ConfigError(f"{name} of {owner} is a list of texts, got {given!r}. Write [{given!r}].")

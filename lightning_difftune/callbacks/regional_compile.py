@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_lists
 from lightning_difftune.models.frozen import Frozen
 
 
@@ -48,6 +48,7 @@ class RegionalCompile(Callback):
         mode: str | None = None,
         whole: bool = False,
     ) -> None:
+        check_lists("RegionalCompile", blocks=blocks, devices=devices)
         if whole and blocks is not None:
             raise ConfigError(f"RegionalCompile compiles either whole networks or blocks, {list(blocks)}: set one.")
         self.blocks = blocks

@@ -15,7 +15,7 @@ from lightning_difftune.data.folders import shorten
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.source_facts import Relabelled, class_names_of, labels_of, location_of, paths_of
 from lightning_difftune.draws import choice_of
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import ConfigError, DataError, check_lists
 
 IntArray = npt.NDArray[np.intp]
 
@@ -122,6 +122,7 @@ class ClassCaptions(Relabelled):
                 'Write, for instance, ["a photo of a {}", "a drawing of a {}"].'
             )
         super().__init__(source)
+        check_lists(type(self).__name__, class_names=class_names)
         labels, names = labels_of(source), class_names_of(source) if class_names is None else list(class_names)
         if labels is None or names is None:
             what = "labels" if labels is None else "names of the classes"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_difftune.errors import DataError
+from lightning_difftune.errors import DataError, check_lists
 from lightning_difftune.files import array_digest
 
 # The largest size that an archive may unpack to, or this multiple of its own size if that is larger.
@@ -56,6 +56,7 @@ class ArrayImages(Dataset[tuple[Any, int]]):
         self.labels = np.zeros(len(images), np.int64) if labels is None else _integers(labels, "labels")
         if len(self.labels) != len(images):
             raise DataError(f"{len(images)} images, but {len(self.labels)} labels; expected one per image.")
+        check_lists(type(self).__name__, class_names=class_names)
         self.class_names = None if class_names is None else list(class_names)
 
     def __len__(self) -> int:

@@ -28,7 +28,7 @@ from lightning_difftune.data.folders import (
     read_text,
     shorten,
 )
-from lightning_difftune.errors import DataError
+from lightning_difftune.errors import DataError, check_lists
 
 SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _FOLDER_LAYOUT = (
@@ -143,6 +143,7 @@ class ListedImages(ImageFiles):
         where: Mapping[str, str] | None = None,
         class_names: Sequence[str] | None = None,
     ) -> None:
+        check_lists(type(self).__name__, class_names=class_names)
         rows = read_csv(Path(csv_file).expanduser(), [path_column, label_column, *(where or {})])
         chosen = {
             line: row for line, row in rows.items() if all(row[key] == value for key, value in (where or {}).items())

@@ -24,7 +24,7 @@ from lightning_difftune.data.folders import (
     shorten,
 )
 from lightning_difftune.data.source_facts import stat_digest
-from lightning_difftune.errors import DataError
+from lightning_difftune.errors import DataError, check_lists
 from lightning_difftune.files import array_digest
 
 # WebDataset's rule: the key of a sample is its path up to the first dot of the file's name.
@@ -67,6 +67,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         label_extension: str = "cls",
         caption_extension: str = "txt",
     ) -> None:
+        check_lists(type(self).__name__, class_names=class_names)
         self.shards = _find_shards(shards)
         self.class_names = None if class_names is None else list(class_names)
         self.names: list[str] = []

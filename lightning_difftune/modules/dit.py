@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_difftune.draws import choices_of
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_lists
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.usage import usage_of_dit, usage_of_file
@@ -93,9 +93,9 @@ class DiTDiffTuningModule(DiffTuningModule):
         self._given = (model, copy.deepcopy(model)) if isinstance(model, DiT) else None
         self._source = "a DiT built here" if isinstance(model, DiT) else str(model)
         self._num_classes = num_classes
+        check_lists(type(self).__name__, class_names=class_names)
         self.class_names = class_names
-        self.label_table = label_table
-        self.retention_labels = retention_labels
+        self.label_table, self.retention_labels = label_table, retention_labels
         self.label_dropout = label_dropout
         self.autoencoder = autoencoder
 
