@@ -102,3 +102,29 @@ def test_the_page_of_the_study_has_the_figures_of_the_kept_results() -> None:
         told[-1] += "" if line.change is None else f" ({100 * line.change:+.0f} %)"
         name = f"{line.run.group}: Full" if line.run.method == "Full" else line.run.method
         assert f"| {name} | {' | '.join(told)} |" in page.replace("*", ""), line.run.name
+
+
+GUIDED = {  # rows of the page's table of guidance, and the run that each is compared with
+    "102 flowers: Full": ("full-102", "full-102"),
+    "102 flowers: Diff-Tuning": ("dt-102", "full-102"),
+    "102 flowers: Self-teacher": ("self-teacher-102", "full-102"),
+    "510 flowers: Full": ("full-510", "full-510"),
+    "2,040 flowers: Full": ("full", "full"),
+    "101 of Caltech-101: Full": ("full-caltech", "full-caltech"),
+    "101 of Caltech-101: Diff-Tuning": ("dt-caltech", "full-caltech"),
+    "101 of Caltech-101: Self-teacher": ("self-teacher-caltech", "full-caltech"),
+}
+
+
+@pytest.mark.parametrize("row", GUIDED)
+def test_the_page_of_the_study_has_the_kept_figures_of_guidance(row: str) -> None:
+    folder, page = CONFIGS.parent / "results/photos_forgetting", (CONFIGS.parent / "docs/study.md").read_text()
+    guided = json.loads((folder / "guidance.json").read_text())["results"]
+    run, other = (f"{name}-seed0" for name in GUIDED[row])
+    plain = {name: json.loads((folder / f"results/{name}.json").read_text())["values"] for name in (run, other)}
+    whole = plain[other]["fd_efficientnet_lite0"]
+    cells = []
+    for scale in ("1", "1.5", "2", "1.5 domain", "2 domain"):
+        distance = (plain[run] if scale == "1.5" else guided[run][scale])["fd_efficientnet_lite0"]
+        cells.append(f"{distance:.1f}" + (f" ({100 * (distance / whole - 1):+.1f} %)" if distance != whole else ""))
+    assert f"| {row} | {' | '.join(cells)} |" in page.replace("*", "")

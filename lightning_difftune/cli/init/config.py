@@ -172,7 +172,8 @@ def particulars(plan: Plan) -> str:
 def samplers(plan: Plan) -> str:
     """The samplers of pictures and of the memory bank."""
     if plan.task == "classes":
-        return f"    sampler: &sampler {plan.base.sampler}\n    bank_sampler: *sampler\n"
+        hint = "    # domain_guidance: true in it guides away from the pre-trained model, nearer in docs/study.md\n"
+        return f"{hint}    sampler: &sampler {plan.base.sampler}\n    bank_sampler: *sampler\n"
     why = "the empty prompt has nothing to be guided from" if plan.task == "captions" else "retained as the model draws"
     bank = f"    bank_sampler:\n      <<: *sampler\n      guidance_scale: 1.0  # {why}\n"
     return f"    sampler: &sampler {plan.base.sampler}\n{bank}"
