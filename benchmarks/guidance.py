@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> None:
         quiet.append("--trainer.limit_val_batches=1")
         measure = Scales(name, options, results)
         cli = run_lightning(["--config", yaml.safe_dump(settings), *quiet], run=False, callbacks=[measure])
-        kept = [c for c in cli.trainer.callbacks if not isinstance(c, GenerationCallback | SaveConfigCallback)]
+        kept = [c for c in vars(cli.trainer)["callbacks"] if not isinstance(c, GenerationCallback | SaveConfigCallback)]
         vars(cli.trainer)["callbacks"] = kept
         cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(run.checkpoint), verbose=False)
 
