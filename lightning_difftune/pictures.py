@@ -15,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from matplotlib import get_data_path
-from matplotlib.font_manager import findSystemFonts
-from matplotlib.ft2font import FT2Font
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -241,11 +239,15 @@ def _font_with(characters: frozenset[str]) -> str:
     known = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
     if not _lacking(known, characters):
         return known
+    from matplotlib.font_manager import findSystemFonts  # reads or builds its cache of all fonts
+
     return min([known, *sorted(findSystemFonts())], key=lambda font: (_lacking(font, characters), font != known))
 
 
 def _lacking(font: str, characters: frozenset[str]) -> int:
     """The number of characters that a font does not have; all, if it cannot be read."""
+    from matplotlib.ft2font import FT2Font
+
     try:
         known = FT2Font(font).get_charmap()
     except (OSError, RuntimeError):

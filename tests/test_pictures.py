@@ -240,7 +240,7 @@ def test_names_in_another_script_take_an_installed_font_that_has_it(tmp_path, mo
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     known = fonts_with("rose")
     assert known.endswith("DejaVuSans.ttf")
-    monkeypatch.setattr("lightning_difftune.pictures.findSystemFonts", lambda: fonts)
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: fonts)
     _font_with.cache_clear()
     try:
         assert [fonts_with(name) for name in ("花", "花木", "rose", "ж", "꧁")] == [one, two, known, known, known]
