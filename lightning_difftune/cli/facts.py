@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import Series
+from lightning_difftune.data.batches import retained_samples
 from lightning_difftune.errors import DiffTuneError
 
 
@@ -73,7 +74,7 @@ def _recipe(run: Run) -> str:
     schedule = run.setting("model", "init_args", "objective", "init_args", "schedule") or {}
     if not data.get("batch_size"):
         return ""
-    share = int((data.get("retention_share") or 0) * data["batch_size"]) if data.get("bank") else 0
+    share = retained_samples(data.get("retention_share") or 0, data["batch_size"]) if data.get("bank") else 0
     name, network = _class(schedule), _class(run.setting("model", "init_args", "tuner"))
     tau = (schedule.get("init_args") or {}).get("tau")
     counts = run.environment.get("class_counts") or {}

@@ -18,6 +18,7 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
     changed_batches,
+    retained_samples,
 )
 from lightning_difftune.data.building import BATCH_SIZE, building, rank_of
 from lightning_difftune.data.images import ImageTargets
@@ -145,8 +146,7 @@ class MemoryBankDataModule(RealPictures):
     @property
     def retention_batch_size(self) -> int:
         """Bank samples in a batch: ``int(retention_share * batch_size)``, 0 without a bank."""
-        exact = round(self.retention_share * self.batch_size, 9)  # 0.29 * 100 is 28.999999999999996
-        return int(exact) if self.bank_path is not None else 0
+        return retained_samples(self.retention_share, self.batch_size) if self.bank_path is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
         """What determines the pictures in a step's batch, for comparison when the run is resumed."""

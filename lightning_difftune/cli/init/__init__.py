@@ -149,10 +149,10 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
         plan.is_tight = memory < FULL_DIT
         if plan.is_tight:
             plan.notes.append(f"The GPU has {memory / 1e9:.0f} GB, too few for all weights of {base.name}: DiffFit.")
-    target_size = base.batch_size - int(base.share * base.batch_size)
+    target_size = base.batch_size - base.retained
     fewest, most = (3000, 15_000) if task in CONTROLS and base.is_large else base.steps
     plan.steps = rounded(min(max(base.passes * seen.trained // target_size, fewest), most))
-    read = int(base.share * base.batch_size) * plan.steps
+    read = base.retained * plan.steps
     plan.bank_size = rounded(min(max(read // 3, base.bank[0]), base.bank[1]))
     if unreadable := seen.facts.unreadable():
         first = next(iter(unreadable))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_difftune.data.batches import retained_samples
 from lightning_difftune.data.inspection import Inspection
 from lightning_difftune.errors import ConfigError, did_you_mean
 from lightning_difftune.models import hub
@@ -39,6 +40,11 @@ class Base:
     channels: int = 3  # of the pictures
     autoencoder: str = ""  # of a latent DiT, as YAML
     extras: str = ""  # other arguments of the module, as YAML
+
+    @property
+    def retained(self) -> int:
+        """Samples of the memory bank in a batch."""
+        return retained_samples(self.share, self.batch_size)
 
 
 _DDIM = "{num_inference_steps: %d, guidance_scale: 1.5, guidance_channels: 3}"

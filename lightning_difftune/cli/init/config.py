@@ -90,7 +90,6 @@ def config_text(plan: Plan, file: Path) -> str:
     """The config."""
     base, seen, task = plan.base, plan.seen, plan.task
     counts, is_classes = seen.facts.counts(), plan.task == "classes"
-    retained = int(base.share * base.batch_size)
     lr = 10 * base.lr if plan.is_tight else base.lr
     if task in CONTROLS:
         lr = 1e-5 if base.is_large else 5e-4
@@ -122,8 +121,8 @@ def config_text(plan: Plan, file: Path) -> str:
         corrupt=("    on_corrupt: skip  # unreadable pictures\n" if seen.facts.unreadable() else "")
         + ("    class_balanced: true  # all classes equally often\n" if is_unbalanced else ""),
         batch_size=base.batch_size,
-        retained=retained,
-        target_size=base.batch_size - retained,
+        retained=base.retained,
+        target_size=base.batch_size - base.retained,
         share=base.share,
         bank=f"{Path(base.name).name}{'' if task in ('classes', 'captions') else '-' + task}",
         bank_size=plan.bank_size,
