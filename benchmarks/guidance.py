@@ -20,11 +20,10 @@ import lightning as L
 import yaml
 from harness import parser_of, report
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import SaveConfigCallback
 
-from lightning_difftune.callbacks import GenerationCallback
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.tuned import measure
 from lightning_difftune.metrics import EfficientNetLite0Features, SampleQuality
 
 
@@ -75,11 +74,9 @@ def main(options: argparse.Namespace) -> None:
         settings = run.settings(tuple(options.trust))
         quiet = [f"--trainer.{key}=false" for key in ("logger", "enable_progress_bar", "inference_mode")]
         quiet.append("--trainer.limit_val_batches=1")
-        measure = Scales(name, options, results)
-        cli = run_lightning(["--config", yaml.safe_dump(settings), *quiet], run=False, callbacks=[measure])
-        kept = [c for c in vars(cli.trainer)["callbacks"] if not isinstance(c, GenerationCallback | SaveConfigCallback)]
-        vars(cli.trainer)["callbacks"] = kept
-        cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(run.checkpoint), verbose=False)
+        cli = run_lightning(["--config", yaml.safe_dump(settings), *quiet], run=False)
+        assert run.checkpoint is not None
+        measure(cli, Scales(name, options, results), run.checkpoint)
 
 
 if __name__ == "__main__":

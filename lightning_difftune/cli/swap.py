@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch.cli import SaveConfigCallback
 from torch import Tensor
 
-from lightning_difftune.callbacks import GenerationCallback
 from lightning_difftune.callbacks.chain_of_forgetting import swap_meter
 from lightning_difftune.cli.arguments import CommandParser, check_writable
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
-from lightning_difftune.cli.tuned import TunedRun
+from lightning_difftune.cli.tuned import TunedRun, measure
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.modules import DiffTuningModule
@@ -71,8 +69,7 @@ def swap(argv: Sequence[str]) -> None:
             own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings(trusted))]
             quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
             cli = run_lightning([*own, *rest, *quiet], run=False)
-            callbacks = vars(cli.trainer)["callbacks"]
-            chain: Any = swap_meter(callbacks)
+            chain: Any = swap_meter(vars(cli.trainer)["callbacks"])
             chain.dirpath = options.output / name
             if options.percents is not None:
                 chain.percents = sorted(set(options.percents))
@@ -80,9 +77,8 @@ def swap(argv: Sequence[str]) -> None:
                 chain.num_samples = options.num_samples
             if tail is not None:
                 chain.generate = generator(cli.model, tail)
-            kept = (c for c in callbacks if not isinstance(c, GenerationCallback | SaveConfigCallback))
-            vars(cli.trainer)["callbacks"] = [*kept, chain]
-            cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(run.checkpoint), verbose=False)
+            assert run.checkpoint is not None
+            measure(cli, chain, run.checkpoint)
             series[name], strips[name] = chain.history[-1][1], chain.strip
     if cli.trainer.is_global_zero:
         last = "the pre-trained model" if tail is None else names_of([*paths, str(options.tail)])[-1]

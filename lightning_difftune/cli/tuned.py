@@ -13,7 +13,9 @@ import lightning as L
 import yaml
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import SaveConfigCallback
 
+from lightning_difftune.callbacks import GenerationCallback
 from lightning_difftune.cli.lightning import DiffTuneCLI, ModelReader
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
@@ -89,6 +91,14 @@ def averaged_weights(cli: DiffTuneCLI) -> AbstractContextManager[None]:
     """A ``with`` block with the averaged weights, if the run has any."""
     averages = callbacks_with(cli, "average_parameters")
     return averages[0].average_parameters(cli.model) if averages else nullcontext()
+
+
+def measure(cli: DiffTuneCLI, callback: Callback, checkpoint: Path) -> None:
+    """Validate a checkpoint with a callback in place of those that generate pictures; the config is not saved."""
+    trainer = vars(cli.trainer)
+    kept = [c for c in trainer["callbacks"] if not isinstance(c, GenerationCallback | SaveConfigCallback)]
+    trainer["callbacks"] = [*kept, callback]
+    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(checkpoint), verbose=False)
 
 
 def count_trainable(cli: DiffTuneCLI) -> int:
