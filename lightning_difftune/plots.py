@@ -27,6 +27,10 @@ LINES: tuple[dict[str, Any], ...] = (  # colour, dash and marker; all three diff
     {"color": "#444444", "linestyle": (0, (1, 3)), "marker": "x"},
     {"color": "#b0217e", "linestyle": (0, (8, 3)), "marker": "P"},
     {"color": "#1b8a8f", "linestyle": (0, (4, 2, 1, 2)), "marker": "*"},
+    {"color": "#e09b0b", "linestyle": (0, (2, 2, 6, 2)), "marker": "h"},
+    {"color": "#7f9db9", "linestyle": (0, (3, 1)), "marker": "<"},
+    {"color": "#7d4a3a", "linestyle": (0, (1, 1, 5, 1)), "marker": ">"},
+    {"color": "#a3b82c", "linestyle": (0, (10, 2, 2, 2)), "marker": "p"},
 )
 BARS: tuple[dict[str, Any], ...] = (  # fill and hatch; brightness and pattern both differ
     {"color": "#0b5fa5", "edgecolor": "black"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from lightning_difftune.plots import bars, forgetting_figure, ideal_distances, swap_figure
+from lightning_difftune.plots import LINES, bars, forgetting_figure, ideal_distances, swap_figure
 
 
 def test_the_swap_figure_has_a_curve_and_a_strip_for_each_model():
@@ -52,3 +52,9 @@ def test_distances_to_the_ideal_denoisers_are_curves_over_t():
     ideal_distances(axes, {"of the source": [(0, 0.1), (500, 0.3)], "of the target": [(0, 0.2), (500, 0.4)]}, "model")
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.1, 0.3], [0.2, 0.4]]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["of the source", "of the target"]
+
+
+def test_no_two_of_a_dozen_series_look_alike() -> None:
+    assert len(LINES) >= 12
+    for key in ("color", "linestyle", "marker"):
+        assert len({style[key] for style in LINES}) == len(LINES), key
