@@ -182,11 +182,15 @@ class MemoryBankDataModule(RealPictures):
 
         Raises:
             StoreError: If the bank is damaged, has other settings or another model, or is missing and cannot be built.
+            ConfigError: If the bank is to be filled with pictures, and the module builds no bank.
         """
         if self.bank_path is None or not getattr(self._module, "uses_retention", True):
             return None
         if isinstance(self._module, SupportsBankGeneration):
             return self._build_bank(self._module, self.bank_path)
+        if self.bank_source is not None:
+            name = type(self._module).__name__
+            raise ConfigError(f"{name} has no bank_generator to encode the pictures of bank_source. Leave it out.")
         bank = MemoryBank(self.bank_path)
         return bank if len(bank) <= self.bank_size else MemoryBank(self.bank_path, self.bank_size)
 
@@ -256,9 +260,8 @@ class MemoryBankDataModule(RealPictures):
         labels = self.target.labels()
         if labels is None:
             raise ConfigError(
-                "class_balanced needs to know the classes of all pictures without reading them, which this data set "
-                "does not offer. Use one with labels, such as lightning_difftune.data.ImageFolder, or set "
-                "class_balanced: false."
+                "class_balanced needs the classes of all pictures before they are read, which this data set does not "
+                "know. Use one with labels, such as lightning_difftune.data.ImageFolder, or set class_balanced: false."
             )
         return BalancedStream(labels.numpy(), batch_size, seed, rank, world_size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -103,16 +104,36 @@ def set_grid(
         device: Device of the grid.
     """
     settings: dict[str, Any] = {}
-    config = scheduler.config
-    if config.get("use_dynamic_shifting", False):
-        accepted = inspect.signature(scheduler.set_timesteps).parameters
-        ends = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        slope = (shifts[1] - shifts[0]) / (ends[1] - ends[0])
-        settings["mu"] = shifts[0] + slope * (latent_shape[-2] * latent_shape[-1] // 4 - ends[0])
-        if "sigmas" in accepted:
+    if scheduler.config.get("use_dynamic_shifting", False):
+        settings["mu"] = _dynamic_mu(scheduler.config, latent_shape[-2] * latent_shape[-1] // 4)
+        if "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             settings["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
     scheduler.set_timesteps(num_inference_steps, device=device, **settings)
+
+
+def grid_shift(config: Mapping[str, Any], num_tokens: int) -> float:
+    """The shift of a flow scheduler's grid, as of :class:`~lightning_difftune.densities.Uniform`.
+
+    Args:
+        config: Settings of the scheduler.
+        num_tokens: h w / 4 of the latents, for schedulers that shift by the size of the sample.
+
+    Example:
+        >>> round(grid_shift({"use_dynamic_shifting": True}, 4096), 2), grid_shift({"shift": 3.0}, 4096)
+        (3.16, 3.0)
+    """
+    if not config.get("use_dynamic_shifting", False):
+        return float(config.get("shift", 1.0))
+    mu = _dynamic_mu(config, num_tokens)
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def _dynamic_mu(config: Mapping[str, Any], num_tokens: int) -> float:
+    """On the line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift)."""
+    ends = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu: float = shifts[0] + (shifts[1] - shifts[0]) / (ends[1] - ends[0]) * (num_tokens - ends[0])
+    return mu
 
 
 def network_timesteps(scheduler: NoiseScheduler) -> Tensor:

@@ -92,6 +92,8 @@ def test_mistakes_are_refused(tmp_path):
         next(data_of().reference_images())
     with pytest.raises(ConfigError, match="predict builds the memory bank"):
         data_of().predict_dataloader()
+    with pytest.raises(ConfigError, match="no bank_generator to encode the pictures of bank_source"):
+        data_of(bank=tmp_path, bank_source="target", retention_share=0.5).train_dataloader()
     with pytest.raises(ConfigError, match="no autoencoder"):
         data_of(latent_cache=tmp_path).train_dataloader()
 
@@ -105,7 +107,7 @@ def test_balanced_classes_come_equally_often():
 
 def test_balance_needs_labels():
     unknown = [(np.zeros((8, 8), np.uint8), 0)]
-    with pytest.raises(ConfigError, match="class_balanced needs to know the classes"):
+    with pytest.raises(ConfigError, match="class_balanced needs the classes"):
         data_of(unknown, class_balanced=True).train_dataloader()
 
 

@@ -242,6 +242,32 @@ def test_timesteps_are_drawn_from_the_familys_density_times_psi_and_xi(
     assert given.density.shift == 7.0  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    ("settings", "shift"),
+    [
+        ({"shift": 6.0}, 6.0),
+        ({"shift": 1.0}, 1.0),
+        ({"use_dynamic_shifting": True, "base_shift": 0.9, "max_shift": 0.9}, math.exp(0.9)),
+        ({"use_dynamic_shifting": True, "base_shift": 2.0, "max_shift": 2.0, "time_shift_type": "linear"}, 2.0),
+    ],
+)
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_the_density_has_the_shift_of_the_pipelines_own_scheduler(
+    tmp_path: Path, folder_of: Callable[..., str], family: str, settings: dict[str, Any], shift: float
+) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    folder = tmp_path / family
+    shutil.copytree(folder_of(family), folder)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(**settings)
+    scheduler.save_pretrained(folder / "scheduler")
+    module = built(str(folder), bank_prompts=PROMPTS)
+    assert module.objective.density.shift == pytest.approx(shift)  # type: ignore[union-attr]
+    # It is the grid that samples are drawn on: u = 0.5 is at s = shift / (1 + shift).
+    scheduler.set_timesteps(sigmas=[1.0, 0.5], **({"mu": settings["base_shift"]} if "base_shift" in settings else {}))
+    assert float(scheduler.sigmas[1]) == pytest.approx(shift / (1 + shift), abs=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_captions_are_cached_once_and_the_text_encoders_are_asked_for_each_once(
     tmp_path: Path, folder_of: Callable[..., str], family: str

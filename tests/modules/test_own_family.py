@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class PixArtSigma:
         scheduler: NoiseScheduler = scheduler_from(stated["_class_name"], stated)
         return scheduler
 
-    def density(self, num_tokens: int) -> None:
+    def density(self, scheduler: Mapping[str, Any], num_tokens: int) -> None:
         return None
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:

@@ -58,8 +58,13 @@ class Family(Protocol):
     def scheduler(self, source: SourceFacts) -> NoiseScheduler:
         """The default scheduler for a model's noise process and prediction type."""
 
-    def density(self, num_tokens: int) -> TimestepDensity | None:
-        """The noise levels that the family is trained at, for tokens of 2 x 2 latents; ``None`` is uniform."""
+    def density(self, scheduler: Mapping[str, Any], num_tokens: int) -> TimestepDensity | None:
+        """The noise levels that a model is trained at; ``None`` is uniform.
+
+        Args:
+            scheduler: Settings of the scheduler that it was published with.
+            num_tokens: h w / 4 of its latents.
+        """
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
         """Whether network and scheduler show a distillation to a few steps, which replay would undo."""
@@ -134,13 +139,14 @@ class Pipeline:
 
     def facts(self, network: Any, latents: LatentScale, num_tokens: int, **identity: Any) -> SourceFacts:
         """Its facts: from ``scheduler_config.json``, and the timestep density for pictures of ``num_tokens``."""
+        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
         return SourceFacts.of_scheduler(
             self.model,
             fingerprint(network),
-            read_json(self.folder / "scheduler" / "scheduler_config.json"),
+            scheduler,
             latents=latents,
             condition="text",
-            density=self.family.density(num_tokens),
+            density=self.family.density(scheduler, num_tokens),
             identity=identity,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning_difftune.densities import Uniform
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.modules.families.text import PipelineText
 from lightning_difftune.sampling import NoiseScheduler, Sampler
+from lightning_difftune.sampling.schedulers import grid_shift
 from lightning_difftune.source import SourceFacts, scheduler_from
 
 T5_TOKENS = 512  # of FLUX's prompts
@@ -80,9 +82,9 @@ class StableDiffusion3:
         scheduler: NoiseScheduler = scheduler_from(str(config["_class_name"]), config)
         return scheduler
 
-    def density(self, num_tokens: int) -> Uniform:
-        """Uniform over the grid of sampling: shift 3."""
-        return Uniform(3.0)
+    def density(self, scheduler: Mapping[str, Any], num_tokens: int) -> Uniform:
+        """Uniform over the grid of sampling, whose shift is 3 in the published pipelines."""
+        return Uniform(grid_shift(scheduler, num_tokens))
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
         """False: Turbo has the same transformer and scheduler as the others, and differs only by name."""
@@ -179,10 +181,9 @@ class Flux:
         scheduler: NoiseScheduler = scheduler_from(str(config["_class_name"]), config)
         return scheduler
 
-    def density(self, num_tokens: int) -> Uniform:
-        """Uniform over the grid of sampling at this size: shift exp(mu), mu from 0.5 at 256 tokens to 1.15 at 4096."""
-        mu = 0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256)
-        return Uniform(math.exp(mu))
+    def density(self, scheduler: Mapping[str, Any], num_tokens: int) -> Uniform:
+        """Uniform over the grid of sampling: shift exp(mu), mu 0.5 at 256 tokens, 1.15 at 4096; 1 for schnell."""
+        return Uniform(grid_shift(scheduler, num_tokens))
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
         """True for schnell: no guidance number, and a grid without a shift by size."""

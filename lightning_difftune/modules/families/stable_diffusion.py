@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class StableDiffusion:
 
         return DPMSolverMultistepScheduler(**betas_of(source))
 
-    def density(self, num_tokens: int) -> None:
+    def density(self, scheduler: Mapping[str, Any], num_tokens: int) -> None:
         """Stable Diffusion is trained at uniform timesteps."""
 
     def is_step_distilled(self, network: Any, scheduler: dict[str, Any]) -> bool:
