@@ -109,7 +109,7 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
     picture_grid(axes["pretrained"], pretrained, 10, "Pre-trained on Omniglot: its memory bank")
     for name, run in tuned.items():
         shown = run.samples.view(10, COLUMNS, *run.samples.shape[1:])[:, :10].flatten(0, 1)
-        picture_grid(axes[name], shown, 10, f"{name}: {run.recognised:.0%} recognised as their row", digits)
+        picture_grid(axes[name], shown, 10, f"{name}: {run.recognised:.1%} recognised as their row", digits)
     series = {
         f"{name}: {run.curve[-1][1]:.3g} at the end": [(step, [value]) for step, value in run.curve]
         for name, run in tuned.items()
