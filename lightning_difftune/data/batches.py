@@ -276,3 +276,11 @@ def changed_batches(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     if None not in content and len(content) > 1:
         changed.append("the target's pictures (their files' names, sizes or times), labels or captions")
     return changed
+
+
+def describe_no_retention(share: float, batch_size: int) -> str:
+    """The message about a share that leaves a batch without a bank sample."""
+    return (
+        f"A retention_share of {share} leaves int({share} * {batch_size}) = 0 bank samples in a batch of {batch_size}. "
+        "Raise one of them, or set bank: null for plain fine-tuning."
+    )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_difftune.data.batches import (
@@ -18,6 +18,7 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
     changed_batches,
+    describe_no_retention,
     retained_samples,
 )
 from lightning_difftune.data.building import BATCH_SIZE, building, rank_of
@@ -130,11 +131,7 @@ class MemoryBankDataModule(RealPictures):
         if not 0 <= self.retention_share < 1:
             raise ConfigError(f"retention_share must be in [0, 1), got {self.retention_share}.")
         if self.bank_path is not None and self.retention_batch_size == 0:
-            raise ConfigError(
-                f"A retention_share of {self.retention_share} leaves int({self.retention_share} * {self.batch_size}) "
-                f"= 0 bank samples in a batch of {self.batch_size}. Raise one of them, or set bank: null for plain "
-                "fine-tuning."
-            )
+            raise ConfigError(describe_no_retention(retention_share, batch_size))
         if self.batch_size - self.retention_batch_size < 1:
             raise ConfigError(f"A batch_size of {self.batch_size} leaves no room for a target sample.")
         if self.bank_source is not None and len(self.bank_source) < self.bank_size:
@@ -243,6 +240,8 @@ class MemoryBankDataModule(RealPictures):
                 store.verify()
         read = cache.read if cache is not None else self.target.pixels
         retained = self.retention_batch_size if bank is not None else 0
+        if bank is not None and retained == 0:  # after an assignment, such as by Lightning's BatchSizeFinder
+            rank_zero_warn(describe_no_retention(self.retention_share, self.batch_size))
         bank_seed = seed_of("bank", self.seed)
         batches = TrainingBatches(
             LabelledTargets(read, self.num_classes, self.target.describe),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_difftune import MemoryBankDataModule
+from lightning_difftune import MemoryBank, MemoryBankDataModule
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import ConfigError, DataError
 
@@ -12,6 +12,16 @@ from lightning_difftune.errors import ConfigError, DataError
 def pictures(count=20, classes=4):
     rng = np.random.default_rng(0)
     return ArrayImages(rng.integers(0, 256, (count, 8, 8), dtype=np.uint8), np.arange(count) % classes)
+
+
+class Zeros:
+    """The generator of a bank of zeros."""
+
+    def bank_spec(self):
+        return {"weights": "none"}
+
+    def generate_bank(self, indices):
+        return {"latents": torch.zeros(len(indices), 1, 8, 8)}
 
 
 def data_of(target=None, **settings):
@@ -25,6 +35,13 @@ def data_of(target=None, **settings):
 def test_shares_follow_the_official_rounding(tmp_path, batch_size, share, retained):
     data = data_of(bank=tmp_path, batch_size=batch_size, retention_share=share)
     assert data.retention_batch_size == retained
+
+
+def test_a_batch_size_assigned_later_that_leaves_no_bank_sample_is_said(tmp_path):
+    data = data_of(bank=MemoryBank.build(tmp_path / "bank", Zeros(), 6).path)
+    data.batch_size = 4
+    with pytest.warns(UserWarning, match=r"int\(0.2 \* 4\) = 0 bank samples in a batch of 4"):
+        data.train_dataloader()
 
 
 def test_without_a_bank_the_whole_batch_is_target():
