@@ -15,7 +15,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny import noise_pixels, quiet_trainer, tiny_pictures, tiny_weights
 from torch.optim.lr_scheduler import (
@@ -395,20 +400,53 @@ def test_a_limit_that_cuts_a_window_is_refused(weights, tmp_path, limit, shown):
     run(weights, tmp_path, 2, data={"batch_size": 2}, accumulate_grad_batches=4, limit_train_batches=0.5)
 
 
+class Save(L.Callback):
+    """Writes a checkpoint after some batches."""
+
+    def __init__(self, path, batches):
+        self.path, self.batches = path, batches
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
 @pytest.mark.parametrize("batches", range(1, 9))
 def test_a_checkpoint_in_an_open_window_resumes_to_the_bit(weights, tmp_path, batches):
-    class Save(L.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            if trainer.fit_loop.total_batch_idx + 1 == batches:
-                trainer.save_checkpoint(tmp_path / "open.ckpt")
-
     options = {"data": {"batch_size": 5}, "accumulate_grad_batches": 3, "scheduler": ONE_CYCLE}
-    trainer, _, module = run(weights, tmp_path, 4, callbacks=[Save()], **options)
+    trainer, _, module = run(weights, tmp_path, 4, callbacks=[Save(tmp_path / "open.ckpt", batches)], **options)
     again, _, same = run(weights, tmp_path, 4, ckpt_path=tmp_path / "open.ckpt", **options)
     assert_equal(state_of(trainer, module), state_of(again, same))
     if batches % 3:
         with pytest.raises(ConfigError, match="in the middle of a window of 3 accumulated batches"):
             run(weights, tmp_path, 4, ckpt_path=tmp_path / "open.ckpt", **options | {"accumulate_grad_batches": 2})
+
+
+@pytest.mark.parametrize("batches", [2, 3, 6, 7, 8, 11, 12, 13])  # six in an epoch
+def test_windows_that_change_with_the_epoch_resume_to_the_bit(weights, tmp_path, batches):
+    def once(*callbacks, **settings):
+        windows = Windows()
+        changing = GradientAccumulationScheduler({0: 3, 1: 2})
+        given = {"data": {"batch_size": 5}, "scheduler": ONE_CYCLE, **settings}
+        trainer, _, module = run(weights, tmp_path, 6, callbacks=[changing, windows, *callbacks], **given)
+        return state_of(trainer, module), windows.sizes
+
+    state, sizes = once(Save(tmp_path / "some.ckpt", batches))
+    assert sizes == [3, 3, 2, 2, 2, 2]
+    assert_equal(once(ckpt_path=tmp_path / "some.ckpt")[0], state)
+
+
+@pytest.mark.parametrize(
+    ("named", "settings"),
+    [
+        ("trainer.overfit_batches", {"overfit_batches": 2}),
+        ("StochasticWeightAveraging", {"callbacks": [StochasticWeightAveraging(1e-3)], "max_epochs": 9}),
+    ],
+)
+def test_what_lightning_does_not_restore_is_refused(weights, tmp_path, named, settings):
+    run(weights, tmp_path, 3, save_at=1)
+    with pytest.raises(ConfigError, match=f"A run with {named} cannot be resumed"):
+        run(weights, tmp_path, 3, ckpt_path=tmp_path / "at1.ckpt", **settings)
 
 
 def test_other_windows_after_a_resume_are_whole(weights, tmp_path):

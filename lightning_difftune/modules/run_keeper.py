@@ -6,7 +6,13 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -58,6 +64,7 @@ class RunKeeper(Callback):
         self._class_names = checkpoint.get("class_names")
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        refuse_unrestored(trainer)
         step = checkpoint.get("global_step", 0)
         if 0 <= trainer.max_steps < step:
             raise ConfigError(
@@ -78,19 +85,22 @@ class RunKeeper(Callback):
 
     def _window_of(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor] | None:
         window = checkpoint.get(WINDOW)
+        batches = accumulated_batches(
+            trainer, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
+        )
         if window is None:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            current, batches = progress["current"], trainer.accumulate_grad_batches
+            current = progress["current"]
             if current["ready"] % batches or (batches > 1 and progress["is_last_batch"]):
                 # The windows differ from before, or an epoch begins: Lightning would cut the first window short.
                 current["completed"] -= current["ready"]
                 current["ready"] = current["started"] = current["processed"] = 0
             return None
-        if window["batches"] != trainer.accumulate_grad_batches:
+        if window["batches"] != batches:
             raise ConfigError(
                 f"The checkpoint is in the middle of a window of {window['batches']} accumulated batches, and "
-                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}. Set it to {window['batches']}, "
-                "or resume from a checkpoint that was saved at a step."
+                f"trainer.accumulate_grad_batches is {batches}. Set it to {window['batches']}, or resume from a "
+                "checkpoint that was saved at a step."
             )
         gradients: dict[str, torch.Tensor] = window["gradients"]
         return gradients
@@ -130,8 +140,9 @@ class RunKeeper(Callback):
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the gradients of an open window, and mark the step that was resumed from as saved."""
+        """Restore the gradients and length of an open window, and mark the step that was resumed from as saved."""
         self._before, self._saved_step = None, -1
+        trainer.accumulate_grad_batches = accumulated_batches(trainer, trainer.current_epoch)
         plateaus = [c for c in trainer.lr_scheduler_configs if isinstance(c.scheduler, ReduceLROnPlateau)]
         if plateaus and not has_validation(trainer):
             raise ConfigError(
@@ -192,6 +203,29 @@ class RunKeeper(Callback):
             if isinstance(callback, ModelCheckpoint):
                 save_last(trainer, callback, is_over)
         self._saved_step = trainer.global_step
+
+
+def refuse_unrestored(trainer: L.Trainer) -> None:
+    """Refuse to resume with what Lightning sets up where an epoch begins, and does not restore within one.
+
+    Raises:
+        ConfigError: If the trainer has ``overfit_batches`` or ``StochasticWeightAveraging``.
+    """
+    found = "trainer.overfit_batches" if trainer.overfit_batches else None
+    if any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        found = "StochasticWeightAveraging"
+    if found is not None:
+        raise ConfigError(
+            f"A run with {found} cannot be resumed: Lightning does not restore it within an epoch, so the steps would "
+            "differ from those of the run without a stop. Leave it out; lightning_difftune.callbacks.EMA is restored."
+        )
+
+
+def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
+    """Batches per accumulation window in an epoch; Lightning's callback sets it only where an epoch begins."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    schedules = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    return schedules[-1].get_accumulate_grad_batches(epoch) if schedules else trainer.accumulate_grad_batches
 
 
 def check_loader(trainer: L.Trainer) -> None:
