@@ -211,7 +211,7 @@ def refuse_unrestored(trainer: L.Trainer) -> None:
     Raises:
         ConfigError: If the trainer has ``overfit_batches`` or ``StochasticWeightAveraging``.
     """
-    found = "trainer.overfit_batches" if trainer.overfit_batches else None
+    found = "trainer.overfit_batches" if trainer.overfit_batches else None  # type: ignore[attr-defined]
     if any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks):  # type: ignore[attr-defined]
         found = "StochasticWeightAveraging"
     if found is not None:
