@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -314,6 +315,21 @@ def test_fully_sharded_training_is_that_of_whole_copies(runs, tmp_path):
     finish(start(__file__, 2, runs[0].parent / "weights0", tmp_path, "shard"))
 
 
+def run_forked(weights, folder, world_size):
+    """Fit as ``ddp_notebook`` does, in processes that this one starts, and write the weights that the module gets."""
+    module = module_of(weights)
+    trainer = quiet_trainer(folder, STEPS, devices=world_size, strategy="ddp_fork")
+    trainer.fit(module, data_of(folder / "bank", world_size))
+    torch.save(dict(module.state_dict()), folder / "weights.pt")
+
+
+def test_a_module_has_the_weights_that_other_processes_trained(runs, tmp_path):
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    job = [sys.executable, __file__, runs[0].parent / "weights0", tmp_path, "fork"]
+    subprocess.run(job, env={**os.environ, **environment}, check=True, timeout=200)
+    assert_close(*(torch.load(folder / "weights.pt") for folder in (runs[0], tmp_path)))
+
+
 def validation_batches(pictures, world_size):
     """How many held-out batches each process has."""
     data = MemoryBankDataModule(images(4), 1, image_size=8, channels=1, val_target=images(pictures))
@@ -341,6 +357,6 @@ def test_too_few_held_out_pictures_for_the_processes_are_refused():
 
 
 if __name__ == "__main__":
-    jobs = {(): run, ("stop",): run_until_stopped, ("shard",): run_sharded}
+    jobs = {(): run, ("stop",): run_until_stopped, ("shard",): run_sharded, ("fork",): run_forked}
     job = jobs[tuple(sys.argv[3:])]
     job(Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))

@@ -66,8 +66,9 @@ class EMA(OptimizerStepCallback):
         """
         if not self._attach(module):
             raise ConfigError(
-                f"EMA holds no averages of this {type(module).__name__}. Run trainer.fit with it first, or load the "
-                "callback's state from a checkpoint."
+                f"EMA holds no averages of this {type(module).__name__}. Run trainer.fit with it first. After a fit in "
+                "other processes, as by ddp_notebook, they are in the checkpoint: averages_in(torch.load(path)) of "
+                "lightning_difftune.callbacks.ema."
             )
         if self._raw:  # they already replace the weights, in a validation
             yield

@@ -160,6 +160,11 @@ class DiffTuningModule(DiffusionModel):
         self.configure_model()
         return super().parameters(recurse)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights; builds the module first, since ``ddp_notebook`` returns them to one that was not built."""
+        self.configure_model()
+        return super().load_state_dict(*args, **kwargs)
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every parameter that the optimizer sees."""
         parameters = [p for network in self.trainable_modules() for p in network.parameters() if p.requires_grad]
