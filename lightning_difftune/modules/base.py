@@ -147,6 +147,8 @@ class DiffTuningModule(DiffusionModel):
                 self.tuner.apply(network)
         self._weight_casts = WeightCasts(self.denoising_modules())
         self._is_built = True
+        if self._trainer is None:  # a strategy moves it itself
+            self.to(self.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Bind an objective that is assigned after the model was built."""
@@ -155,13 +157,21 @@ class DiffTuningModule(DiffusionModel):
             self.source_facts = value.bind(self.source_facts)
         super().__setattr__(name, value)
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """All parameters; builds the module first if needed, since an optimizer may be created before a fit."""
+    # Weights may be asked for before a fit: these build the module first. After ddp_notebook, Lightning loads the
+    # trained ones into a module that was built only in the other processes.
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters, of :meth:`parameters` as well."""
         self.configure_model()
-        return super().parameters(recurse)
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """All weights and buffers."""
+        self.configure_model()
+        return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights; builds the module first, since ``ddp_notebook`` returns them to one that was not built."""
+        """Take over weights and buffers."""
         self.configure_model()
         return super().load_state_dict(*args, **kwargs)
 

@@ -255,6 +255,7 @@ class DiffusionModel(ModelFamily):
             indices: Sample indices (B,).
             conditions: Condition and null condition to use instead of :meth:`conditions`.
         """
+        self.configure_model()
         conditions = self.conditions(indices) if conditions is None else conditions
         return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
 

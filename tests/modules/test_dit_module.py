@@ -251,6 +251,22 @@ def test_generation_depends_on_the_index_alone(weights):
     assert not torch.equal(together[0], together[3])  # same class, other noise
 
 
+def test_a_module_that_was_not_built_yet_is_built_when_it_is_asked(weights):
+    built = module_of(weights)
+    built.configure_model()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.1)
+    names = [name for name, _ in built.named_parameters()]
+    assert [name for name, _ in module_of(weights).named_parameters()] == names
+    assert len(list(module_of(weights).parameters())) == len(names)
+    assert module_of(weights).state_dict().keys() == built.state_dict().keys()
+    loaded = module_of(weights)
+    loaded.load_state_dict(built.state_dict(), strict=False)
+    assert torch.equal(loaded.generate(torch.arange(2)), built.generate(torch.arange(2)))
+    module_of(weights).generate(torch.arange(2))
+
+
 def test_a_solver_that_adds_noise_draws_the_same_batch_again(weights):
     module = DiTDiffTuningModule(str(weights), num_classes=3, sampler=Sampler("DDPM", num_inference_steps=3))
     module.configure_model()
