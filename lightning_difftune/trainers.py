@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 
 
@@ -12,6 +13,14 @@ def has_validation(trainer: L.Trainer) -> bool:
     if trainer.enable_validation:
         loop.setup_data()
     return trainer.enable_validation and any(loop.max_batches)
+
+
+def last_step(trainer: L.Trainer) -> int:
+    """The step at which a running fit with ``max_steps`` ends, also where ``max_epochs`` ends it sooner."""
+    windows_vary = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    if windows_vary or trainer.train_dataloader is None:  # of unknown number, or not loaded yet
+        return trainer.max_steps
+    return int(trainer.estimated_stepping_batches)
 
 
 def is_last_step(trainer: L.Trainer) -> bool:

@@ -237,6 +237,7 @@ class OptimizerStepCallback(Callback, ABC):
     """Base of callbacks that act after an optimizer step, which with accumulated gradients is not every batch."""
 
     _latest_step = _previous_step = 0
+    _measured_step = 0  # for a subclass that measures at the last step, however the run ends
 
     @abstractmethod
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
@@ -244,7 +245,7 @@ class OptimizerStepCallback(Callback, ABC):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the step that a resumed run continues from."""
-        self._latest_step = self._previous_step = trainer.global_step
+        self._latest_step = self._previous_step = self._measured_step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -143,8 +143,16 @@ class EWC(OptimizerStepCallback):
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure, if due."""
-        if not (self.is_due(self.every_n_steps) or is_last_step(trainer)):
-            return
+        if self.is_due(self.every_n_steps) or is_last_step(trainer):
+            self._log(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the last step of a run that was ended by ``max_time`` or a callback."""
+        if self._latest_step != self._measured_step:
+            self._log(trainer, pl_module, self._latest_step)
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        self._measured_step = step
         # Not by the module's log, which would repeat this value at each later step that is logged.
         metrics = self.measure(pl_module)
         trainer.callback_metrics.update(metrics)

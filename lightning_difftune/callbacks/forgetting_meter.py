@@ -22,7 +22,7 @@ from lightning_difftune.schedules import fit_schedule
 from lightning_difftune.trainers import is_last_step
 
 COST = 0.02  # share of the training time, at the default interval
-PASSES = 3  # forward passes that cost about as much as a training step of the same batch
+PASSES = 3  # forward passes that cost about as much as forward and backward of the same batch
 
 
 class ForgettingMeter(OptimizerStepCallback):
@@ -42,7 +42,7 @@ class ForgettingMeter(OptimizerStepCallback):
     Args:
         every_n_steps: Optimizer steps between two measurements; it also measures at the start, once there are enough
             samples of the bank, and at the last step. ``None`` chooses an interval that costs about 2 %
-            of the training, counting a training step as three forward passes of its batch.
+            of the training, counting a training step as three forward passes of each of its batches.
         num_bins: Bins of equal width over the T timesteps.
         num_samples: Samples per bin of each of the two kinds.
         seed: Seed of their noise.
@@ -132,7 +132,9 @@ class ForgettingMeter(OptimizerStepCallback):
             self._record(trainer, pl_module, step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the table, heat map and proposed schedule, and free the samples."""
+        """Measure the last step if that is left, write table, heat map and proposed schedule, and free the samples."""
+        if self._probe is not None and self._latest_step != self._measured_step:
+            self._record(trainer, pl_module, self._latest_step)
         self._target = self._probe = None
         if not trainer.is_global_zero or not self.history:
             return
@@ -166,7 +168,8 @@ class ForgettingMeter(OptimizerStepCallback):
             self._probe = pl_module.prepare(batch, Draws(self.seed, 0, pl_module.device))
             if self.interval is None:
                 passes = self.num_bins * len(self._probe[0])
-                self.interval = math.ceil(passes / (COST * PASSES * batch_size))
+                step = PASSES * batch_size * trainer.accumulate_grad_batches
+                self.interval = math.ceil(passes / (COST * step))
             if not self.pretrained:
                 condition = pl_module.source_condition(self._probe[1])
                 self.pretrained = self._losses(pl_module, pl_module.pretrained(), condition)
@@ -197,6 +200,7 @@ class ForgettingMeter(OptimizerStepCallback):
         with evaluating(pl_module), trainer.precision_plugin.forward_context():
             losses = self._losses(pl_module, pl_module.denoise, self._probe[1])
         self.history.append((step, losses))
+        self._measured_step = step
         digits = len(str(self.edges[-1] - 1))
         scalars = {}
         for kind, by_bin in losses.items():

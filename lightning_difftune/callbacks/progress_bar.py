@@ -15,14 +15,75 @@ from rich.table import Column
 from rich.text import Text
 from torch import Tensor
 
-from lightning_difftune.trainers import is_last_step
+from lightning_difftune.trainers import is_last_step, last_step
 
 LOSSES_EVERY = 0.5  # seconds
 NARROW = 110  # characters, below which a bar and its numbers do not fit
 BAR, OTHERS = 41, 10 + 18 + 14 + 5  # characters of the bar; of description, times, rate and the gaps
 
 
-class StepProgressBar(RichProgressBar):
+class Throughput:
+    """Pictures per second over the latest ``window`` steps, the waits for their data included.
+
+    Example:
+        >>> seconds = iter([0.0, 0.5, 1.0, 10.0, 10.5])
+        >>> meter = Throughput(clock=lambda: next(seconds))
+        >>> meter.start(); meter.stop(8); meter.stop(8)
+        >>> meter.pause(); meter.start(); meter.stop(8)  # a validation, from 1.0 to 10.0
+        >>> meter.rate
+        16.0
+    """
+
+    def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._steps: deque[tuple[float, int]] = deque(maxlen=window)
+        self._clock = clock
+        self._started: float | None = None
+
+    def start(self) -> None:
+        """Begin a step, unless the end of the previous one has begun it."""
+        if self._started is None:
+            self._started = self._clock()
+
+    def stop(self, pictures: int) -> None:
+        """End the step, with the number of pictures on all processes, and begin the next."""
+        if self._started is not None:
+            now = self._clock()
+            self._steps.append((now - self._started, pictures))
+            self._started = now
+
+    def pause(self) -> None:
+        """Leave out the time until the next :meth:`start`."""
+        self._started = None
+
+    @property
+    def rate(self) -> float:
+        """Pictures per second; 0 before the first step."""
+        seconds = sum(entry[0] for entry in self._steps)
+        return sum(entry[1] for entry in self._steps) / seconds if seconds else 0.0
+
+
+class TimedBar(ProgressBar):
+    """A progress bar that measures the :class:`Throughput`, without validations and the saving of checkpoints."""
+
+    throughput: Throughput
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Start the clock."""
+        self.throughput.start()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        super().on_validation_start(trainer, pl_module)
+        self.throughput.pause()
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        """Stop the clock."""
+        self.throughput.pause()
+
+    on_train_end = on_save_checkpoint
+
+
+class StepProgressBar(TimedBar, RichProgressBar):
     """Lightning's rich progress bar, which counts the steps of the whole run if the trainer has ``max_steps``.
 
     A target of a thousand pictures has epochs of a few seconds, and Lightning's bar restarts at each. This one shows
@@ -63,18 +124,12 @@ class StepProgressBar(RichProgressBar):
         console = getattr(self, "_console", None)
         return NARROW if console is None else int(console.width)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start the clock."""
-        self.throughput.start()
-
     @property
     def total_train_batches(self) -> int | float:
         """Batches of the run, or of an epoch if ``max_steps`` is not set."""
         if self.trainer.max_steps < 0:
             return super().total_train_batches
-        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
+        return last_step(self.trainer) * self.trainer.accumulate_grad_batches
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start a bar; in a run of ``max_steps`` only in the first epoch."""
@@ -123,7 +178,7 @@ class PicturesColumn(ProgressColumn):
         return Text(f"{self.bar.throughput.rate:.0f} images/s" if is_training else "", style="dim")
 
 
-class StepLines(ProgressBar):
+class StepLines(TimedBar):
     """The progress as one line per interval, for logs and other outputs where a bar cannot move.
 
     A line has the step, pictures per second over all processes, the remaining time, and metrics logged for the bar.
@@ -156,12 +211,6 @@ class StepLines(ProgressBar):
         super().on_train_start(trainer, pl_module)
         self._began, self._latest = (time.perf_counter(), trainer.global_step), trainer.global_step
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start the clock."""
-        self.throughput.start()
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -181,9 +230,7 @@ class StepLines(ProgressBar):
         return shown_metrics({**training_losses(trainer), **super().get_metrics(trainer, pl_module)})
 
     def _interval(self, trainer: L.Trainer) -> int:
-        if self.every_n_steps is not None:
-            return self.every_n_steps
-        return max(vars(trainer).get("log_every_n_steps", 1), 1)
+        return self.every_n_steps or max(vars(trainer).get("log_every_n_steps", 1), 1)
 
     def _print(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_enabled or trainer.global_step == self._latest:
@@ -192,9 +239,9 @@ class StepLines(ProgressBar):
         parts = [f"Training {trainer.global_step}", f"{self.throughput.rate:.0f} images/s"]
         if trainer.max_steps > 0:
             seconds, first = self._began
-            taken = (time.perf_counter() - seconds) / max(1, trainer.global_step - first)
-            parts[0] += f"/{trainer.max_steps}"
-            parts.append(f"{timedelta(seconds=round(taken * (trainer.max_steps - trainer.global_step)))} left")
+            taken, last = (time.perf_counter() - seconds) / max(1, trainer.global_step - first), last_step(trainer)
+            parts[0] += f"/{last}"
+            parts.append(f"{timedelta(seconds=round(taken * (last - trainer.global_step)))} left")
         metrics = self.get_metrics(trainer, pl_module)
         parts += [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
@@ -231,39 +278,6 @@ def fitting(metrics: dict[str, Any], width: int) -> dict[str, Any]:
             break
         shown[name] = value
     return shown
-
-
-class Throughput:
-    """Pictures per second over the latest ``window`` steps, excluding pauses such as validation.
-
-    Example:
-        >>> seconds = iter([0.0, 0.5, 10.0, 10.5])
-        >>> meter = Throughput(clock=lambda: next(seconds))
-        >>> meter.start(); meter.stop(8); meter.start(); meter.stop(8)
-        >>> meter.rate
-        16.0
-    """
-
-    def __init__(self, window: int = 50, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._steps: deque[tuple[float, int]] = deque(maxlen=window)
-        self._clock = clock
-        self._started: float | None = None
-
-    def start(self) -> None:
-        """Begin a step; it includes the wait for its data unless it follows a pause."""
-        self._started = self._clock()
-
-    def stop(self, pictures: int) -> None:
-        """End the step, with the number of pictures on all processes."""
-        if self._started is not None:
-            self._steps.append((self._clock() - self._started, pictures))
-        self._started = None
-
-    @property
-    def rate(self) -> float:
-        """Pictures per second; 0 before the first step."""
-        seconds = sum(entry[0] for entry in self._steps)
-        return sum(entry[1] for entry in self._steps) / seconds if seconds else 0.0
 
 
 def pictures_in(batch: Any) -> int:

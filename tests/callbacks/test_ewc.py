@@ -130,6 +130,22 @@ def test_measures_only_when_it_is_time(tmp_path: Path) -> None:
     assert model.trainer.callback_metrics["ewc/total"].item() == pytest.approx(history.logged[5]["ewc/total"])
 
 
+class Ends(Callback):
+    """Ends a run in step 5, as ``max_time`` does."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 5
+
+
+def test_the_last_step_is_measured_however_the_run_ends(tmp_path: Path) -> None:
+    model = Blocks()
+    before = weights(model)
+    history = fit(tmp_path, model, EWC(every_n_steps=2), Ends(), max_steps=20)
+    assert sorted(history.logged) == [2, 4, 5]
+    assert history.logged[5]["ewc/total"] == pytest.approx(distance(before, weights(model)), rel=1e-5)
+    assert len(fit(tmp_path, Blocks(), EWC(every_n_steps=5), Ends(), max_steps=20).logged) == 1, "and only once"
+
+
 def test_leaves_the_training_alone(tmp_path: Path) -> None:
     runs = []
     for callbacks in ([], [EWC(every_n_steps=1)]):

@@ -174,6 +174,24 @@ def test_the_default_interval_follows_the_cost(tmp_path: Path) -> None:
     meter = ForgettingMeter(num_bins=4, num_samples=2)
     make_trainer(tmp_path, meter, max_steps=3, limit_val_batches=0, val_check_interval=None).fit(Denoising(), Data())
     assert meter.interval == 89  # 4 bins of 2 + 2 samples cost 16 passes, a step of 3 samples 9: 16 / 9 / 2 % = 88.9
+    meter = ForgettingMeter(num_bins=4, num_samples=2)
+    settings = {"max_steps": 2, "accumulate_grad_batches": 4, "limit_val_batches": 0, "val_check_interval": None}
+    make_trainer(tmp_path, meter, **settings).fit(Denoising(), Data())
+    assert meter.interval == 23  # a step of four such batches costs 36
+
+
+def test_the_last_step_is_measured_however_the_run_ends(tmp_path: Path) -> None:
+    class Ends(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 5
+
+    meter = ForgettingMeter(4, num_bins=2, num_samples=2)
+    make_trainer(tmp_path, meter, Ends(), max_steps=20, limit_val_batches=0, val_check_interval=None).fit(
+        Denoising(), Data()
+    )
+    steps = [step for step, _ in meter.history]
+    assert steps[-2:] == [4, 5]
+    assert len(set(steps)) == len(steps)
 
 
 def test_without_a_bank_the_target_is_measured_alone(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import re
 
 import lightning as L
 import pytest
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
+from torch.utils.data import DataLoader
 
 from lightning_difftune.callbacks.progress_bar import PicturesColumn, StepLines, StepProgressBar, Throughput
 
@@ -163,6 +165,19 @@ def test_epochs_have_no_end_to_count_to(tmp_path, capsys):
     assert [line[0] for line in lines] == ["Training 3", "Training 4"], "the last one, too"
 
 
+def test_epochs_may_end_a_run_before_its_max_steps(tmp_path, capsys):
+    settings = {"max_epochs": 2, "max_steps": 100, "limit_train_batches": 3}
+    _, lines = lines_of(tmp_path, capsys, 3, **settings, limit_val_batches=0)
+    assert [line[0] for line in lines] == ["Training 3/6", "Training 6/6"]
+    assert lines[-1][2] == "0:00:00 left"
+    bar = StepProgressBar()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, callbacks=[bar, seen := Seen(bar)], limit_val_batches=0, **settings
+    )
+    trainer.fit(LoggingModel())
+    assert seen.shown == [("Training", step, 6) for step in range(1, 7)]
+
+
 def test_other_processes_say_nothing(capsys):
     lines = StepLines(1)
     lines.disable()
@@ -170,16 +185,66 @@ def test_other_processes_say_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_pauses_do_not_count():
-    clock = iter([0.0, 1.0, 50.0, 51.0, 52.0, 53.0])
+def test_pauses_do_not_count_and_the_time_between_steps_does():
+    clock = iter([0.0, 1.0, 50.0, 51.0, 53.0])
     meter = Throughput(window=2, clock=lambda: next(clock))
+    meter.stop(1000)  # without a start
     assert meter.rate == 0
-    for pictures in (100, 4, 8):
+    meter.start()
+    meter.stop(100)
+    meter.pause()
+    for pictures in (4, 8):
         meter.start()
         meter.stop(pictures)
-    assert meter.rate == 6  # of the latest two
-    meter.stop(1000)  # without a start
-    assert meter.rate == 6
+    assert meter.rate == 4  # of the latest two, from 50 to 53
+    meter.pause()
+    meter.stop(1000)
+    assert meter.rate == 4
+
+
+@pytest.mark.parametrize("kind", [StepProgressBar, StepLines])
+def test_waits_for_data_count_and_validations_and_checkpoints_do_not(kind, tmp_path):
+    now = [0.0]
+
+    class SlowData(RandomDataset):
+        def __getitem__(self, index):
+            now[0] += 3
+            return super().__getitem__(index)
+
+    class Slow(LoggingModel):
+        def train_dataloader(self):
+            return DataLoader(SlowData(32, 64))
+
+        def training_step(self, batch, batch_idx):
+            now[0] += 1
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            now[0] += 100
+
+        def on_save_checkpoint(self, checkpoint):
+            now[0] += 1000
+
+    bar = kind()
+    bar.throughput = Throughput(clock=lambda: now[0])
+    steps = 8  # the start and three validations come before a step, with or without a checkpoint
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[bar, ModelCheckpoint(tmp_path, every_n_train_steps=4)],
+        max_steps=steps,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    ).fit(Slow())
+    # Each step takes a second and waits three for its batch, but for those that begin after a pause.
+    times = [time for time, _ in bar.throughput._steps]
+    assert sorted(set(times)) == [1, 4]
+    assert times.count(1) == 4
+    assert bar.throughput.rate == steps / sum(times) == steps / (4 * 1 + 4 * 4)
 
 
 class ChattyModel(LoggingModel):
