@@ -80,7 +80,9 @@ class TimedBar(ProgressBar):
         """Stop the clock."""
         self.throughput.pause()
 
-    on_train_end = on_save_checkpoint
+    def on_train_end(self, *_: Any) -> None:
+        """Stop the clock."""
+        self.throughput.pause()
 
 
 class StepProgressBar(TimedBar, RichProgressBar):
