@@ -255,6 +255,12 @@ def test_a_scheduler_by_its_short_form(project, name):
     assert cli.model.sampler.scheduler.config.clip_sample is False
 
 
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])
+def test_strategies_of_notebooks_are_refused(project, capsys, strategy):
+    assert main(["fit", "--config", "run.yaml", "--trainer.devices", "2", "--trainer.strategy", strategy]) == 2
+    assert f"trainer.strategy {strategy} starts its processes as a notebook needs it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("seed", ["-1", str(2**32)])
 def test_seeds_out_of_range_are_refused(project, capsys, seed):
     assert main(["fit", "--config", "run.yaml", "--seed_everything", seed]) == 2

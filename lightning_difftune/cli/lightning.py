@@ -108,6 +108,11 @@ class DiffTuneCLI(LightningCLI):
             kwargs |= {**dict.fromkeys(NOT_BARE), "detect_anomaly": False, "fast_dev_run": False}
             settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Checkpoint)]
         trainer: Any = super().instantiate_trainer(**kwargs)
+        if getattr(trainer.strategy, "_start_method", "popen") != "popen":
+            raise ConfigError(
+                f"trainer.strategy {settings.get('strategy')} starts its processes as a notebook needs it, and they "
+                "would not have what the command line made. Set trainer.strategy to ddp."
+            )
         trainer.callbacks = with_defaults(trainer.callbacks)
         write_whole(trainer.strategy)
         return trainer
