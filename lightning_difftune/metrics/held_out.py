@@ -70,7 +70,7 @@ class HeldOutLoss:
                     t, noise = (first + places * (end - first)).long(), draws.normal(*x0.shape)
                     tuned = module.denoising_losses(module.denoise, x0, condition, t, noise)
                     before = module.denoising_losses(pretrained, x0, module.source_condition(condition), t, noise)
-                    sums[:, k] += torch.stack([tuned.sum(), before.sum()]).double().cpu()
+                    sums[:, k] += torch.stack([tuned.sum(), before.sum()]).cpu().double()
         module.train(training)
         digits = len(str(edges[-1] - 1))
         named = {f"t{first:0{digits}}": sums[:, k].tolist() for k, first in enumerate(edges[:-1])}
