@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 DEFAULT_PROMPT = "a high-quality, detailed, and professional image"  # ControlNet's authors', and the paper's (App. C)
+NAMED_PROMPTS = 3  # that warnings about their length name
 
 
 class Frozen(nn.Module):
@@ -97,22 +98,31 @@ class FrozenTextEncoder(Frozen):
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``prompt_embeds`` (B, L, D) float32 of B prompts, padded to L tokens.
 
-        A prompt of more than L tokens is truncated, with one warning per prompt.
+        A prompt of more than L tokens is truncated; a warning names the first three.
         """
         length = self.shape[0]
         tokens = self.tokenizer(
             list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
         device = self.network.device
-        for prompt in set(prompts) - self._truncated:
-            count = len(self.tokenizer(prompt).input_ids)
-            if count > length:
-                self._truncated.add(prompt)
-                rank_zero_warn(
-                    f"This prompt is truncated: it has {count} tokens, and the text encoder reads {length}: {prompt!r}"
-                )
+        for prompt in dict.fromkeys(prompts):
+            self._warn_of_length(prompt)
         with torch.autocast(device.type, enabled=False):
             return {"prompt_embeds": self.network(tokens.to(device))[0].float()}
+
+    def _warn_of_length(self, prompt: str) -> None:
+        if prompt in self._truncated or len(self._truncated) > NAMED_PROMPTS:
+            return
+        count, length = len(self.tokenizer(prompt).input_ids), self.shape[0]
+        if count <= length:
+            return
+        self._truncated.add(prompt)
+        if len(self._truncated) <= NAMED_PROMPTS:
+            rank_zero_warn(
+                f"This prompt is truncated: it has {count} tokens, and the text encoder reads {length}: {prompt!r}"
+            )
+        else:
+            rank_zero_warn(f"Further prompts have more than {length} tokens and are truncated, without being named.")
 
     def null(self) -> dict[str, Tensor]:
         """The condition of a dropped prompt, in one row: the empty prompt."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import logging
 import math
 import shutil
 import sys
@@ -266,6 +268,21 @@ def test_the_density_has_the_shift_of_the_pipelines_own_scheduler(
     # It is the grid that samples are drawn on: u = 0.5 is at s = shift / (1 + shift).
     scheduler.set_timesteps(sigmas=[1.0, 0.5], **({"mu": settings["base_shift"]} if "base_shift" in settings else {}))
     assert float(scheduler.sigmas[1]) == pytest.approx(shift / (1 + shift), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_captions_of_a_data_set_are_not_all_named(folder_of: Callable[..., str], family: str) -> None:
+    text = built(folder_of(family), bank_prompts=PROMPTS).text_encoder
+    stream = logging.StreamHandler(said := io.StringIO())
+    logging.getLogger("diffusers").addHandler(stream)
+    try:
+        for number in range(20):
+            text.encode(["a photo of a cat and a dog " * 200 + str(number)])
+    finally:
+        logging.getLogger("diffusers").removeHandler(stream)
+    lines = [line for line in said.getvalue().splitlines() if "truncated" in line]
+    assert len(lines) == 4
+    assert lines[-1] == "Further prompts are too long and are truncated, without being named."
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -200,6 +200,12 @@ def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         encoder.encode([long])
+    with warnings.catch_warnings(record=True) as said:  # not one for each of a data set's captions
+        warnings.simplefilter("always")
+        encoder.encode([f"{long} and {i} birds" for i in range(50)])
+    said = [str(warning.message) for warning in said if "truncated" in str(warning.message)]
+    assert len(said) == 3
+    assert said[-1] == "Further prompts have more than 8 tokens and are truncated, without being named."
 
 
 @pytest.mark.parametrize("target", [OnlineTeacher(), StoredPredictions()], ids=repr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ from lightning_difftune.errors import CheckpointError
 from lightning_difftune.files import json_digest
 from lightning_difftune.models.checkpoint_files import find_weights, read_json
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.frozen import Frozen
+from lightning_difftune.models.frozen import NAMED_PROMPTS, Frozen
 from lightning_difftune.models.hub import folder_of, without_bars
 
 RECENT_CAPTIONS = 64  # captions whose conditions are kept, while a cache is built or a validation repeats them
@@ -64,7 +66,7 @@ class PipelineText(Frozen):
         names = sorted(name for name in self.pipeline.components if name.startswith("text_encoder"))
         networks = [getattr(self.pipeline, name) for name in names]
         super().__init__(nn.ModuleList(network for network in networks if network is not None))
-        self._encode = encode
+        self._encode, self._long_prompts = encode, LongPrompts()
         self._null = null if null is not None else lambda pipeline: encode(pipeline, [""])
 
     def fingerprint(self) -> str:
@@ -78,7 +80,7 @@ class PipelineText(Frozen):
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Tensors of B rows by name, float32; rows of empty prompts are :meth:`null`'s."""
         device = next(self.network.parameters()).device
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), self._long_prompts.few():
             encoded = self._encode(self.pipeline, list(prompts))
             if "" not in prompts:
                 return {name: value.float() for name, value in encoded.items()}
@@ -95,6 +97,37 @@ class PipelineText(Frozen):
         device = next(self.network.parameters()).device
         with torch.autocast(device.type, enabled=False):
             return {name: value.float() for name, value in self._null(self.pipeline).items()}
+
+
+class LongPrompts(logging.Filter):
+    """Lets a pipeline name the first prompts that are truncated, and not each of a data set's captions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to show a message."""
+        if "truncated" not in record.getMessage():
+            return True
+        if "number" not in vars(record):  # the first of several handlers
+            self.said += 1
+            record.number = self.said
+        if self.said == NAMED_PROMPTS + 1:
+            record.msg, record.args = "Further prompts are too long and are truncated, without being named.", ()
+        return self.said <= NAMED_PROMPTS + 1
+
+    @contextmanager
+    def few(self) -> Iterator[None]:
+        """A ``with`` block in which it applies to the messages of diffusers."""
+        handlers = list(logging.getLogger("diffusers").handlers)
+        for handler in handlers:
+            handler.addFilter(self)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(self)
 
 
 def open_text_parts(pipeline_class: Any, model: str | Path, revision: str | None, dtype: torch.dtype) -> Any:
