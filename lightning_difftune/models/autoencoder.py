@@ -87,14 +87,15 @@ class FrozenAutoencoder(Frozen):
         source, subfolder = self._named
         return {"source": source, "scaling_factor": self.scaling_factor, "subfolder": subfolder}
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """Shape (c, h, w) of the latents of square pictures.
+    def latent_shape(self, image_size: int, patch_size: int = 1) -> tuple[int, int, int]:
+        """Shape (c, h, w) of the latents of square pictures, for a network that takes patches of them.
 
         Raises:
-            ConfigError: If the size is not a multiple of ``downsample``.
+            ConfigError: If the size is not a multiple of ``downsample * patch_size``.
         """
-        if image_size % self.downsample or image_size <= 0:
-            raise ConfigError(f"image_size {image_size} must be a positive multiple of {self.downsample}.")
+        multiple = self.downsample * patch_size
+        if image_size % multiple or image_size <= 0:
+            raise ConfigError(f"image_size {image_size} must be a positive multiple of {multiple}.")
         side = image_size // self.downsample
         return self.network.config["latent_channels"], side, side
 

@@ -124,7 +124,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
         network = self.pipeline.open_network(self.frozen_dtype if hasattr(self.tuner, "disabled") else torch.float32)
         self.autoencoder = self.pipeline.open_autoencoder()
         size = self.image_size or self.family.sample_size(network) * self.autoencoder.downsample
-        self.sample_shape = self.autoencoder.latent_shape(size)
+        self.sample_shape = self.autoencoder.latent_shape(size, getattr(self.family, "patch_size", 1))
         self.text_encoder = self.family.open_text(self.model, self.revision, size, self.frozen_dtype)
         self._text = PromptConditions(self.text_encoder)
         self.family.check(self.model, network, self.text_encoder, self.sample_shape[0])

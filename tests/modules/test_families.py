@@ -270,6 +270,12 @@ def test_the_density_has_the_shift_of_the_pipelines_own_scheduler(
     assert float(scheduler.sigmas[1]) == pytest.approx(shift / (1 + shift), abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_pictures_that_are_no_whole_patches_are_refused(folder_of: Callable[..., str], family: str) -> None:
+    with pytest.raises(ConfigError, match="image_size 30 must be a positive multiple of 4"):
+        built(folder_of(family), bank_prompts=PROMPTS, image_size=30)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_long_captions_of_a_data_set_are_not_all_named(folder_of: Callable[..., str], family: str) -> None:
     text = built(folder_of(family), bank_prompts=PROMPTS).text_encoder

@@ -28,7 +28,8 @@ class Family(Protocol):
 
     network_folder: str  # of the network that denoises, such as "unet"; the module's attribute has the same name
     # Optional: is_autocast_throughout, true where no layer of the network switches autocast off. Weights are then cast
-    # together, see WeightCasts.
+    # together, see WeightCasts. And patch_size, the latents per side of a token, 1 by default: pictures of another size
+    # than a multiple of it are refused.
 
     def network_class(self) -> Any:
         """The network's class in diffusers; imported here, since diffusers is slow to import."""

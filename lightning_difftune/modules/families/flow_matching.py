@@ -29,6 +29,7 @@ class StableDiffusion3:
 
     network_folder = "transformer"
     is_autocast_throughout = True
+    patch_size = 2
 
     def network_class(self) -> Any:
         """``SD3Transformer2DModel``."""
@@ -113,6 +114,7 @@ class Flux:
 
     network_folder = "transformer"
     is_autocast_throughout = True
+    patch_size = 2
 
     def network_class(self) -> Any:
         """``FluxTransformer2DModel``."""
