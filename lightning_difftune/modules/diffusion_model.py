@@ -82,9 +82,15 @@ class DiffusionModel(ModelFamily):
         """A sampler completed for the pre-trained model; its scheduler is created, or compared with the model.
 
         Raises:
-            ConfigError: If its scheduler reverses another process, takes another prediction, or clips latents.
+            ConfigError: If its scheduler reverses another process, takes another prediction, or clips latents; or if
+                Domain Guidance is on without guidance.
         """
         sampler = sampler.completed(self.default_sampler())
+        if sampler.domain_guidance and sampler.guidance_scale == 1:
+            raise ConfigError(
+                f"{role}: domain_guidance changes nothing at a guidance_scale of 1, which is no guidance. Set "
+                "guidance_scale above 1, such as 1.5, or leave domain_guidance out."
+            )
         if sampler.scheduler is None:
             return replace(sampler, scheduler=self.default_scheduler())
         if isinstance(sampler.scheduler, str):
