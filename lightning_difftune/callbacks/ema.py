@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from lightning_difftune.callbacks.bases import OptimizerStepCallback, refuse_sharding, same_objects
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.models.checkpoints import differences
+from lightning_difftune.trainers import last_step
+
+KEPT_AT_MOST = 0.5  # of the weights at the start, in the averages at the end; the paper's runs keep 0.09
 
 
 class EMA(OptimizerStepCallback):
@@ -102,6 +105,19 @@ class EMA(OptimizerStepCallback):
         for name, p in trained.items():
             self._averages[name] = self._averages[name].to(p.device, torch.promote_types(p.dtype, torch.float32))
         self._narrow = any(self._averages[name].dtype != p.dtype for name, p in trained.items())
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Warn of averages that will hardly move, which validations and samples would show in place of the weights."""
+        super().on_train_start(trainer, pl_module)
+        end = last_step(trainer) if trainer.max_steps >= 0 or trainer.max_epochs != -1 else -1
+        updates = self.num_updates + (end - trainer.global_step) // self.every_n_steps
+        kept = self.decay ** (self.every_n_steps * updates)
+        if end > 0 and kept > KEPT_AT_MOST and not (self.warmup or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"When this run ends, at step {end:,}, the averages of EMA(decay={self.decay}) will still be {kept:.0%} "
+                "the weights that it began with, and they are what is validated and sampled. Set warmup: true of EMA, "
+                "or a lower decay."
+            )
 
     @torch.no_grad()
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,32 @@ def test_every_k_steps_the_decay_is_raised_to_k(tmp_path: Path, warmup: bool, ev
     average = ema.state_dict()["averages"]["layer.weight"].numpy()
     expected = averaged(start, model.trajectory, 0.7, warmup, every)
     np.testing.assert_allclose(average, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "said"),
+    [
+        ({}, {}, "will still be 100% the weights that it began with"),
+        ({"decay": 0.9}, {}, "will still be 53% the weights"),
+        ({"decay": 0.5, "every_n_steps": 10}, {}, "will still be 100% the weights that it began with"),
+        (
+            {"decay": 0.9},
+            {"max_steps": -1, "max_epochs": 1, "limit_train_batches": 5},
+            "When this run ends, at step 5,",
+        ),
+        ({"decay": 0.8}, {}, None),
+        ({"warmup": True}, {}, None),
+        ({}, {"fast_dev_run": 2}, None),
+    ],
+)
+def test_averages_that_hardly_move_in_a_run_are_said(
+    tmp_path: Path, settings: dict[str, Any], options: dict[str, Any], said: str | None
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(tmp_path, EMA(**settings), **options).fit(PartlyFrozenModel())
+    about = [str(warning.message) for warning in caught if "averages of EMA" in str(warning.message)]
+    assert [said is not None and said in message for message in about] == ([True] if said else [])
 
 
 def test_steps_between_two_averages_are_at_least_one() -> None:
