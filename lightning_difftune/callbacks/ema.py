@@ -114,7 +114,7 @@ class EMA(OptimizerStepCallback):
         kept = self.decay ** (self.every_n_steps * updates)
         if end > 0 and kept > KEPT_AT_MOST and not (self.warmup or trainer.fast_dev_run):  # type: ignore[attr-defined]
             rank_zero_warn(
-                f"When this run ends, at step {end:,}, the averages of EMA(decay={self.decay}) will still be {kept:.0%} "
+                f"When this run ends, at step {end:,}, the averages of EMA(decay={self.decay}) will be {kept:.0%} "
                 "the weights that it began with, and they are what is validated and sampled. Set warmup: true of EMA, "
                 "or a lower decay."
             )
