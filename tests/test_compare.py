@@ -18,7 +18,7 @@ from tiny import tiny_weights
 
 from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
-from lightning_difftune.cli.compare.figures import bars_figure, gains_figure
+from lightning_difftune.cli.compare.figures import bars_figure, by_step, gains_figure
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import comparison, line_of, shown
@@ -363,6 +363,12 @@ def test_bars_leave_out_runs_that_measured_none_of_it(project):
     assert [text.get_text() for text in distances.texts] == ["3.00"]
     assert [text.get_text() for text in shares.texts] == ["0.200", "0.500"]
     assert [text.get_text() for text in distances.get_legend().get_texts()] == ["Diff-Tuning"]
+
+
+def test_curves_have_the_steps_that_all_seeds_have():
+    ended, longer, not_begun = [(10, 1.0), (20, 2.0)], [(10, 3.0), (20, 4.0), (30, 9.0)], []
+    assert by_step([ended, longer, not_begun]) == [(10.0, [1.0, 3.0]), (20.0, [2.0, 4.0])]
+    assert by_step([not_begun]) == []
 
 
 def test_the_table_has_means_spreads_and_changes(finished):

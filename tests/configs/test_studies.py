@@ -128,3 +128,17 @@ def test_the_page_of_the_study_has_the_kept_figures_of_guidance(row: str) -> Non
         distance = (plain[run] if scale == "1.5" else guided[run][scale])["fd_efficientnet_lite0"]
         cells.append(f"{distance:.1f}" + (f" ({100 * (distance / whole - 1):+.1f} %)" if distance != whole else ""))
     assert f"| {row} | {' | '.join(cells)} |" in page.replace("*", "")
+
+
+@pytest.mark.parametrize(("row", "run"), [("ControlNet", "controlnet"), ("with Diff-Tuning", "controlnet-dt")])
+def test_the_page_of_the_study_has_the_kept_steps_of_convergence(row: str, run: str) -> None:
+    folder, page = CONFIGS.parent / "results/controlnet_flowers/convergence/results", CONFIGS.parent / "docs/study.md"
+    results = [json.loads((folder / f"{run}-seed{seed}.json").read_text()) for seed in range(4)]
+    curves = [result["history"]["control/ssim"] for result in results]
+    told = []
+    for threshold in (0.3, 0.35, 0.38, 0.4):
+        steps = [next(step for step, value in curve if value >= threshold) for curve in curves]
+        told.append(", ".join(f"{step:,}" for step in steps))
+    assert told[-1] == ", ".join(f"{result['sudden_convergence'][0]['step']:,}" for result in results)
+    told.append(", ".join(f"{fmean(value for step, value in curve if step <= 1300):.3f}" for curve in curves))
+    assert f"| {row} | {' | '.join(told)} |" in page.read_text()

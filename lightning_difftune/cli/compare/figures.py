@@ -67,12 +67,13 @@ def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
 
 
 def by_step(histories: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, list[float]]]:
-    """The values of all seeds at each step."""
+    """The values of all seeds at the steps that all have: where some runs end, a mean of the others misleads."""
+    begun = [history for history in histories if history]
     values: dict[int, list[float]] = defaultdict(list)
-    for history in histories:
+    for history in begun:
         for step, value in history:
             values[step].append(value)
-    return [(float(step), found) for step, found in sorted(values.items())]
+    return [(float(step), found) for step, found in sorted(values.items()) if len(found) == len(begun)]
 
 
 def bars_figure(study: Study, lines: Sequence[Line], labels: Mapping[str, str]) -> Figure:
