@@ -22,7 +22,7 @@ from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch
 from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for, scheduler_named
-from lightning_difftune.sampling.sampler import check_scheduler
+from lightning_difftune.sampling.sampler import check_pretrained_part, check_scheduler
 from lightning_difftune.sampling.schedulers import describe_unfit
 from lightning_difftune.source import SourceFacts
 
@@ -83,23 +83,18 @@ class DiffusionModel(ModelFamily):
 
         Raises:
             ConfigError: If its scheduler reverses another process, takes another prediction, or clips latents; or if
-                Domain Guidance is on without guidance.
+                its settings for the pre-trained network have no effect.
         """
-        sampler = sampler.completed(self.default_sampler())
-        if sampler.domain_guidance and sampler.guidance_scale == 1:
-            raise ConfigError(
-                f"{role}: domain_guidance changes nothing at a guidance_scale of 1, which is no guidance. Set "
-                "guidance_scale above 1, such as 1.5, or leave domain_guidance out."
-            )
-        if sampler.scheduler is None:
-            return replace(sampler, scheduler=self.default_scheduler())
-        if isinstance(sampler.scheduler, str):
-            named = scheduler_named(sampler.scheduler, self.default_scheduler().config)
-            sampler = replace(sampler, scheduler=named)
-        check_scheduler(sampler.scheduler, self.source_facts, role)
-        unfit = describe_unfit(sampler.scheduler, cast("int", sampler.num_inference_steps), self.source_facts)
-        if unfit is not None:
-            rank_zero_warn(f"{role}: {unfit}")
+        sampler, given = sampler.completed(self.default_sampler()), sampler.scheduler
+        if given is None or isinstance(given, str):
+            own = self.default_scheduler()
+            sampler = replace(sampler, scheduler=own if given is None else scheduler_named(given, own.config))
+        if given is not None:
+            check_scheduler(sampler.scheduler, self.source_facts, role)
+            unfit = describe_unfit(sampler.scheduler, cast("int", sampler.num_inference_steps), self.source_facts)
+            if unfit is not None:
+                rank_zero_warn(f"{role}: {unfit}")
+        check_pretrained_part(sampler, role)
         return sampler
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, same
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.sampling.loop import Guided, sample, swap
-from lightning_difftune.sampling.schedulers import NoiseScheduler, ddim, scheduler_class, scheduler_named
+from lightning_difftune.sampling.schedulers import NoiseScheduler, ddim, scheduler_class, scheduler_named, set_grid
 from lightning_difftune.source import SourceFacts, prediction_type_of, process_of, scheduler_from
 
 
@@ -183,6 +184,37 @@ def plain(value: Any) -> Any:
     """The value if it is strict JSON, else its representation; DPM-Solver's settings have an infinity."""
     is_plain = value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     return value if is_plain else repr(value)
+
+
+def check_pretrained_part(sampler: Sampler, role: str = "the sampler") -> None:
+    """Refuse settings for the pre-trained network that would change nothing, or everything.
+
+    Args:
+        sampler: A completed sampler.
+        role: The setting's name in the message.
+
+    Raises:
+        ConfigError: If Domain Guidance is on without guidance, or the pre-trained tail is no step or all steps.
+
+    Example:
+        >>> check_pretrained_part(Sampler(None, 50, 1.5, 3, pretrained_tail=0.1))
+    """
+    if sampler.domain_guidance and sampler.guidance_scale == 1:
+        raise ConfigError(
+            f"{role}: domain_guidance changes nothing at a guidance_scale of 1, which is no guidance. Set "
+            "guidance_scale above 1, such as 1.5, or leave domain_guidance out."
+        )
+    tail = sampler.pretrained_tail
+    if not tail:
+        return
+    reverse: Any = copy.deepcopy(sampler.reverse)
+    set_grid(reverse, cast("int", sampler.num_inference_steps), (1, 8, 8), "cpu")
+    steps = len(reverse.timesteps)  # Heun has two for each of num_inference_steps
+    if round(tail * steps) in (0, steps):
+        raise ConfigError(
+            f"{role}: a pretrained_tail of {tail:g} is {round(tail * steps)} of {steps} steps, so that the "
+            f"{'tuned' if round(tail * steps) else 'pre-trained'} model would do none. One step is {1 / steps:g}."
+        )
 
 
 def check_scheduler(scheduler: Any, source: SourceFacts, role: str = "the sampler") -> None:

@@ -1,6 +1,7 @@
 """A module's pictures with the pre-trained network in them: Domain Guidance, swapped tails; and flow matching."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def test_the_losses_of_the_forgetting_meter_are_simple_ones():
         before = (tiny_dit()(x_t, t, torch.full((3,), 6))[:, :1] - noise).square().mean((1, 2, 3))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(source, before)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps", "tail", "said"),
+    [
+        (None, 10, 0.04, "a pretrained_tail of 0.04 is 0 of 10 steps, so that the pre-trained model would do none"),
+        (None, 10, 0.99, "a pretrained_tail of 0.99 is 10 of 10 steps, so that the tuned model would do none"),
+        ("HeunDiscrete", 10, 0.04, None),  # 19 steps
+        ("HeunDiscrete", 10, 0.02, "a pretrained_tail of 0.02 is 0 of 19 steps"),
+        (None, 10, 0.06, None),
+    ],
+)
+def test_a_pretrained_tail_is_a_part_of_the_steps(scheduler, steps, tail, said):
+    module = DiTDiffTuningModule(tiny_dit())
+    module.configure_model()
+    with nullcontext() if said is None else pytest.raises(ConfigError, match=said):
+        module.sampler = Sampler(scheduler, steps, pretrained_tail=tail)
 
 
 @pytest.mark.parametrize("domain_guidance", [False, True])
