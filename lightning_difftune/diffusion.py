@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_choice
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]  # diffusers' names
 
@@ -113,8 +113,7 @@ class GaussianDiffusion(ForwardProcess):
         rescale_betas_zero_snr: bool = False,
     ) -> None:
         super().__init__()
-        if beta_schedule not in ("linear", "scaled_linear"):
-            raise ConfigError(f"beta_schedule must be 'linear' or 'scaled_linear', got {beta_schedule!r}.")
+        check_choice(type(self).__name__, "beta_schedule", beta_schedule, "linear", "scaled_linear")
         if num_timesteps < 2 or not 0 < beta_start <= beta_end < 1:
             raise ConfigError(
                 f"A diffusion needs two steps or more and 0 < beta_start <= beta_end < 1; "

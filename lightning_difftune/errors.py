@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 
 
 class DiffTuneError(Exception):
@@ -53,11 +54,28 @@ def check_counts(owner: str, **counts: int | None) -> None:
     """Refuse counts below 1 among the settings of a class; ``None`` is a count that is not set.
 
     Raises:
-        ConfigError: If one of them is below 1.
+        ConfigError: If one of them is below 1, or not a whole number.
     """
     for name, count in counts.items():
+        if count is not None and not isinstance(count, Integral):
+            raise ConfigError(f"{name} of {owner} must be a whole number, found {count!r}.")
         if count is not None and count < 1:
             raise ConfigError(f"{name} of {owner} must be at least 1, found {count}.")
+
+
+def check_choice(owner: str, name: str, given: object, *known: str) -> None:
+    """Refuse a setting of a class that is none of the known ones.
+
+    Raises:
+        ConfigError: If it is not.
+
+    Example:
+        >>> check_choice("FID", "reference", "test", "val", "train")
+        Traceback (most recent call last):
+        lightning_difftune.errors.ConfigError: reference of FID must be 'val' or 'train', found 'test'.
+    """
+    if given not in known:
+        raise ConfigError(f"{name} of {owner} must be {' or '.join(map(repr, known))}, found {given!r}.")
 
 
 def check_lists(owner: str, **lists: Sequence[str] | None) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from tiny import tiny_pictures, tiny_weights
 
-from lightning_difftune import DiTDiffTuningModule
-from lightning_difftune.callbacks import RegionalCompile
-from lightning_difftune.data import ArrayImages, ClassCaptions, ListedImages, WebDatasetShards
-from lightning_difftune.errors import ConfigError
+from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule, TextToImageDiffTuningModule
+from lightning_difftune.callbacks import EMA, RegionalCompile, SuddenConvergence
+from lightning_difftune.data import ArrayImages, ClassCaptions, HandwrittenDigits, ListedImages, WebDatasetShards
+from lightning_difftune.diffusion import GaussianDiffusion
+from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.models import FrozenAutoencoder
+from lightning_difftune.tuners import AdaptFormer, LoRA
 
 PICTURES = np.zeros((4, 8, 8), np.uint8)
 
@@ -32,3 +37,53 @@ PICTURES = np.zeros((4, 8, 8), np.uint8)
 def test_a_text_is_not_taken_letter_by_letter(make, name, tmp_path) -> None:
     with pytest.raises(ConfigError, match=rf"^{name} is a list of texts, got '\w+'\. Write \['"):
         make(tmp_path)
+
+
+def data_of(**settings):
+    return MemoryBankDataModule(tiny_pictures(), 3, 8, 1, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: DiTDiffTuningModule("tiny", label_table="new"),
+            "label_table .* must be 'keep' or 'resize', found 'new'",
+        ),
+        (lambda: DiTDiffTuningModule("tiny", retention_labels="own"), "retention_labels .* must be 'null' or 'source'"),
+        (lambda: TextToImageDiffTuningModule("tiny", frozen_dtype="int8"), "frozen_dtype .* 'float32' or 'bfloat16'"),
+        (lambda: FrozenAutoencoder("tiny", dtype="int8"), "dtype of FrozenAutoencoder must be 'float32' or 'bfloat16'"),
+        (lambda: data_of(reference="test"), "reference .* must be 'val' or 'train', found 'test'"),
+        (lambda: data_of(on_corrupt="ignore"), "on_corrupt .* must be 'error' or 'skip', found 'ignore'"),
+        (lambda: data_of(bank="bank", bank_source="photos"), "bank_source .* must be 'target', found 'photos'"),
+        (lambda: data_of(build_batch_size="most"), "build_batch_size .* must be a whole number, found 'most'"),
+        (lambda: data_of(build_batch_size=0), "build_batch_size .* must be at least 1, found 0"),
+        (lambda: data_of(batch_size=4.5), "batch_size .* must be a whole number, found 4.5"),
+        (lambda: data_of(bank="bank", bank_size=0), "bank_size .* must be at least 1, found 0"),
+        (lambda: HandwrittenDigits("val"), "split of HandwrittenDigits must be 'train' or 'test', found 'val'"),
+        (lambda: HandwrittenDigits(crop=30), "crop of HandwrittenDigits must be from 1 to 28, found 30"),
+        (lambda: GaussianDiffusion(beta_schedule="cosine"), "beta_schedule .* must be 'linear' or 'scaled_linear'"),
+        (lambda: SuddenConvergence("val/loss", mode="least"), "mode of SuddenConvergence must be 'max' or 'min'"),
+        (lambda: LoRA(rank=0), "rank of LoRA must be at least 1, found 0"),
+        (lambda: LoRA(alpha=0), "alpha of LoRA must be above 0, found 0: nothing would be trained"),
+        (lambda: AdaptFormer(scale=0.0), "scale of AdaptFormer must be above 0, found 0.0: nothing would be trained"),
+        (lambda: AdaptFormer(bottleneck=0), "bottleneck of AdaptFormer must be at least 1, found 0"),
+        (lambda: EMA(every_n_steps=1.5), "every_n_steps of EMA must be a whole number, found 1.5"),
+    ],
+)
+def test_a_setting_that_is_none_of_the_known_ones_is_refused_from_python_too(make, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("photos", "the image source is the path 'photos'; pass a data set that reads it"),
+        (Path("photos"), "the image source is the path 'photos'; pass a data set that reads it"),
+        ({"train": tiny_pictures(), "test": tiny_pictures()}, "is a dictionary of train, test; pass one of its parts"),
+    ],
+)
+def test_what_is_no_data_set_is_refused(source, message) -> None:
+    with pytest.raises(DataError, match=message):
+        MemoryBankDataModule(source, num_classes=3)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_difftune.callbacks.bases import MeasuringCallback, warn_without_validation
-from lightning_difftune.errors import ConfigError, check_counts
+from lightning_difftune.errors import ConfigError, check_choice, check_counts
 
 Mode = Literal["max", "min"]
 ControlTask = Literal["edge", "sketch", "depth", "normal", "segmentation_coco", "segmentation_ade20k"]
@@ -92,8 +92,7 @@ class SuddenConvergence(MeasuringCallback):
         stop: bool = False,
         window: int = 5,
     ) -> None:
-        if mode not in get_args(Mode):
-            raise ConfigError(f"The mode of SuddenConvergence must be 'max' or 'min', found {mode!r}.")
+        check_choice("SuddenConvergence", "mode", mode, *get_args(Mode))
         if threshold is not None and not math.isfinite(threshold):
             raise ConfigError(f"The threshold of SuddenConvergence must be a finite number, found {threshold}.")
         check_counts("SuddenConvergence", patience=patience, window=window)

@@ -27,7 +27,7 @@ from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.real_pictures import LabelledTargets, RealPictures
 from lightning_difftune.draws import seed_of
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_choice, check_counts
 from lightning_difftune.protocols import SupportsBankGeneration, SupportsCaptions, SupportsEncode
 
 # A process without a batch would leave validation while the others wait for it.
@@ -103,6 +103,7 @@ class MemoryBankDataModule(RealPictures):
         verify_stores: bool = False,
         seed: int = 0,
     ) -> None:
+        check_counts(type(self).__name__, batch_size=batch_size, bank_size=bank_size)
         super().__init__(
             target,
             val_target,
@@ -119,6 +120,8 @@ class MemoryBankDataModule(RealPictures):
         if bank_source == "target":
             self.bank_size, self.bank_source = min(bank_size, len(self.target)), self.target
         elif bank_source is not None:
+            if isinstance(bank_source, str):
+                check_choice(type(self).__name__, "bank_source", bank_source, "target")
             self.bank_source = ImageTargets(bank_source, image_size, channels, on_corrupt)
         self.retention_share = retention_share
         self.batch_size = batch_size

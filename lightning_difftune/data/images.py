@@ -29,7 +29,7 @@ from lightning_difftune.data.source_facts import (
     require_source,
     transforms_pictures,
 )
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import ConfigError, DataError, check_choice
 from lightning_difftune.files import array_digest, text_digest
 from lightning_difftune.pictures import to_pixels
 from lightning_difftune.protocols import TargetBatch
@@ -79,8 +79,7 @@ class ImageTargets:
             raise ConfigError(f"image_size is {image_size}; expected the height and width in pixels, at least 1.")
         if channels not in (1, 3):
             raise ConfigError(f"channels is {channels}; expected 1 (grey) or 3 (RGB).")
-        if on_corrupt not in ("error", "skip"):
-            raise ConfigError(f"on_corrupt is {on_corrupt!r}; expected 'error' or 'skip'.")
+        check_choice(type(self).__name__, "on_corrupt", on_corrupt, "error", "skip")
         require_source(source)
         self.source: Any = source
         self.image_size = image_size

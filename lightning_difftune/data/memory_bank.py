@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_difftune.data.shards import ShardReader, ShardWriter, build
-from lightning_difftune.errors import ConfigError, StoreError
+from lightning_difftune.errors import StoreError, check_choice
 from lightning_difftune.protocols import BankGenerator, RetentionBatch
 
 KIND = "memory-bank"
@@ -93,8 +93,7 @@ class MemoryBank(ShardReader):
             StoreError: The folder belongs to another model or other settings, is damaged, or the disk is full.
             ConfigError: A size below 1 or an unknown dtype.
         """
-        if dtype not in _DTYPES:
-            raise ConfigError(f"A memory bank's dtype is one of {', '.join(_DTYPES)}, got {dtype!r}.")
+        check_choice("MemoryBank", "dtype", dtype, *_DTYPES)
         spec = {**generator.bank_spec(), "dtype": dtype}
         writer = ShardWriter(path, kind=KIND, spec=spec, num_samples=num_samples, shard_size=shard_size)
 

@@ -20,7 +20,7 @@ from lightning_difftune.data.folders import shorten
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.items import TargetItem
 from lightning_difftune.data.source_facts import name_of_class, require_source
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import ConfigError, DataError, check_choice, check_counts
 from lightning_difftune.pictures import largest_value
 from lightning_difftune.protocols import TargetBatch
 
@@ -61,6 +61,8 @@ class RealPictures(L.LightningDataModule):
         batch_size: int | None,
     ) -> None:
         super().__init__()
+        check_choice(type(self).__name__, "reference", reference, "val", "train")
+        check_counts(type(self).__name__, num_classes=num_classes, build_batch_size=batch_size)
         self.num_classes, self.channels, self.reference = num_classes, channels, reference
         self.build_batch_size = batch_size
         self.target = ImageTargets(target, image_size, channels, on_corrupt)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
 
@@ -94,6 +94,10 @@ def require_source(source: Any) -> None:
     """Raise :class:`DataError` unless pictures can be read by index."""
     if isinstance(source, DataLoader):
         wrong = "a DataLoader, whose batches are made already; pass its data set"
+    elif isinstance(source, str | Path):
+        wrong = f"the path {str(source)!r}; pass a data set that reads it"
+    elif isinstance(source, Mapping):
+        wrong = f"a dictionary of {', '.join(map(str, list(source)[:8]))}; pass one of its parts"
     elif isinstance(source, IterableDataset) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         wrong = (
             f"{type(source).__name__}, which can be iterated but has no picture number i; a run that can be "

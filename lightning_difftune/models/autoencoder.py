@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_difftune.errors import CheckpointError, ConfigError, DataError
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError, check_choice
 from lightning_difftune.models.checkpoint_files import read_json
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_layout import open_network
@@ -50,6 +50,7 @@ class FrozenAutoencoder(Frozen):
         subfolder: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     ) -> None:
+        check_choice(type(self).__name__, "dtype", dtype, "float32", "bfloat16", "float16")
         if scaling_factor is not None:
             LatentScale(scaling_factor)  # refuses a factor that is not positive, before anything is opened
         if isinstance(source, str | Path):

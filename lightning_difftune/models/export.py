@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_difftune import __version__
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.errors import CheckpointError, check_choice
 from lightning_difftune.files import atomic_path, write_safetensors, write_sums
 from lightning_difftune.models.autoencoder import FrozenAutoencoder
 from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE, check_state, fingerprint, load_dit
@@ -52,8 +52,7 @@ def export_dit(
         ConfigError: If the format is not one of the two.
     """
     path = Path(path)
-    if format not in ("safetensors", "diffusers"):
-        raise ConfigError(f"format must be 'safetensors' or 'diffusers', got {format!r}.")
+    check_choice("export_dit", "format", format, "safetensors", "diffusers")
     if format == "safetensors" and path.suffix != ".safetensors":
         raise CheckpointError(f"{path} must end in .safetensors, so that load_dit knows what it is.")
     if format == "safetensors" and autoencoder is not None:

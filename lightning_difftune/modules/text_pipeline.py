@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_difftune import conditions
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_choice
 from lightning_difftune.models import FrozenAutoencoder
 from lightning_difftune.modules.base import DiffTuningModule
 from lightning_difftune.modules.families import Family, Pipeline
@@ -101,6 +101,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
             bank_sampler=bank_sampler,
             seed=seed,
         )
+        check_choice(type(self).__name__, "frozen_dtype", frozen_dtype, "float32", "bfloat16")
         if not 0 <= prompt_dropout < 1:
             raise ConfigError(f"prompt_dropout must be in [0, 1), got {prompt_dropout}.")
         for name, given in {"prompts": prompts, "bank_prompts": bank_prompts}.items():

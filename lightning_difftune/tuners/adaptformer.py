@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.tuners.base import ParameterEfficientTuner, find, find_blocks
 
 
@@ -40,6 +40,9 @@ class AdaptFormer(ParameterEfficientTuner):
     Args:
         bottleneck: Width of the adapter's hidden layer.
         scale: Factor of the adapter's output. The value behind Table 1 is not public; 0.1 is AdaptFormer's own.
+
+    Raises:
+        ConfigError: If one of them is not positive.
     """
 
     not_merged = (
@@ -48,6 +51,9 @@ class AdaptFormer(ParameterEfficientTuner):
     )
 
     def __init__(self, bottleneck: int = 64, scale: float = 0.1) -> None:
+        check_counts("AdaptFormer", bottleneck=bottleneck)
+        if not scale > 0:
+            raise ConfigError(f"scale of AdaptFormer must be above 0, found {scale}: nothing would be trained.")
         self.bottleneck = bottleneck
         self.scale = scale
 

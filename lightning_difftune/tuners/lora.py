@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.files import check_sums, read_safetensors, write_safetensors
 from lightning_difftune.tuners import lora_files
 from lightning_difftune.tuners.base import Model, ParameterEfficientTuner
@@ -37,12 +37,13 @@ class LoRA(ParameterEfficientTuner):
             networks.
 
     Raises:
-        ConfigError: If the rank is not positive.
+        ConfigError: If the rank or alpha is not positive.
     """
 
     def __init__(self, rank: int = 8, alpha: int | None = None, target_modules: tuple[str, ...] | None = None) -> None:
-        if rank < 1:
-            raise ConfigError(f"LoRA needs a rank of at least 1, got {rank}.")
+        check_counts("LoRA", rank=rank)
+        if alpha is not None and alpha <= 0:
+            raise ConfigError(f"alpha of LoRA must be above 0, found {alpha}: nothing would be trained.")
         self.rank = rank
         self.alpha = rank if alpha is None else alpha
         self._follows_model = target_modules is None

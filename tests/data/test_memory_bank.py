@@ -198,7 +198,7 @@ def test_a_store_of_something_else_is_not_a_bank(tmp_path: Path) -> None:
 
 
 def test_unknown_dtype(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="float32, float16, got 'bfloat16'"):
+    with pytest.raises(ConfigError, match="dtype of MemoryBank must be 'float32' or 'float16', found 'bfloat16'"):
         make(tmp_path, dtype="bfloat16")
 
 

@@ -164,7 +164,7 @@ def test_paths_and_arguments_that_do_not_fit_the_format(tmp_path: Path) -> None:
         export_dit(random_dit(), tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match="autoencoder goes into a diffusers folder"):
         export_dit(random_dit(), tmp_path / "model.safetensors", autoencoder=frozen_autoencoder())
-    with pytest.raises(ConfigError, match="format must be 'safetensors' or 'diffusers', got 'onnx'"):
+    with pytest.raises(ConfigError, match="format of export_dit must be 'safetensors' or 'diffusers', found 'onnx'"):
         export_dit(random_dit(), tmp_path / "model.onnx", "onnx")  # type: ignore[arg-type]
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="Cannot write"):

@@ -250,7 +250,6 @@ def test_applying_twice_is_refused(tuner: ParameterEfficientTuner) -> None:
 @pytest.mark.parametrize(
     "construct",
     [
-        lambda: LoRA(rank=0),
         lambda: DiffFit(("mlp", "mlp")),
         lambda: VPTDeep(blocks=(1, 1)),
         lambda: VPTDeep(num_tokens=0),
