@@ -110,9 +110,11 @@ class EMA(OptimizerStepCallback):
         """Warn of averages that will hardly move, which validations and samples would show in place of the weights."""
         super().on_train_start(trainer, pl_module)
         end = last_step(trainer) if trainer.max_steps >= 0 or trainer.max_epochs != -1 else -1
+        if end < 0 or self.warmup or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         updates = self.num_updates + (end - trainer.global_step) // self.every_n_steps
         kept = self.decay ** (self.every_n_steps * updates)
-        if end > 0 and kept > KEPT_AT_MOST and not (self.warmup or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        if kept > KEPT_AT_MOST:
             rank_zero_warn(
                 f"When this run ends, at step {end:,}, the averages of EMA(decay={self.decay}) will be {kept:.0%} "
                 "the weights that it began with, and they are what is validated and sampled. Set warmup: true of EMA, "
