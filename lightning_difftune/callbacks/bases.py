@@ -51,8 +51,10 @@ class GenerationCallback(Callback, ABC):
         [range(0, 4), range(4, 8), range(8, 10)]
     """
 
-    trajectories: float = 1.0
-    """Reverse processes that a sample costs, for ``difftune plan``."""
+    @staticmethod
+    def trajectories(settings: Mapping[str, Any]) -> float:
+        """Reverse processes that a sample costs with these arguments of the constructor, for ``difftune plan``."""
+        return 1.0
 
     def __init__(self, num_samples: int, batch_size: int, every_n_steps: int | None) -> None:
         counts = {"num_samples": num_samples, "batch_size": batch_size, "every_n_steps": every_n_steps}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -52,7 +53,6 @@ class ChainOfForgetting(DistanceCallback):
         >>> trainer = L.Trainer(callbacks=[EMA(), ChainOfForgetting(percents=(0, 20, 100))], logger=False)
     """
 
-    trajectories = 6.5  # cost of the default's eleven, which share their beginnings
     method = "generate_swapped(indices, fractions)"
     function = "indices (B,) and P fractions that returns pictures (P, B, 1 or 3, H, W) uint8"
 
@@ -80,6 +80,12 @@ class ChainOfForgetting(DistanceCallback):
         self.dirpath = dirpath
         self.strip = torch.empty(0)
         self._folder = Path()
+
+    @staticmethod
+    def trajectories(settings: Mapping[str, Any]) -> float:
+        """The tuned model's up to the last swap, which all p share, and p % of one for each: 6.5 by default."""
+        percents = set(settings["percents"])
+        return (100 - min(percents) + sum(percents)) / 100
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, on all processes."""

@@ -18,6 +18,7 @@ from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch
 
+FEWEST_EVALUATION_BATCHES = 64
 ReadTarget = Callable[[list[int], list[bool]], TargetBatch]
 ReadRetention = Callable[[Tensor], RetentionBatch]
 
@@ -150,6 +151,15 @@ class TrainingBatches(Dataset[DiffTuningBatch]):
         if self.read_retention is not None and self.retention is not None:
             batch["retention"] = self.read_retention(torch.tensor(self.retention.indices(step)))
         return batch
+
+
+def evaluation_batch_size(num_samples: int, largest: int) -> int:
+    """Samples per batch of held-out ones, independent of training and of the number of processes.
+
+    So the loss is the same on one GPU and on eight: a process without a batch would leave validation while the others
+    wait for it.
+    """
+    return max(1, min(largest, num_samples // FEWEST_EVALUATION_BATCHES))
 
 
 class EvaluationBatches(Dataset[DiffTuningBatch]):

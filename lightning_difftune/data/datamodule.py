@@ -19,6 +19,7 @@ from lightning_difftune.data.batches import (
     TrainingSteps,
     changed_batches,
     describe_no_retention,
+    evaluation_batch_size,
     retained_samples,
 )
 from lightning_difftune.data.building import BATCH_SIZE, building, rank_of
@@ -29,9 +30,6 @@ from lightning_difftune.data.real_pictures import LabelledTargets, RealPictures
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError, check_choice, check_counts
 from lightning_difftune.protocols import SupportsBankGeneration, SupportsCaptions, SupportsEncode
-
-# A process without a batch would leave validation while the others wait for it.
-_FEWEST_EVALUATION_BATCHES = 64
 
 
 class MemoryBankDataModule(RealPictures):
@@ -273,8 +271,7 @@ class MemoryBankDataModule(RealPictures):
             return []
         rank, world_size = rank_of(self.trainer)
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)
-        # Independent of batch_size and the number of processes, so the loss is the same on one GPU and on eight.
-        size = max(1, min(self.build_batch_size or BATCH_SIZE, len(self.val_target) // _FEWEST_EVALUATION_BATCHES))
+        size = evaluation_batch_size(len(self.val_target), self.build_batch_size or BATCH_SIZE)
         batches = EvaluationBatches(read, len(self.val_target), size)
         if len(batches) < world_size:
             raise ConfigError(

@@ -49,13 +49,16 @@ class PretrainedSamples:
 
     def generate_bank(self, indices: Tensor) -> dict[str, Tensor]:
         """Indices (B,) => latents (B, c, h, w) float32, the family's columns and the objective's, on the CPU."""
-        module, target = self.module, self.objective.retention_target
-        latents = self.latents(indices).float()
-        columns = {"latents": latents, **self.columns(indices, latents)}
-        if target is not None:
-            condition = module.retention_condition(cast("RetentionBatch", columns))
-            columns |= target.bank_columns(self.objective, indices, latents, condition, self.teacher)
+        columns = self.with_columns(indices, self.latents(indices).float())
         return {name: column.cpu() for name, column in columns.items()}
+
+    def with_columns(self, indices: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """The latents (B, c, h, w) of the samples ``indices`` (B,), and all that the bank stores with them."""
+        target, columns = self.objective.retention_target, {"latents": latents, **self.columns(indices, latents)}
+        if target is not None:
+            condition = self.module.retention_condition(cast("RetentionBatch", columns))
+            columns |= target.bank_columns(self.objective, indices, latents, condition, self.teacher)
+        return columns
 
     def latents(self, indices: Tensor) -> Tensor:
         """Indices (B,) => the replayed samples (B, c, h, w)."""

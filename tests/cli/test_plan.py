@@ -15,10 +15,11 @@ from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan.phases import PEAKS, Speed
 from lightning_difftune.cli.plan.probe import PARTS, Probe, all_parameters, count, saved_bytes, without_values
 from lightning_difftune.cli.plan.shapes import published_shapes
-from lightning_difftune.models import DiT, FrozenAutoencoder
+from lightning_difftune.models import DiT, FrozenAutoencoder, load_dit
 from lightning_difftune.tuners import LoRA
 
 HIDDEN, DEPTH, SIDE, CHANNELS = 32, 2, 8, 4
+TARGETS = "lightning_difftune.retention_targets"
 
 
 def module_of(**settings) -> DiTDiffTuningModule:
@@ -200,3 +201,29 @@ def test_published_models_are_counted_without_their_weights(configs, trained, fr
     parameters = {id(p): p.numel() for p in module.trainable_parameters()}
     assert sum(parameters.values()) == trained
     assert sum(p.numel() for p in all_parameters(module) if id(p) not in parameters) - frozen in (0, 256 * 1152)
+
+
+def test_a_teacher_costs_a_pass_of_each_retained_sample_and_a_copy_of_the_weights(tmp_path: Path) -> None:
+    preset = ["--config", "configs/presets/self_teacher.yaml"]
+    plain, taught = (plan_of(tmp_path, "--data.init_args.bank_source", "target", *more) for more in ([], preset))
+    costs = [plan["phases"]["training"]["flops"] for plan in (plain, taught)]
+    # A training sample costs about three forward passes; 12 of 64 samples are retained, and cost another one.
+    assert costs[1] / costs[0] == pytest.approx(1 + 12 / 64 / 3, rel=0.01)
+    weights = sum(p.nbytes for p in load_dit("dit-nano-omniglot").parameters())
+    assert taught["memory_bytes"] - plain["memory_bytes"] == weights
+    assert taught["phases"]["memory bank"] == plain["phases"]["memory bank"]
+
+    stored = ["--model.init_args.objective.init_args.retention_target", f"{TARGETS}.StoredPredictions"]
+    bank = plan_of(tmp_path, *preset, *stored)["phases"]["memory bank"]
+    assert bank["disk_bytes"] == 1000 * (3 * 20 * 20 * 4 + 8 + 8), "latents, noise, predictions, timestep and label"
+    assert bank["flops"] > taught["phases"]["memory bank"]["flops"]
+
+
+def test_the_checkpoints_that_a_run_keeps_and_what_is_in_them(tmp_path: Path) -> None:
+    trained = sum(p.numel() for p in load_dit("dit-nano-omniglot").parameters() if p.requires_grad)
+    quickstart = plan_of(tmp_path)["phases"]["training"]["disk_bytes"]
+    assert quickstart == pytest.approx(trained * 4 * 4, rel=0.03), "last.ckpt: weights, averages, two moments"
+    kinds = "lightning_difftune.callbacks.EWC", "lightning.pytorch.callbacks.ModelCheckpoint"
+    entries = [{"class_path": kinds[0]}, {"class_path": kinds[1], "init_args": {"save_last": True, "save_top_k": 2}}]
+    others = plan_of(tmp_path, "--trainer.callbacks", json.dumps(entries))["phases"]["training"]["disk_bytes"]
+    assert others == pytest.approx(3 * trained * 4 * 4, rel=0.03), "three files, without averages, with EWC's start"

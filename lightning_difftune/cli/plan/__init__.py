@@ -110,7 +110,8 @@ class Memory:
     @classmethod
     def of(cls, costs: Costs, batch_size: int, caches_captions: bool) -> Memory:
         """From the costs of a sample; text encoders leave the device in training if captions are cached."""
-        kept = 5 * FLOAT * costs.trained + costs.frozen_bytes - (costs.text_bytes if caches_captions else 0)
+        kept = 5 * FLOAT * costs.trained + costs.frozen_bytes + costs.teacher_bytes
+        kept -= costs.text_bytes if caches_captions else 0
         return cls(FLOAT * costs.trained + costs.frozen_bytes, kept, costs.activation_bytes * batch_size)
 
     @property

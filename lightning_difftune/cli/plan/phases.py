@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,8 +10,12 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_difftune.cli.plan.course import Course, held_out_seen
 from lightning_difftune.cli.plan.probe import PARTS, Costs, Probe
+from lightning_difftune.data.batches import retained_samples
+from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import SupportsEncode
 from lightning_difftune.sampling import Sampler
@@ -28,6 +31,7 @@ UTILISATION = 0.2
 
 At batch 128 it was 38 %, in sampling with guidance 24 % and, with compiled blocks, 41 %; see docs/performance.md.
 """
+OF_NETWORKS = ("train", "teacher", "denoise", "denoise_source")
 TYPES = {"bf16-mixed": "bf16", "bf16-true": "bf16", "16-mixed": "bf16", "16-true": "bf16"}  # fp16's peak is bf16's
 
 
@@ -45,7 +49,7 @@ class Speed:
         The networks compute in the trainer's ``precision``; autoencoder and annotator compute in float32.
         """
         of_networks = TYPES.get(precision, "tf32")
-        kinds = {part: of_networks if part in ("train", "denoise", "denoise_source") else "tf32" for part in PARTS}
+        kinds = {part: of_networks if part in OF_NETWORKS else "tf32" for part in PARTS}
         seconds = {part: costs.flops[part] / (PEAKS[device][kind] * utilisation) for part, kind in kinds.items()}
         return cls(f"{device.upper()} at {utilisation:.0%} of its {of_networks} peak", seconds)
 
@@ -128,21 +132,44 @@ def phases_of(
     """The phases of ``difftune fit``; a number of pictures is ``None`` if the files are not available."""
     data, trainer = config.data.init_args, config.trainer
     devices = num_devices(trainer)
-    found = [bank(data, module, costs, num_targets)] if data.bank is not None and module.uses_retention else []
+    has_bank = data.bank is not None and module.uses_retention
+    found = [bank(data, module, costs, num_targets)] if has_bank else []
     is_cached = data.latent_cache is not None and has_encoder(module)
     if is_cached:
         found.append(latent_cache(data, costs, num_targets))
-    batch = data.batch_size * devices
-    steps = num_steps(trainer, num_targets, batch)
-    updates = trainer.accumulate_grad_batches or 1
-    seen = {"train": float(steps * batch * updates)}
+    retained = retained_samples(data.retention_share, data.batch_size) if has_bank else 0
+    course = Course.of(trainer, (data.batch_size - retained) * devices, num_targets, num_held_out != 0)
+    batch, steps, updates = data.batch_size * devices, course.steps, course.window
+    seen = {"train": float(steps * batch * updates), "teacher": float(steps * retained * devices * updates)}
     if not is_cached and has_encoder(module):
-        seen["encode"] = seen["train"]
-    checkpoint = costs.trained * 4 * 4  # weights, their averages, two moments of Adam
+        seen["encode"] = float(steps * (data.batch_size - retained) * devices * updates)
     words = f"{steps:,} steps of {batch:,} samples" + (f", {updates} batches each" if updates > 1 else "")
-    found.append(Phase("training", words, seen, checkpoint))
-    found.append(evaluation(config, module, steps, num_targets, num_held_out, batch))
+    found.append(Phase("training", words, seen, checkpoint_bytes(trainer, costs, steps)))
+    found.append(evaluation(config, module, course, num_held_out))
     return found
+
+
+def checkpoint_bytes(trainer: Namespace, costs: Costs, steps: int) -> float:
+    """Bytes of the checkpoints that are kept, with the weights, two moments of Adam, and what callbacks save."""
+    kinds = callbacks_of(trainer)
+    copies = 3 + sum(hasattr(kind, "average_parameters") or bool(init.get("save_reference")) for kind, init in kinds)
+    kept = [files_kept(init, steps) for kind, init in kinds if issubclass(kind, ModelCheckpoint)]
+    return costs.trained * 4 * copies * (sum(kept) if kept or trainer.enable_checkpointing is False else 1)
+
+
+def files_kept(init: Mapping[str, Any], steps: int) -> int:
+    """Number of files that a ``ModelCheckpoint`` leaves."""
+    best, every = init.get("save_top_k", 1), init.get("every_n_train_steps")
+    if best == -1:
+        best = steps // every if every else 1
+    return int(best) + (init.get("save_last") is True)
+
+
+def callbacks_of(trainer: Namespace) -> list[tuple[Any, Mapping[str, Any]]]:
+    """Class and arguments of each callback; not the callback, since some constructors open weights."""
+    found = trainer.callbacks or []
+    entries = found if isinstance(found, list) else [found]
+    return [(resolve_name(entry.class_path), vars(entry.get("init_args") or Namespace())) for entry in entries]
 
 
 def bank(data: Namespace, module: DiffTuningModule, costs: Costs, num_targets: int | None) -> Phase:
@@ -172,29 +199,23 @@ def latent_cache(data: Namespace, costs: Costs, num_targets: int | None) -> Phas
     return Phase("latent cache", words, {"encode": float(num_targets * ways)}, num_targets * ways * costs.cache_bytes)
 
 
-def evaluation(
-    config: Namespace,
-    module: DiffTuningModule,
-    steps: int,
-    num_targets: int | None,
-    num_held_out: int | None,
-    batch: int,
-) -> Phase:
+def evaluation(config: Namespace, module: DiffTuningModule, course: Course, num_held_out: int | None) -> Phase:
     """The validations: held-out losses and the callbacks' samples, without their extractors."""
-    per_epoch = max(1, num_targets // batch) if num_targets is not None else None
-    interval = validation_interval(config.trainer, per_epoch)
-    times = -(-steps // interval) if interval else 0  # the last step always has one
-    pictures = 0.0
-    callbacks = config.trainer.callbacks or []
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
-        kind = resolve_name(callback.class_path)  # only the class: some constructors open weights
-        if times and hasattr(kind, "trajectories"):
-            every = max(interval or steps, callback.init_args.get("every_n_steps") or 1)
-            pictures += math.ceil(steps / every) * callback.init_args.num_samples * kind.trajectories
+    if course.validations is None:
+        return Phase("evaluation", "unknown: its times depend on the target's files, or on the clock")
+    pictures, trainer = 0.0, config.trainer
+    for kind, init in callbacks_of(trainer):
+        if hasattr(kind, "trajectories"):
+            times = course.times_due(init.get("every_n_steps")) + bool(init.get("at_start"))
+            pictures += times * init["num_samples"] * kind.trajectories(init)
+    build = config.data.init_args.build_batch_size
+    largest = build if isinstance(build, int) else BATCH_SIZE
+    validated = held_out_seen(num_held_out or 0, largest, trainer.limit_val_batches, num_devices(trainer))
+    times = len(course.validations)
     samples = {
-        "denoise": pictures * forward_passes(module.sampler) + times * (num_held_out or 0),
+        "denoise": pictures * forward_passes(module.sampler) + times * validated,
         "decode": pictures,
-        "encode": float(times * (num_held_out or 0)) if has_encoder(module) else 0.0,
+        "encode": float(times * validated) if has_encoder(module) else 0.0,
     }
     words = f"{times:,} validation{'s' if times != 1 else ''}, {pictures:,.0f} pictures generated in all"
     return Phase("evaluation", words, samples)
@@ -210,24 +231,3 @@ def num_devices(trainer: Namespace) -> int:
     devices = trainer.devices
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     return max(1, count) * max(1, int(trainer.num_nodes))
-
-
-def num_steps(trainer: Namespace, num_targets: int | None, batch: int) -> int:
-    """Optimizer steps, from ``max_steps`` or ``max_epochs``."""
-    if trainer.max_steps is not None and trainer.max_steps > 0:
-        return int(trainer.max_steps)
-    if num_targets is None:
-        return 0
-    return int((trainer.max_epochs or 1000) * max(1, num_targets // batch))
-
-
-def validation_interval(trainer: Namespace, steps_per_epoch: int | None) -> int | None:
-    """Optimizer steps between validations; ``None`` if there are none, or an epoch's length is unknown."""
-    if trainer.limit_val_batches in (0, 0.0):
-        return None
-    interval = trainer.val_check_interval if trainer.val_check_interval is not None else 1.0
-    if isinstance(interval, int):
-        return interval
-    if steps_per_epoch is None or not isinstance(interval, float):
-        return None
-    return max(1, int(steps_per_epoch * interval)) * (trainer.check_val_every_n_epoch or 1)

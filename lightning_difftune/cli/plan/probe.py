@@ -19,7 +19,7 @@ from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import Annotator, DiffTuningBatch, TargetBatch
 
-PARTS = ("train", "denoise", "denoise_source", "encode", "decode", "bank_columns")
+PARTS = ("train", "teacher", "denoise", "denoise_source", "encode", "decode", "bank_columns")
 
 
 class Probe:
@@ -58,8 +58,10 @@ class Probe:
         self.t = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.source_condition = module.source_conditions(self.indices)[0]
         self.source = module.frozen_denoiser()
+        self.bank = module.bank_generator()
+        self.bank.denoise = self.source  # not a second copy
         self.encoded = self.encode()
-        self.columns = {"latents": self.latents, **self.bank_columns()}
+        self.columns = self.bank_columns()
         batch: DiffTuningBatch = {"target": self.encoded}
         self.x0, self.condition, self.is_retention = module.prepare(batch, Draws(0, 0, device))
 
@@ -69,7 +71,7 @@ class Probe:
         return self.module.trainable_parameters()
 
     def loss(self) -> Tensor:
-        """The objective on target samples; a bank sample costs the same."""
+        """The objective on target samples; a bank sample costs the same, and its :meth:`teacher`."""
         module, noise = self.module, torch.zeros_like(self.x0)
         samples = self.x0, self.condition, self.is_retention, self.t, noise
         with self.autocast():
@@ -78,6 +80,15 @@ class Probe:
     def train(self) -> tuple[Tensor | None, ...]:
         """Forward and backward."""
         return torch.autograd.grad(self.loss(), self.parameters, allow_unused=True)
+
+    @torch.no_grad()
+    def teacher(self) -> Tensor | None:
+        """What retained samples are compared with, if not their noise."""
+        target, condition = self.module.objective.retention_target, self.module.retention_condition(self.columns)
+        if target is None:
+            return None
+        with self.autocast():
+            return target.predictions(self.columns, self.latents, self.t, condition, self.bank.teacher)
 
     @torch.no_grad()
     def denoise(self) -> Tensor:
@@ -103,8 +114,8 @@ class Probe:
 
     @torch.no_grad()
     def bank_columns(self) -> dict[str, Tensor]:
-        """The bank's columns in addition to latents, such as control maps of the decoded samples."""
-        return self.module.bank_columns(self.indices, self.latents)
+        """The bank's columns: latents, and such as control maps of the decoded samples."""
+        return self.bank.with_columns(self.indices, self.latents)
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ class Costs:
     trained: int  # number of trained parameters
     frozen_bytes: float  # frozen parameters, in their stored types
     text_bytes: float  # the part of them in text encoders
+    teacher_bytes: float = 0.0  # the copy of the pre-trained network that retained samples are compared with
 
 
 def count(
@@ -184,7 +196,15 @@ def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractC
         sum(p.numel() for p in trained),
         sum(p.nbytes for p in frozen),
         sum(p.nbytes for p in text.network.parameters()) if text is not None else 0,
+        copy_bytes(probe) if flops.get("teacher") else 0.0,
     )
+
+
+def copy_bytes(probe: Probe) -> float:
+    """Bytes of the frozen pre-trained network, if it is not a part of the module."""
+    known = {id(parameter) for parameter in all_parameters(probe.module)}
+    parts = [part for part in (probe.source, *getattr(probe.source, "args", ())) if isinstance(part, nn.Module)]
+    return sum(p.nbytes for part in parts for p in part.parameters() if id(p) not in known)
 
 
 def without_values() -> FakeTensorMode:
