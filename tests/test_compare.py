@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from lightning_difftune.cli.compare.figures import bars_figure, by_step, gains_f
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import comparison, line_of, shown
-from lightning_difftune.cli.tuned import RunRecord
+from lightning_difftune.cli.tuned import RunRecord, averaged_weights
 from lightning_difftune.locks import FolderLock
 
 STEPS = 4
@@ -546,3 +547,10 @@ def test_mistakes_in_a_study_file(project, capsys, changes, message):
 def test_mistakes_in_the_command(project, capsys, args, message):
     assert main(["compare", *args]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_is_measured_in_eval_mode():
+    """Dropout of a network of one's own would be in its samples."""
+    model = torch.nn.Sequential(torch.nn.Dropout())
+    with averaged_weights(SimpleNamespace(model=model.train(), trainer=SimpleNamespace(callbacks=[]))):
+        assert not any(part.training for part in model.modules())

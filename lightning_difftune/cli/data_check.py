@@ -143,7 +143,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def split_of(facts: Inspection, held_out: Inspection | None) -> dict[str, Any]:
-    """The pictures that a run would train on and hold out, and the number of duplicates between both."""
+    """Numbers of pictures that a run would train on and hold out, and of the held-out ones that it trains on, too."""
     if held_out is not None:
         digests = {picture.digest for picture in facts.readable}
         classes, others = facts.counts(), held_out.counts()
@@ -162,7 +162,7 @@ def split_of(facts: Inspection, held_out: Inspection | None) -> dict[str, Any]:
         held = set(Partition(facts.source, HELD_OUT, "val").indices)
     except ConfigError:
         return {"by": "too few pictures to hold some out", "train": len(facts.pictures), "val": 0, "in_both": 0}
-    both = sum(0 < len(held.intersection(group)) < len(group) for group in facts.duplicates())
+    both = sum(len(held.intersection(group)) for group in facts.duplicates() if not held.issuperset(group))
     by = "Partition, seed 0, as in configs/dit/folder.yaml"
     return {"by": by, "train": len(facts.pictures) - len(held), "val": len(held), "in_both": both}
 

@@ -75,14 +75,18 @@ def _recipe(run: Run) -> str:
     if not data.get("batch_size"):
         return ""
     share = retained_samples(data.get("retention_share") or 0, data["batch_size"]) if data.get("bank") else 0
+    if "train/loss" in run.metrics and "train/retention" not in run.metrics:
+        share = 0  # a bank that tau = 0 leaves alone
     name, network = _class(schedule), _class(run.setting("model", "init_args", "tuner"))
     tau = (schedule.get("init_args") or {}).get("tau")
     counts = run.environment.get("class_counts") or {}
     method = f"Diff-Tuning of {network or 'all weights'}" if share else network or "Full fine-tuning"
-    target = f"{sum(counts.values()):,} pictures of {len(counts)} classes, in " if counts else ""
+    classes = sum(count > 0 for count in counts.values())
+    target = f"{sum(counts.values()):,} pictures of {classes} classes, in " if counts else ""
     return (
         f"{method} on {target}batches of {data['batch_size']}"
         + (f", {share} of them from the memory bank" if share else "")
+        + run.step_words.replace(" on", ", on", 1)
         + (f"; schedule {name}" if name else "")
         + (f", tau {tau:g}" if isinstance(tau, int | float) else "")
         + "."
@@ -92,11 +96,16 @@ def _recipe(run: Run) -> str:
 def _progress(run: Run) -> str:
     if not run.last_step:
         return "No training step was logged."
+    resumed = (
+        f" It was resumed, and its logs and all that is said here of its course begin at step {run.first_step:,}."
+        if run.first_step > run.log_interval
+        else ""
+    )
     if run.max_steps is None:
-        return f"The logs go to step {run.last_step:,}."
+        return f"The logs go to step {run.last_step:,}.{resumed}"
     if run.stopped_early:
-        return f"It stopped at step {run.last_step:,} of {run.max_steps:,}, or is still running."
-    return f"It ran all of its {run.max_steps:,} steps."
+        return f"It stopped at step {run.last_step:,} of {run.max_steps:,}, or is still running.{resumed}"
+    return f"It ran all of its {run.max_steps:,} steps.{resumed}"
 
 
 def _results(run: Run) -> list[str]:

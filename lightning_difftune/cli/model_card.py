@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from lightning_difftune import __version__
+from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.files import atomic_write
 from lightning_difftune.models import hub
@@ -24,18 +26,19 @@ def facts_of(tuned: TunedRun) -> dict[str, str]:
     data, objective, sampler = setting("data", "init_args") or {}, module.objective, module.sampler
     units = {"num_classes": "classes", "image_size": "px"}
     target = [described(data.get("target")), *(f"{data[key]} {unit}" for key, unit in units.items() if data.get(key))]
-    bank = f"{data.get('bank_size')} samples, share {data.get('retention_share')} of a batch"
-    processes = tuned.run.environment.get("processes", 1)
-    each = f" on each of {processes} processes" if processes > 1 else ""
+    source, size = data.get("bank_source"), data.get("bank_size")
+    kept = f"{size} samples" if source is None else f"up to {size} of the target's own pictures"
+    kept = kept if source in (None, "target") else f"{size} pictures"
+    bank = f"{kept}, share {data.get('retention_share')} of a batch"
     facts = {
         "base": f"{base_of(tuned)} (fingerprint `{str(module.base_identity.get('fingerprint'))[:12]}`)",
         "data": ", ".join(filter(None, target)) or None,
         "objective": f"{type(objective).__name__}, {objective.schedule!r}, retention weight "
         f"{objective.retention_weight:g}, reconsolidation weight {objective.reconsolidation_weight:g}",
-        "memory bank": bank if data.get("bank") is not None else "none",
+        "memory bank": bank if data.get("bank") is not None and module.uses_retention else "none",
         "tuner": "none (full fine-tuning)" if module.tuner is None else type(module.tuner).__name__,
         "optimizer": described(setting("model", "init_args", "optimizer")),
-        "steps": f"{tuned.run.step} of batch {data['batch_size']}{each}" if data else None,
+        "steps": f"{tuned.run.step} of batch {data['batch_size']}{tuned.run.step_words}" if data else None,
         "seed": described(setting("seed_everything")),
         "sampler": f"{type(sampler.scheduler).__name__}, {sampler.num_inference_steps} steps, "
         f"guidance {sampler.guidance_scale:g}",
@@ -104,8 +107,7 @@ def model_card(
         licence = "The licence of the base is not known. It holds for this model, too: look it up before publishing."
     else:
         licence = f"The base is licensed as `{license_name}`, which holds for this model, too."
-    latest = {name: series[-1][1] for name, series in tuned.run.metrics.items()}
-    metrics = {name: value for name, value in latest.items() if not name.startswith(("train/", "lr-"))}
+    metrics = measurements(tuned.run)
     diff_tuning = "Tuned by [Diff-Tuning](https://arxiv.org/abs/2406.00773)"
     how = diff_tuning if tuned.module.uses_retention else "Trained without retention"
     parts = [
@@ -115,6 +117,9 @@ def model_card(
         f"![samples]({picture})" if picture else "",
         f"## Training\n\n{table_of(facts_of(tuned))}",
         f"## Measurements\n\n{table_of({k: f'{v:.4g}' for k, v in metrics.items()})}" if metrics else "",
+        "The samples and measurements are those of the averaged weights, and these are the weights as trained."
+        if tuned.leaves_averages and (metrics or picture)
+        else "",
         usage.strip(),
         f"## Licence\n\n{licence}",
     ]
@@ -147,6 +152,18 @@ def front_matter(tuned: TunedRun, library: str, title: str, license_name: str | 
     return ModelCardData(**card).to_yaml().strip()
 
 
+def measurements(run: Run) -> dict[str, float]:
+    """The latest value of each metric when the run's checkpoint was saved, which may not be the last one."""
+    named = {name: series for name, series in run.metrics.items() if not name.startswith(("train/", "lr-"))}
+    until = {name: [value for step, value in series if step <= steps_of(run)] for name, series in named.items()}
+    return {name: values[-1] for name, values in until.items() if values}
+
+
+def steps_of(run: Run) -> float:
+    """Optimizer steps of the run's checkpoint; infinite if unknown."""
+    return run.step if isinstance(run.step, int) else math.inf
+
+
 class Card:
     """The files of an export's model card and its picture.
 
@@ -174,7 +191,8 @@ class Card:
     def write(self, run: TunedRun, library: str, usage: str, license_name: str | None, done: list[str]) -> None:
         """Write the card, and the run's latest sample grid if it has one."""
         card, picture = self.files()
-        grids = run.run.grids.get("samples", {})
+        every = run.run.grids.get("samples", {})
+        grids = {step: file for step, file in every.items() if step <= steps_of(run.run)}
         if grids:
             atomic_write(picture, grids[max(grids)].read_bytes())
         text = model_card(run, library, self.output.stem, usage, picture.name if grids else "", license_name, done)

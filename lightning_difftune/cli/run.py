@@ -239,18 +239,34 @@ class Run:
         return max((series[-1][0] + 1 for name, series in self.metrics.items() if name.startswith("train/")), default=0)
 
     @property
+    def first_step(self) -> int:
+        """The step of the first line in the logs: of a run that was resumed, later ones only are in its folder."""
+        return min((series[0][0] + 1 for name, series in self.metrics.items() if name.startswith("train/")), default=0)
+
+    @property
     def has_step(self) -> bool:
         """Whether it has trained: its logs have a step, or its folder a checkpoint."""
         return self.checkpoint is not None or self.last_step > 0
 
     @property
     def max_steps(self) -> int | None:
-        """The planned number of steps, if the config has it."""
-        steps = self.setting("trainer", "max_steps")
-        return steps if isinstance(steps, int) and steps > 0 else None
+        """The planned number of steps, if the config has it and no number of epochs that may end the run sooner."""
+        steps, epochs = self.setting("trainer", "max_steps"), self.setting("trainer", "max_epochs")
+        return steps if isinstance(steps, int) and steps > 0 and epochs in (None, -1) else None
 
     @property
     def stopped_early(self) -> bool:
         """Whether the logs end before the run's last step, allowing for steps after the last line of the log."""
-        every = self.setting("trainer", "log_every_n_steps") or 50
-        return self.max_steps is not None and self.last_step + every <= self.max_steps
+        return self.max_steps is not None and self.last_step + self.log_interval <= self.max_steps
+
+    @property
+    def log_interval(self) -> int:
+        """Steps between two lines of the logs."""
+        return self.setting("trainer", "log_every_n_steps") or 50
+
+    @property
+    def step_words(self) -> str:
+        """What a step is, where it is not one batch of one process; empty otherwise."""
+        processes, window = self.environment.get("processes", 1), self.setting("trainer", "accumulate_grad_batches")
+        each = f" on each of {processes} processes" if processes > 1 else ""
+        return each + (f", {window} batches per step" if isinstance(window, int) and window > 1 else "")

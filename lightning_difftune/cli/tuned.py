@@ -51,6 +51,7 @@ class TunedRun:
         self.module.on_load_checkpoint(content)
         self.module.load_state_dict(content["state_dict"])
         self.module.eval()
+        self.leaves_averages = False  # whether the weights are those as trained, though there are averages
 
     def __str__(self) -> str:
         """A description for messages."""
@@ -70,6 +71,7 @@ class TunedRun:
     def weights(self, raw: bool, done: list[str]) -> AbstractContextManager[None]:
         """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights."""
         average = self.run.averages
+        self.leaves_averages = raw and average is not None
         if raw or average is None:
             done.append("weights: as trained" + ("; the checkpoint has no averages" if average is None else ""))
             return nullcontext()
@@ -88,7 +90,8 @@ def scoring(cli: DiffTuneCLI) -> list[Any]:
 
 
 def averaged_weights(cli: DiffTuneCLI) -> AbstractContextManager[None]:
-    """A ``with`` block with the averaged weights, if the run has any."""
+    """A ``with`` block with the averaged weights, if the run has any; the model, whose fit is over, is in eval mode."""
+    cli.model.eval()
     averages = callbacks_with(cli, "average_parameters")
     return averages[0].average_parameters(cli.model) if averages else nullcontext()
 

@@ -10,7 +10,9 @@ import pytest
 from PIL import ExifTags, Image
 
 from lightning_difftune.cli import main
-from lightning_difftune.data import ImageFolder, Partition
+from lightning_difftune.cli.data_check import HELD_OUT, split_of
+from lightning_difftune.data import ArrayImages, ImageFolder, Partition
+from lightning_difftune.data.inspection import Inspection, PictureFacts
 
 
 def picture(width, height, mode="RGB", seed=0):
@@ -105,6 +107,15 @@ def test_clean_data_is_fine_and_a_given_split_is_compared(tmp_path, capsys):
     status, said = checked(capsys, tmp_path)
     assert status == 2
     assert "are the splits train, val, not classes" in said
+
+
+def test_held_out_pictures_that_are_trained_on_are_counted_one_by_one():
+    source = ArrayImages(np.zeros((40, 8, 8), np.uint8))
+    held = Partition(source, HELD_OUT, "val").indices
+    trained = next(index for index in range(40) if index not in held)
+    twice = {held[0]: "a", held[1]: "a", trained: "a", held[2]: "b", held[3]: "b"}  # the last two are in one part
+    facts = Inspection(source, [PictureFacts(0, 8, 8, digest=twice.get(i, str(i))) for i in range(40)])
+    assert split_of(facts, None) == {"by": split_of(facts, None)["by"], "train": 36, "val": 4, "in_both": 2}
 
 
 def test_arrays_and_captions(tmp_path, capsys):

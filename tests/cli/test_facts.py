@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_difftune.cli.facts import after_fit, export_command, name_of, sample_command
+from lightning_difftune.cli.facts import after_fit, export_command, name_of, sample_command, summary
 from lightning_difftune.cli.run import Run
 
 
@@ -82,6 +82,41 @@ def test_a_finished_run_that_is_resumed_says_that_nothing_was_left(run, tmp_path
         f"Nothing was left to train: {checkpoint} is of the last step. To train more: difftune fit 'my photos' "
         "--trainer.max_steps 8"
     )
+
+
+def changed(run: Run, metrics: str, **trainer: int) -> Run:
+    data = {"init_args": {"batch_size": 10, "bank": "bank", "retention_share": 0.2}}
+    config = {"data": data, "trainer": {"max_steps": 400, "log_every_n_steps": 10, **trainer}}
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    (run.path / "metrics.csv").write_text(metrics)
+    counts = {"scores": {}, "processes": 2, "class_counts": {"ant": 3, "bee": 0, "cat": 4}}
+    (run.path / "environment.json").write_text(json.dumps(counts))
+    return Run(run.path)
+
+
+def test_what_a_step_and_a_class_are(run) -> None:
+    said = summary(changed(run, "step,train/loss,train/retention\n9,1,1\n399,1,1\n", accumulate_grad_batches=4))
+    assert "on 7 pictures of 2 classes, in batches of 10, 2 of them from the memory bank" in said
+    assert "memory bank, on each of 2 processes, 4 batches per step." in said
+    assert "It ran all of its 400 steps." in said
+
+
+def test_a_bank_that_was_not_used_is_not_told(run) -> None:
+    said = summary(changed(run, "step,train/loss\n9,1\n399,1\n"))
+    assert said.startswith("Full fine-tuning on 7 pictures")
+    assert "memory bank" not in said
+
+
+def test_the_logs_of_a_resumed_run_begin_where_it_was_resumed(run) -> None:
+    assert "resumed" not in summary(changed(run, "step,train/loss\n9,1\n399,1\n"))
+    assert "begin at step 210" in summary(changed(run, "step,train/loss\n209,1\n399,1\n"))
+
+
+def test_epochs_may_have_ended_a_run(run) -> None:
+    ended = changed(run, "step,train/loss\n9,1\n199,1\n", max_epochs=3)
+    assert "The logs go to step 200." in summary(ended)
+    assert not ended.stopped_early
+    assert "It stopped at step 200 of 400" in summary(changed(run, "step,train/loss\n9,1\n199,1\n", max_epochs=-1))
 
 
 def test_a_controlnet_needs_a_picture(run) -> None:

@@ -85,6 +85,22 @@ def test_a_folder_has_a_card_from_the_run(measured_run, tmp_path, capsys):
     assert json.loads((tmp_path / "flowers" / "model_index.json").read_text())["id2label"]["2"] == "sunflower"
 
 
+def test_what_was_measured_later_is_not_of_an_earlier_checkpoint(measured_run, tmp_path):
+    with (measured_run.folder / "metrics.csv").open("a") as file:
+        file.write("0,6,,9.5,99.5\n")
+    Image.new("L", (4, 4), 10).save(measured_run.folder / "samples" / "step-0000007.png")
+    config = yaml.safe_load((measured_run.folder / "config.yaml").read_text())
+    config["trainer"]["accumulate_grad_batches"] = 4
+    (measured_run.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert exported(measured_run, tmp_path / "flowers") == 0
+    card = (tmp_path / "flowers" / "README.md").read_text()
+    assert "| val/loss | 0.125 |" in card
+    assert "| val/fd_inception | 31.5 |" in card
+    assert "9.5" not in card
+    assert Image.open(tmp_path / "flowers" / "samples.png").getpixel((0, 0)) == 200
+    assert "| steps | 3 of batch 4 on each of 2 processes, 4 batches per step |" in card
+
+
 def test_a_file_has_its_card_beside(measured_run, tmp_path, capsys):
     assert exported(measured_run, tmp_path / "flowers.safetensors") == 0
     said = capsys.readouterr().out

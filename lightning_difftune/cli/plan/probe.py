@@ -17,6 +17,7 @@ from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.modules import DiffTuningModule
+from lightning_difftune.modules.bank_sources import PretrainedSamples
 from lightning_difftune.protocols import Annotator, DiffTuningBatch, TargetBatch
 
 PARTS = ("train", "teacher", "denoise", "denoise_source", "encode", "decode", "bank_columns")
@@ -58,7 +59,7 @@ class Probe:
         self.t = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.source_condition = module.source_conditions(self.indices)[0]
         self.source = module.frozen_denoiser()
-        self.bank = module.bank_generator()
+        self.bank = PretrainedSamples(module, module.objective)
         self.bank.denoise = self.source  # not a second copy
         self.encoded = self.encode()
         self.columns = self.bank_columns()

@@ -13,7 +13,7 @@ from lightning_difftune.cli.facts import best_of, name_of
 from lightning_difftune.cli.run import Run
 from lightning_difftune.data.real_pictures import FEW_PICTURES
 
-GAIN = 0.02  # relative gain of a score in the last quarter of a run that is worth more training
+GAIN = 0.02  # relative gain of a score in about the last quarter of a run that is worth more training
 LOSS = 0.05  # relative loss of a score since its best that is more than noise
 LEAP = 3.0  # factor of the loss over its previous median, if that is also unusual for the run
 SIGMAS = 5.0  # deviations of the logarithm of the loss that are unusual
@@ -93,14 +93,14 @@ def train_longer(run: Run) -> Advice | None:
         series = run.finite(name)
         if run.stopped_early or len(series) < 3 or series[-1][1] != best_of(series, higher)[1]:
             continue
-        last_quarter = series[-1][0] - (series[-1][0] - series[0][0]) / 4
+        last_quarter = series[-1][0] - (series[-1][0] - series[0][0]) / 4  # with few values, more than a quarter
         before = [point for point in series if point[0] <= last_quarter][-1]
         gain = abs(series[-1][1] - before[1]) / max(abs(before[1]), 1e-12)
         if gain > GAIN:
             return Advice(
                 "Train longer: it was still getting better.",
                 f"{name} was {before[1]:.4g} at step {before[0]:,} and is best at the end, {series[-1][1]:.4g} at step "
-                f"{series[-1][0]:,}: {gain:.0%} better in the last quarter of the run.",
+                f"{series[-1][0]:,}: {gain:.0%} better.",
                 _steps(run, 2 * run.max_steps) if run.max_steps else "",
             )
     return None
@@ -131,7 +131,7 @@ def few_validations(run: Run) -> Advice | None:
     if run.stopped_early or not 0 < most < 3 or run.max_steps is None:
         return None
     name = next(name for name, count in counts.items() if count == most)
-    every = max(1, run.max_steps // 8)
+    every = max(1, run.max_steps // 8) * (run.setting("trainer", "accumulate_grad_batches") or 1)  # in batches
     return Advice(
         f"Validate more often: {'two values are' if most == 2 else 'one value is'} too few to judge the run by.",
         f"{name} was measured {'twice' if most == 2 else 'once'} in {run.max_steps:,} steps.",
