@@ -63,12 +63,22 @@ def show(options: argparse.Namespace, results: dict[str, dict[str, Any]]) -> Non
     report(options, "Samples by the scale of guidance", ["run", "scale", *columns], rows, results)
 
 
+def earlier(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The figures that are there already, if they are of as many samples."""
+    if not options.output.exists():
+        return {}
+    content = json.loads(options.output.read_text())
+    if (count := content["settings"]["num_samples"]) != str(options.num_samples):
+        raise SystemExit(f"{options.output} has figures of {count} samples. Take another --output, or as many.")
+    return content["results"]
+
+
 def main(options: argparse.Namespace) -> None:
     """Measure every run."""
     names = [place.resolve().name for place in options.runs]
     if len(set(names)) < len(names):
         raise SystemExit(f"Two of the runs have the same name: {', '.join(names)}.")
-    results = json.loads(options.output.read_text())["results"] if options.output.exists() else {}
+    results = earlier(options)
     for name, place in zip(names, options.runs, strict=True):
         run = Run.find(place, saved=True)
         settings = run.settings(tuple(options.trust))

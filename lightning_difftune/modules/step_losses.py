@@ -15,7 +15,7 @@ KEPT = 50  # steps whose losses are kept on the device until they are checked
 
 
 def log_losses(module: Any, losses: dict[str, Tensor], world_size: int) -> None:
-    """Log the losses of a step, as the means over all processes."""
+    """Log the losses of a batch, as the means over all processes; of accumulated batches loggers get the last one's."""
     if world_size > 1:
         # All processes have the same shares of both streams, so the mean of their means is that of the global batch.
         # `sync_dist` would hold all of them at a barrier for each value; this is one gather, which nobody waits for.

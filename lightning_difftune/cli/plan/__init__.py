@@ -182,9 +182,10 @@ def size(count: float) -> str:
     """Bytes in the unit that reads best.
 
     Example:
-        >>> size(0), size(52_000_000), size(3.4e10)
-        ('', '52 MB', '34 GB')
+        >>> size(0), size(52_000_000), size(3.4e10), size(999_900_000), size(1.2345e12)
+        ('', '52 MB', '34 GB', '1 GB', '1,234 GB')
     """
     if count == 0:
         return ""
-    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+    amount, unit = (count / 1e9, "GB") if count >= 999.5e6 else (count / 1e6, "MB")
+    return f"{amount:.3g} {unit}" if amount < 999.5 else f"{amount:,.0f} {unit}"

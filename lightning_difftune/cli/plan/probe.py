@@ -85,9 +85,10 @@ class Probe:
     @torch.no_grad()
     def teacher(self) -> Tensor | None:
         """What retained samples are compared with, if not their noise."""
-        target, condition = self.module.objective.retention_target, self.module.retention_condition(self.columns)
+        target = self.module.objective.retention_target
         if target is None:
             return None
+        condition = self.module.retention_condition(self.columns)
         with self.autocast():
             return target.predictions(self.columns, self.latents, self.t, condition, self.bank.teacher)
 
