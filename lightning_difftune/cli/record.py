@@ -150,8 +150,8 @@ def completed(args: Sequence[str]) -> list[str]:
     command, *rest = args
     settings = run.settings(trusted)
     trainer = settings.get("trainer")
-    by_steps = isinstance(trainer, dict) and trainer.get("max_epochs") in (None, -1)
-    last = trainer.get("max_steps") if by_steps else None
+    trainer = trainer if isinstance(trainer, dict) else {}
+    last = trainer.get("max_steps") if trainer.get("max_epochs") in (None, -1) else None
     what = "Resuming from" if command == "fit" else "Opening"
     reached = f"{run.step} of {last}" if last else run.step
     rank_zero_info(f"{what} {run.checkpoint}, step {reached}, with the config of its run.")
