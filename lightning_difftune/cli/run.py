@@ -265,6 +265,12 @@ class Run:
         return self.setting("trainer", "log_every_n_steps") or 50
 
     @property
+    def validates_all(self) -> bool:
+        """Whether ``val/loss`` is of all held-out pictures, not of the first batches: as few as one picture."""
+        limit = self.setting("trainer", "limit_val_batches")
+        return limit is None or (isinstance(limit, float) and limit == 1)
+
+    @property
     def step_words(self) -> str:
         """What a step is, where it is not one batch of one process; empty otherwise."""
         processes, window = self.environment.get("processes", 1), self.setting("trainer", "accumulate_grad_batches")

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from jsonargparse import Namespace
 from tiny import quiet_trainer, tiny_dit, tiny_pictures
 
@@ -14,6 +15,9 @@ from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.callbacks import ChainOfForgetting
 from lightning_difftune.callbacks.bases import GenerationCallback
 from lightning_difftune.cli.plan.course import Course, held_out_seen
+from lightning_difftune.cli.plan.phases import forward_passes
+from lightning_difftune.sampling import Sampler, scheduler_named
+from lightning_difftune.sampling.schedulers import ddim
 
 TARGETS, HELD_OUT, BATCH = 30, 7, 5  # six batches in a pass
 BY_STEPS: dict[str, Any] = {"check_val_every_n_epoch": None}
@@ -96,6 +100,15 @@ def test_held_out_pictures_on_several_devices() -> None:
     assert held_out_seen(1000, 64, 2, devices=4) == 2 * 4 * 15  # batches of 1000 // 64
     assert held_out_seen(1000, 64, 0.5, devices=4) == 8 * 4 * 15  # half of 17 batches, rounded down
     assert held_out_seen(1000, 64, 500, devices=4) == held_out_seen(1000, 64, 1.0, devices=4) == 1000
+
+
+@pytest.mark.parametrize("solver", ["DDIM", "HeunDiscrete", "PNDM"])
+def test_forward_passes_are_those_that_the_solver_takes(solver: str) -> None:
+    sampler = Sampler(scheduler_named(solver, ddim().config), 5, 2.0, None)
+    calls = []
+    denoise = lambda x, t, condition: calls.append(len(x)) or torch.zeros_like(x)  # noqa: E731
+    sampler(denoise, torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.ones(1))
+    assert forward_passes(sampler, (1, 8, 8)) == sum(calls)
 
 
 def test_swaps_share_their_beginnings() -> None:

@@ -18,7 +18,7 @@ from lightning_difftune.data.batches import retained_samples
 from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.protocols import SupportsEncode
-from lightning_difftune.sampling import Sampler
+from lightning_difftune.sampling import Reverse, Sampler
 
 # Dense peaks in FLOP/s from NVIDIA's data sheets, SXM modules; float32 matrix products use tf32 here.
 PEAKS = {
@@ -120,10 +120,14 @@ class Phase:
         return sum(count * speed.seconds[part] for part, count in self.samples.items()) / devices
 
 
-def forward_passes(sampler: Sampler) -> int:
-    """Forward passes of the network per sample: the steps, doubled by guidance."""
-    steps: Any = sampler.num_inference_steps  # a number, since the module is built
-    return int(steps) * (1 if sampler.guidance_scale == 1 else 2)
+def forward_passes(sampler: Sampler, sample_shape: tuple[int, ...]) -> int:
+    """Forward passes of the network per sample: those of the solver's steps, doubled by guidance.
+
+    Some solvers take more than one per step, such as Heun's.
+    """
+    given: Any = sampler  # completed, since the module is built
+    steps = len(Reverse(torch.zeros(1, *sample_shape), given.scheduler, given.num_inference_steps))
+    return steps * (1 if sampler.guidance_scale == 1 else 2)
 
 
 def phases_of(
@@ -183,7 +187,7 @@ def bank(data: Namespace, module: DiffTuningModule, costs: Costs, num_targets: i
     sampler = module.bank_sampler
     if not any(getattr(module, "bank_prompts", [True])):  # the empty prompt has no guidance
         sampler = replace(sampler, guidance_scale=1.0)
-    passes = forward_passes(sampler)
+    passes = forward_passes(sampler, module.sample_shape)
     guided = ", guided" if sampler.guidance_scale != 1 else ""
     words = f"{size:,} samples, {sampler.num_inference_steps} steps{guided}"
     samples = {"denoise_source": float(size * passes), "bank_columns": float(size)}
@@ -213,7 +217,7 @@ def evaluation(config: Namespace, module: DiffTuningModule, course: Course, num_
     validated = held_out_seen(num_held_out or 0, largest, trainer.limit_val_batches, num_devices(trainer))
     times = len(course.validations)
     samples = {
-        "denoise": pictures * forward_passes(module.sampler) + times * validated,
+        "denoise": pictures * forward_passes(module.sampler, module.sample_shape) + times * validated,
         "decode": pictures,
         "encode": float(times * validated) if has_encoder(module) else 0.0,
     }

@@ -187,7 +187,7 @@ def panels(run: Run) -> list[Panel]:
     drawn: list[tuple[str, str, dict[str, str]]] = [  # title, label of the y-axis, and labels of logged names
         ("Training losses of both streams", "loss", streams),
         *((name, f"{'higher' if high else 'lower'} is better", {name: name}) for name, high in run.scores.items()),
-        ("Loss on held-out pictures", "val/loss", {"val/loss": "val/loss"}),
+        (f"Loss on {'' if run.validates_all else 'the first '}held-out pictures", "val/loss", {"val/loss": "val/loss"}),
         ("Learning rate", "learning rate", {name: name for name in run.metrics if name.startswith("lr-")}),
         ("Distance from the pre-trained weights", "squared L2", {"total": "ewc/total"}),
         *((name, name, {name: name}) for name in others[:MOST_OTHERS]),

@@ -163,7 +163,7 @@ def retain_more(run: Run) -> Advice | None:
 def overfits(run: Run) -> Advice | None:
     """The loss on held-out pictures rises while that on training pictures falls."""
     held_out, train = run.finite("val/loss"), run.finite("train/reconsolidation")
-    if len(held_out) < 4 or len(train) < 8:
+    if len(held_out) < 4 or len(train) < 8 or not run.validates_all:
         return None
     (step, best), (last_step, last) = best_of(held_out, False), held_out[-1]
     quarter = len(train) // 4

@@ -89,6 +89,13 @@ def test_advice_from_the_curves(tmp_path, changes, said, evidence):
     assert evidence in advice.evidence
 
 
+@pytest.mark.parametrize(("limit", "count"), [(1, 0), (0.5, 0), (1.0, 1), (None, 1)])
+def test_the_loss_of_a_few_held_out_pictures_shows_no_memorising(tmp_path, limit, count):
+    curves = {"train/reconsolidation": [float(9 - i / 2) for i in range(12)], "val/loss": [3.0, 2.0, 2.5, 2.9]}
+    run = make_run(tmp_path, {**FLAT, **curves}, trainer={"limit_val_batches": limit})
+    assert sum("memorising" in advice.what for advice in advise(run)) == count
+
+
 @pytest.mark.parametrize(
     "losses",
     [
