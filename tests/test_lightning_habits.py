@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
@@ -253,6 +254,13 @@ def test_a_scheduler_by_its_short_form(project, name):
     cli.model.configure_model()
     assert type(cli.model.sampler.scheduler).__name__ == "DDPMScheduler"
     assert cli.model.sampler.scheduler.config.clip_sample is False
+
+
+def test_an_option_whose_package_is_missing_names_it(project, capsys):
+    if importlib.util.find_spec("transformer_engine"):
+        pytest.skip("transformer_engine is installed")
+    assert main(["fit", "--config", "run.yaml", "--trainer.precision", "transformer-engine"]) == 2
+    assert "transformer_engine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_notebook"])

@@ -260,5 +260,5 @@ def run_lightning(args: Sequence[str], run: bool = True, callbacks: Sequence[Cal
             args=completed(args) if run else list(args),
             run=run,
         )
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ModuleNotFoundError) as error:  # the latter of an optional package
         raise ConfigError(str(error)) from error
