@@ -80,7 +80,7 @@ KEYS = {
         "num_classes": "classes of the target",
         "image_size": "side of the pictures in pixels",
         "channels": "1 (grey) or 3 (RGB)",
-        "batch_size": "samples of a step and process, both streams",
+        "batch_size": "samples of a batch on each process, both streams",
         "bank": "folder of the memory bank; null for none",
         "bank_size": "samples in the memory bank",
         "retention_share": "share of a batch that comes from the bank",
@@ -90,7 +90,7 @@ KEYS = {
     },
     "trainer": {
         "max_steps": "length of the run in steps",
-        "val_check_interval": "steps between two validations",
+        "val_check_interval": "batches between two validations",
         "precision": "bf16-mixed, 16-mixed or 32-true",
         "devices": "how many GPUs or processes",
         "callbacks": "+= adds one, such as EMA or SampleGrid",

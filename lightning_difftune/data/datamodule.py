@@ -53,7 +53,7 @@ class MemoryBankDataModule(RealPictures):
         bank_source: Pictures that fill the bank in place of samples, such as the pre-training set (the last bar of
             Fig. 6d), or ``"target"`` for the target's own. At most ``bank_size``, chosen at random, without labels.
         retention_share: Share of a batch that comes from the bank.
-        batch_size: Samples per process and step, both streams together.
+        batch_size: Samples in a batch of each process, both streams together.
         val_target: Held-out pictures, for the validation loss and FID; classes are matched with the target's by name.
         reference: The real pictures for FID: the held-out or the training pictures.
         latent_cache: Folder of cached latents for models with an autoencoder; ``None`` encodes in the training loop.
