@@ -142,3 +142,42 @@ def test_the_page_of_the_study_has_the_kept_steps_of_convergence(row: str, run: 
     assert told[-1] == ", ".join(f"{result['sudden_convergence'][0]['step']:,}" for result in results)
     told.append(", ".join(f"{fmean(value for step, value in curve if step <= 1300):.3f}" for curve in curves))
     assert f"| {row} | {' | '.join(told)} |" in page.read_text()
+
+
+FEW = {  # runs of few parameters, and the row of the page's tables without and with Diff-Tuning
+    "difffit-102": "DiffFit, 102 photos",
+    "difffit": "DiffFit, 2,040 photos",
+    "lora-102": "LoRA, 102 photos",
+    "lora": "LoRA, 2,040 photos",
+}
+
+
+@pytest.mark.parametrize("without", FEW)
+def test_the_page_of_the_study_has_the_kept_figures_of_few_parameters(without: str) -> None:
+    folder, page = CONFIGS.parent / "results/photos_forgetting/few_parameters", CONFIGS.parent / "docs/study.md"
+    method, _, photos = without.partition("-")
+    runs = {without: FEW[without], "-".join(filter(None, (method, "dt", photos))): "with Diff-Tuning"}
+    kept = {
+        run: [json.loads(path.read_text())["values"] for path in sorted((folder / "results").glob(f"{run}-seed*.json"))]
+        for run in runs
+    }
+    distance = {run: fmean(values["fd_efficientnet_lite0"] for values in kept[run]) for run in runs}
+    guided, text = json.loads((folder / "guidance.json").read_text())["results"], page.read_text().replace("*", "")
+    first = kept[without][0]["fd_efficientnet_lite0"]
+    for run, name in runs.items():
+        bins = (0, 100, 200, 300, 500, 700, 800, 900)
+        gaps = [100 * fmean(values[f"held_out_gap/t{first:03d}"] for values in kept[run]) for first in bins]
+        told = [f"{gap:+.0f} %" if first == 900 else f"{gap:+.1f} %" for first, gap in zip(bins, gaps, strict=True)]
+        spread = stdev(values["fd_efficientnet_lite0"] for values in kept[run])
+        change = "" if run == without else f" ({100 * (distance[run] / distance[without] - 1):+.1f} %)"
+        told.append(f"{distance[run]:.1f} ± {spread:.1f}{change}")
+        precision, recall = (fmean(values[name] for values in kept[run]) for name in ("precision", "recall"))
+        told.append(f"{precision:.2f} / {recall:.3f}")
+        assert f"| {name} | {' | '.join(told)} |" in text, run
+        scales = {"1.5": kept[run][0], **guided[f"{run}-seed0"]}
+        cells = []
+        for scale in ("1", "1.5", "1.5 domain"):
+            value = scales[scale]["fd_efficientnet_lite0"]
+            is_first = run == without and scale == "1.5"
+            cells.append(f"{value:.1f}" + ("" if is_first else f" ({100 * (value / first - 1):+.1f} %)"))
+        assert f"| {name} | {' | '.join(cells)} |" in text, run
