@@ -387,7 +387,7 @@ def test_what_a_run_prints(project):
         ([*FIT, f"{DATA}retention_share", "0.1"], r"int\(0.1 \* 5\) = 0 bank samples.*Raise one"),
         ([*FIT, f"{DATA}image_size", "16"], r"\(1, 16, 16\), but the model denoises \(1, 8, 8\). Set image_size"),
         ([*FIT, f"{MODEL}model", "none.safetensors"], "'none.safetensors' is not a file.*Check the path"),
-        ([*FIT, f"{DATA}bank_size", "0"], "num_samples must be an integer from 1 to .*found 0"),
+        ([*FIT, f"{DATA}bank_size", "0"], "bank_size of MemoryBankDataModule must be at least 1, found 0"),
         ([*VALIDATE, "--ckpt_path", "none.ckpt"], "none.ckpt does not exist. Check the path"),
         ([*VALIDATE, "--ckpt_path", "best"], "best does not exist"),
         (

@@ -138,11 +138,14 @@ def run(weights, folder, world_size):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folders of the run on one process and of the same run on two."""
-    weights = tmp_path_factory.mktemp("weights")
-    tiny_weights(weights)
+def weights(tmp_path_factory):
+    """The folder of the pre-trained weights."""
+    return tiny_weights(tmp_path_factory.mktemp("weights")).parent
 
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, weights):
+    """The folders of the run on one process and of the same run on two."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     processes = start(__file__, 2, weights, two)
     try:
@@ -155,10 +158,10 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def three(runs, tmp_path_factory):
+def three(weights, tmp_path_factory):
     """The folder of what three processes did."""
     folder = tmp_path_factory.mktemp("three")
-    finish(start(__file__, 3, runs[0].parent / "weights0", folder))
+    finish(start(__file__, 3, weights, folder))
     return folder
 
 
@@ -261,8 +264,7 @@ class Ready(L.Callback):
 
 
 @pytest.mark.slow
-def test_all_processes_stop_after_the_same_step_when_one_is_told_to(runs, tmp_path):
-    weights = runs[0].parent / "weights0"
+def test_all_processes_stop_after_the_same_step_when_one_is_told_to(runs, weights, tmp_path):
     processes = start(__file__, 2, weights, tmp_path, "stop")
     try:
         while not (tmp_path / "ready").exists():
@@ -311,8 +313,8 @@ def run_sharded(weights, folder, world_size):
 
 
 @pytest.mark.slow
-def test_fully_sharded_training_is_that_of_whole_copies(runs, tmp_path):
-    finish(start(__file__, 2, runs[0].parent / "weights0", tmp_path, "shard"))
+def test_fully_sharded_training_is_that_of_whole_copies(runs, weights, tmp_path):
+    finish(start(__file__, 2, weights, tmp_path, "shard"))
 
 
 def run_forked(weights, folder, world_size):
@@ -323,9 +325,9 @@ def run_forked(weights, folder, world_size):
     torch.save(dict(module.state_dict()), folder / "weights.pt")
 
 
-def test_a_module_has_the_weights_that_other_processes_trained(runs, tmp_path):
+def test_a_module_has_the_weights_that_other_processes_trained(runs, weights, tmp_path):
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    job = [sys.executable, __file__, runs[0].parent / "weights0", tmp_path, "fork"]
+    job = [sys.executable, __file__, weights, tmp_path, "fork"]
     subprocess.run(job, env={**os.environ, **environment}, check=True, timeout=200)
     assert_close(*(torch.load(folder / "weights.pt") for folder in (runs[0], tmp_path)))
 

@@ -121,6 +121,7 @@ def test_networks_of_diffusers_are_merged_and_written_as_folders(family, dtype, 
     module = getattr(lightning_difftune, family)(model=pipeline_folder, tuner=tuner, **more)
     module.configure_model()
     module.eval()
+    torch.manual_seed(3)  # with which a UNet in bfloat16 rounded the outputs of equal ControlNets differently
     for parameter in module.trainable_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     if dtype == "bfloat16":  # as trained with bf16-true

@@ -121,5 +121,5 @@ def test_predict_x0_inverts_add_noise():
 def test_bad_betas_are_refused():
     with pytest.raises(ConfigError, match="0 < beta_start <= beta_end < 1"):
         GaussianDiffusion(beta_start=0.02, beta_end=1e-4)
-    with pytest.raises(ConfigError, match="'linear' or 'scaled_linear', got 'cosine'"):
+    with pytest.raises(ConfigError, match="'linear' or 'scaled_linear', found 'cosine'"):
         GaussianDiffusion(beta_schedule="cosine")
