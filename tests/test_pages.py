@@ -97,7 +97,7 @@ FAMILY = f"{TINY} --model.image_size 32 --model.tuner.rank 4"
 SHORTER = {  # commands, and what comes behind them (or in place of a config) here
     r"^difftune quickstart$": ("$", " --steps 4"),
     r"^difftune sample (?!.*(--steps|pretrained_tail))": ("$", " --steps 2"),
-    r"^difftune sample .*pretrained_tail": ("$", " --steps 10"),  # a tenth of them is one
+    r"^difftune sample .*pretrained_tail": ("$", " --model.sampler.num_inference_steps 10"),  # a tenth is one step
     r"^difftune fit --config configs/quickstart.yaml": (r"(quickstart\.yaml)", r"\1 --config digits.yaml"),
 }
 INSTEAD = {  # what cannot be here, why, and what is run in its place
