@@ -171,9 +171,8 @@ def test_epochs_may_end_a_run_before_its_max_steps(tmp_path, capsys):
     assert [line[0] for line in lines] == ["Training 3/6", "Training 6/6"]
     assert lines[-1][2] == "0:00:00 left"
     bar = StepProgressBar()
-    trainer = L.Trainer(
-        accelerator="cpu", logger=False, callbacks=[bar, seen := Seen(bar)], limit_val_batches=0, **settings
-    )
+    quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+    trainer = L.Trainer(accelerator="cpu", callbacks=[bar, seen := Seen(bar)], **quiet, **settings)
     trainer.fit(LoggingModel())
     assert seen.shown == [("Training", step, 6) for step in range(1, 7)]
 
