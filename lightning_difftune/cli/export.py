@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +19,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.files import atomic_path
 from lightning_difftune.models import hub
 from lightning_difftune.models.checkpoints import fingerprint
-from lightning_difftune.models.export import exact_arithmetic
+from lightning_difftune.models.export import exact_arithmetic, in_float32
 from lightning_difftune.models.frozen import Frozen
 from lightning_difftune.models.usage import usage_of_adapter
 from lightning_difftune.modules import DiffTuningModule
@@ -188,9 +187,8 @@ def difference(module: DiffTuningModule, other: nn.Module) -> float:
     try:
         with exact_arithmetic(module.device):
             for holder, network in frozen.items():
-                vars(holder)["network"] = copy.deepcopy(network).float()
-            if any(p.dtype != torch.float32 for p in trained.parameters()):
-                setattr(module, name, copy.deepcopy(trained).float())
+                vars(holder)["network"] = in_float32(network)
+            setattr(module, name, in_float32(trained))
             expected = module.denoise(*given)
             setattr(module, name, other.eval().float())
             output = module.denoise(*given)

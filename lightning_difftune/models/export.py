@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,8 @@ from lightning_difftune.models.checkpoints import FORMAT_VERSION, SAMPLING_FILE,
 from lightning_difftune.models.diffusers_layout import load_exact_transformer, open_network, to_config, to_diffusers
 from lightning_difftune.models.dit import DiT
 from lightning_difftune.models.usage import usage_of_dit
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def export_dit(
@@ -187,7 +189,7 @@ def verify(model: DiT, draft: Path) -> None:
 
     Outputs of diffusers' class may differ by 1e-5 of the largest.
     """
-    live = model if all(p.dtype == torch.float32 for p in model.parameters()) else copy.deepcopy(model).float()
+    live = in_float32(model)
     device = live.pos_embed.device
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, *model.sample_shape, generator=generator).to(device)
@@ -215,6 +217,12 @@ def verify(model: DiT, draft: Path) -> None:
             error = (output - expected).abs().max() / expected.abs().max().clamp(min=1)
             if error > 1e-5:
                 raise CheckpointError(f"Not exported: diffusers' class differs by {error:.1e}.")
+
+
+def in_float32(network: Network) -> Network:
+    """The network itself if its weights are float32, else a copy whose weights are."""
+    is_plain = all(p.dtype == torch.float32 for p in network.parameters())
+    return network if is_plain else copy.deepcopy(network).float()
 
 
 @contextmanager
