@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,11 +18,12 @@ def has_validation(trainer: L.Trainer) -> bool:
 
 
 def last_step(trainer: L.Trainer) -> int:
-    """The step at which a running fit with ``max_steps`` ends, also where ``max_epochs`` ends it sooner."""
+    """The step at which a running fit ends, by ``max_steps`` or ``max_epochs``; -1 if that is never, or not known."""
     windows_vary = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
     if windows_vary or trainer.train_dataloader is None:  # of unknown number, or not loaded yet
         return trainer.max_steps
-    return int(trainer.estimated_stepping_batches)
+    steps = trainer.estimated_stepping_batches
+    return trainer.max_steps if steps == math.inf else int(steps)
 
 
 def is_last_step(trainer: L.Trainer) -> bool:

@@ -109,7 +109,7 @@ class EMA(OptimizerStepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn of averages that will hardly move, which validations and samples would show in place of the weights."""
         super().on_train_start(trainer, pl_module)
-        end = last_step(trainer) if trainer.max_steps >= 0 or trainer.max_epochs != -1 else -1
+        end = last_step(trainer)
         if end < 0 or self.warmup or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         updates = self.num_updates + (end - trainer.global_step) // self.every_n_steps
