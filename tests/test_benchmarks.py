@@ -96,6 +96,14 @@ def test_guidance_is_measured_once_for_each_scale(tmp_path) -> None:
     assert len({values["fd_efficientnet_lite0"] for values in second.values()}) == 3, "each scale has its own samples"
 
 
+@pytest.mark.parametrize("kept", sorted((BENCHMARKS.parent / "results").rglob("guidance.json")), ids=str)
+def test_the_pages_commands_may_add_to_the_kept_figures_of_guidance(kept, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    count = 1020 if "photos32" in kept.parts else 1000
+    options = SimpleNamespace(output=kept, num_samples=count)
+    assert importlib.import_module("guidance").earlier(options).keys() == json.loads(kept.read_text())["results"].keys()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", COMMANDS)
 def test_it_says_what_it_measures(file: str) -> None:
