@@ -17,10 +17,26 @@ def has_validation(trainer: L.Trainer) -> bool:
     return trainer.enable_validation and any(loop.max_batches)
 
 
+def window_in_epoch(trainer: L.Trainer, epoch: int) -> int:
+    """Batches whose gradients are accumulated in an epoch; Lightning's callback sets it only where an epoch begins."""
+    schedules = _window_schedules(trainer)
+    return schedules[-1].get_accumulate_grad_batches(epoch) if schedules else trainer.accumulate_grad_batches
+
+
+def common_window(trainer: L.Trainer) -> int:
+    """Batches whose gradients are accumulated; a common multiple of all windows if they change with the epoch."""
+    windows = (window for schedule in _window_schedules(trainer) for window in schedule.scheduling.values())
+    return math.lcm(trainer.accumulate_grad_batches, *windows)
+
+
+def _window_schedules(trainer: L.Trainer) -> list[GradientAccumulationScheduler]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+
+
 def last_step(trainer: L.Trainer) -> int:
     """The step at which a running fit ends, by ``max_steps`` or ``max_epochs``; -1 if that is never, or not known."""
-    windows_vary = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)  # type: ignore[attr-defined]
-    if windows_vary or trainer.train_dataloader is None:  # of unknown number, or not loaded yet
+    if _window_schedules(trainer) or trainer.train_dataloader is None:  # steps of unknown number, or not loaded yet
         return trainer.max_steps
     steps = trainer.estimated_stepping_batches
     return trainer.max_steps if steps == math.inf else int(steps)

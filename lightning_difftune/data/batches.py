@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from lightning_difftune.draws import seed_of
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import DiffTuningBatch, RetentionBatch, TargetBatch
+from lightning_difftune.trainers import common_window
 
 FEWEST_EVALUATION_BATCHES = 64
 ReadTarget = Callable[[list[int], list[bool]], TargetBatch]
@@ -213,7 +213,7 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
         """
         if trainer is None:
             return cls(batches)
-        window, limit = accumulated_batches(trainer), trainer.limit_train_batches
+        window, limit = common_window(trainer), trainer.limit_train_batches
         count = limit if isinstance(limit, int) else int(limit * len(cls(batches, window=window)))
         if count % window:
             shown = f"{limit}, {count} batches" if count != limit else str(limit)
@@ -237,12 +237,6 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
 
     def __len__(self) -> int:
         return self.num_steps
-
-
-def accumulated_batches(trainer: Any) -> int:
-    """Batches per accumulation window; a common multiple of all windows if a schedule has several."""
-    schedules = [c.scheduling for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]
-    return math.lcm(trainer.accumulate_grad_batches, *(n for schedule in schedules for n in schedule.values()))
 
 
 class EvaluationSteps(DistributedSampler[DiffTuningBatch]):

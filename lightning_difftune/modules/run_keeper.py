@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    GradientAccumulationScheduler,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
@@ -22,7 +21,7 @@ from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
 from lightning_difftune.modules.checkpoints import write_whole
 from lightning_difftune.modules.data_checks import check_classes
-from lightning_difftune.trainers import has_validation, is_last_step, stops_early
+from lightning_difftune.trainers import has_validation, is_last_step, stops_early, window_in_epoch
 
 WINDOW = "open_window"  # the checkpoint's key for the gradients of an unfinished accumulation window
 
@@ -85,9 +84,7 @@ class RunKeeper(Callback):
 
     def _window_of(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> dict[str, torch.Tensor] | None:
         window = checkpoint.get(WINDOW)
-        batches = accumulated_batches(
-            trainer, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"]
-        )
+        batches = window_in_epoch(trainer, checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"])
         if window is None:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
             current = progress["current"]
@@ -142,7 +139,7 @@ class RunKeeper(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the gradients and length of an open window, and mark the step that was resumed from as saved."""
         self._before, self._saved_step = None, -1
-        trainer.accumulate_grad_batches = accumulated_batches(trainer, trainer.current_epoch)
+        trainer.accumulate_grad_batches = window_in_epoch(trainer, trainer.current_epoch)
         plateaus = [c for c in trainer.lr_scheduler_configs if isinstance(c.scheduler, ReduceLROnPlateau)]
         if plateaus and not has_validation(trainer):
             raise ConfigError(
@@ -219,13 +216,6 @@ def refuse_unrestored(trainer: L.Trainer) -> None:
             f"A run with {found} cannot be resumed: Lightning does not restore it within an epoch, so the steps would "
             "differ from those of the run without a stop. Leave it out; lightning_difftune.callbacks.EMA is restored."
         )
-
-
-def accumulated_batches(trainer: L.Trainer, epoch: int) -> int:
-    """Batches per accumulation window in an epoch; Lightning's callback sets it only where an epoch begins."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    schedules = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
-    return schedules[-1].get_accumulate_grad_batches(epoch) if schedules else trainer.accumulate_grad_batches
 
 
 def check_loader(trainer: L.Trainer) -> None:
