@@ -20,10 +20,8 @@ from lightning_difftune.data.folders import (
     read_text,
     shorten,
 )
-from lightning_difftune.data.source_facts import stat_digest
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.files import array_digest
 from lightning_difftune.models.frozen import DEFAULT_PROMPT
 
 _FOLDER_LAYOUT = (
@@ -63,11 +61,6 @@ class CaptionedFiles(Dataset[tuple[Any, ...]]):
     def describe(self, index: int) -> str:
         """The file of picture ``index``, for messages."""
         return self.paths[index]
-
-    def content_digest(self) -> str:
-        """A hash of captions and of the files' names, sizes and modification times."""
-        controls = [] if self.control_paths is None else [stat_digest(self.control_paths)]
-        return array_digest(stat_digest(self.paths), *controls, *self.captions)
 
 
 class CaptionedFolder(CaptionedFiles):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.utils.data import Dataset
 
 from lightning_difftune.data.source_facts import stat_digest
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.files import atomic_path, bytes_digest
+from lightning_difftune.files import array_digest, atomic_path, bytes_digest
 
 _CAPTION_COLUMNS = ("text", "caption", "prompt")
+_KEPT = "kept.json"  # in the folder of a kept stream: which stream it is
 
 
 class HubImages(Dataset[tuple[Any, ...]]):
@@ -97,6 +99,18 @@ class HubImages(Dataset[tuple[Any, ...]]):
     def __len__(self) -> int:
         return len(self._dataset)
 
+    def content_digest(self) -> str:
+        """A hash of the data set's fingerprint, and of the names, sizes and times of files that it refers to."""
+        chunks = [chunk.storage if hasattr(chunk, "storage") else chunk for chunk in self._column.chunks]
+        named = [chunk.field("path").filter(chunk.field("bytes").is_null()) for chunk in chunks]
+        files = sorted({path for paths in named for path in paths.to_pylist() if path is not None})
+        return array_digest(self._dataset._fingerprint, *([stat_digest(files)] if files else []))
+
+    @property
+    def _column(self) -> Any:
+        """The encoded pictures as an Arrow column, before any selection."""
+        return self._dataset.data.column(self._image)
+
     def picture_digests(self) -> list[str]:
         """The SHA-256 of every encoded picture; for a picture in a file, of its name, size and time."""
         column = (example[self._image] for example in self._dataset)
@@ -128,6 +142,7 @@ def _open(path: str | Path, split: str, name: str | None = None, revision: str |
 def _kept_stream(path: str, split: str, name: str | None, revision: str | None, folder: Path, limit: int) -> Any:
     """The first examples of a stream, written to a folder if it does not have them yet."""
     datasets = _library()
+    stream_of = {"path": path, "split": split, "name": name, "revision": revision, "limit": limit}
     if not folder.exists():
         from datasets.table import embed_table_storage
 
@@ -142,11 +157,19 @@ def _kept_stream(path: str, split: str, name: str | None, revision: str | None, 
                 # A linked picture is downloaded and stored, as push_to_hub does.
                 whole = examples.with_format("arrow").map(embed_table_storage, batched=True, batch_size=100)
                 whole.with_format(None).save_to_disk(draft)
+                (draft / _KEPT).write_text(json.dumps(stream_of), encoding="utf-8")
         except Exception as error:  # as above
             raise DataError(f"{path} cannot be streamed, split {split!r}: {_reason(error)}") from error
     kept = _open(folder, split)
-    if len(kept) > limit:
-        raise DataError(f"{folder} holds {len(kept)} examples, but limit is {limit}. Choose another folder for keep.")
+    try:
+        was = json.loads((folder / _KEPT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a folder of somebody else's
+        was = stream_of if len(kept) <= limit else stream_of | {"limit": len(kept)}
+    if changed := [f"{key} was {was.get(key)}, is {now}" for key, now in stream_of.items() if was.get(key) != now]:
+        raise DataError(
+            f"{folder} keeps the first examples of another stream: {', '.join(changed)}. Choose another folder for "
+            "keep, or delete this one."
+        )
     return kept
 
 

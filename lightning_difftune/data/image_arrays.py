@@ -73,6 +73,10 @@ class ArrayImages(Dataset[tuple[Any, int]]):
     def _digest(self) -> str:
         return array_digest(np.asarray(self.images))
 
+    def picture_digests(self) -> list[str]:
+        """The SHA-256 of every picture."""
+        return [array_digest(np.asarray(picture)) for picture in self.images]
+
 
 class NpzImages(Dataset[tuple[Any, int]]):
     """Pictures in one ``.npz`` file, raw or encoded.

@@ -24,10 +24,10 @@ from lightning_difftune.data.source_facts import (
     content_digest_of,
     labels_of,
     location_of,
+    may_change_on_reading,
     name_of_class,
     picture_digests_of,
     require_source,
-    transforms_pictures,
 )
 from lightning_difftune.errors import ConfigError, DataError, check_choice
 from lightning_difftune.files import array_digest, text_digest
@@ -160,9 +160,9 @@ class ImageTargets:
     def identity(self) -> str:
         """A hash of what determines the pictures: the source's content, labels, size, channels and crop.
 
-        It is the key of caches. Files are identified by names, sizes and modification times, arrays by their bytes. Any
-        other source, and any with a ``transform``, is identified by its length, its labels and 64 of its pictures, so
-        changes to other pictures are not detected.
+        It is the key of caches. Files are identified by names, sizes and modification times, arrays by their bytes. A
+        source with a ``transform``, and a data set of one's own without a ``content_digest``, is identified by 64 of
+        its pictures as well, so a change of others that leaves the files as they are is not detected.
         """
         return self._identity
 
@@ -186,11 +186,12 @@ class ImageTargets:
             type(self.source).__name__ if self._content is None else self._content,
             *self._texts(),
         ]
-        if self._content is None or transforms_pictures(self.source):
+        if self._content is None or may_change_on_reading(self.source):
             positions = np.unique(np.linspace(0, len(self) - 1, _IDENTITY_SAMPLES).astype(int))
             items = [self.read(position) for position in positions.tolist()]
             parts.append(torch.stack([item.pixels for item in items]).numpy())
             parts.extend(item.label for item in items if isinstance(item.label, str))
+            parts.extend(item.control.numpy() for item in items if item.control is not None)
         return array_digest(*parts)
 
     def picture_digests(self) -> Tensor | None:

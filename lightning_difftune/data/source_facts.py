@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,14 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from lightning_difftune.errors import DataError
 from lightning_difftune.files import array_digest
 
+_Fact = TypeVar("_Fact")
 # torchvision: CIFAR, MNIST, ImageFolder; SVHN, STL10; Food101, Flowers102, SUN397, DTD, Aircraft, Pets; Caltech101.
 _LABEL_ATTRIBUTES = ("labels", "targets", "_labels", "y")
 _PATH_ATTRIBUTES = ("paths", "_image_files", "_images")
 # Lists of (path, label): ImageFolder, ImageNet; StanfordCars, GTSRB.
 _SAMPLE_ATTRIBUTES = ("samples", "_samples")
 _CLASS_NAME_ATTRIBUTES = ("class_names", "classes", "categories")
+_READ_AS_STORED = ("lightning_difftune", "torchvision")  # packages whose sources only decode what is stored
 
 
 class ImageSource(Protocol):
@@ -38,10 +40,11 @@ class ImageSource(Protocol):
     - ``class_names``: names in the order of the indices. They match the classes of held-out pictures to the target's.
     - ``captions``: all N captions, in place of labels.
     - ``paths``: the N files. ``describe(index)``: a name for picture ``index`` in messages, if it has no file.
-    - ``content_digest()``: a string that changes when a picture does, for comparison with a latent cache. Without it,
-      sources of files are identified by names, sizes and times, and others by 64 of their pictures.
+    - ``content_digest()``: a string that changes when a picture does, for comparison with caches. Without it, a source
+      is identified by 64 of its pictures and, if it has ``paths``, by the files' names, sizes and times.
     - ``picture_digests()``: N strings, each of which changes when that picture does. With them, a latent cache encodes
-      only changed pictures and keeps the rest. Sources of files and arrays do not need them.
+      only changed pictures and keeps the rest; without, it refuses a changed source. This package's sources and
+      torchvision's do not need them.
     - ``control_paths``: the N files of control maps.
     - ``left_out``: numbers of unused files by kind, for ``difftune data check``.
     """
@@ -82,7 +85,7 @@ class Relabelled(Dataset[tuple[Any, ...]]):
 
     def content_digest(self) -> str | None:
         """A hash of pictures and labels; ``None`` if only reading the pictures would tell."""
-        content = None if transforms_pictures(self.source) else content_digest_of(self.source)
+        content = content_digest_of(self.source)
         return None if content is None else array_digest(content, *self._label_facts())
 
     def _label_facts(self) -> Sequence[npt.NDArray[Any] | str]:
@@ -199,15 +202,15 @@ def name_of_class(label: int, names: Sequence[str] | None) -> str:
 def content_digest_of(source: Any) -> str | None:
     """A hash that changes with the stored pictures; ``None`` if only reading the pictures would tell.
 
-    It covers the files' names below the common folder, sizes and modification times in seconds, so a hundred thousand
-    files take about a second; for arrays, the bytes.
+    It covers the names below the common folder, sizes and modification times in seconds of the files of pictures and
+    control maps, so a hundred thousand take about a second; for arrays, the bytes.
     """
     if hasattr(source, "content_digest"):
         digest = source.content_digest()  # None from a wrapper of a source with unknown content
         return None if digest is None else str(digest)
-    paths = paths_of(source)
-    if paths is not None:
-        return stat_digest(paths)
+    files = _files_of(source)
+    if files is not None:
+        return stat_digest([path for both in files for path in both])
     if isinstance(source, Subset):
         inner = content_digest_of(source.dataset)
         return None if inner is None else array_digest(inner, np.asarray(source.indices, dtype=np.int64))
@@ -221,27 +224,40 @@ def content_digest_of(source: Any) -> str | None:
     return None
 
 
+def _files_of(source: Any) -> list[tuple[str, ...]] | None:
+    """The files of every picture and its control map; ``None`` if there are none, or the source hashes its content."""
+    if hasattr(source, "content_digest"):
+        return None
+    if isinstance(source, Subset | ConcatDataset):
+        return _looked_through(source, _files_of)
+    paths, controls = paths_of(source), getattr(source, "control_paths", None)
+    if paths is None:
+        return None
+    return list(zip(paths, *([] if controls is None else [map(str, controls)]), strict=True))
+
+
 def picture_digests_of(source: Any) -> list[str] | None:
     """A string per picture that changes with the stored picture; ``None`` if only reading would tell.
 
     A source's own ``picture_digests()`` come first. For a file it is its name with that of its folder, its size and its
     modification time in seconds; for an array the SHA-256 of its bytes.
     """
-    if transforms_pictures(source):
-        return None
     if isinstance(source, Relabelled):
         return picture_digests_of(source.source)
     if isinstance(source, Subset | ConcatDataset):
         return _looked_through(source, picture_digests_of)
+    if _has_transform(source):
+        return None
     if hasattr(source, "picture_digests"):
         return list(map(str, source.picture_digests()))
-    paths, controls = paths_of(source), getattr(source, "control_paths", None)
-    if paths is not None:
-        facts = [stat_digest([path]) + Path(path).parent.name for path in paths]
-        return facts if controls is None else [a + stat_digest([b]) for a, b in zip(facts, controls, strict=True)]
-    for stored in (getattr(source, name, None) for name in ("images", "data")):
-        if isinstance(stored, np.ndarray | torch.Tensor) and len(stored) == len(source):
-            return [array_digest(np.asarray(picture)) for picture in stored]
+    if hasattr(source, "content_digest") or may_change_on_reading(source):
+        return None
+    files = _files_of(source)
+    if files is not None:
+        return ["".join(map(stat_digest, zip(both))) + Path(both[0]).parent.name for both in files]
+    data = getattr(source, "data", None)
+    if isinstance(data, np.ndarray | torch.Tensor) and len(data) == len(source):
+        return [array_digest(np.asarray(picture)) for picture in data]
     return None
 
 
@@ -261,14 +277,23 @@ def stat_digest(paths: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def transforms_pictures(source: Any) -> bool:
-    """Whether a torchvision ``transform`` changes the stored pictures."""
+def may_change_on_reading(source: Any) -> bool:
+    """Whether pictures may differ from what is stored, and change while that does not.
+
+    So it is with a torchvision ``transform``, and with a data set of one's own, whose code may crop or filter, unless
+    it has a ``content_digest``.
+    """
     if isinstance(source, Subset):
-        return transforms_pictures(source.dataset)
+        return may_change_on_reading(source.dataset)
     if isinstance(source, Relabelled):
-        return transforms_pictures(source.source)
+        return may_change_on_reading(source.source)
     if isinstance(source, ConcatDataset):
-        return any(transforms_pictures(part) for part in source.datasets)
+        return any(may_change_on_reading(part) for part in source.datasets)
+    own = type(source).__module__.partition(".")[0] not in _READ_AS_STORED
+    return _has_transform(source) or (own and not hasattr(source, "content_digest"))
+
+
+def _has_transform(source: Any) -> bool:
     return getattr(source, "transform", None) is not None or getattr(source, "transforms", None) is not None
 
 
@@ -277,7 +302,7 @@ def _sample_lists(source: Any) -> list[Sequence[tuple[Any, Any]]]:
     return [samples for samples in lists if _fits(samples, len(source)) and all(len(entry) == 2 for entry in samples)]
 
 
-def _looked_through(source: Subset | ConcatDataset, fact: Callable[[Any], list[str] | None]) -> list[str] | None:
+def _looked_through(source: Subset | ConcatDataset, fact: Callable[[Any], list[_Fact] | None]) -> list[_Fact] | None:
     """A fact of every picture of a ``Subset`` or ``ConcatDataset``, if all of its sources know it."""
     if isinstance(source, Subset):
         inner = fact(source.dataset)

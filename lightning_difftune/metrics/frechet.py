@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -282,6 +283,19 @@ class ReferenceCache:
 
 
 def reference_key(identity: str, feature_extractor: nn.Module) -> str:
-    """What determines reference statistics: the identity of the pictures and the extractor with its weights."""
-    kind = type(feature_extractor)
-    return f"{identity} {kind.__module__}.{kind.__qualname__} {tensor_digest(feature_extractor.state_dict())}"
+    """What determines reference statistics: the identity of the pictures, and the extractor, its weights and settings.
+
+    Its settings are the public attributes of its modules that are numbers or texts, such as the size that it takes.
+    """
+    kind, modules = type(feature_extractor), feature_extractor.named_modules()
+    settings = [(name, key, value) for name, module in modules for key, value in sorted(vars(module).items())]
+    plain = [
+        setting for setting in settings if setting[1][0] != "_" and setting[1] != "training" and _plain(setting[2])
+    ]
+    weights = tensor_digest(feature_extractor.state_dict())
+    return f"{identity} {kind.__module__}.{kind.__qualname__} {weights} {text_digest(repr(plain))}"
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value is a number, a text, or a list of such."""
+    return all(map(_plain, value)) if isinstance(value, tuple | list) else isinstance(value, bool | int | float | str)

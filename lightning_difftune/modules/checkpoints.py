@@ -238,9 +238,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (OSError, RuntimeError) as error:  # torch's writer may raise an error of its own over the disk's
             cause = next((cause for cause in (error, error.__context__) if isinstance(cause, OSError)), error)
             state = "the one that was there is as it was" if file.exists() else "none is there"
+            saved = any(file.parent.glob("*.ckpt"))
+            again = (
+                "resume the run: `difftune fit RUN`" if saved else "start the run again; it had saved nothing before"
+            )
             raise CheckpointError(
                 f"The checkpoint {file} cannot be written ({cause}); {state}. Free some space or make the folder "
-                "writable, then resume the run: `difftune fit RUN`."
+                f"writable, then {again}."
             ) from error
 
     def load_checkpoint(

@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_difftune.data import ADE20k, CaptionedFolder, CocoCaptions, ImageFolder
-from lightning_difftune.data.source_facts import content_digest_of, location_of, paths_of
+from lightning_difftune.data import ADE20k, CaptionedFolder, CocoCaptions, ImageFolder, ImageTargets
+from lightning_difftune.data.source_facts import location_of, paths_of
 from lightning_difftune.errors import DataError
 
 
@@ -192,19 +193,23 @@ def test_folders_without_pictures(folder: Path, tmp_path: Path) -> None:
         CaptionedFolder(tmp_path / "nowhere")
 
 
+def content_of(source: Any) -> str | None:
+    return ImageTargets(source, 8).unread_identity
+
+
 def test_what_is_known_without_reading_a_picture(folder: Path) -> None:
     source = CaptionedFolder(folder)
-    digest = content_digest_of(source)
-    assert digest == content_digest_of(CaptionedFolder(folder))
+    digest = content_of(source)
+    assert digest == content_of(CaptionedFolder(folder))
     assert paths_of(source) == source.paths
     assert location_of(source, 1) == str(folder / "images" / "0.png")
     write_rows(folder, [{"file_name": f"images/{i}.png", "text": f"number {i}"} for i in (2, 0)] * 2)
-    assert content_digest_of(CaptionedFolder(folder)) != digest
+    assert content_of(CaptionedFolder(folder)) != digest
     write_rows(folder, [{"file_name": f"images/{i}.png", "text": f"number {i}"} for i in (2, 0, 1)])
-    assert content_digest_of(CaptionedFolder(folder)) == digest
+    assert content_of(CaptionedFolder(folder)) == digest
     os.utime(folder / "images" / "0.png", (1, 1))
-    assert content_digest_of(CaptionedFolder(folder)) != digest
-    assert digest != content_digest_of(ImageFolder(folder))
+    assert content_of(CaptionedFolder(folder)) != digest
+    assert digest != content_of(ImageFolder(folder))
 
 
 def test_another_caption_or_control_changes_the_digest(folder: Path) -> None:
@@ -212,5 +217,5 @@ def test_another_caption_or_control_changes_the_digest(folder: Path) -> None:
     digests = set()
     for change in ({}, {"text": "y"}, {"conditioning_image": "controls/0.png"}):
         write_rows(folder, [*rows[:2], rows[2] | change])
-        digests.add(content_digest_of(CaptionedFolder(folder)))
+        digests.add(content_of(CaptionedFolder(folder)))
     assert len(digests) == 3

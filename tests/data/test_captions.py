@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from lightning_difftune.data import ArrayImages, ClassCaptions, ControlExamples, ImageFolder
+from lightning_difftune.data import ArrayImages, ClassCaptions, ControlExamples, ImageFolder, ImageTargets
 from lightning_difftune.data.source_facts import content_digest_of, labels_of, location_of, paths_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.protocols import SupportsControlExamples
@@ -77,10 +78,13 @@ def test_what_is_known_without_reading_a_picture(tmp_path: Path) -> None:
     assert paths_of(files) == [str(tmp_path / "rose" / "1.png")] == [location_of(files, 0)]
 
 
-def test_pictures_that_are_transformed_have_no_digest() -> None:
-    source = flowers()
-    source.transform = lambda image: image  # type: ignore[attr-defined]
-    assert content_digest_of(ClassCaptions(source)) is None
+def test_a_transform_is_noticed() -> None:
+    def identity(transform: Any) -> str:
+        source = flowers()
+        source.transform = transform  # type: ignore[attr-defined]
+        return ImageTargets(ClassCaptions(source), 8).identity()
+
+    assert identity(None) != identity(abs)
 
 
 def test_examples_are_pictures_of_one_size_with_their_captions() -> None:

@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's library, written by it and read as an image source."""
 
+import os
 import sys
 
 import datasets
@@ -85,8 +86,39 @@ def test_the_first_examples_of_a_stream_are_kept_and_numbered(image_folder, tmp_
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: pytest.fail("streamed again"))
     again = ImageTargets(HubImages(str(image_folder), keep=tmp_path / "kept", limit=4), image_size=8)
     assert again.identity() == targets.identity()
-    with pytest.raises(DataError, match="holds 4 examples, but limit is 3"):
-        HubImages(str(image_folder), keep=tmp_path / "kept", limit=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"limit": 3}, "limit was 4, is 3"),
+        ({"limit": 5}, "limit was 4, is 5"),
+        ({"revision": "v2"}, "revision was None"),
+    ],
+)
+def test_a_folder_that_keeps_another_stream_is_refused(image_folder, tmp_path, change, told):
+    wanted = {"path": str(image_folder), "keep": tmp_path / "kept", "limit": 4}
+    HubImages(**wanted)
+    with pytest.raises(DataError, match=f"another stream: {told}.*Choose another folder"):
+        HubImages(**wanted | change)
+    (tmp_path / "kept" / "kept.json").unlink()  # a folder that was made elsewhere
+    if change == {"limit": 3}:  # all that its own length tells
+        with pytest.raises(DataError, match=told):
+            HubImages(**wanted | change)
+
+
+def test_all_of_its_pictures_are_compared_without_reading_them(image_folder, tmp_path, monkeypatch):
+    """A change of one that is not among the 64 which are compared of other sources."""
+    made = dataset_of(label=[0] * 6)
+    before = ImageTargets(HubImages(made), image_size=8).unread_identity
+    assert ImageTargets(HubImages(dataset_of(label=[0] * 6)), image_size=8).unread_identity == before
+    assert ImageTargets(HubImages(made.select([1, 0, 2, 3, 4, 5])), image_size=8).unread_identity != before
+    file = tmp_path / "1.png"
+    Image.fromarray(np.zeros((4, 4), np.uint8)).save(file)
+    named = datasets.Dataset.from_dict({"image": [str(file)] * 2}).cast_column("image", datasets.Image())
+    before = ImageTargets(HubImages(named), image_size=8).unread_identity
+    os.utime(file, (1, 1))
+    assert before != ImageTargets(HubImages(named), image_size=8).unread_identity
 
 
 def test_a_damaged_picture_is_named(tmp_path):

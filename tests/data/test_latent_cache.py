@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -285,6 +286,31 @@ def test_of_other_pictures_in_a_store_only_the_new_ones_are_encoded(tmp_path, en
     one, other = cache.read(everything, [False] * 23), whole.read(everything, [False] * 23)
     assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
     assert not list((tmp_path / "cache").glob("previous-*"))
+
+
+class Cropped(ImageFolder):
+    """A data set of one's own that reads files in its own way."""
+
+    margin = 0
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, label = super().__getitem__(index)
+        return image.crop((self.margin, self.margin, 16, 16)), label
+
+
+def test_a_cache_of_a_source_whose_code_changed_is_refused(tmp_path, encoder):
+    of_files(tmp_path / "pictures")
+
+    def build(source: Cropped) -> LatentCache:
+        return make(tmp_path / "cache", ImageTargets(source, 16), encoder)
+
+    build(Cropped(tmp_path / "pictures"))
+    build(Cropped(tmp_path / "pictures"))
+    assert encoder.pictures == 2 * 23
+    otherwise = Cropped(tmp_path / "pictures")
+    otherwise.margin = 4
+    with pytest.raises(StoreError, match="identity"):
+        build(otherwise)
 
 
 def test_pictures_are_digested_only_where_something_is_to_be_encoded(tmp_path, encoder, monkeypatch):

@@ -90,3 +90,18 @@ def test_the_digest_covers_names_types_shapes_and_values() -> None:
     ]
     assert len({tensor_digest(v) for v in [base, *variants]}) == 5
     assert tensor_digest(dict(reversed(base.items()))) == tensor_digest(base)
+
+
+def test_the_key_knows_an_extractor_s_settings() -> None:
+    class Resizing(nn.Module):
+        def __init__(self, size: object) -> None:
+            super().__init__()
+            self.network = nn.Linear(3, 2, bias=False)
+            self.network.weight.data.fill_(1)
+            self.network.size = size  # type: ignore[assignment]
+
+    sizes = (224, 336, (224, 336), None, "large")
+    assert len({reference_key("flowers", Resizing(size)) for size in sizes}) == len(sizes)
+    same = Resizing(224).train()
+    same.network.cache = object()  # type: ignore[assignment]  # tells nothing, and differs from run to run
+    assert reference_key("flowers", same) == reference_key("flowers", Resizing(224).eval())
