@@ -195,6 +195,16 @@ def test_help_of_a_run_fits_a_screen_and_shows_what_people_set(command, capsys):
         assert len(line.split()) > 3
 
 
+def test_help_names_commands_that_list_all_keys(capsys):
+    assert main(["fit", "--help"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if ".help " in line]
+    for (_, *args), key in zip(lines, ("--model.label_table", "--data.retention_share"), strict=True):
+        with pytest.raises(SystemExit) as left:
+            main(args)
+        assert left.value.code == 0
+        assert key in capsys.readouterr().out
+
+
 def test_help_of_a_class_by_its_name_alone(capsys):
     with pytest.raises(SystemExit) as left:
         main(["fit", "--model.help", "DiTDiffTuningModule"])

@@ -40,7 +40,8 @@ class GenerationCallback(Callback, ABC):
             The last validation of a fit is never left out.
 
     Raises:
-        ConfigError: If a number is not positive.
+        ConfigError: If a number is not positive or, when the trainer starts, if its strategy shards parameters: the
+            processes do not generate equally often, and would wait for each other.
 
     Example:
         >>> class Brightness(GenerationCallback):
@@ -70,7 +71,8 @@ class GenerationCallback(Callback, ABC):
         """Evaluate pictures of the weights after ``step`` optimizer steps; called on every process."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Reset the step of the last run."""
+        """Refuse strategies that hold only a part of each parameter, and reset the step of the last run."""
+        refuse_sharding(trainer, f"{type(self).__name__} generates pictures with")
         self._checkpoint_step = self._latest_step = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
-from lightning_difftune.callbacks.bases import OptimizerStepCallback, evaluating
+from lightning_difftune.callbacks.bases import OptimizerStepCallback, evaluating, refuse_sharding
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.plots import forgetting_figure
@@ -82,6 +82,7 @@ class ForgettingMeter(OptimizerStepCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the module and find the folder, on all processes."""
+        refuse_sharding(trainer, "ForgettingMeter measures")
         self._folder = artifact_folder(trainer, self.dirpath, "forgetting")
         if stage == "fit" and not isinstance(pl_module, SupportsDenoisingLosses):
             raise ConfigError(

@@ -189,6 +189,7 @@ as options count most. A key inside of a class is written without init_args.
   --seed_everything N           seed of model, data and bank
   --print_config                print the composed config and stop
 
-All keys of a class, such as DiTDiffTuningModule or ImageFolder:
-  difftune {command} --model.help CLASS     (or --data.help, --data.target.help)
-All keys of the trainer: difftune {command} --help_all"""
+All keys of a class, such as DiTDiffTuningModule, and all those of the trainer:
+  difftune {command} --model.help lightning_difftune.DiTDiffTuningModule
+  difftune {command} --data.help lightning_difftune.MemoryBankDataModule
+  difftune {command} --help_all"""

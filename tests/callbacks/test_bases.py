@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from tiny import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_difftune.callbacks import EMA, EWC
+from lightning_difftune.callbacks import EMA, EWC, ForgettingMeter
 from lightning_difftune.callbacks.bases import GenerationCallback
+from lightning_difftune.errors import ConfigError
 
 
 class Plain(L.LightningModule):
@@ -70,6 +73,21 @@ class Measured(EWC):
 
 def batches(count: int) -> DataLoader:
     return DataLoader(TensorDataset(torch.ones(count, 2)))
+
+
+class Waits(GenerationCallback):
+    """Generates on some processes only, as a grid does."""
+
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("callback", [Waits(1, 1, None), ForgettingMeter()])
+def test_what_not_all_processes_do_equally_often_is_refused_for_sharded_parameters(callback: Any) -> None:
+    sharded = SimpleNamespace(strategy=FSDPStrategy(), log_dir=None, default_root_dir="runs")
+    name = type(callback).__name__
+    with pytest.raises(ConfigError, match=rf"^{name} \w.* whole parameters, but FSDPStrategy shards them\. Use"):
+        callback.setup(sharded, Plain(), "fit")
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     plan.bank_size = rounded(min(max(read // 3, base.bank[0]), base.bank[1]))
     if unreadable := seen.facts.unreadable():
         first = next(iter(unreadable))
-        plan.notes.append(f"{len(unreadable)} cannot be read, such as {first}; on_corrupt: skip leaves them out.")
+        plan.notes.append(f"{len(unreadable)} cannot be read, such as {first}; on_corrupt: skip replaces them.")
     counts = seen.facts.counts()
     if few := [name for name, count in counts.items() if 0 < count < FEW_PICTURES]:
         have = f"{len(few)} class{'es have' if len(few) > 1 else ' has'}"

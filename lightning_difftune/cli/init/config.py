@@ -161,9 +161,9 @@ def particulars(plan: Plan) -> str:
     text += base.extras
     if not base.is_large:
         return text
-    text += "    gradient_checkpointing: true  # fits 512 px into 16 GB; false is about a third faster\n"
+    text += "    gradient_checkpointing: true  # less memory; false is about a third faster\n"
     if task == "captions":
-        text += "    tuner:\n      class_path: lightning_difftune.tuners.LoRA  # null trains the whole UNet\n"
+        text += "    tuner:\n      class_path: lightning_difftune.tuners.LoRA  # null trains the whole network\n"
         text += "      init_args: {rank: 16, alpha: 16, target_modules: [to_q, to_k, to_v, to_out.0]}\n"
     return text
 
