@@ -37,8 +37,9 @@ prompt; a row of a ControlNet begins with its map.
   difftune sample sd-nano-flowers --prompts "a photo of a rose" --output roses
   difftune sample CONTROLNET.ckpt --controls 1.jpg --prompts "a red house"
 
-SOURCE is a run (its folder or a checkpoint), an export, a model that `load_dit` opens, a Stable Diffusion pipeline or
-the name of a bundled model. Sampler settings that are not given are the run's or the export's own.
+SOURCE is a run (its folder or a checkpoint), an export, a model that `load_dit` opens, a text-to-image pipeline or the
+name of a bundled model. Sampler settings that are not given are those of the run or the exported DiT, and else the
+defaults of the model's family.
 A run draws at its trainer's precision, as in its validations (--trainer.precision 32-true changes it).
 Picture j of a class has the start noise of (seed, j), so it stays the same whatever else is drawn.
 Each PNG carries its settings as text, under "parameters". The same command line gives the same bytes on the same
@@ -75,7 +76,7 @@ def sample(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="folder (default: runs/samples, or with the next free number)")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--raw", action="store_true", help="the trained weights, not their averages (EMA)")
-    parser.add_argument("--base", help="of an export: the model that it was tuned from, or a UNet's pipeline")
+    parser.add_argument("--base", help="of an export: the model that it was tuned from; the pipeline of a UNet")
     parser.add_argument("--vae", help="autoencoder of a latent DiT in one file, such as stabilityai/sd-vae-ft-ema")
     parser.add_argument("--batch_size", type=int, default=16, metavar="B", help="pictures at a time (default: 16)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU, if there is one)")
