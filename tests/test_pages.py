@@ -8,6 +8,7 @@ is in :data:`INSTEAD` and :data:`ELSEWHERE`. The code of the pages runs in the s
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -416,8 +417,9 @@ def test_what_init_writes_for_a_gpu_is_what_its_module_takes(tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(3))
     for task in ([], ["--captions"], ["--control", "canny"]):
         assert main(["init", "photos", *task, "--overwrite", "--no_plan"]) == 0
         config = yaml.safe_load(Path("my.yaml").read_text())
         assert config["trainer"]["precision"] == "bf16-mixed"
-        assert config["data"]["init_args"]["num_workers"] == 4
+        assert config["data"]["init_args"]["num_workers"] == 3  # PyTorch warns of more workers than cores

@@ -103,6 +103,10 @@ def clearer(message: str, options: Iterable[str]) -> str:
     whole, message = message, ABOUT_TYPES.sub("", message).strip()
     if re.match(r"the following arguments are required: (\w+\.)?data", message):
         return "There is no model and no data. Pass --config FILE, or name a run first, to resume it."
+    if match := re.search(r"the following arguments are required: (\w+)", message):
+        place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+        key = f"{place}.{match[1]}"
+        return f"{key} has no value, and needs one. Add a --config FILE that sets it, or set --{key}."
     if match := re.search(r"""Parser key "config":.*File does not exist: '(.+)'""", message, re.DOTALL):
         return f"The config {match[1]} does not exist."
     keys = {option.removeprefix("--") for option in options}

@@ -197,7 +197,7 @@ def open_network(
                 output_loading_info=True,
                 variant=weights.variant,
                 use_safetensors=weights.is_safe,
-                torch_dtype=dtype,
+                dtype=dtype,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(

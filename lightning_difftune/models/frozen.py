@@ -28,8 +28,8 @@ class Frozen(nn.Module):
     """Holds a network that is never trained, and whose weights are not in any checkpoint.
 
     It follows its parent module to any device, but its weights are not parameters of the parent: they enter neither its
-    state dict nor its optimizer, EMA or gradient synchronisation. Always in eval mode; gradients flow through it, not
-    into it.
+    state dict nor its optimizer, EMA or gradient synchronisation. The network is always in eval mode; gradients flow
+    through it, not into it.
 
     Args:
         network: The network; it is frozen.
@@ -48,11 +48,6 @@ class Frozen(nn.Module):
         super().__init__()
         takes_its_own_type(network)
         self.__dict__["network"] = network.requires_grad_(False).eval()  # bypasses nn.Module's registration
-        self.training = False
-
-    def train(self, mode: bool = True) -> Self:
-        """Do nothing: the network stays in eval mode."""
-        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the network along with the parent module."""
@@ -113,7 +108,7 @@ class FrozenTextEncoder(Frozen):
     def _warn_of_length(self, prompt: str) -> None:
         if prompt in self._truncated or len(self._truncated) > NAMED_PROMPTS:
             return
-        count, length = len(self.tokenizer(prompt).input_ids), self.shape[0]
+        count, length = len(self.tokenizer(prompt, verbose=False).input_ids), self.shape[0]
         if count <= length:
             return
         self._truncated.add(prompt)

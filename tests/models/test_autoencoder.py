@@ -85,7 +85,7 @@ def test_nothing_about_it_trains() -> None:
     parent = Parent(FrozenAutoencoder(tiny())).train()
     inner = parent.autoencoder.network
     assert parent.training
-    assert not any(module.training for module in [parent.autoencoder, *inner.modules()])
+    assert not any(module.training for module in inner.modules())
     assert not any(parameter.requires_grad for parameter in inner.parameters())
     assert {name for name, _ in parent.named_parameters()} == {"head.weight", "head.bias"}
     pictures = torch.zeros(1, 3, 16, 16, requires_grad=True)

@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,15 +278,28 @@ def test_pictures_that_are_no_whole_patches_are_refused(folder_of: Callable[...,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_is_opened_in_silence(folder_of: Callable[..., str], family: str, capfd: Any) -> None:
+    folder = folder_of(family)
+    capfd.readouterr()  # bars of writing it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        built(folder, bank_prompts=PROMPTS)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_long_captions_of_a_data_set_are_not_all_named(folder_of: Callable[..., str], family: str) -> None:
     text = built(folder_of(family), bank_prompts=PROMPTS).text_encoder
     stream = logging.StreamHandler(said := io.StringIO())
-    logging.getLogger("diffusers").addHandler(stream)
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).addHandler(stream)
     try:
         for number in range(20):
             text.encode(["a photo of a cat and a dog " * 200 + str(number)])
     finally:
-        logging.getLogger("diffusers").removeHandler(stream)
+        for library in ("diffusers", "transformers"):
+            logging.getLogger(library).removeHandler(stream)
+    assert "indexing errors" not in said.getvalue()
     lines = [line for line in said.getvalue().splitlines() if "truncated" in line]
     assert len(lines) == 4
     assert lines[-1] == "Further prompts are too long and are truncated, without being named."

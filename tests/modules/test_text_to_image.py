@@ -45,6 +45,7 @@ def data_of(tmp_path, **settings):
     return MemoryBankDataModule(source, **settings)
 
 
+@pytest.mark.filterwarnings("error:Found .* in eval mode at the start of training")  # the frozen networks are no such
 @pytest.mark.parametrize("latent_cache", [True, False])
 def test_it_trains_on_captions_and_a_bank_of_its_own_samples(tmp_path, pipeline_folder, latent_cache):
     module = module_of(pipeline_folder, bank_prompts=["", "grey"])
@@ -189,7 +190,7 @@ def test_gradient_checkpointing_and_channels_last_change_nothing_but_memory(tmp_
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
+def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder, capfd):
     encoder = built(pipeline_folder).text_encoder
     long = "a photo of a cat and a photo of a dog"
     with pytest.warns(UserWarning, match=r"is truncated: it has \d+ tokens, and the text encoder reads 8: 'a photo"):
@@ -206,6 +207,7 @@ def test_a_long_prompt_is_truncated_and_said_once(pipeline_folder):
     said = [str(warning.message) for warning in said if "truncated" in str(warning.message)]
     assert len(said) == 3
     assert said[-1] == "Further prompts have more than 8 tokens and are truncated, without being named."
+    assert "indexing errors" not in capfd.readouterr().err  # the tokenizer's own warning, which is mistaken here
 
 
 @pytest.mark.parametrize("target", [OnlineTeacher(), StoredPredictions()], ids=repr)

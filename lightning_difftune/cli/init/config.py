@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -127,7 +128,7 @@ def config_text(plan: Plan, file: Path) -> str:
         bank=f"{Path(base.name).name}{'' if task in ('classes', 'captions') else '-' + task}",
         bank_size=plan.bank_size,
         cache=f"runs/{plan.name}/latents" if cache_bytes < shutil.disk_usage(".").free / 5 else "null",
-        workers=4 if base.is_large else 0,
+        workers=min(4, cores()) if base.is_large else 0,
         precision="bf16-mixed" if has_bf16 else "32-true",
         name=plan.name,
         interval=interval,
@@ -136,6 +137,11 @@ def config_text(plan: Plan, file: Path) -> str:
         callbacks=callbacks(plan),
     )  # fmt: skip
     return head + particulars(plan) + rest
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def particulars(plan: Plan) -> str:

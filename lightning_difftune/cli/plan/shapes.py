@@ -92,7 +92,7 @@ def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]
             def from_pretrained(cls: Any, path: Any, *args: Any, **options: Any) -> Any:
                 if root not in Path(path).parents:
                     return original(cls, path, *args, **options)
-                with mode, default_dtype(options.get("torch_dtype", options.get("dtype"))):
+                with mode, default_dtype(options.get("dtype")):
                     made = build(cls, path).eval()
                 whole: dict[str, list[str]] = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
                 return (made, whole) if options.get("output_loading_info") else made

@@ -108,8 +108,8 @@ class LongPrompts(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether to show a message."""
-        if "truncated" not in record.getMessage():
-            return True
+        if "truncated" not in record.getMessage():  # the tokenizer's own, of the same prompt, speaks of errors
+            return "sequence length is longer than the specified maximum" not in record.getMessage()
         if "number" not in vars(record):  # the first of several handlers
             self.said += 1
             record.number = self.said
@@ -119,8 +119,8 @@ class LongPrompts(logging.Filter):
 
     @contextmanager
     def few(self) -> Iterator[None]:
-        """A ``with`` block in which it applies to the messages of diffusers."""
-        handlers = list(logging.getLogger("diffusers").handlers)
+        """A ``with`` block in which it applies to the messages of diffusers and transformers."""
+        handlers = [h for library in ("diffusers", "transformers") for h in logging.getLogger(library).handlers]
         for handler in handlers:
             handler.addFilter(self)
         try:
@@ -150,11 +150,11 @@ def open_text_parts(pipeline_class: Any, model: str | Path, revision: str | None
         if name.startswith(("text_encoder", "tokenizer")):
             del absent[name]
     try:
-        with without_bars("transformers"):
+        with without_bars("transformers"), without_bars("diffusers"):
             opened = pipeline_class.from_pretrained(
                 folder,
                 local_files_only=True,
-                torch_dtype=dtype,
+                dtype=dtype,
                 variant=variants.pop() if len(variants) == 1 else None,
                 **absent,
             )
