@@ -41,6 +41,9 @@ from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.sampling import Sampler
 
+# The data module goes on in the middle of an epoch where the run was, whatever Lightning supposes.
+pytestmark = pytest.mark.filterwarnings("error:You're resuming from a checkpoint that ended before the epoch")
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):

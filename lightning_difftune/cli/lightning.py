@@ -41,7 +41,6 @@ for message in (
     "The dirpath has changed from",  # every run has a folder of its own
     "Total length of .* across ranks is zero",  # no held-out pictures, or the bank is complete
     "ReduceLROnPlateau conditioned on metric .* which is not available but strict",  # the module steps it
-    "You're resuming from a checkpoint that ended before the epoch ended",  # our batches continue exactly there
 ):
     warnings.filterwarnings("ignore", message=message)
 for name in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):

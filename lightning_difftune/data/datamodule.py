@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,6 +163,8 @@ class MemoryBankDataModule(RealPictures):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say what changed since the checkpoint that a run is resumed from."""
+        # Lightning warns of every loader without a state that a run resumed within an epoch may read other batches.
+        warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
         changed = changed_batches(state_dict, self.state_dict())
         if changed and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             rank_zero_info(
