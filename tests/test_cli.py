@@ -129,6 +129,22 @@ def refused(project, capsys):
         (["--model.label_table", "own"], "model.label_table takes one of keep, resize, found 'own'"),
         (["--model.tuner", "LoRA"], "model.tuner takes the path of a class.* Write lightning_difftune.tuners.LoRA"),
         (["--data.val_target", "nosuch.Images"], "data.val_target: No module named 'nosuch'"),
+        (
+            ["--data.target", "lightning_difftune.data.NpzImages"],
+            r"data.target.path has no value.* or set --data.target.p",
+        ),
+        (
+            ["--model.optimizer", "torch.optim.lr_scheduler.StepLR"],
+            "model.optimizer takes a class of the kind Optimizer, which torch.optim.lr_scheduler.StepLR is not",
+        ),
+        (
+            ["--model.lr_scheduler", "torch.optim.Adam"],
+            "LRScheduler or ReduceLROnPlateau, which torch.optim.Adam is not",
+        ),
+        (
+            ["--data", "torch.nn.Linear"],
+            "data takes a class of the kind LightningDataModule, which the given one is not",
+        ),
     ],
 )
 def test_a_wrong_key_or_value_is_one_line_with_what_was_meant(args, said, tmp_path, monkeypatch, refused):

@@ -137,6 +137,10 @@ def clearer(message: str, options: Iterable[str]) -> str:
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         near = meant(match[2], {name for name in dir(import_module(match[1])) if not name.startswith("_")})
         return f"{place}: {match[1]} has no class {match[2]}.{near}"
+    if match := re.search(r"(?:subclass of|implement protocol) (?:<class )?'?([^>\n]+?)'?>?\.*( Got| -|\n|$)", message):
+        kinds = re.sub(r"Union\[|\]|[\w.]+\.(?=\w)", "", match[1]).replace(", ", " or ")
+        found = re.search(r"(?:Expected|class_path=|[Vv]alue:) ?'?((?:\w+\.)+\w+)", message)
+        return f"{place} takes a class of the kind {kinds}, which {found[1] if found else 'the given one'} is not."
     return wrong_value(place, whole)
 
 
