@@ -122,8 +122,8 @@ class Memory:
     def __str__(self) -> str:
         step = self.kept + self.activations
         words = (
-            f"about {size(step)} a device: {size(self.kept)} for weights, gradients, Adam and EMA, and "
-            f"{size(self.activations)} for the activations"
+            f"about {size(step)} a device: {size(self.kept)} for weights, gradients, Adam and EMA (always "
+            f"counted), and {size(self.activations)} for the activations"
         )
         if step >= self.weights:
             return f"Memory of a training step, {words}."
