@@ -155,6 +155,20 @@ def test_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "A100 at 20% of its tf32 peak, 1 device" in printed
 
 
+@pytest.mark.parametrize(
+    ("callbacks", "copies", "said"),
+    [([], 0, "weights, gradients and Adam,"), (["EMA"], 1, "Adam and EMA,"), (["EMA", "EWC"], 2, "Adam, EMA and EWC,")],
+)
+def test_copies_of_the_weights_count_where_a_callback_keeps_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], callbacks: list[str], copies: int, said: str
+) -> None:
+    paths = [f"lightning_difftune.callbacks.{name}" for name in callbacks]
+    plan = plan_of(tmp_path, "--trainer.callbacks", json.dumps([{"class_path": path} for path in paths]))
+    assert said in " ".join(capsys.readouterr().out.split())
+    without = plan_of(tmp_path, "--trainer.callbacks", "[]")
+    assert plan["memory_bytes"] - without["memory_bytes"] == copies * 4 * 2_176_562  # dit-nano-omniglot's parameters
+
+
 def test_devices_guidance_and_retention_count(tmp_path: Path) -> None:
     one = plan_of(tmp_path)["phases"]
     settings = ["--trainer.devices", "4", "--model.init_args.bank_sampler.guidance_scale", "1"]

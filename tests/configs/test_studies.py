@@ -104,6 +104,20 @@ def test_the_page_of_the_study_has_the_figures_of_the_kept_results() -> None:
         assert f"| {name} | {' | '.join(told)} |" in page.replace("*", ""), line.run.name
 
 
+def test_the_page_of_the_study_has_the_kept_results_of_the_larger_source() -> None:
+    page = (CONFIGS.parent / "docs/study.md").read_text()
+    files = sorted((CONFIGS.parent / "results/photos32/results").glob("*.json"))
+    assert len(files) == 9, "the page says nine"
+    for path in files:
+        values = json.loads(path.read_text())["values"]
+        gaps = {first: 100 * values[f"held_out_gap/t{first:03d}"] for first in (0, 100, 200, 300, 500, 700, 800, 900)}
+        told = [f"{gap:+.0f} %" if first == 900 or abs(gap) > 20 else f"{gap:+.1f} %" for first, gap in gaps.items()]
+        row = next((line for line in page.splitlines() if f"| {' | '.join(told)} | " in line), None)
+        assert row is not None, (path.stem, told)
+        assert row.split(" | ")[9].startswith(f"{values['fd_efficientnet_lite0']:.1f}"), path.stem
+        assert row.endswith(f" | {values['precision']:.2f} / {values['recall']:.3f} |"), path.stem
+
+
 GUIDED = {  # rows of the page's table of guidance, and the run that each is compared with
     "102 flowers: Full": ("full-102", "full-102"),
     "102 flowers: Diff-Tuning": ("dt-102", "full-102"),

@@ -15,7 +15,15 @@ from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.lightning import ModelReader, causes_of, original
-from lightning_difftune.cli.plan.phases import PEAKS, UTILISATION, Phase, Speed, num_devices, phases_of
+from lightning_difftune.cli.plan.phases import (
+    PEAKS,
+    UTILISATION,
+    Phase,
+    Speed,
+    keepers_of_weights,
+    num_devices,
+    phases_of,
+)
 from lightning_difftune.cli.plan.probe import Costs, Probe, count
 from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.data.building import BATCH_SIZE
@@ -61,7 +69,7 @@ def plan(argv: Sequence[str]) -> None:
         speed = timed or Speed.of_data_sheet(options.device, options.utilisation, precision, costs)
         num_targets, num_held_out, reason = sizes(reader)
         found = phases_of(config, module, costs, num_targets, num_held_out)
-    memory = Memory.of(costs, data.batch_size, data.latent_cache is not None)
+    memory = Memory.of(costs, data.batch_size, data.latent_cache is not None, keepers_of_weights(config.trainer))
     show(found, costs, speed, memory, num_devices(config.trainer), options.json)
     if reason:
         print(f"The number of pictures is unknown, since they could not be opened: {reason}")
@@ -104,15 +112,17 @@ class Memory:
     """Bytes per device."""
 
     weights: float  # of all networks, for building bank and cache, without activations
-    kept: float  # weights, gradients, Adam's moments and averages in training
+    kept: float  # weights, gradients, Adam's moments and callbacks' copies of the weights in training
     activations: float  # of a training step's samples
+    keepers: tuple[str, ...] = ()  # names of these callbacks
 
     @classmethod
-    def of(cls, costs: Costs, batch_size: int, caches_captions: bool) -> Memory:
+    def of(cls, costs: Costs, batch_size: int, caches_captions: bool, keepers: Sequence[str] = ()) -> Memory:
         """From the costs of a sample; text encoders leave the device in training if captions are cached."""
-        kept = 5 * FLOAT * costs.trained + costs.frozen_bytes + costs.teacher_bytes
+        kept = (4 + len(keepers)) * FLOAT * costs.trained + costs.frozen_bytes + costs.teacher_bytes
         kept -= costs.text_bytes if caches_captions else 0
-        return cls(FLOAT * costs.trained + costs.frozen_bytes, kept, costs.activation_bytes * batch_size)
+        weights, activations = FLOAT * costs.trained + costs.frozen_bytes, costs.activation_bytes * batch_size
+        return cls(weights, kept, activations, tuple(keepers))
 
     @property
     def most(self) -> float:
@@ -121,9 +131,10 @@ class Memory:
 
     def __str__(self) -> str:
         step = self.kept + self.activations
+        parts = ", ".join(["weights", "gradients", *["Adam", *self.keepers][:-1]])
         words = (
-            f"about {size(step)} a device: {size(self.kept)} for weights, gradients, Adam and EMA (always "
-            f"counted), and {size(self.activations)} for the activations"
+            f"about {size(step)} a device: {size(self.kept)} for {parts} and {['Adam', *self.keepers][-1]}, and "
+            f"{size(self.activations)} for the activations"
         )
         if step >= self.weights:
             return f"Memory of a training step, {words}."

@@ -161,6 +161,15 @@ def checkpoint_bytes(trainer: Namespace, costs: Costs, steps: int) -> float:
     return costs.trained * 4 * copies * (sum(kept) if kept or trainer.enable_checkpointing is False else 1)
 
 
+def keepers_of_weights(trainer: Namespace) -> list[str]:
+    """Names of the callbacks that keep a copy of the trained weights on the device: averages, and EWC's reference."""
+    return [
+        kind.__name__
+        for kind, init in callbacks_of(trainer)
+        if (hasattr(kind, "average_parameters") or "save_reference" in init) and not init.get("offload")
+    ]
+
+
 def files_kept(init: Mapping[str, Any], steps: int) -> int:
     """Number of files that a ``ModelCheckpoint`` leaves."""
     best, every = init.get("save_top_k", 1), init.get("every_n_train_steps")
