@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -285,15 +286,18 @@ class ReferenceCache:
 def reference_key(identity: str, feature_extractor: nn.Module) -> str:
     """What determines reference statistics: the identity of the pictures, and the extractor, its weights and settings.
 
-    Its settings are the public attributes of its modules that are numbers or texts, such as the size that it takes.
+    Its settings are the attributes of its modules that are numbers or texts and named as an argument of their class,
+    such as the size that it takes.
     """
-    kind, modules = type(feature_extractor), feature_extractor.named_modules()
-    settings = [(name, key, value) for name, module in modules for key, value in sorted(vars(module).items())]
-    plain = [
-        setting for setting in settings if setting[1][0] != "_" and setting[1] != "training" and _plain(setting[2])
+    kind = type(feature_extractor)
+    settings = [
+        (name, key, vars(module)[key])
+        for name, module in feature_extractor.named_modules()
+        for key in sorted(signature(type(module).__init__).parameters)
+        if _plain(vars(module).get(key))
     ]
     weights = tensor_digest(feature_extractor.state_dict())
-    return f"{identity} {kind.__module__}.{kind.__qualname__} {weights} {text_digest(repr(plain))}"
+    return f"{identity} {kind.__module__}.{kind.__qualname__} {weights} {text_digest(repr(settings))}"
 
 
 def _plain(value: Any) -> bool:
