@@ -101,15 +101,11 @@ class HubImages(Dataset[tuple[Any, ...]]):
 
     def content_digest(self) -> str:
         """A hash of the data set's fingerprint, and of the names, sizes and times of files that it refers to."""
-        chunks = [chunk.storage if hasattr(chunk, "storage") else chunk for chunk in self._column.chunks]
+        stored = self._dataset.data.column(self._image).chunks  # the encoded pictures before any selection
+        chunks = [chunk.storage if hasattr(chunk, "storage") else chunk for chunk in stored]
         named = [chunk.field("path").filter(chunk.field("bytes").is_null()) for chunk in chunks]
         files = sorted({path for paths in named for path in paths.to_pylist() if path is not None})
         return array_digest(self._dataset._fingerprint, *([stat_digest(files)] if files else []))
-
-    @property
-    def _column(self) -> Any:
-        """The encoded pictures as an Arrow column, before any selection."""
-        return self._dataset.data.column(self._image)
 
     def picture_digests(self) -> list[str]:
         """The SHA-256 of every encoded picture; for a picture in a file, of its name, size and time."""

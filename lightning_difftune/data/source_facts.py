@@ -26,7 +26,7 @@ _PATH_ATTRIBUTES = ("paths", "_image_files", "_images")
 # Lists of (path, label): ImageFolder, ImageNet; StanfordCars, GTSRB.
 _SAMPLE_ATTRIBUTES = ("samples", "_samples")
 _CLASS_NAME_ATTRIBUTES = ("class_names", "classes", "categories")
-_READ_AS_STORED = ("lightning_difftune", "torchvision")  # packages whose sources only decode what is stored
+_READ_AS_STORED = ("lightning_difftune", "torchvision", "torch")  # packages whose sources only decode what is stored
 
 
 class ImageSource(Protocol):
@@ -242,16 +242,16 @@ def picture_digests_of(source: Any) -> list[str] | None:
     A source's own ``picture_digests()`` come first. For a file it is its name with that of its folder, its size and its
     modification time in seconds; for an array the SHA-256 of its bytes.
     """
+    if _has_transform(source):
+        return None
+    if _tells(source, "picture_digests"):
+        return list(map(str, source.picture_digests()))
+    if _is_own(source, "__getitem__"):
+        return None
     if isinstance(source, Relabelled):
         return picture_digests_of(source.source)
     if isinstance(source, Subset | ConcatDataset):
         return _looked_through(source, picture_digests_of)
-    if _has_transform(source):
-        return None
-    if hasattr(source, "picture_digests"):
-        return list(map(str, source.picture_digests()))
-    if hasattr(source, "content_digest") or may_change_on_reading(source):
-        return None
     files = _files_of(source)
     if files is not None:
         return ["".join(map(stat_digest, zip(both))) + Path(both[0]).parent.name for both in files]
@@ -283,14 +283,23 @@ def may_change_on_reading(source: Any) -> bool:
     So it is with a torchvision ``transform``, and with a data set of one's own, whose code may crop or filter, unless
     it has a ``content_digest``.
     """
-    if isinstance(source, Subset):
-        return may_change_on_reading(source.dataset)
-    if isinstance(source, Relabelled):
-        return may_change_on_reading(source.source)
+    if _has_transform(source) or (_is_own(source, "__getitem__") and not _tells(source, "content_digest")):
+        return True
     if isinstance(source, ConcatDataset):
-        return any(may_change_on_reading(part) for part in source.datasets)
-    own = type(source).__module__.partition(".")[0] not in _READ_AS_STORED
-    return _has_transform(source) or (own and not hasattr(source, "content_digest"))
+        return any(map(may_change_on_reading, source.datasets))
+    inner = source.dataset if isinstance(source, Subset) else source.source if isinstance(source, Relabelled) else None
+    return inner is not None and may_change_on_reading(inner)
+
+
+def _tells(source: Any, method: str) -> bool:
+    """Whether a source has this method, and not by inheritance where its code reads pictures in its own way."""
+    return hasattr(source, method) and (_is_own(source, method) or not _is_own(source, "__getitem__"))
+
+
+def _is_own(source: Any, method: str) -> bool:
+    """Whether a method of a source is neither torchvision's nor this package's."""
+    kind = next((kind for kind in type(source).__mro__ if method in vars(kind)), type(source))
+    return kind.__module__.partition(".")[0] not in _READ_AS_STORED
 
 
 def _has_transform(source: Any) -> bool:

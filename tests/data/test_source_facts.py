@@ -117,6 +117,37 @@ def test_pictures_may_change_on_reading_by_a_transform_or_by_code_of_one_s_own(t
     assert picture_digests_of(Source(paths=["a", "b"], picture_digests=lambda: ["1", "2"])) == ["1", "2"]
 
 
+def test_what_a_class_of_one_s_own_inherits_does_not_know_how_it_reads():
+    class Reads:
+        def __getitem__(self, index):
+            return np.zeros((4, 4), np.uint8), 0
+
+        __getitems__ = None  # PyTorch asks it of a Subset
+
+    class Inverted(Reads, ArrayImages):
+        pass
+
+    class Told(Inverted):
+        def content_digest(self) -> str:
+            return "inverted"
+
+    class Renamed(ArrayImages):
+        """Reads as its base does."""
+
+    class Part(Reads, Subset):
+        pass
+
+    images = np.arange(32, dtype=np.uint8).reshape(2, 4, 4)
+    for own in (Inverted(images), Subset(Inverted(images), [0]), Part(ArrayImages(images), [0])):
+        assert may_change_on_reading(own)
+        assert picture_digests_of(own) is None
+    assert not may_change_on_reading(Told(images))
+    assert picture_digests_of(Told(images)) is None
+    for same in (Renamed(images), Subset(Renamed(images), [0, 1])):
+        assert not may_change_on_reading(same)
+        assert picture_digests_of(same) == picture_digests_of(ArrayImages(images))
+
+
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: Subset(s, [1, 0]), lambda s: ConcatDataset([s, s])])
 def test_digests_of_whatever_wraps_a_source_know_all_that_it_knows(tmp_path, wrap):
     files = [str(tmp_path / name) for name in ("1.png", "2.png", "map-1.png", "map-2.png")]

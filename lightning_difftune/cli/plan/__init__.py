@@ -131,9 +131,9 @@ class Memory:
 
     def __str__(self) -> str:
         step = self.kept + self.activations
-        parts = ", ".join(["weights", "gradients", *["Adam", *self.keepers][:-1]])
+        *parts, last = "weights", "gradients", "Adam", *self.keepers
         words = (
-            f"about {size(step)} a device: {size(self.kept)} for {parts} and {['Adam', *self.keepers][-1]}, and "
+            f"about {size(step)} a device: {size(self.kept)} for {', '.join(parts)} and {last}, and "
             f"{size(self.activations)} for the activations"
         )
         if step >= self.weights:
