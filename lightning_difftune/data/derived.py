@@ -11,9 +11,10 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
+from lightning_difftune.data.digests import Relabelled
 from lightning_difftune.data.folders import shorten
 from lightning_difftune.data.images import ImageTargets
-from lightning_difftune.data.source_facts import Relabelled, class_names_of, labels_of, location_of, paths_of
+from lightning_difftune.data.source_facts import class_names_of, labels_of, location_of, paths_of
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError, check_lists
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lightning_difftune.data.source_facts import stat_digest
+from lightning_difftune.data.digests import stat_digest
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest, atomic_path, bytes_digest
 

@@ -17,16 +17,14 @@ from PIL.ImageFile import ImageFile
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_difftune.data.digests import content_digest_of, may_change_on_reading, picture_digests_of
 from lightning_difftune.data.items import TargetItem, as_batch
 from lightning_difftune.data.source_facts import (
     captions_of,
     class_names_of,
-    content_digest_of,
     labels_of,
     location_of,
-    may_change_on_reading,
     name_of_class,
-    picture_digests_of,
     require_source,
 )
 from lightning_difftune.errors import ConfigError, DataError, check_choice

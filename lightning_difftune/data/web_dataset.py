@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lightning_difftune.data.digests import stat_digest
 from lightning_difftune.data.folders import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
@@ -23,7 +24,6 @@ from lightning_difftune.data.folders import (
     is_system,
     shorten,
 )
-from lightning_difftune.data.source_facts import stat_digest
 from lightning_difftune.errors import DataError, check_lists
 from lightning_difftune.files import array_digest
 

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from lightning_difftune.data import ArrayImages, ClassCaptions, ControlExamples, ImageFolder, ImageTargets
-from lightning_difftune.data.source_facts import content_digest_of, labels_of, location_of, paths_of
+from lightning_difftune.data.digests import content_digest_of
+from lightning_difftune.data.source_facts import labels_of, location_of, paths_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.protocols import SupportsControlExamples
 

@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_difftune.data import ArrayImages, HubImages, ImageFolder, ImageSource, ListedImages, MemoryBankDataModule
-from lightning_difftune.data.source_facts import class_names_of, content_digest_of
+from lightning_difftune.data.digests import content_digest_of
+from lightning_difftune.data.source_facts import class_names_of
 from lightning_difftune.errors import ConfigError, DataError
 
 TARGET, HELD_OUT = ["daisy", "rose", "tulip"], ["daisy", "tulip"]
