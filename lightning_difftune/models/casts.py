@@ -74,6 +74,7 @@ class WeightCasts:
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         self._networks = list(networks)
+        self._is_active = False
         self._find()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +103,13 @@ class WeightCasts:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Let layers use the copies; without gradients, trained weights are left to autocast, which caches them."""
+        """Let layers use the copies; without gradients, trained weights are left to autocast, which caches them.
+
+        Inside such a block, another one changes nothing: a teacher may be the trained network without its updates.
+        """
+        if self._is_active:
+            yield
+            return
         if not self._are_there():
             self._find()
         kind = self._weights[0].device.type if self._weights else "cpu"
@@ -124,11 +131,13 @@ class WeightCasts:
             results: Any = _CastTogether.apply(group, dtype, *group.weights)
             for number, copy in zip(group.numbers, results, strict=True):
                 copies[number] = copy
+        self._is_active = True
         try:
             for (owner, name), number in zip(self._places, self._number, strict=True):
                 owner[name] = copies[number]
             yield
         finally:
+            self._is_active = False
             for (owner, name), weight in zip(self._places, self._there, strict=True):
                 owner[name] = weight
 

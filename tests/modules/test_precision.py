@@ -257,3 +257,19 @@ def test_frozen_weights_teachers_and_compiled_blocks_too(how, tmp_path, monkeypa
         runs.append(list(module.state_dict().values()))
         without_casts(monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("family", ["text-to-image", "ControlNet"])
+def test_the_trained_network_teaches_without_its_updates(family, tmp_path, pipeline_folder, monkeypatch):
+    """Teacher and trained network share weights, so that their casts are within each other."""
+    runs = []
+    for folder in ("cast", "plain"):
+        module, data = of_family(family, tmp_path / folder, pipeline_folder)
+        module.tuner = LoRA(rank=2)
+        module.optimizer = partial(torch.optim.AdamW, lr=1e-2)
+        module.objective = DiffTuningObjective(retention_target=OnlineTeacher())
+        torch.manual_seed(0)
+        quiet_trainer(tmp_path, 4, precision="bf16-mixed").fit(module, data)
+        runs.append([*module.state_dict().values(), module.generate(torch.arange(2))])
+        without_casts(monkeypatch)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
