@@ -204,10 +204,10 @@ class SupportsControlExamples(Protocol):
     def num_control_examples(self) -> int:
         """How many there are."""
 
-    def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+    def control_examples(self, indices: Sequence[int]) -> tuple[Any, ...]:
         """Positions below :attr:`num_control_examples` => pictures (B, 3, H, W) uint8 and their captions.
 
-        The same on every process.
+        Control maps (B, 1 or 3, H, W) uint8 may follow, in place of those of an annotator. The same on every process.
         """
 
 

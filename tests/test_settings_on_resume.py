@@ -401,6 +401,14 @@ def test_a_limit_that_cuts_a_window_is_refused(weights, tmp_path, limit, shown):
     with pytest.raises(ConfigError, match=rf"limit_train_batches is {shown}, which cuts a window of 4 .*multiple of 4"):
         run(weights, tmp_path, 5, data={"batch_size": 2}, accumulate_grad_batches=4, limit_train_batches=limit)
     run(weights, tmp_path, 2, data={"batch_size": 2}, accumulate_grad_batches=4, limit_train_batches=0.5)
+    with pytest.raises(ConfigError, match="overfit_batches is 2, which cuts a window of 4"):
+        run(weights, tmp_path, 5, data={"batch_size": 2}, accumulate_grad_batches=4, overfit_batches=2)
+
+
+def test_a_try_of_one_batch_cuts_a_window(weights, tmp_path):
+    windows = Windows()
+    run(weights, tmp_path, 5, callbacks=[windows], accumulate_grad_batches=4, fast_dev_run=True)
+    assert windows.sizes == [1]
 
 
 class Save(L.Callback):

@@ -205,15 +205,16 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         )
 
     def _controls_of(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> tuple[Tensor, list[str]]:
-        """Control maps (B, c, H, W) uint8 on the CPU and captions, annotated on first use."""
+        """Control maps (B, c, H, W) uint8 on the CPU, the source's own or annotated on first use, and captions."""
         if batch.start not in self._annotated:
             source = self._examples(trainer)
-            pictures, captions = source.control_examples(list(batch))
+            pictures, captions, *own = source.control_examples(list(batch))
             maker = f"{type(source).__name__}.control_examples"
             check_pictures(pictures, f"{maker} returned", len(batch))
             if len(captions) != len(batch):
                 raise DataError(f"{maker} returned {len(captions)} captions for {len(batch)} indices.")
-            maps = _annotate(_controlled(pl_module), pictures.to(pl_module.device))
+            maps = own[0] if own else _annotate(_controlled(pl_module), pictures.to(pl_module.device))
+            check_pictures(maps, f"{maker} returned control maps", len(batch))
             self._annotated[batch.start] = maps.cpu(), list(captions)
         return self._annotated[batch.start]
 

@@ -215,10 +215,11 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
             return cls(batches)
         window, limit = common_window(trainer), trainer.limit_train_batches
         count = limit if isinstance(limit, int) else int(limit * len(cls(batches, window=window)))
-        if count % window:
+        if count % window and not trainer.fast_dev_run:
             shown = f"{limit}, {count} batches" if count != limit else str(limit)
+            name = "overfit_batches" if trainer.overfit_batches else "limit_train_batches"
             raise ConfigError(
-                f"trainer.limit_train_batches is {shown}, which cuts a window of {window} accumulated batches short. "
+                f"trainer.{name} is {shown}, which cuts a window of {window} accumulated batches short. "
                 f"Set it to a number that is a multiple of {window}."
             )
         progress = trainer.fit_loop.epoch_loop.batch_progress

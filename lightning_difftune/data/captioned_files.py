@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.folders import (
+    SPLIT_FOLDERS,
     Folder,
     captions_beside,
     describe_files,
@@ -78,8 +79,8 @@ class CaptionedFolder(CaptionedFiles):
         root: The folder.
 
     Raises:
-        DataError: If there are no pictures, a row is invalid (the message names it), a picture has no caption, or
-            pictures are missing.
+        DataError: If there are no pictures, a row is invalid (the message names it), a picture has no caption,
+            pictures are missing, or ``root`` is the parent of splits.
         ConfigError: If the package that reads ``metadata.parquet`` is missing.
     """
 
@@ -97,6 +98,12 @@ class CaptionedFolder(CaptionedFiles):
             place.left_out[f"pictures that {Path(lists[0]).name} does not list"] = len(unlisted)
             place.leave_out(set(other).difference(lists))
         else:
+            folders = {Path(picture).relative_to(self.root).parts[0].lower() for picture in pictures}
+            if len(folders) > 1 and SPLIT_FOLDERS.issuperset(folders):
+                raise DataError(
+                    f"the sub-folders of {self.root} are the splits {', '.join(sorted(folders))}: one would be trained "
+                    "on with the others. Give one of them as root, and another to val_target."
+                )
             texts = _texts_of(self.root, pictures, other)
             super().__init__(pictures, [" ".join(read_text(Path(texts[path])).split()) for path in pictures])
             place.leave_out(set(other).difference(texts.values()))

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from lightning_difftune.data.digests import Relabelled
@@ -183,8 +182,8 @@ class ControlExamples:
         """How many pictures there are."""
         return len(self.targets)
 
-    def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Positions => pictures (B, 3, image_size, image_size) uint8 and their captions."""
+    def control_examples(self, indices: Sequence[int]) -> tuple[Any, ...]:
+        """Positions => pictures (B, 3, image_size, image_size) uint8, their captions and the source's control maps."""
         return self.targets.captioned(indices)
 
 
@@ -203,7 +202,7 @@ def joined_by_name(source: Any, names: Sequence[str] | None) -> Any:
         array([0, 2])
     """
     own = class_names_of(source)
-    if own is None or names is None or _normalised(own) == _normalised(names) or _changes_labels(source):
+    if own is None or names is None or _normalised(own) == _normalised(names):
         return source
     numbers = {name: number for number, name in enumerate(_normalised(names))}
     if len(numbers) < len(names):
@@ -220,12 +219,6 @@ def joined_by_name(source: Any, names: Sequence[str] | None) -> Any:
             f"{shorten(list(names))}. Take their pictures out, or rename the class if it is another spelling."
         )
     return _Renumbered(source, np.asarray([numbers.get(name, -1) for name in _normalised(own)]), list(names))
-
-
-def _changes_labels(source: Any) -> bool:
-    """Whether a ``target_transform`` changes the labels."""
-    inner = source.dataset if isinstance(source, Subset) else source
-    return getattr(inner, "target_transform", None) is not None
 
 
 def _normalised(names: Sequence[str]) -> list[str]:

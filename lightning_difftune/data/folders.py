@@ -27,6 +27,7 @@ UNREAD_PICTURES = frozenset(
     | {".raf", ".raw", ".rw2", ".svg"}
 ).difference(IMAGE_EXTENSIONS)
 CAPTION_EXTENSIONS = (".txt", ".caption")
+SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 # Folders of Synology, QNAP, Windows, Linux, macOS and Android: thumbnails, trash and files recovered by repairs.
 _SYSTEM_FOLDERS = frozenset(
     {"#recycle", "#snapshot", "$recycle.bin", "@eadir", "@recently-snapshot", "@recycle", "@tmp", "__macosx"}

@@ -76,7 +76,12 @@ class HubImages(Dataset[tuple[Any, ...]]):
         column: Any = dataset.with_format(None)[target][:] if target is not None else [0] * len(dataset)
         self.class_names: list[str] | None = None
         if target is not None and (target == caption_column or (label_column is None and target in _CAPTION_COLUMNS)):
-            self.captions = ["" if text is None else str(text) for text in column]
+            if (odd := next((entry for entry in column if not isinstance(entry, str | None)), None)) is not None:
+                raise DataError(
+                    f"{self.path}: a caption in {target!r} is a {type(odd).__name__}, {odd!r:.60}; expected a text. "
+                    "Make a column with one text for each picture, by the data set's map()."
+                )
+            self.captions = [text or "" for text in column]
             return
         if missing := [index for index, value in enumerate(column) if value is None]:
             raise DataError(

@@ -20,6 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.folders import (
+    SPLIT_FOLDERS,
     Folder,
     captions_beside,
     describe_files,
@@ -30,7 +31,6 @@ from lightning_difftune.data.folders import (
 )
 from lightning_difftune.errors import DataError, check_lists
 
-SPLIT_FOLDERS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _FOLDER_LAYOUT = (
     "expected one sub-folder per class with pictures in it, such as root/daisy/001.jpg (or pictures alone, without "
     "sub-folders, for a single class)."
@@ -124,8 +124,8 @@ class ListedImages(ImageFiles):
         root: The folder that the listed paths are relative to.
         csv_file: The list.
         path_column: Column of the paths.
-        label_column: Column of the labels: only class indices, or names, which become indices in the order of
-            ``class_names``.
+        label_column: Column of the labels: names, which become indices in the order of ``class_names``, or only class
+            indices, unless ``class_names`` has them all.
         where: Use only rows with these values in these columns, such as ``{"split": "train"}``.
         class_names: The classes; by default the names found, in sorted order.
 
@@ -158,7 +158,7 @@ class ListedImages(ImageFiles):
         self.paths = paths_below(root, [row[path_column] for row in chosen.values()], f"{csv_file}, {path_column}")
         names = [unicodedata.normalize("NFC", row[label_column]) for row in chosen.values()]
         self.class_names = None if class_names is None else [unicodedata.normalize("NFC", name) for name in class_names]
-        if all(_CLASS_INDEX.fullmatch(name) for name in names):
+        if not set(names).issubset(self.class_names or [""]) and all(map(_CLASS_INDEX.fullmatch, names)):
             self.labels = np.asarray([int(float(name)) for name in names], dtype=np.int64)
             return
         if self.class_names is None:

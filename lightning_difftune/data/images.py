@@ -126,8 +126,12 @@ class ImageTargets:
         """Pictures (B, C, H, W) uint8, for reference statistics and display."""
         return torch.stack([self.read(index).pixels for index in indices])
 
-    def captioned(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Pictures (B, C, H, W) uint8 and their captions; a :class:`DataError` if the source has none."""
+    def captioned(self, indices: Sequence[int]) -> tuple[Any, ...]:
+        """Pictures (B, C, H, W) uint8, their captions and, if there are any, control maps (B, 1 or 3, H, W) uint8.
+
+        Raises:
+            DataError: If the source has no captions.
+        """
         items = [self.read(index) for index in indices]
         captions = [item.label for item in items if isinstance(item.label, str)]
         if len(captions) < len(items):
@@ -135,7 +139,8 @@ class ImageTargets:
                 f"{self.describe(indices[0])} has no caption. Wrap a labelled source in ClassCaptions, or use a source "
                 "of captioned files, such as CaptionedFolder."
             )
-        return torch.stack([item.pixels for item in items]), captions
+        maps = [item.control for item in items if item.control is not None]
+        return torch.stack([item.pixels for item in items]), captions, *([torch.stack(maps)] if maps else [])
 
     def read(self, index: int) -> TargetItem:
         """One picture, or its replacement; raises as :meth:`pixels` does."""
@@ -159,8 +164,8 @@ class ImageTargets:
         """A hash of what determines the pictures: the source's content, labels, size, channels and crop.
 
         It is the key of caches. Files are identified by names, sizes and modification times, arrays by their bytes. A
-        source with a ``transform``, and a data set of one's own without a ``content_digest``, is identified by 64 of
-        its pictures as well, so a change of others that leaves the files as they are is not detected.
+        source with a ``transform``, and a data set of one's own without a ``content_digest`` or labels, is identified
+        by 64 of its pictures and their labels as well, so that a change of others alone is not detected.
         """
         return self._identity
 
@@ -184,11 +189,12 @@ class ImageTargets:
             type(self.source).__name__ if self._content is None else self._content,
             *self._texts(),
         ]
-        if self._content is None or may_change_on_reading(self.source):
+        is_unknown = self.labels() is None and captions_of(self.source) is None
+        if self._content is None or is_unknown or may_change_on_reading(self.source):
             positions = np.unique(np.linspace(0, len(self) - 1, _IDENTITY_SAMPLES).astype(int))
             items = [self.read(position) for position in positions.tolist()]
             parts.append(torch.stack([item.pixels for item in items]).numpy())
-            parts.extend(item.label for item in items if isinstance(item.label, str))
+            parts.extend(str(item.label) for item in items)
             parts.extend(item.control.numpy() for item in items if item.control is not None)
         return array_digest(*parts)
 

@@ -137,6 +137,8 @@ def _facts_at(source: Any, labels: list[int] | None, index: int) -> PictureFacts
         image, label, *_ = source[index]
         if known is None and not isinstance(label, str):
             known = int(label)
+        if known is not None and known < 0:
+            return PictureFacts(known, error=f"its label is {known}, and classes have numbers from 0")
         return _facts_of(image, known)
     except DataError:
         raise

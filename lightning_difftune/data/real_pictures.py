@@ -137,8 +137,8 @@ class RealPictures(L.LightningDataModule):
         """Number of held-out pictures for controls; 0 without ``val_target``."""
         return len(self.val_target) if self.val_target is not None else 0
 
-    def control_examples(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
-        """Held-out pictures (B, C, H, W) uint8 at the indices, and their captions."""
+    def control_examples(self, indices: Sequence[int]) -> tuple[Any, ...]:
+        """Held-out pictures (B, C, H, W) uint8 at the indices, their captions and, if they have some, control maps."""
         return self._targets_of("val").captioned(indices)
 
     def _targets_of(self, split: Literal["train", "val"]) -> ImageTargets:

@@ -134,7 +134,9 @@ def location_of(source: Any, index: int) -> str | None:
 
 
 def class_names_of(source: Any) -> list[str] | None:
-    """Names of the classes in the order of their indices, or None.
+    """Names of the classes in the order of their indices, or None; several names of one class are joined by commas.
+
+    With a ``target_transform``, ``classes`` and ``categories`` are of other indices, and only ``class_names`` counts.
 
     Raises:
         DataError: The parts of a ``ConcatDataset`` number their classes differently.
@@ -150,10 +152,11 @@ def class_names_of(source: Any) -> list[str] | None:
                 "their pictures into folders of the same classes, or list them in one CSV file."
             )
         return known[0] if known else None
-    for name in _CLASS_NAME_ATTRIBUTES:
+    is_changed = getattr(source, "target_transform", None) is not None
+    for name in _CLASS_NAME_ATTRIBUTES[: 1 if is_changed else None]:
         names = getattr(source, name, None)
         if isinstance(names, Sequence) and not isinstance(names, str) and len(names):
-            return [str(entry) for entry in names]
+            return [", ".join(entry) if isinstance(entry, tuple | list) else str(entry) for entry in names]
     return None
 
 

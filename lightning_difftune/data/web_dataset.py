@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -19,8 +20,10 @@ from lightning_difftune.data.digests import stat_digest
 from lightning_difftune.data.folders import (
     CAPTION_EXTENSIONS,
     IMAGE_EXTENSIONS,
+    SPLIT_FOLDERS,
     UNREAD_PICTURES,
     decode,
+    describe_counts,
     is_system,
     shorten,
 )
@@ -73,6 +76,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         self.names: list[str] = []
         self._pictures: list[_Member] = []
         self.left_out: Counter[str] = Counter()
+        others: Counter[str] = Counter()
         texts: dict[str, list[_Member | None]] = {label_extension: [], caption_extension: []}
         accepted = {name: [f".{name.lower()}"] for name in texts}
         accepted[caption_extension] += CAPTION_EXTENSIONS
@@ -83,6 +87,7 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
                     continue
                 spelled = {f".{name.lower()}": name for name in files}
                 self.left_out.update(spelled.keys() & UNREAD_PICTURES)
+                others.update(spelled.keys() - IMAGE_EXTENSIONS)
                 picture = next((name for extension, name in spelled.items() if extension in IMAGE_EXTENSIONS), None)
                 if picture is None:
                     continue
@@ -95,6 +100,12 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         self.labels = np.zeros(len(self), np.int64)
         extension = next((name for name, members in texts.items() if any(members)), None)
         if extension is None:
+            if unread := others.keys() - UNREAD_PICTURES:
+                rank_zero_warn(
+                    f"{self.shards[0]}: pictures have no .{label_extension} and no .{caption_extension}, so all are of "
+                    f"class 0; files that are not read: {describe_counts({e: others[e] for e in unread})}. Set "
+                    "label_extension or caption_extension if one is a number or a text."
+                )
             return
         bare = [name for name, member in zip(self.names, texts[extension], strict=True) if member is None]
         if bare:
@@ -156,6 +167,12 @@ def _find_shards(shards: str | Sequence[str] | Path) -> list[str]:
         raise DataError(f"{shards} is not a local file. Shards are read by position: download them first.")
     elif Path(shards).is_dir():
         files = sorted(map(str, Path(shards).glob("*.tar")))
+        splits = {found[0].lower() for file in files if (found := re.match("[A-Za-z]*", Path(file).name))}
+        if len(splits) > 1 and SPLIT_FOLDERS.issuperset(splits):
+            raise DataError(
+                f"{shards} has shards of the splits {', '.join(sorted(splits))}: one would be trained on with the "
+                f"others. Name those of one by a pattern, such as {Path(shards, 'train-*.tar')}."
+            )
     elif "*" in str(shards):
         pattern = Path(shards)
         files = sorted(map(str, Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))))

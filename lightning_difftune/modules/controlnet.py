@@ -219,8 +219,15 @@ class ControlNetDiffTuningModule(TextPipelineModule):
                 "A ControlNet draws pictures from control maps, and there are none: the data module has no held-out "
                 "pictures. Set its val_target, or call generate_controlled with maps of your own."
             )
-        pictures, captions = data.control_examples((indices % data.num_control_examples).tolist())
-        return self.controlled(captions, self.annotate(pictures.to(self.device)))
+        pictures, captions, *own = data.control_examples((indices % data.num_control_examples).tolist())
+        return self.controlled(captions, own[0] if own else self.annotate(pictures.to(self.device)))
+
+    def names_of(self, indices: Sequence[int]) -> list[str] | None:
+        """The captions of those examples."""
+        data = getattr(self._trainer, "datamodule", None)
+        if not isinstance(data, SupportsControlExamples) or data.num_control_examples == 0:
+            return super().names_of(indices)
+        return list(data.control_examples([index % data.num_control_examples for index in indices])[1])
 
     def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
         """Pictures (B, 3, H, W) uint8 for control maps (B, C, H, W) uint8 and B captions.

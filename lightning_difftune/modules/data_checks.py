@@ -1,4 +1,4 @@
-"""Checks of what data hand to a module: that classes have the module's numbers, and batches its values."""
+"""Checks that data or a second module have a module's classes, and batches its values."""
 
 from __future__ import annotations
 
@@ -45,6 +45,25 @@ def check_classes(module: Any, data: Any, saved_names: Sequence[str] | None = No
             f"{whose}: one class would be taken for another ({len(moved)} of {len(names)} are moved). Keep the run's "
             "classes in their order, or start a new run."
         )
+
+
+def check_subjects(module: Any, tail: Any, indices: Sequence[int]) -> None:
+    """Refuse a module for the last steps of another one's pictures, if its own show something else.
+
+    Raises:
+        ConfigError: If they have other numbers of classes, or other names or prompts for a picture.
+    """
+    hides = module.lacks_class_names or tail.lacks_class_names
+    ours, theirs = (
+        [f"one of {getattr(one, 'num_classes', 0)} classes", *(() if hides else one.names_of(indices) or ())]
+        for one in (module, tail)
+    )
+    for first, last in zip(ours, theirs, strict=False):
+        if first != last:
+            raise ConfigError(
+                f"The tail would finish a picture as {last!r} that this model begins as {first!r}. Take runs with the "
+                "same classes in one order, or with the same prompts (--model.prompts)."
+            )
 
 
 @torch.compiler.disable

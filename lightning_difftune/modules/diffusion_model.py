@@ -17,7 +17,7 @@ from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, float32_by_default, noise_of, seeded
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models.casts import WeightCasts, takes_its_own_type, weight_casts_of
-from lightning_difftune.modules.data_checks import check_target
+from lightning_difftune.modules.data_checks import check_subjects, check_target
 from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch
@@ -289,7 +289,8 @@ class DiffusionModel(ModelFamily):
             (P, B, C, H, W) uint8.
 
         Raises:
-            ConfigError: If the other network has another prediction type, noise process or latent scale.
+            ConfigError: If the other network has another prediction type, noise process or latent scale, or its module
+                has other classes or prompts.
         """
         if tail is None:
             last = self.guided_source(self.conditions(indices))
@@ -298,6 +299,7 @@ class DiffusionModel(ModelFamily):
             changed = self.source_facts.differences(tail.source_facts.state())
             if changed:
                 raise ConfigError(f"The tail has {' and '.join(changed)}: it cannot continue this model's samples.")
+            check_subjects(self, tail, indices.tolist())
             last = tail.guided(indices)
         with self._solver_noise(indices):
             swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)

@@ -243,3 +243,11 @@ def test_captions_are_looked_at(tmp_path, capsys):
     assert status == 2
     assert "1 of 6 pictures" in said
     assert "have no caption" in said
+
+
+def test_pictures_without_a_label_are_counted_as_a_run_refuses_them(tmp_path, capsys):
+    """Test splits of the hub often have -1 in place of labels."""
+    np.savez(tmp_path / "a.npz", images=np.zeros((12, 8, 8), np.uint8), labels=[0] * 11 + [-1])
+    status, said = checked(capsys, tmp_path / "a.npz")
+    assert status == 1
+    assert "its label is -1, and classes have numbers from 0" in said

@@ -219,3 +219,15 @@ def test_another_caption_or_control_changes_the_digest(folder: Path) -> None:
         write_rows(folder, [*rows[:2], rows[2] | change])
         digests.add(content_of(CaptionedFolder(folder)))
     assert len(digests) == 3
+
+
+def test_a_parent_of_splits_is_refused_as_for_classes(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        save(tmp_path / split / "1.png")
+        (tmp_path / split / "1.txt").write_text("a rose")
+    with pytest.raises(DataError, match="are the splits train, val: one would be trained on with the others"):
+        CaptionedFolder(tmp_path)
+    assert len(CaptionedFolder(tmp_path / "train")) == 1
+    save(tmp_path / "more" / "1.png")
+    (tmp_path / "more" / "1.txt").write_text("a rose")
+    assert len(CaptionedFolder(tmp_path)) == 3

@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import torchvision
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
@@ -106,6 +107,17 @@ def test_parts_of_one_source_stay_as_they_are(tmp_path: Path) -> None:
 def test_pictures_of_an_unknown_class_that_are_not_used_do_not_matter(tmp_path: Path) -> None:
     held_out = source_of("arrays", tmp_path, ["daisy", "lily"])
     assert shown(data_of(source_of("arrays", tmp_path, TARGET), Subset(held_out, [0, 1]))) == ["daisy", "daisy"]
+
+
+def test_held_out_labels_that_a_transform_changes_are_those_of_the_target(tmp_path: Path) -> None:
+    """Joined by the names of the labels before it, each tulip (1 here, 2 of the target) would be moved twice."""
+    source_of("folders", tmp_path, HELD_OUT)
+    held_out = torchvision.datasets.ImageFolder(tmp_path, target_transform=lambda label: 2 * label)
+    for wrapped in (held_out, Subset(Subset(held_out, [1, 2]), [0, 1]), ConcatDataset([held_out])):
+        data = data_of(source_of("arrays", tmp_path, TARGET), wrapped)
+        assert data.val_target is not None
+        items = [data.val_target.read(index) for index in (0, len(wrapped) - 1)]
+        assert [(item.label, chr(int(item.pixels[0, 0, 0]))) for item in items] == [(0, "d"), (2, "t")]
 
 
 @pytest.mark.parametrize("label", [3, -1])

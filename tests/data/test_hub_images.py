@@ -165,3 +165,13 @@ def test_missing_values_are_empty_captions_and_no_labels(tmp_path):
             DataError, match=f"'{column}' has no value in 1 of 3 examples, the first of which is example 1"
         ):
             HubImages(made, label_column=column)
+
+
+@pytest.mark.parametrize("captions", [[["a cat", "one cat"], ["a dog", "one dog"]], [0, 1]])
+def test_captions_that_are_not_texts_are_refused(captions):
+    """As text, a list of captions would be trained on with its brackets and quotes."""
+    made = datasets.Dataset.from_dict({"image": pictures(2), "caption": captions})
+    with pytest.raises(
+        DataError, match=f"a caption in 'caption' is a {type(captions[0]).__name__}, .*; expected a text"
+    ):
+        HubImages(made.cast_column("image", datasets.Image()))

@@ -100,6 +100,14 @@ def test_listed_images_by_index_and_by_name(fungi):
     assert levels(given) == [(1, 1), (2, 2), (3, 1)]
 
 
+def test_numbers_that_are_names_of_classes_are_names(fungi):
+    """Class 7 would be out of range, and 0 another class than the one of this name."""
+    given = ListedImages(fungi / "DF20M", fungi / "list.csv", where={"split": "test"}, class_names=["7", "0"])
+    assert levels(given) == [(2, 1)]
+    numbered = ListedImages(fungi / "DF20M", fungi / "list.csv", class_names=list("abcdefgh"))
+    assert levels(numbered) == [(1, 7), (2, 0), (3, 7)]
+
+
 def test_listed_images_of_a_split(fungi):
     split = ListedImages(fungi / "DF20M", fungi / "list.csv", where={"split": "train"})
     assert levels(split) == [(1, 7), (3, 7)]

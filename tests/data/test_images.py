@@ -337,3 +337,26 @@ def test_check_labels():
         check_labels(torch.tensor([0, 102, 103]), 102, "image {}".format)
     with pytest.raises(DataError, match=r"label -1 of image 2 .*\(1 of 3 labels are outside\); give every"):
         check_labels([0, 1, -1], 2, "image {}".format)
+
+
+class Labelled:
+    """A data set of one's own that tells its labels only with the pictures."""
+
+    def __init__(self, labels, **facts):
+        self.own = labels
+        vars(self).update(facts)
+
+    def __len__(self):
+        return len(self.own)
+
+    def __getitem__(self, index):
+        return PICTURES[index], self.own[index]
+
+
+@pytest.mark.parametrize("facts", [{}, {"content_digest": lambda: "version 1"}])
+def test_identity_knows_labels_that_only_the_pictures_tell(facts):
+    """A latent cache stores labels: under an identity without them, corrected ones would have no effect."""
+    first, same, corrected = (
+        ImageTargets(Labelled(labels, **facts), 8).identity() for labels in ([0, 1], [0, 1], [0, 2])
+    )
+    assert first == same != corrected

@@ -81,6 +81,18 @@ def test_class_names():
     assert class_names_of(Source(classes=["a", "b"])) == ["a", "b"]
     assert class_names_of(Source(categories=("a",))) == ["a"]
     assert class_names_of(Source(classes=[])) is None
+    assert class_names_of(Source(classes=[("tench", "Tinca tinca"), ("goldfish",)])) == [
+        "tench, Tinca tinca",
+        "goldfish",
+    ]
+
+
+def test_names_of_classes_that_a_transform_changes_are_unknown():
+    """The names are those of the labels before it."""
+    changed = {"classes": ["a", "b"], "target_transform": abs}
+    assert class_names_of(Source(**changed)) is None
+    assert class_names_of(Subset(ConcatDataset([Source(**changed)]), [0])) is None
+    assert class_names_of(Source(**changed, class_names=["both"])) == ["both"]
 
 
 def test_subsets_and_concatenations_are_looked_through():

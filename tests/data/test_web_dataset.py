@@ -78,6 +78,21 @@ def test_pictures_alone_are_of_one_class(tmp_path):
     assert WebDatasetShards(write_shards(tmp_path, lambda i: {})).labels.tolist() == [0] * 7
 
 
+@pytest.mark.parametrize("extension", ["json", "caption.txt", "label"])
+def test_pictures_are_not_of_one_class_in_silence_where_other_files_say_more(tmp_path, extension):
+    write_shards(tmp_path, lambda i: {extension: b"1"})
+    with pytest.warns(UserWarning, match=rf"all are of class 0; files that are not read: 7 \.{extension}\."):
+        assert WebDatasetShards(tmp_path).labels.tolist() == [0] * 7
+
+
+def test_shards_of_several_splits_are_refused(tmp_path):
+    first = write_tar(tmp_path / "train-000.tar", {"1.png": png_of(pixels_of()[0])})
+    (tmp_path / "val-000.tar").write_bytes(first.read_bytes())
+    with pytest.raises(DataError, match=r"shards of the splits train, val: .* such as .*train-\*\.tar"):
+        WebDatasetShards(tmp_path)
+    assert len(WebDatasetShards(tmp_path / "train-*.tar")) == 1
+
+
 def test_what_cannot_be_used_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no \.tar files at"):
         WebDatasetShards(tmp_path)

@@ -7,9 +7,10 @@ import pytest
 import torch
 import yaml
 from tiny import quiet_trainer
+from torchmetrics import Metric
 
 from lightning_difftune import ControlNetDiffTuningModule, DiffTuningObjective, MemoryBank, MemoryBankDataModule
-from lightning_difftune.callbacks import EMA, ForgettingMeter
+from lightning_difftune.callbacks import EMA, ControlSimilarity, ForgettingMeter
 from lightning_difftune.data import ImageTargets, LatentCache
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
@@ -188,6 +189,38 @@ def test_own_control_maps_of_the_target_are_used(tmp_path, pipeline_folder):
         ConfigError, match=r"The target has control maps .*\(5, 3, 16, 16\).*takes uint8 \(B, 1, H, W\)"
     ):
         quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, colour, bank=None))
+
+
+def test_pictures_follow_the_own_maps_and_captions_of_held_out_examples(tmp_path, pipeline_folder):
+    """They are validated by those maps, and their rows are named after those captions, not the prompts."""
+    own = [np.full((16, 16), 50 * number, np.uint8) for number in range(3)]
+    captions = ["a cat", "a dog", "a fox"]
+    data = data_of(tmp_path, bank=None, val_target=list(zip(pictures_of(3), captions, own, strict=True)))
+    module, seen = module_of(pipeline_folder), []
+    callback = ControlSimilarity(Means(), num_samples=3, batch_size=2)
+    module.annotate = lambda pictures: seen.append(len(pictures)) or torch.zeros(len(pictures), 1, 16, 16).byte()
+    quiet_trainer(tmp_path, 1, callback).validate(module, data, verbose=False)
+    assert callback.history[0][1] == 50, "the mean of the maps 0, 50 and 100; those of the generated ones are black"
+    assert seen[-2:] == [2, 1], "of the generated pictures alone"
+    condition, _ = module.conditions(torch.tensor([4, 2]))
+    assert (condition["conditioning_pixel_values"][:, 0, 0, 0] * 255).tolist() == pytest.approx([50, 100])
+    assert module.names_of([4, 2]) == ["a dog", "a fox"]
+
+
+class Means(Metric):
+    """The mean value of the control maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), "sum")
+        self.add_state("count", torch.tensor(0), "sum")
+
+    def update(self, maps, controls):
+        self.total += (controls.float() - maps.float()).mean((1, 2, 3)).sum()
+        self.count += len(controls)
+
+    def compute(self):
+        return self.total / self.count
 
 
 def test_fresh_weights_depend_on_the_seed_alone(pipeline_folder):

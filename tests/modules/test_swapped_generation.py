@@ -61,6 +61,21 @@ def test_the_tail_can_be_another_tuned_module():
     assert not torch.equal(swapped[1], module.generate_swapped(INDICES, [0.5])[0])  # its own label table and guidance
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_classes": 2}, "as 'one of 2 classes' that this model begins as 'one of 3 classes'"),
+        ({"class_names": ["rose", "tulip", "daisy"]}, "as 'tulip' that this model begins as 'daisy'"),
+    ],
+)
+def test_a_tail_of_other_classes_is_refused(settings, message):
+    """It would finish a daisy as a tulip."""
+    module = module_of(class_names=["rose", "daisy", "tulip"])
+    with pytest.raises(ConfigError, match=message):
+        module.generate_swapped(INDICES, [0.5], tail=module_of(**settings))
+    module.generate_swapped(INDICES, [0.5], tail=module_of())  # its names are not known
+
+
 def test_a_swapped_picture_depends_on_its_index_alone():
     module = module_of()
     together = module.generate_swapped(INDICES, [0.5])

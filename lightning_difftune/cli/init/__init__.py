@@ -16,7 +16,7 @@ from lightning_difftune.cli.data_check import HELD_OUT, facts_at
 from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, FULL_DIT, Base, Plan, Seen, alike
 from lightning_difftune.cli.init.config import config_text, described, quoted
 from lightning_difftune.data.derived import Partition
-from lightning_difftune.data.image_files import SPLIT_FOLDERS
+from lightning_difftune.data.folders import SPLIT_FOLDERS
 from lightning_difftune.data.real_pictures import FEW_PICTURES
 from lightning_difftune.data.source_facts import captions_of
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
