@@ -106,13 +106,16 @@ class Job:
 
 def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, kept: Path) -> Iterator[Job]:
     """The jobs of runs and their seeds, with all configs composed and checked."""
-    reader = ConfigReader()
+    reader, composed = ConfigReader(), dict[str, dict[str, Any]]()
     for run, seed in runs:
-        try:
-            settings = resolved(yaml.safe_load(reader.compose(study.arguments(run, seed))))
-        except ConfigError as error:
-            raise ConfigError(f"{study.path}: runs.{run.name} cannot be run. {error}") from error
-        yield Job(run, seed, inside_run_folder(settings), study.evaluators, output, kept)
+        if run.name not in composed:
+            try:
+                settings = resolved(yaml.safe_load(reader.compose(study.arguments(run, seed))))
+            except ConfigError as error:
+                raise ConfigError(f"{study.path}: runs.{run.name} cannot be run. {error}") from error
+            composed[run.name] = inside_run_folder(settings)
+        settings = composed[run.name] | {"seed_everything": seed}
+        yield Job(run, seed, settings, study.evaluators, output, kept)
 
 
 def finished_runs(study: Study, kept: Path) -> list[tuple[StudyRun, int]]:
