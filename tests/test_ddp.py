@@ -280,6 +280,58 @@ def test_all_processes_stop_after_the_same_step_when_one_is_told_to(runs, weight
     assert saved["global_step"] >= 5
 
 
+class SavesAt(L.Callback):
+    """Saves after some batches, as ``batches-5.ckpt``."""
+
+    def __init__(self, folder, *batches):
+        self.folder, self.batches = folder, batches
+
+    def on_train_batch_end(self, trainer, *args):
+        if (done := trainer.fit_loop.total_batch_idx + 1) in self.batches:
+            trainer.save_checkpoint(self.folder / f"batches-{done}.ckpt")
+
+
+def run_resumed(weights, folder, world_size):
+    """Four steps of three batches and, without those before it, from one batch and from the end of a step."""
+
+    def fit(name, ckpt_path=None):
+        module, average = module_of(weights), EMA(decay=0.5)
+        saves = SavesAt(folder, 5, 6) if ckpt_path is None else L.Callback()
+        trainer = quiet_trainer(
+            folder,
+            4,
+            average,
+            saves,
+            devices=world_size,
+            strategy="ddp" if world_size > 1 else "auto",
+            enable_checkpointing=False,
+            accumulate_grad_batches=3,
+        )
+        trainer.fit(module, data_of(folder / "bank", world_size), ckpt_path=ckpt_path)
+        if trainer.global_rank == 0:
+            with average.average_parameters(module):
+                averages = {f"average.{name}": x.clone() for name, x in module.state_dict().items()}
+            torch.save(module.state_dict() | averages, folder / f"{name}-{world_size}.pt")
+
+    if world_size > 1:
+        fit("whole")
+    for batches in (5, 6):
+        fit(f"from-{batches}", folder / f"batches-{batches}.ckpt")
+
+
+def test_a_resumed_run_of_two_processes_is_the_undisturbed_one(weights, tmp_path):
+    """Within a window of accumulated gradients and after it, on two processes, and the rest of the steps on one."""
+    finish(start(__file__, 2, weights, tmp_path, "resume"))
+    run_resumed(weights, tmp_path, 1)
+    whole, *others = (
+        torch.load(tmp_path / f"{name}.pt") for name in ("whole-2", "from-6-2", "from-5-2", "from-6-1", "from-5-1")
+    )
+    assert all(torch.equal(whole[name], others[0][name]) for name in whole)
+    for other in others:
+        assert_close(whole, other)
+    assert not torch.equal(*(whole[f"{kind}dit.final_layer.linear.weight"] for kind in ("", "average.")))
+
+
 def run_sharded(weights, folder, world_size):
     """The objective on a DiT whose parameters are shared out, and on whole copies whose gradients are averaged."""
     distributed.init_process_group("gloo")
@@ -359,6 +411,12 @@ def test_too_few_held_out_pictures_for_the_processes_are_refused():
 
 
 if __name__ == "__main__":
-    jobs = {(): run, ("stop",): run_until_stopped, ("shard",): run_sharded, ("fork",): run_forked}
+    jobs = {
+        (): run,
+        ("stop",): run_until_stopped,
+        ("shard",): run_sharded,
+        ("fork",): run_forked,
+        ("resume",): run_resumed,
+    }
     job = jobs[tuple(sys.argv[3:])]
     job(Path(sys.argv[1]), Path(sys.argv[2]), int(os.environ["WORLD_SIZE"]))
