@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 import lightning as L
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import distributed
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_difftune.errors import CheckpointError, ConfigError
@@ -55,6 +57,8 @@ class RunKeeper(Callback):
         plugin: Any = trainer.precision_plugin
         plugin.convert_input = Precision.convert_input.__get__(plugin)  # converts nothing
         write_whole(trainer.strategy)
+        if trainer.world_size > 1:
+            atexit.register(leave_group)
 
     # -- resuming -------------------------------------------------------------------------------------------------
 
@@ -273,6 +277,12 @@ def in_open_window(trainer: L.Trainer) -> bool:
         return False
     loop = trainer.fit_loop.epoch_loop
     return loop.batch_progress.current.ready > 0 and loop._should_accumulate()
+
+
+def leave_group() -> None:
+    """Leave the group of processes, as Lightning does for NCCL alone: gloo may abort a process that exits within it."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def refuse_weights_alone(trainer: L.Trainer | None, checkpoint: dict[str, Any]) -> None:
