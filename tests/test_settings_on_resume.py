@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
+from lightning_difftune import DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule, MirroredPowerSchedule
 from lightning_difftune.callbacks.preemption import Preemption
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import CheckpointError, ConfigError
@@ -242,6 +242,20 @@ def test_a_changed_batch_size_says_what_it_means_for_the_stream(weights, tmp_pat
     with caplog.at_level(logging.INFO):
         run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt", data={"batch_size": 6})
     assert "Changed since the checkpoint: batch_size 4 -> 6. Each further step has the batch" in caplog.text
+
+
+def test_a_schedule_that_needs_no_bank_changes_the_batches(weights, tmp_path, caplog):
+    """The bank's share of a batch becomes the target's, whose stream is then read faster."""
+    for tau, steps, start in ((1.0, 2, None), (0.0, 3, tmp_path / "last.ckpt")):
+        objective = DiffTuningObjective(MirroredPowerSchedule(tau))
+        sampler = Sampler(num_inference_steps=2)
+        module = DiTDiffTuningModule(str(weights), num_classes=3, objective=objective, sampler=sampler)
+        bank = {"bank": tmp_path / "bank", "bank_size": 4, "batch_size": 5}
+        data = MemoryBankDataModule(tiny_pictures(), num_classes=3, image_size=8, channels=1, **bank)
+        saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=2)
+        with caplog.at_level(logging.INFO):
+            quiet_trainer(tmp_path, steps, saving).fit(module, data, ckpt_path=start)
+    assert "Changed since the checkpoint: retention_batch_size 1 -> 0. Each further step" in caplog.text
 
 
 @pytest.mark.parametrize(

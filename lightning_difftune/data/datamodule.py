@@ -157,7 +157,7 @@ class MemoryBankDataModule(RealPictures):
             "horizontal_flip": self.horizontal_flip,
             "bank_size": self.bank_path and self.bank_size,
             "batch_size": self.batch_size,
-            "retention_batch_size": self.retention_batch_size,
+            "retention_batch_size": self.retention_batch_size if self._uses_retention else 0,
             "processes": rank_of(self.trainer)[1],
         }
 
@@ -178,6 +178,10 @@ class MemoryBankDataModule(RealPictures):
     def _module(self) -> Any:
         return self.trainer.lightning_module if self.trainer is not None else None
 
+    @property
+    def _uses_retention(self) -> bool:
+        return bool(getattr(self._module, "uses_retention", True))
+
     def open_bank(self) -> MemoryBank | None:
         """The memory bank, built first if it is missing; ``None`` if the run does not use one.
 
@@ -185,7 +189,7 @@ class MemoryBankDataModule(RealPictures):
             StoreError: If the bank is damaged, has other settings or another model, or is missing and cannot be built.
             ConfigError: If the bank is to be filled with pictures, and the module builds no bank.
         """
-        if self.bank_path is None or not getattr(self._module, "uses_retention", True):
+        if self.bank_path is None or not self._uses_retention:
             return None
         if isinstance(self._module, SupportsBankGeneration):
             return self._build_bank(self._module, self.bank_path)

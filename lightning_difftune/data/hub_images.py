@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -183,10 +184,16 @@ def _find_columns(
     for column in (image, label, caption):
         if column is not None and column not in features:
             raise DataError(f"{path} has no column {column!r}; found {', '.join(features)}.")
-    image = image or next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    found = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    if image is None and len(found) > 1:
+        rank_zero_warn(
+            f"{path} has several columns of pictures; {found[0]} is read, and {', '.join(found[1:])} is not, also not "
+            "as a control map. Name another as image_column; pairs with control maps are read from a CaptionedFolder."
+        )
+    image = image or next(iter(found), None)
     if image is None or not isinstance(features[image], datasets.Image):
-        found = {key: type(kind).__name__ for key, kind in features.items()}
-        raise DataError(f"{path} has no column of pictures (type Image); found {found}. Cast it to datasets.Image().")
+        types = {key: type(kind).__name__ for key, kind in features.items()}
+        raise DataError(f"{path} has no column of pictures (type Image); found {types}. Cast it to datasets.Image().")
     if label is None and caption is None:
         label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
         caption = next((key for key in _CAPTION_COLUMNS if key in features), None)
