@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import index
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def seed_of(stream: str, *key: int) -> int:
         >>> len({seed_of("noise", 7), seed_of("noise", 7, 0), seed_of("labels", 7), seed_of("labels", 7, 0)})
         4
     """
-    return int.from_bytes(hashlib.sha256(repr((stream, *key)).encode()).digest()[:8], "big") >> 1
+    numbers = (int(index(number)) for number in key)  # those of NumPy are written in other ways
+    return int.from_bytes(hashlib.sha256(repr((stream, *numbers)).encode()).digest()[:8], "big") >> 1
 
 
 @contextmanager

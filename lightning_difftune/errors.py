@@ -1,8 +1,9 @@
 """Errors that a user can fix. Each message states what is wrong, what was found and what to do."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 
 class DiffTuneError(Exception):
@@ -76,6 +77,28 @@ def check_choice(owner: str, name: str, given: object, *known: str) -> None:
     """
     if given not in known:
         raise ConfigError(f"{name} of {owner} must be {' or '.join(map(repr, known))}, found {given!r}.")
+
+
+def check_kinds(owner: str, **given: tuple[object, Any, str]) -> None:
+    """Refuse settings of a class that are of another kind; ``None`` is not set.
+
+    Args:
+        owner: The class.
+        given: By name, the value, its class or protocol, and words for it.
+
+    Raises:
+        ConfigError: If one of them is of another kind, or is a class where an object of it is meant.
+
+    Example:
+        >>> check_kinds("FID", seed=("0", Integral, "a whole number"))
+        Traceback (most recent call last):
+        lightning_difftune.errors.ConfigError: seed of FID must be a whole number, found '0'.
+    """
+    for name, (value, kind, words) in given.items():
+        is_class = isinstance(value, type) and kind is not Callable
+        if value is not None and (is_class or not isinstance(value, kind)):
+            found = repr(value) if isinstance(value, str | int | float | type) else f"a {type(value).__name__}"
+            raise ConfigError(f"{name} of {owner} must be {words}, found {found}.")
 
 
 def check_lists(owner: str, **lists: Sequence[str] | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -20,7 +21,7 @@ from lightning_difftune.diffusion import (
     same_process,
 )
 from lightning_difftune.draws import Draws, seed_of
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_kinds
 from lightning_difftune.losses import Loss, hybrid_loss, loss_for, prediction_type_of
 from lightning_difftune.protocols import Denoiser, RetentionBatch
 from lightning_difftune.retention_targets import RetentionTarget, retained_rows
@@ -98,6 +99,15 @@ class DiffTuningObjective(Tables):
         density: TimestepDensity | None = None,
     ) -> None:
         super().__init__()
+        check_kinds(
+            type(self).__name__,
+            schedule=(schedule, ForgettingSchedule, "a schedule, such as PowerSchedule(tau=1.0)"),
+            loss=(loss, Callable, "a loss, such as eps_mse_loss"),
+            diffusion=(diffusion, ForwardProcess, "a forward process, such as RectifiedFlow()"),
+            weighting=(weighting, LossWeighting, "a weighting, such as MinSNRWeighting()"),
+            retention_target=(retention_target, RetentionTarget, "a retention target, such as OnlineTeacher()"),
+            density=(density, TimestepDensity, "a density, such as LogitNormal()"),
+        )
         if not (retention_weight >= 0 and reconsolidation_weight >= 0):
             raise ConfigError(
                 f"The weights of the two terms must be at least 0, got retention_weight = {retention_weight} and "

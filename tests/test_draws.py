@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_dit
@@ -14,6 +15,14 @@ def test_no_two_keys_share_a_seed():
     keys = [("a",), ("a", 0), ("a", 7), ("a", 7, 0), ("a", 0, 7), ("a", 70), ("b", 7), ("b", 7, 0), ("a7",)]
     assert len({seed_of(*key) for key in keys}) == len(keys)
     assert all(0 <= seed_of(*key) < 2**63 for key in keys)
+
+
+def test_a_number_is_the_same_key_in_every_type():
+    keys = np.int64(7), torch.tensor(7)
+    assert {seed_of("noise", key) for key in keys} == {seed_of("noise", 7)}
+    for key in ("7", 7.0):
+        with pytest.raises(TypeError):
+            seed_of("noise", key)
 
 
 def test_what_is_drawn_for_one_index_is_independent_of_what_else_is_drawn_for_it():

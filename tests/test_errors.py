@@ -6,14 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import DDIMScheduler
 from tiny import tiny_pictures, tiny_weights
+from torch.optim import SGD
 
-from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule, TextToImageDiffTuningModule
-from lightning_difftune.callbacks import EMA, RegionalCompile, SuddenConvergence
+from lightning_difftune import (
+    ControlNetDiffTuningModule,
+    DiffTuningObjective,
+    DiTDiffTuningModule,
+    MemoryBankDataModule,
+    PowerSchedule,
+    SNRSchedule,
+    TextToImageDiffTuningModule,
+)
+from lightning_difftune.callbacks import EMA, ControlSimilarity, RegionalCompile, SuddenConvergence
 from lightning_difftune.data import ArrayImages, ClassCaptions, HandwrittenDigits, ListedImages, WebDatasetShards
 from lightning_difftune.diffusion import GaussianDiffusion
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models import FrozenAutoencoder
+from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import AdaptFormer, LoRA
 
 PICTURES = np.zeros((4, 8, 8), np.uint8)
@@ -32,6 +44,7 @@ PICTURES = np.zeros((4, 8, 8), np.uint8)
         ),
         (lambda folder: RegionalCompile(devices="cuda"), "devices of RegionalCompile"),
         (lambda folder: RegionalCompile(blocks="Block"), "blocks of RegionalCompile"),
+        (lambda folder: LoRA(target_modules="to_q"), "target_modules of LoRA"),
     ],
 )
 def test_a_text_is_not_taken_letter_by_letter(make, name, tmp_path) -> None:
@@ -72,6 +85,61 @@ def data_of(**settings):
     ],
 )
 def test_a_setting_that_is_none_of_the_known_ones_is_refused_from_python_too(make, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "found"),
+    [
+        ("objective", PowerSchedule(1.0), "an objective, such as DiffTuningObjective.*, found a PowerSchedule"),
+        ("objective", DiffTuningObjective, "an objective, such as .*, found <class '.*DiffTuningObjective'>"),
+        ("optimizer", "AdamW", "a function, such as partial.*, found 'AdamW'"),
+        ("optimizer", SGD(torch.nn.Linear(1, 1).parameters()), "a function, such as partial.*, found a SGD"),
+        ("lr_scheduler", "cosine", "a function, such as partial.*, found 'cosine'"),
+        ("tuner", "lora", r"a tuner, such as LoRA\(rank=8\), found 'lora'"),
+        ("tuner", LoRA, "a tuner, such as LoRA.*, found <class '.*LoRA'>"),
+        ("sampler", {"guidance_scale": 2.0}, "a Sampler, such as Sampler.*, found a dict"),
+        ("bank_sampler", DDIMScheduler(), "a Sampler, such as Sampler.*, found a DDIMScheduler"),
+        ("seed", "0", "a whole number, found '0'"),
+        ("seed", 0.5, "a whole number, found 0.5"),
+        ("autoencoder", "vae", "a FrozenAutoencoder, such as .*, found 'vae'"),
+    ],
+)
+def test_an_object_of_another_kind_is_refused_by_the_module(name, given, found) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} of DiTDiffTuningModule must be {found}"):
+        DiTDiffTuningModule("tiny", **{name: given})
+
+
+@pytest.mark.parametrize("name", ["objective", "sampler", "bank_sampler"])
+def test_and_so_is_one_that_is_assigned(name) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} of DiTDiffTuningModule must be .*, found 'other'"):
+        setattr(DiTDiffTuningModule("tiny"), name, "other")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DiffTuningObjective(1.0), "schedule of DiffTuningObjective must be a schedule.*, found 1.0"),
+        (lambda: DiffTuningObjective(SNRSchedule), "must be a schedule, such as .*, found <class '.*SNRSchedule'>"),
+        (lambda: DiffTuningObjective(loss="mse"), "loss of .* must be a loss, such as eps_mse_loss, found 'mse'"),
+        (lambda: DiffTuningObjective(diffusion=DDIMScheduler()), "diffusion .* such as .*, found a DDIMScheduler"),
+        (
+            lambda: DiffTuningObjective(weighting="min_snr"),
+            "weighting .* such as MinSNRWeighting.*found 'min_snr'",
+        ),
+        (lambda: DiffTuningObjective(retention_target="own"), "retention_target .* such as OnlineTeacher.*found 'own'"),
+        (lambda: DiffTuningObjective(density="uniform"), r"density .* such as LogitNormal\(\), found 'uniform'"),
+        (lambda: ControlNetDiffTuningModule("canny"), r"annotator .* such as Canny\(\), found 'canny'"),
+        (lambda: ControlSimilarity("ssim"), r"metric of .* such as BlurredSSIM\(\), found 'ssim'"),
+        (lambda: data_of(seed="0"), "seed of MemoryBankDataModule must be a whole number, found '0'"),
+        (
+            lambda: Sampler(num_inference_steps=50.0),
+            "num_inference_steps .* must be a whole number, found 50.0",
+        ),
+    ],
+)
+def test_an_object_of_another_kind_is_refused(make, message) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 

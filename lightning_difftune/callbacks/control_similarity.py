@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback, on_device
-from lightning_difftune.errors import ConfigError, DataError, check_counts
+from lightning_difftune.errors import ConfigError, DataError, check_counts, check_kinds
 from lightning_difftune.pictures import check_pictures, grid_of
 from lightning_difftune.protocols import SupportsControlExamples
 
@@ -93,6 +93,7 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
     ) -> None:
         super().__init__(num_samples, batch_size, every_n_steps)
         check_counts("ControlSimilarity", num_shown=num_shown)
+        check_kinds("ControlSimilarity", metric=(metric, Metric, "a metric, such as BlurredSSIM()"))
         self.metric = metric
         self.controls = controls
         self.num_shown = min(num_shown, num_samples)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from lightning_difftune.data.latent_cache import LatentCache
 from lightning_difftune.data.memory_bank import MemoryBank
 from lightning_difftune.data.real_pictures import LabelledTargets, RealPictures
 from lightning_difftune.draws import seed_of
-from lightning_difftune.errors import ConfigError, check_choice, check_counts
+from lightning_difftune.errors import ConfigError, check_choice, check_counts, check_kinds
 from lightning_difftune.protocols import SupportsBankGeneration, SupportsCaptions, SupportsEncode
 
 
@@ -103,6 +104,7 @@ class MemoryBankDataModule(RealPictures):
         seed: int = 0,
     ) -> None:
         check_counts(type(self).__name__, batch_size=batch_size, bank_size=bank_size)
+        check_kinds(type(self).__name__, seed=(seed, Integral, "a whole number"))
         super().__init__(
             target,
             val_target,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, cast
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 
 from lightning_difftune.draws import Draws, float32_by_default
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_kinds
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.models.casts import WeightCasts, takes_its_own_type
 from lightning_difftune.modules.bank_sources import EncodedPictures, PretrainedSamples
@@ -68,6 +68,20 @@ class DiffTuningModule(DiffusionModel):
         seed: int = 0,
     ) -> None:
         super().__init__(sampler, bank_sampler, seed)
+        check_kinds(
+            type(self).__name__,
+            optimizer=(
+                optimizer,
+                Callable,
+                "a function, such as partial(torch.optim.AdamW, lr=1e-4)",
+            ),
+            lr_scheduler=(
+                lr_scheduler,
+                Callable,
+                "a function, such as partial(LinearLR, total_iters=500)",
+            ),
+            tuner=(tuner, Tuner, "a tuner, such as LoRA(rank=8)"),
+        )
         self.objective = objective if objective is not None else DiffTuningObjective()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -151,10 +165,13 @@ class DiffTuningModule(DiffusionModel):
             self.to(self.device)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Bind an objective that is assigned after the model was built."""
-        if name == "objective" and hasattr(self, "source_facts"):
-            value = value.of(self.source_facts)
-            self.source_facts = value.bind(self.source_facts)
+        """Check an objective, and bind one that is assigned after the model was built."""
+        if name == "objective":
+            kind = DiffTuningObjective, "an objective, such as DiffTuningObjective(PowerSchedule(tau=1.0))"
+            check_kinds(type(self).__name__, objective=(value, *kind))
+            if hasattr(self, "source_facts"):
+                value = value.of(self.source_facts)
+                self.source_facts = value.bind(self.source_facts)
         super().__setattr__(name, value)
 
     # Weights may be asked for before a fit: these build the module first. After ddp_notebook, Lightning loads the

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
-from lightning_difftune.errors import CheckpointError, ConfigError, DataError
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError, check_kinds
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.frozen import DEFAULT_PROMPT, Frozen
@@ -75,6 +75,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
             target_guidance=None,
             **kwargs,
         )
+        check_kinds(type(self).__name__, annotator=(annotator, Annotator, "an annotator, such as Canny()"))
         self.annotator = annotator
         self.controlnet_source = controlnet
         self.embedding_widths = conditioning_embedding_out_channels

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_difftune.conditions import concatenate, where
 from lightning_difftune.draws import Draws, float32_by_default, noise_of, seeded
-from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.errors import ConfigError, DataError, check_kinds
 from lightning_difftune.models.casts import WeightCasts, takes_its_own_type, weight_casts_of
 from lightning_difftune.modules.data_checks import check_subjects, check_target
 from lightning_difftune.modules.family import ModelFamily
@@ -27,6 +28,8 @@ from lightning_difftune.sampling.schedulers import describe_unfit
 from lightning_difftune.source import SourceFacts
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_SAMPLER = Sampler, "a Sampler, such as Sampler(num_inference_steps=50)"
 
 
 class DiffusionModel(ModelFamily):
@@ -48,6 +51,7 @@ class DiffusionModel(ModelFamily):
 
     def __init__(self, sampler: Sampler | None = None, bank_sampler: Sampler | None = None, seed: int = 0) -> None:
         super().__init__()
+        check_kinds(type(self).__name__, seed=(seed, Integral, "a whole number"))
         self.sampler = sampler if sampler is not None else Sampler()
         self.bank_sampler = bank_sampler if bank_sampler is not None else Sampler()
         self.seed = seed
@@ -104,6 +108,7 @@ class DiffusionModel(ModelFamily):
 
     @sampler.setter
     def sampler(self, sampler: Sampler) -> None:
+        check_kinds(type(self).__name__, sampler=(sampler, *_SAMPLER))
         self._sampler = self.fitted(sampler, "the sampler") if hasattr(self, "source_facts") else sampler
 
     @property
@@ -113,6 +118,7 @@ class DiffusionModel(ModelFamily):
 
     @bank_sampler.setter
     def bank_sampler(self, sampler: Sampler) -> None:
+        check_kinds(type(self).__name__, bank_sampler=(sampler, *_SAMPLER))
         # The pre-trained model draws the bank, so Domain Guidance would be plain guidance.
         sampler = replace(sampler, domain_guidance=False, pretrained_tail=0.0)
         if hasattr(self, "source_facts"):

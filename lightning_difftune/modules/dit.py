@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from lightning_difftune.draws import choices_of
-from lightning_difftune.errors import ConfigError, check_choice, check_lists
+from lightning_difftune.errors import ConfigError, check_choice, check_kinds, check_lists
 from lightning_difftune.models import DiT, FrozenAutoencoder, export_dit, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.usage import usage_of_dit, usage_of_file
@@ -83,6 +83,8 @@ class DiTDiffTuningModule(DiffTuningModule):
         super().__init__(objective, optimizer, lr_scheduler, tuner, sampler, bank_sampler, seed)
         check_choice(type(self).__name__, "label_table", label_table, "keep", "resize")
         check_choice(type(self).__name__, "retention_labels", retention_labels, "null", "source")
+        encoder = autoencoder, FrozenAutoencoder, 'a FrozenAutoencoder, such as FrozenAutoencoder("path or hub name")'
+        check_kinds(type(self).__name__, autoencoder=encoder)
         if not 0 <= label_dropout < 1:
             raise ConfigError(f"label_dropout must be in [0, 1), got {label_dropout}.")
         if retention_labels == "source" and (label_table == "resize" or self.objective.retention_target is not None):

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from lightning_difftune.diffusion import ForwardProcess, GaussianDiffusion, same_process
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.protocols import Denoiser
 from lightning_difftune.sampling.loop import Guided, sample, swap
 from lightning_difftune.sampling.schedulers import NoiseScheduler, ddim, scheduler_class, scheduler_named, set_grid
@@ -57,8 +57,7 @@ domain_guidance=False, pretrained_tail=0.0)
     def __post_init__(self) -> None:
         if isinstance(self.scheduler, str):
             scheduler_class(self.scheduler)
-        if self.num_inference_steps is not None and self.num_inference_steps < 1:
-            raise ConfigError(f"num_inference_steps must be at least 1, got {self.num_inference_steps}.")
+        check_counts("Sampler", num_inference_steps=self.num_inference_steps)
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise ConfigError(f"guidance_scale must be a number, such as 1.5; got {self.guidance_scale}.")
         channels = self.guidance_channels

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
+from lightning_difftune.errors import CheckpointError, ConfigError, check_counts, check_lists
 from lightning_difftune.files import check_sums, read_safetensors, write_safetensors
 from lightning_difftune.tuners import lora_files
 from lightning_difftune.tuners.base import Model, ParameterEfficientTuner
@@ -42,6 +42,7 @@ class LoRA(ParameterEfficientTuner):
 
     def __init__(self, rank: int = 8, alpha: int | None = None, target_modules: tuple[str, ...] | None = None) -> None:
         check_counts("LoRA", rank=rank)
+        check_lists("LoRA", target_modules=target_modules)
         if alpha is not None and alpha <= 0:
             raise ConfigError(f"alpha of LoRA must be above 0, found {alpha}: nothing would be trained.")
         self.rank = rank

@@ -290,7 +290,7 @@ def test_latents_are_decoded_by_the_autoencoder_that_is_named_or_that_the_export
             ["RUN", "--solver", "FlowMatchEulerDiscrete"],
             "predicts 'epsilon', but the sampler integrates with FlowMatchEuler",
         ),
-        (["RUN", "--steps", "0"], "num_inference_steps must be at least 1"),
+        (["RUN", "--steps", "0"], "num_inference_steps of Sampler must be at least 1"),
         (["RUN", "--guidance_channels", "three"], "expected a number, or `all`"),
         (["RUN", "--num_samples", "0"], "must be at least 1"),
         (
