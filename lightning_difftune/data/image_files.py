@@ -7,6 +7,7 @@ read formats that torchvision does not. They decode lazily and leave size, colou
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -83,6 +84,11 @@ class ImageFolder(ImageFiles):
                 f"give one of them as root, such as {self.root / folders[0]}."
             )
         self.class_names = [unicodedata.normalize("NFC", name) for name in folders] or [self.root.resolve().name]
+        if odd := [name for name in self.class_names if re.search(r"[\ud800-\udfff]", name)]:
+            raise DataError(
+                f"the name of the folder {os.fsencode(odd[0])!r} in {self.root} is not UTF-8. It names a class: rename "
+                "it, for instance with `convmv -f latin1 -t utf-8`."
+            )
         self.paths = loose
         labels = [0] * len(loose)
         empty = []

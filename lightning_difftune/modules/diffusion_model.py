@@ -23,7 +23,7 @@ from lightning_difftune.modules.family import ModelFamily
 from lightning_difftune.pictures import to_uint8
 from lightning_difftune.protocols import Denoiser, DiffTuningBatch, TargetBatch
 from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_for, scheduler_named
-from lightning_difftune.sampling.sampler import check_pretrained_part, check_scheduler
+from lightning_difftune.sampling.sampler import check_scheduler, check_steps
 from lightning_difftune.sampling.schedulers import describe_unfit
 from lightning_difftune.source import SourceFacts
 
@@ -98,7 +98,7 @@ class DiffusionModel(ModelFamily):
             unfit = describe_unfit(sampler.scheduler, cast("int", sampler.num_inference_steps), self.source_facts)
             if unfit is not None:
                 rank_zero_warn(f"{role}: {unfit}")
-        check_pretrained_part(sampler, role)
+        check_steps(sampler, role)
         return sampler
 
     @property

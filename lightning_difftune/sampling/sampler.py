@@ -185,31 +185,35 @@ def plain(value: Any) -> Any:
     return value if is_plain else repr(value)
 
 
-def check_pretrained_part(sampler: Sampler, role: str = "the sampler") -> None:
-    """Refuse settings for the pre-trained network that would change nothing, or everything.
+def check_steps(sampler: Sampler, role: str = "the sampler") -> None:
+    """Refuse more steps than there are, and settings for the pre-trained network that would change nothing, or all.
 
     Args:
         sampler: A completed sampler.
         role: The setting's name in the message.
 
     Raises:
-        ConfigError: If Domain Guidance is on without guidance, or the pre-trained tail is no step or all steps.
+        ConfigError: If the scheduler refuses as many steps, Domain Guidance is on without guidance, or the pre-trained
+            tail is no step or all steps.
 
     Example:
-        >>> check_pretrained_part(Sampler(None, 50, 1.5, 3, pretrained_tail=0.1))
+        >>> check_steps(Sampler(None, 50, 1.5, 3, pretrained_tail=0.1))
     """
     if sampler.domain_guidance and sampler.guidance_scale == 1:
         raise ConfigError(
             f"{role}: domain_guidance changes nothing at a guidance_scale of 1, which is no guidance. Set "
             "guidance_scale above 1, such as 1.5, or leave domain_guidance out."
         )
-    tail = sampler.pretrained_tail
-    if not tail:
+    tail, number = sampler.pretrained_tail, cast("int", sampler.num_inference_steps)
+    if not tail and number <= sampler.reverse.config.get("num_train_timesteps", math.inf):
         return
     reverse: Any = copy.deepcopy(sampler.reverse)
-    set_grid(reverse, cast("int", sampler.num_inference_steps), (1, 8, 8), "cpu")
+    try:
+        set_grid(reverse, number, (1, 8, 8), "cpu")
+    except ValueError as error:
+        raise ConfigError(f"{role}: {type(reverse).__name__} cannot take {number:,} steps: {error}") from error
     steps = len(reverse.timesteps)  # Heun has two for each of num_inference_steps
-    if round(tail * steps) in (0, steps):
+    if tail and round(tail * steps) in (0, steps):
         raise ConfigError(
             f"{role}: a pretrained_tail of {tail:g} is {round(tail * steps)} of {steps} steps, so that the "
             f"{'tuned' if round(tail * steps) else 'pre-trained'} model would do none. One step is {1 / steps:g}."

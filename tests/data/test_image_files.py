@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,18 @@ def fungi(tmp_path) -> Path:
         encoding="utf-8-sig",
     )
     return tmp_path
+
+
+def test_a_class_whose_name_is_in_another_encoding_is_refused(tmp_path):
+    """It could be written into no picture and no table."""
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/G\xe9r")
+    try:
+        os.mkdir(folder)
+    except OSError:  # macOS takes only UTF-8
+        pytest.skip("this file system has only names in UTF-8")
+    save(Path(folder) / "1.png", 1)
+    with pytest.raises(DataError, match=r"folder b'G\\xe9r' in .* is not UTF-8"):
+        ImageFolder(tmp_path)
 
 
 def test_listed_images_by_index_and_by_name(fungi):

@@ -187,6 +187,8 @@ def test_the_losses_of_the_forgetting_meter_are_simple_ones():
         ("HeunDiscrete", 10, 0.04, None),  # 19 steps
         ("HeunDiscrete", 10, 0.02, "a pretrained_tail of 0.02 is 0 of 19 steps"),
         (None, 10, 0.06, None),
+        (None, 1000, 0.0, None),
+        (None, 1001, 0.0, "the sampler: DDIMScheduler cannot take 1,001 steps: .*larger than .*1000"),
     ],
 )
 def test_a_pretrained_tail_is_a_part_of_the_steps(scheduler, steps, tail, said):
