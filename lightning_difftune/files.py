@@ -217,6 +217,31 @@ def text_digest(text: str) -> str:
     return bytes_digest(text.encode("utf-8", "surrogateescape"))
 
 
+def own_number(value: Any) -> Any:
+    """A number of NumPy as Python's, which JSON and checkpoints can hold; everything else as it is.
+
+    Example:
+        >>> own_number(np.int64(3)), own_number("3")
+        (3, '3')
+    """
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def json_value(content: Any) -> Any:
+    """A value as JSON would give it back: lists for tuples, and Python's own numbers.
+
+    Raises:
+        TypeError, ValueError: If JSON has nothing for a part of it, such as NaN.
+    """
+
+    def number(value: Any) -> Any:
+        if (own := own_number(value)) is value:
+            raise TypeError(f"a {type(value).__name__} is not JSON")
+        return own
+
+    return json.loads(json.dumps(content, allow_nan=False, default=number))
+
+
 def json_digest(content: Any) -> str:
     """The SHA-256 of a JSON value; the order of keys does not matter."""
     return text_digest(json.dumps(content, sort_keys=True))

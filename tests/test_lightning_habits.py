@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,13 +19,20 @@ from lightning.pytorch.tuner import Tuner
 from tiny import quiet_trainer, tiny_pictures, tiny_weights, write_pictures
 from torch.utils.data import DataLoader
 
-from lightning_difftune import DiffTuningModule, DiffTuningObjective, DiTDiffTuningModule, MemoryBankDataModule
+from lightning_difftune import (
+    DiffTuningModule,
+    DiffTuningObjective,
+    DiTDiffTuningModule,
+    MemoryBankDataModule,
+    PowerSchedule,
+)
 from lightning_difftune.callbacks import EMA
 from lightning_difftune.callbacks.ema import averages_in
 from lightning_difftune.cli import main
 from lightning_difftune.cli.lightning import run_lightning
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.sampling import Sampler
+from lightning_difftune.tuners import LoRA
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +121,86 @@ def test_objects_that_a_module_was_made_with_are_asked_for_by_name(weights, tmp_
     assert again.sampler.num_inference_steps == 3
     with pytest.warns(UserWarning, match="was made with optimizer=... as objects, which are left at their defaults"):
         DiTDiffTuningModule.load_from_checkpoint(tmp_path / "run.ckpt", sampler=Sampler())
+
+
+class WithHyperparameters(DiTDiffTuningModule):
+    """A module of one's own as Lightning's pages write one."""
+
+    def __init__(self, extra: float = 1.0, *rest, **options):
+        super().__init__(*rest, **options)
+        self.save_hyperparameters()
+
+
+class DataWithHyperparameters(MemoryBankDataModule):
+    def __init__(self, *rest, **options):
+        super().__init__(*rest, **options)
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_leave_a_checkpoint_that_opens(weights, tmp_path):
+    made = {"label_dropout": 0.3, "objective": DiffTuningObjective(PowerSchedule(0.5))}
+    module = WithHyperparameters(2.0, str(weights), 3, optimizer=partial(torch.optim.SGD, lr=0.1), **made)
+    data = DataWithHyperparameters(tiny_pictures(), 3, 8, 1, batch_size=4)
+    trainer = quiet_trainer(tmp_path, 1)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(path := tmp_path / "run.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["hyper_parameters"]["extra"] == 2.0
+    assert saved["datamodule_hyper_parameters"]["batch_size"] == 4
+    assert {"objective", "optimizer"}.isdisjoint(saved["hyper_parameters"])
+    again = WithHyperparameters.load_from_checkpoint(path, objective=made["objective"])
+    assert (again.num_classes, again.label_dropout, again.hparams["extra"]) == (3, 0.3, 2.0)
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in again.state_dict().items())
+    quiet_trainer(tmp_path, 2).fit(module, data, ckpt_path=path)
+
+
+def test_numbers_of_numpy_are_those_of_python(weights, tmp_path):
+    """As ``labels.max() + 1`` is one: in checkpoints, stores, identities and seeds."""
+
+    def run(folder, whole, real):
+        torch.manual_seed(0)  # of the first factors of LoRA
+        options = {"num_classes": whole(3), "seed": whole(3), "label_dropout": real(0.25), "tuner": LoRA(whole(2))}
+        module = DiTDiffTuningModule(str(weights), **options)
+        sizes = {"bank_size": whole(6), "batch_size": whole(4), "retention_share": real(0.25), "seed": whole(1)}
+        data = data_module(bank=folder / "bank", num_classes=whole(3), image_size=whole(8), **sizes)
+        trainer = quiet_trainer(folder, 2, EMA(decay=real(0.5)))
+        trainer.fit(module, data)
+        trainer.save_checkpoint(folder / "run.ckpt")
+        return torch.load(folder / "run.ckpt", weights_only=True), (folder / "bank/manifest.json").read_bytes()
+
+    (plain, bank), (numpy, other) = run(tmp_path / "a", int, float), run(tmp_path / "b", np.int64, np.float64)
+    assert bank == other
+    for key in ("arguments", "tuner", "MemoryBankDataModule"):
+        assert plain[key] == numpy[key]
+    assert all(torch.equal(value, numpy["state_dict"][name]) for name, value in plain["state_dict"].items())
+
+
+class Keeps(L.Callback):
+    """A callback whose state is an array."""
+
+    state = None
+
+    def state_dict(self):
+        return {"seen": np.arange(3)}
+
+    def load_state_dict(self, state_dict):
+        self.state = state_dict
+
+
+def test_a_state_that_only_trusted_code_opens_is_said_when_it_is_saved(weights, tmp_path):
+    def fit(steps, *callbacks, **settings):
+        trainer = quiet_trainer(tmp_path, steps, *callbacks)
+        trainer.fit(DiTDiffTuningModule(str(weights), num_classes=3), data_module(), **settings)
+        return trainer
+
+    path = tmp_path / "run.ckpt"
+    trainer = fit(1, Keeps())
+    with pytest.warns(UserWarning, match=r"Checkpoints of this run hold numpy.*resuming needs weights_only=False"):
+        trainer.save_checkpoint(path)
+    with pytest.raises(CheckpointError, match=r"holds numpy.*may run code. If you trust the file, pass weights_only"):
+        fit(2, Keeps(), ckpt_path=path)
+    fit(2, again := Keeps(), ckpt_path=path, weights_only=False)
+    assert again.state["seen"].tolist() == [0, 1, 2]
 
 
 def test_a_checkpoint_from_elsewhere_runs_no_code(project):

@@ -117,7 +117,7 @@ class MemoryBankDataModule(RealPictures):
         )
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shards left to build
         self.bank_path = Path(bank).expanduser() if bank is not None else None
-        self.bank_size, self.bank_source = bank_size, None
+        self.bank_size, self.bank_source = int(bank_size), None
         if bank_source == "target":
             self.bank_size, self.bank_source = min(bank_size, len(self.target)), self.target
         elif bank_source is not None:

@@ -16,9 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lightning_difftune.errors import CheckpointError, ConfigError, NumericsError
-from lightning_difftune.files import atomic_file, discard_temporaries
+from lightning_difftune.files import atomic_file, discard_temporaries, own_number
 from lightning_difftune.models.checkpoint_files import check_records
 from lightning_difftune.models.checkpoints import check_state
 from lightning_difftune.trust import check_trust
@@ -30,16 +31,22 @@ LINKED = {"num_classes": "data", "image_size": "data"}  # the command line sets 
 
 def arguments_of(kind: type, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """A module's arguments by name: the plain values, and for the others only that they were given."""
+    parameters = inspect.signature(kind).parameters
     try:
-        given = dict(inspect.signature(kind).bind_partial(*args, **options).arguments)
+        bound = inspect.signature(kind).bind_partial(*args, **options).arguments
     except TypeError:  # the constructor raises it again
         return {"values": {}, "objects": []}
-    given |= given.pop("kwargs", {})
-    plain = {key: str(value) if isinstance(value, Path) else value for key, value in given.items()}
-    return {
-        "values": {key: value for key, value in plain.items() if _is_plain(value)},
-        "objects": sorted(key for key, value in plain.items() if not _is_plain(value)),
-    }
+    given: dict[str, Any] = {}
+    for name, value in bound.items():
+        if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            given |= value
+        elif parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:  # by the names that its base has for them
+            passed_on = [p.name for p in get_signature_parameters(kind, "__init__") if p.name not in parameters]
+            given |= dict(zip(passed_on, value, strict=False))
+        else:
+            given[name] = value
+    values = _plain_values(given)
+    return {"values": values, "objects": sorted(given.keys() - values.keys())}
 
 
 def rebuild(kind: type, content: Mapping[str, Any], path: str, trusted: Sequence[str], options: dict[str, Any]) -> Any:
@@ -126,6 +133,12 @@ def _import(name: str) -> Any:
         raise ConfigError(f"{name} cannot be imported ({error}). Install or import what it is in.") from error
 
 
+def _plain_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that a checkpoint can hold without code, paths as texts."""
+    values = {key: str(value) if isinstance(value, Path) else own_number(value) for key, value in given.items()}
+    return {key: value for key, value in values.items() if _is_plain(value)}
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
@@ -157,6 +170,9 @@ def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:
             "train in float32 or bf16-mixed."
         )
     checkpoint["state_dict"] = state
+    for key in ("hyper_parameters", "datamodule_hyper_parameters"):  # of save_hyperparameters(), objects included
+        if key in checkpoint:
+            checkpoint[key] = _plain_values(checkpoint[key])
     checkpoint["base_identity"] = module.base_identity
     checkpoint["source"] = module.source_facts.state()
     checkpoint["tuner"] = describe_tuner(module.tuner)
@@ -164,7 +180,7 @@ def make_lean(module: Any, checkpoint: dict[str, Any]) -> None:
 
 def describe_tuner(tuner: Any) -> str:
     """A tuner's class and plain settings, in words."""
-    settings = {} if tuner is None else vars(tuner)
+    settings = {} if tuner is None else {name: own_number(value) for name, value in vars(tuner).items()}
     shown = (
         f"{name}={list(value) if isinstance(value, tuple) else value}"
         for name, value in sorted(settings.items())
@@ -234,7 +250,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.parent.mkdir(parents=True, exist_ok=True)
             discard_temporaries(file.parent, file.name)
             with atomic_file(file) as opened:
-                torch.save(checkpoint, opened)
+                torch.save(with_own_numbers(checkpoint), opened)
         except (OSError, RuntimeError) as error:  # torch's writer may raise an error of its own over the disk's
             cause = next((cause for cause in (error, error.__context__) if isinstance(cause, OSError)), error)
             state = "the one that was there is as it was" if file.exists() else "none is there"
@@ -246,6 +262,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint {file} cannot be written ({cause}); {state}. Free some space or make the folder "
                 f"writable, then {again}."
             ) from error
+        if found := foreign_objects(file):
+            rank_zero_warn(
+                f"Checkpoints of this run hold {found}, in the state of a callback or of the data. Opening such "
+                "objects may run code: resuming needs weights_only=False, and commands such as `difftune sample` "
+                "refuse the file. Let state_dict() return numbers, texts, lists, dictionaries and tensors."
+            )
 
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = lambda storage, loc: storage, weights_only: bool | None = None
@@ -259,6 +281,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path) or Path(path).is_dir():
             return super().load_checkpoint(path, map_location, safe)
         return read_run(Path(path), map_location, safe)
+
+
+def with_own_numbers(tree: Any) -> Any:
+    """A copy of dictionaries, lists and tuples with the numbers of NumPy as Python's; all else is not copied."""
+    if type(tree) is dict:
+        return {key: with_own_numbers(value) for key, value in tree.items()}
+    if type(tree) in (list, tuple):
+        return type(tree)(map(with_own_numbers, tree))
+    return own_number(tree)
+
+
+def foreign_objects(file: Path) -> str:
+    """Names of the classes in a checkpoint that are opened only as trusted code; empty if there are none."""
+    try:
+        return ", ".join(get_unsafe_globals_in_checkpoint(file)[:3])
+    except Exception:  # a damaged file, for which it has no type of its own
+        return ""
 
 
 def write_whole(strategy: Any) -> None:
@@ -282,6 +321,11 @@ def read_run(
     try:
         content = torch.load(path, map_location=map_location, weights_only=weights_only, mmap=mmap)
     except Exception as error:  # torch.load has no type of its own for damaged files
+        if weights_only and (found := foreign_objects(path)):
+            raise CheckpointError(
+                f"{path} holds {found}, and opening such objects may run code. If you trust the file, pass "
+                "weights_only=False; on the command line, --weights_only false of `difftune fit` and `validate`."
+            ) from error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{path} is not a whole checkpoint of a run ({reason}). Take another one of the run's; weights without a "

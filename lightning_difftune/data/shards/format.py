@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lightning_difftune.errors import StoreError
-from lightning_difftune.files import json_digest
+from lightning_difftune.files import json_digest, json_value
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -76,7 +76,7 @@ class BuildPlan:
             raise ValueError(f"spec must be an object, found {type(self.spec).__name__}")
         _check_int(self.num_samples, "num_samples", 1, _MAX_SAMPLES)
         _check_int(self.shard_size, "shard_size", 1, _MAX_SAMPLES)
-        object.__setattr__(self, "spec", json.loads(json.dumps(self.spec, allow_nan=False)))
+        object.__setattr__(self, "spec", json_value(self.spec))
         object.__setattr__(self, "digest", json_digest({**self.to_json(), "num_samples": None}))
 
     @property
