@@ -47,7 +47,7 @@ from lightning_difftune.files import atomic_file, atomic_write, discard_temporar
 from lightning_difftune.models import DiT, export_dit, export_network, load_dit
 from lightning_difftune.models.checkpoints import fingerprint
 from lightning_difftune.models.diffusers_layout import open_network
-from lightning_difftune.modules.checkpoints import AtomicCheckpointIO
+from lightning_difftune.modules.checkpoint_io import AtomicCheckpointIO
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 

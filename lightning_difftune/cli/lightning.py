@@ -27,7 +27,7 @@ from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint, newest_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
-from lightning_difftune.modules.checkpoints import write_whole
+from lightning_difftune.modules.checkpoint_io import write_whole
 
 # Logged by Lightning in every run, but already in our summary and config.yaml.
 UNSAID = ("💡 Tip: For seamless cloud", "Seed set to", "TPU available", "`Trainer.fit` stopped: `max_steps")

@@ -15,7 +15,7 @@ import yaml
 
 from lightning_difftune.errors import DataError
 from lightning_difftune.models.checkpoint_files import check_records
-from lightning_difftune.modules.checkpoints import read_run
+from lightning_difftune.modules.checkpoint_io import read_run
 
 Series = list[tuple[int, float]]
 MARKS = ("metrics.csv", "config.yaml")  # a folder with either is a launch

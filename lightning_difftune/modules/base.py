@@ -22,7 +22,8 @@ from lightning_difftune.errors import ConfigError, check_kinds
 from lightning_difftune.losses import eps_mse_loss, hybrid_loss
 from lightning_difftune.models.casts import WeightCasts, takes_its_own_type
 from lightning_difftune.modules.bank_sources import EncodedPictures, PretrainedSamples
-from lightning_difftune.modules.checkpoints import ARGUMENTS, arguments_of, complete, make_lean, read_run, rebuild
+from lightning_difftune.modules.checkpoint_io import read_run
+from lightning_difftune.modules.checkpoints import ARGUMENTS, arguments_of, complete, make_lean, rebuild
 from lightning_difftune.modules.diffusion_model import DiffusionModel
 from lightning_difftune.modules.optimization import ADAMW_RATE, adamw, default_rate, scheduler_config, step_plateaus
 from lightning_difftune.modules.presets import announce

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_difftune.errors import CheckpointError, ConfigError
 from lightning_difftune.modules.changed_settings import RECORD, carry_settings, describe
-from lightning_difftune.modules.checkpoints import write_whole
+from lightning_difftune.modules.checkpoint_io import write_whole
 from lightning_difftune.modules.data_checks import check_classes
 from lightning_difftune.trainers import has_validation, is_last_step, stops_early, window_in_epoch
 
