@@ -94,8 +94,9 @@ class ForgettingMeter(OptimizerStepCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the held-out samples."""
         super().on_train_start(trainer, pl_module)
-        self._probe = None
-        step = trainer.global_step
+        self._probe, step = None, trainer.global_step
+        steps: Any = pl_module.num_timesteps
+        self.edges = [round(k * steps / self.num_bins) for k in range(self.num_bins + 1)]
         self.history = [(s, losses) for s, losses in self.history if s <= step] if step > 0 else []
         if not self.history:  # a new run, not a resumed one
             self._bank, self.pretrained = None, {}
@@ -164,7 +165,6 @@ class ForgettingMeter(OptimizerStepCallback):
         batch = {"target": trainer.strategy.batch_to_device(self._target, dataloader_idx=0)}
         if self._bank is not None:
             self._bank = batch["retention"] = move_data_to_device(self._bank, pl_module.device)
-        self.edges = [round(k * pl_module.num_timesteps / self.num_bins) for k in range(self.num_bins + 1)]
         with evaluating(pl_module), trainer.precision_plugin.forward_context():
             self._probe = pl_module.prepare(batch, Draws(self.seed, 0, pl_module.device))
             if self.interval is None:

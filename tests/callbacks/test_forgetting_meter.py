@@ -221,6 +221,8 @@ def test_a_resumed_run_measures_the_same_samples(tmp_path: Path) -> None:
         assert found[step].keys() == {"target", "bank"}
         for kind, losses in found[step].items():
             assert losses == pytest.approx(expected[step][kind])
+    again = run(8, "parts", str(tmp_path / "parts" / "last.ckpt"))
+    assert again.history == resumed.history, "nothing was left to train"
     with pytest.raises(CheckpointError, match="has 2 bins, this one 10"):
         ForgettingMeter().load_state_dict(whole.state_dict())
 
