@@ -143,6 +143,15 @@ def test_a_changed_rate_and_decay_take_effect(weights, tmp_path, scheduler, capl
     assert "weight_decay 0.01 -> 0.3" in caplog.text
 
 
+def test_a_rate_of_numpy_is_noticed(weights, tmp_path, caplog):
+    before, now = (partial(torch.optim.AdamW, lr=rate) for rate in np.logspace(-3, -4, 2))
+    run(weights, tmp_path, 3, before, save_at=2)
+    with caplog.at_level(logging.INFO):
+        _, seen, _ = run(weights, tmp_path, 4, now, ckpt_path=tmp_path / "at2.ckpt")
+    assert seen.rates() == [1e-4] * 2
+    assert "from step 2 on: lr 0.001 -> 0.0001." in caplog.text
+
+
 @pytest.mark.parametrize("name", ["one cycle", "cosine", "steps"])
 @pytest.mark.parametrize(("rate", "steps"), [(1e-4, 8), (1e-3, 12), (1e-4, 12)])
 def test_under_a_scheduler_the_rate_is_that_of_the_new_settings_at_the_step(weights, tmp_path, name, rate, steps):

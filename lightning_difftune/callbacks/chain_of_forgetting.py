@@ -15,6 +15,7 @@ from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure
 from lightning_difftune.callbacks.bases import on_device
 from lightning_difftune.callbacks.fid import DistanceCallback
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.files import own_number
 from lightning_difftune.metrics import FrechetDistance
 from lightning_difftune.pictures import check_pictures
 from lightning_difftune.plots import swap_figure
@@ -70,10 +71,11 @@ class ChainOfForgetting(DistanceCallback):
         dirpath: str | Path | None = None,
     ) -> None:
         super().__init__(num_samples, feature_extractor, every_n_steps, batch_size, reference, generate, cache_dir)
+        percents = [own_number(percent) for percent in percents]
         if not percents or not all(0 <= percent <= 100 for percent in percents) or shown < 1:
             raise ConfigError(
                 "ChainOfForgetting needs percents in [0, 100] and a sample to show, found "
-                f"percents {list(percents)} and shown {shown}."
+                f"percents {percents} and shown {shown}."
             )
         self.percents = sorted(set(percents))
         self.shown = shown

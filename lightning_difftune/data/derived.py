@@ -16,6 +16,7 @@ from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.source_facts import class_names_of, labels_of, location_of, paths_of
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError, check_lists
+from lightning_difftune.files import own_number
 
 IntArray = npt.NDArray[np.intp]
 
@@ -72,7 +73,7 @@ def _classes(source: Dataset, by_name: IntArray, order: IntArray) -> Iterator[tu
 
 
 def _bounds(sizes: Mapping[str, int | float], whole: str, count: int) -> list[int]:
-    values = list(sizes.values())
+    values = [own_number(size) for size in sizes.values()]
     ends = np.cumsum([0, *values])
     if any(value <= 0 for value in values):
         raise ConfigError(f"the sizes {dict(sizes)} of a partition must be above 0.")

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.files import own_number
 
 RECORD = "optimization"  # the checkpoint's key for the settings of optimizers and schedulers
 
@@ -208,6 +209,7 @@ def _plain(value: Any) -> Any:
         return {str(key): inner for key in value if (inner := _plain(value[key])) is not _SKIPPED}
     if isinstance(value, list | tuple):
         return [inner for entry in value if (inner := _plain(entry)) is not _SKIPPED]
+    value = own_number(value)
     return value if value is None or type(value) in (bool, int, float, str) else _SKIPPED
 
 

@@ -83,6 +83,12 @@ def test_a_function_may_swap(tmp_path: Path) -> None:
     assert callback.history[0][1][0] != callback.history[0][1][10]
 
 
+def test_percents_may_be_an_array() -> None:
+    chain = ChainOfForgetting(percents=np.arange(100, -1, -50), feature_extractor=PixelFeatures())
+    assert chain.percents == [0, 50, 100]
+    assert {type(percent) for percent in chain.percents} == {int}  # checkpoints hold them
+
+
 def test_mistakes_are_refused(tmp_path: Path) -> None:
     for settings in ({"percents": ()}, {"percents": (0, 101)}, {"shown": 0}):
         with pytest.raises(ConfigError, match=r"percents in \[0, 100\]"):

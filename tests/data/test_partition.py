@@ -26,6 +26,12 @@ def test_parts_are_disjoint_and_of_their_sizes():
     assert len(set().union(*parts)) == 90
 
 
+@pytest.mark.parametrize(("kind", "sizes", "found"), [(np.int64, (20, 9), [20, 9]), (np.float32, (0.5, 0.2), [50, 20])])
+def test_sizes_of_numpy_are_those_of_python(kind, sizes, found):
+    parts = dict(zip(("train", "test"), map(kind, sizes), strict=True))
+    assert [len(Partition(SOURCE, parts, name)) for name in parts] == found
+
+
 def test_partition_depends_on_the_seed_alone():
     assert part("val") == part("val")
     assert part("val") != part("val", seed=1)
