@@ -106,16 +106,19 @@ def test_the_page_of_the_study_has_the_figures_of_the_kept_results() -> None:
 
 def test_the_page_of_the_study_has_the_kept_results_of_the_larger_source() -> None:
     page = (CONFIGS.parent / "docs/study.md").read_text()
-    files = sorted((CONFIGS.parent / "results/photos32/results").glob("*.json"))
-    assert len(files) == 9, "the page says nine"
-    for path in files:
-        values = json.loads(path.read_text())["values"]
-        gaps = {first: 100 * values[f"held_out_gap/t{first:03d}"] for first in (0, 100, 200, 300, 500, 700, 800, 900)}
+    study = read_study(CONFIGS / "studies/photos32.yaml")
+    files = [CONFIGS.parent / study.kept / f"results/{run}-seed{seed}.json" for run in study.runs for seed in range(4)]
+    results = [(study.runs[path.stem[:-6]], json.loads(path.read_text())) for path in files if path.exists()]
+    assert len(results) == 13, "the page says thirteen"
+    for line in comparison(study, results):
+        means = {name: fmean(values) for name, values in line.values.items()}
+        gaps = {first: 100 * means[f"held_out_gap/t{first:03d}"] for first in (0, 100, 200, 300, 500, 700, 800, 900)}
         told = [f"{gap:+.0f} %" if first == 900 or abs(gap) > 20 else f"{gap:+.1f} %" for first, gap in gaps.items()]
-        row = next((line for line in page.splitlines() if f"| {' | '.join(told)} | " in line), None)
-        assert row is not None, (path.stem, told)
-        assert row.split(" | ")[9].startswith(f"{values['fd_efficientnet_lite0']:.1f}"), path.stem
-        assert row.endswith(f" | {values['precision']:.2f} / {values['recall']:.3f} |"), path.stem
+        distances = line.values["fd_efficientnet_lite0"]
+        told.append(f"{fmean(distances):.1f}" + (f" ± {stdev(distances):.1f}" if len(distances) > 1 else ""))
+        told[-1] += "" if line.change is None else f" ({100 * line.change:+.1f} %)"
+        told.append(f"{means['precision']:.2f} / {means['recall']:.3f}")
+        assert f" | {' | '.join(told)} |" in page, (line.run.name, told)
 
 
 GUIDED = {  # rows of the page's table of guidance, and the run that each is compared with
