@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import lightning as L
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,7 +20,7 @@ from lightning_difftune.data.derived import joined_by_name
 from lightning_difftune.data.folders import shorten
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.items import TargetItem
-from lightning_difftune.data.source_facts import name_of_class, require_source
+from lightning_difftune.data.source_facts import name_of_class, paths_of, require_source
 from lightning_difftune.errors import ConfigError, DataError, check_choice, check_counts
 from lightning_difftune.pictures import largest_value
 from lightning_difftune.protocols import TargetBatch
@@ -89,10 +90,12 @@ class RealPictures(L.LightningDataModule):
         return self.target.class_names if self.num_classes is not None else None
 
     def setup(self, stage: str) -> None:
-        """Warn of classes that are too small to learn, and refuse pictures that would be black."""
+        """Warn of held-out pictures that are trained on and of small classes, and refuse black pictures."""
         if stage != "fit":
             return
         check_depth(self.target)
+        if self.val_target is not None and (said := describe_shared(self.target.source, self.val_target.source)):
+            rank_zero_warn(said)
         labels = self.target.labels()
         if self.num_classes is not None and labels is not None:
             sentence = describe_small_classes(labels, self.num_classes, self.class_names)
@@ -231,6 +234,24 @@ def check_labels(
     raise DataError(
         f"label {int(values[first])} of {where(first)} is outside the label table, whose {num_classes} classes are "
         f"0..{num_classes - 1} ({len(outside)} of {len(values)} labels are outside); {fix}, or correct the labels."
+    )
+
+
+def describe_shared(target: Any, held_out: Any) -> str | None:
+    """A warning of files that are in both sources; ``None`` if there are none, or all are, as in a run on one batch.
+
+    Args:
+        target: The source of training pictures.
+        held_out: That of held-out ones.
+    """
+    ours, theirs = ({os.path.abspath(path) for path in paths_of(source) or ()} for source in (target, held_out))
+    shared = ours & theirs
+    if not shared or ours == theirs:
+        return None
+    return (
+        f"{len(shared):,} of {len(theirs):,} held-out pictures are training pictures, too, such as {min(shared)}: "
+        "losses and distances on them do not show what is learned by heart. Parts of a Partition are disjoint if all "
+        "have the same sizes, in the same order, and the same seed."
     )
 
 

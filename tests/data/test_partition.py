@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
 from PIL import Image
+from tiny import write_pictures
 from torch.utils.data import Dataset
 
+from lightning_difftune.data import ImageFolder, MemoryBankDataModule
 from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.image_arrays import ArrayImages
 from lightning_difftune.data.images import ImageTargets
@@ -24,6 +28,25 @@ def test_parts_are_disjoint_and_of_their_sizes():
     parts = [part(name) for name in ("train", "val", "test")]
     assert [len(p) for p in parts] == [60, 10, 20]
     assert len(set().union(*parts)) == 90
+
+
+def test_held_out_files_that_are_trained_on_are_said(tmp_path):
+    write_pictures(tmp_path, 20)
+
+    def fit_with(sizes, part="val"):
+        whole = ImageFolder(tmp_path)
+        target = Partition(whole, {"train": 0.8, "val": 0.2}, "train")
+        data = MemoryBankDataModule(target, 3, 8, 1, val_target=Partition(whole, sizes, part))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            data.setup("fit")
+        return [said for warning in caught if "held-out" in (said := str(warning.message))]
+
+    (said,) = fit_with({"val": 0.2, "train": 0.8})
+    assert said.startswith(f"4 of 4 held-out pictures are training pictures, too, such as {tmp_path}/")
+    assert said.endswith("the same sizes, in the same order, and the same seed.")
+    assert fit_with({"train": 0.8, "val": 0.2}) == []
+    assert fit_with({"train": 0.8, "val": 0.2}, "train") == []  # the same pictures on purpose
 
 
 @pytest.mark.parametrize(("kind", "sizes", "found"), [(np.int64, (20, 9), [20, 9]), (np.float32, (0.5, 0.2), [50, 20])])
