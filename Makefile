@@ -13,7 +13,8 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 demo: .venv/.demo
 	$(BIN)/difftune quickstart
 
-test: lint docs
+test: .venv/.dev
+	$(MAKE) --jobs=2 lint docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/.dev
