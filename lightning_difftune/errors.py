@@ -58,8 +58,7 @@ def check_counts(owner: str, **counts: int | None) -> None:
         ConfigError: If one of them is below 1, or not a whole number.
     """
     for name, count in counts.items():
-        if count is not None and not isinstance(count, Integral):
-            raise ConfigError(f"{name} of {owner} must be a whole number, found {count!r}.")
+        check_kinds(owner, **{name: (count, Integral, "a whole number")})
         if count is not None and count < 1:
             raise ConfigError(f"{name} of {owner} must be at least 1, found {count}.")
 

@@ -71,16 +71,8 @@ class DiffTuningModule(DiffusionModel):
         super().__init__(sampler, bank_sampler, seed)
         check_kinds(
             type(self).__name__,
-            optimizer=(
-                optimizer,
-                Callable,
-                "a function, such as partial(torch.optim.AdamW, lr=1e-4)",
-            ),
-            lr_scheduler=(
-                lr_scheduler,
-                Callable,
-                "a function, such as partial(LinearLR, total_iters=500)",
-            ),
+            optimizer=(optimizer, Callable, "a function, such as partial(torch.optim.AdamW, lr=1e-4)"),
+            lr_scheduler=(lr_scheduler, Callable, "a function, such as partial(LinearLR, total_iters=500)"),
             tuner=(tuner, Tuner, "a tuner, such as LoRA(rank=8)"),
         )
         self.objective = objective if objective is not None else DiffTuningObjective()

@@ -27,18 +27,19 @@ LINKED = {"num_classes": "data", "image_size": "data"}  # the command line sets 
 
 def arguments_of(kind: type, args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """A module's arguments by name: the plain values, and for the others only that they were given."""
-    parameters = inspect.signature(kind).parameters
+    signature = inspect.signature(kind)
     try:
-        bound = inspect.signature(kind).bind_partial(*args, **options).arguments
+        bound = signature.bind_partial(*args, **options).arguments
     except TypeError:  # the constructor raises it again
         return {"values": {}, "objects": []}
     given: dict[str, Any] = {}
     for name, value in bound.items():
-        if parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+        parameter = signature.parameters[name]
+        if parameter.kind is parameter.VAR_KEYWORD:
             given |= value
-        elif parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:  # by the names that its base has for them
-            passed_on = [p.name for p in get_signature_parameters(kind, "__init__") if p.name not in parameters]
-            given |= dict(zip(passed_on, value, strict=False))
+        elif parameter.kind is parameter.VAR_POSITIONAL:  # by the names that its base has for them
+            names = (p.name for p in get_signature_parameters(kind, "__init__") if p.name not in signature.parameters)
+            given |= dict(zip(names, value, strict=False))
         else:
             given[name] = value
     values = _plain_values(given)

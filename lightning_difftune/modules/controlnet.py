@@ -208,14 +208,19 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         """Control maps uint8 => float32 in [0, 1], on this module's device."""
         return maps.to(self.device).float() / 255
 
+    @property
+    def _examples(self) -> SupportsControlExamples | None:
+        """The trainer's data module, if it has held-out examples."""
+        data = getattr(self._trainer, "datamodule", None)
+        return data if isinstance(data, SupportsControlExamples) and data.num_control_examples > 0 else None
+
     def conditions(self, indices: Tensor) -> tuple[Any, Any]:
         """Picture i follows the caption and the control map of held-out example i mod N of the data module.
 
         Raises:
             ConfigError: If there are no held-out examples.
         """
-        data = getattr(self._trainer, "datamodule", None)
-        if not isinstance(data, SupportsControlExamples) or data.num_control_examples == 0:
+        if (data := self._examples) is None:
             raise ConfigError(
                 "A ControlNet draws pictures from control maps, and there are none: the data module has no held-out "
                 "pictures. Set its val_target, or call generate_controlled with maps of your own."
@@ -225,8 +230,7 @@ class ControlNetDiffTuningModule(TextPipelineModule):
 
     def names_of(self, indices: Sequence[int]) -> list[str] | None:
         """The captions of those examples."""
-        data = getattr(self._trainer, "datamodule", None)
-        if not isinstance(data, SupportsControlExamples) or data.num_control_examples == 0:
+        if (data := self._examples) is None:
             return super().names_of(indices)
         return list(data.control_examples([index % data.num_control_examples for index in indices])[1])
 
