@@ -148,7 +148,7 @@ class HEDSketch(NetworkAnnotator):
 
     def __init__(
         self,
-        source: nn.Module | str | Path = "lllyasviel/Annotators",
+        source: str | Path | nn.Module = "lllyasviel/Annotators",
         threshold: float = 127,
         sigma: float = 3.0,
         pen: float = 3.0,

@@ -40,7 +40,7 @@ class NetworkAnnotator(ABC):
     name: ClassVar[str]
     channels: ClassVar[int]
 
-    def __init__(self, source: nn.Module | str | Path) -> None:
+    def __init__(self, source: str | Path | nn.Module) -> None:
         self.source = source
         self._network: Any = None
         self._fingerprint: str | None = None
