@@ -13,7 +13,7 @@ from lightning_difftune import TextToImageDiffTuningModule
 from lightning_difftune.cli.lightning import ModelReader
 from lightning_difftune.cli.plan import Memory, size
 from lightning_difftune.cli.plan.phases import bank
-from lightning_difftune.cli.plan.probe import PARTS, Costs, Probe, costs_of
+from lightning_difftune.cli.plan.probe import PARTS, Costs, Probe, costs_of, saved_tensors
 from lightning_difftune.cli.plan.shapes import published_shapes
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
@@ -65,7 +65,13 @@ def test_the_pages_memory_of_a_whole_network_is_what_plan_counts(
         module.configure_model()
         module.train()
         one, two = (Probe(module, (3, 1024, 1024), batch_size, "bf16-mixed") for batch_size in (1, 2))
-        costs = costs_of(one, two, {}, mode)
+        nbytes = []
+        for probe in (one, two):
+            with mode, saved_tensors() as saved_bytes:
+                loss = probe.loss()
+            nbytes.append(saved_bytes())
+            del loss
+        costs = costs_of(one, {}, nbytes[1] - nbytes[0])
     assert size(Memory.of(costs, data.batch_size, data.latent_cache is not None).most) == SAID[name]
 
 

@@ -51,7 +51,7 @@ PARTS = [
 
 
 def shape(tree: Any) -> Any:
-    """A config without its numbers and paths: two of one shape are built by the same classes with the same arguments."""
+    """A config without its numbers and paths: two of one shape give the same arguments to the same classes."""
     if isinstance(tree, dict):
         return tuple((key, shape(value)) for key, value in sorted(tree.items()))
     if isinstance(tree, list):

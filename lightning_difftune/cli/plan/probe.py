@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -78,9 +78,13 @@ class Probe:
         with self.autocast():
             return module.objective.at(module.denoise, *samples, None, module.teacher).loss
 
-    def train(self) -> tuple[Tensor | None, ...]:
+    def train(self) -> None:
         """Forward and backward."""
-        return torch.autograd.grad(self.loss(), self.parameters, allow_unused=True)
+        self.backward(self.loss())
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass."""
+        torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
     @torch.no_grad()
     def teacher(self) -> Tensor | None:
@@ -148,13 +152,22 @@ def count(
         module.annotator = Unseen(annotator.channels)
     probe, pair = (Probe(module, picture_shape, batch_size, precision) for batch_size in (1, 2))
     flops = {}
+    with mode, FlopCounterMode(display=False) as counter:
+        with saved_tensors() as saved_bytes:
+            loss = probe.loss()
+        flops["denoise"], of_one = float(counter.get_total_flops()), saved_bytes()
+        probe.backward(loss)
+    flops["train"] = float(counter.get_total_flops())
     for part in PARTS:
-        with mode, FlopCounterMode(display=False) as counter:
-            getattr(probe, part)()
-        flops[part] = float(counter.get_total_flops())
+        if part not in flops:
+            with mode, FlopCounterMode(display=False) as counter:
+                getattr(probe, part)()
+            flops[part] = float(counter.get_total_flops())
     flops["encode"] += maps
     flops["bank_columns"] += maps
-    return costs_of(probe, pair, flops, mode)
+    with mode, saved_tensors() as saved_bytes:
+        loss = pair.loss()
+    return costs_of(probe, flops, saved_bytes() - of_one)
 
 
 @dataclass(frozen=True)
@@ -183,8 +196,8 @@ def annotator_flops(annotator: Annotator, picture_shape: tuple[int, ...]) -> flo
     return float(counter.get_total_flops())
 
 
-def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractContextManager[Any]) -> Costs:
-    """The costs of one sample, from probes of one and of two."""
+def costs_of(probe: Probe, flops: dict[str, float], activation_bytes: float) -> Costs:
+    """The costs of the one sample of a probe."""
     trained = probe.parameters
     names = {id(parameter) for parameter in trained}
     frozen = [p for p in all_parameters(probe.module) if id(p) not in names]
@@ -192,7 +205,7 @@ def costs_of(probe: Probe, pair: Probe, flops: dict[str, float], mode: AbstractC
     text: Any = getattr(probe.module, "text_encoder", None)
     return Costs(
         flops,
-        saved_bytes(pair, mode) - saved_bytes(probe, mode),
+        activation_bytes,
         sum(x.nbytes for x in probe.columns.values()),
         sum(x.numel() * (2 if x.is_floating_point() else x.element_size()) for x in cached),
         sum(p.numel() for p in trained),
@@ -214,8 +227,12 @@ def without_values() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def saved_bytes(probe: Probe, mode: AbstractContextManager[Any]) -> float:
-    """Bytes that a training step keeps for its backward pass, each storage once, including weights."""
+@contextmanager
+def saved_tensors() -> Iterator[Callable[[], float]]:
+    """A ``with`` block for a forward pass, and a function for the bytes that its graph keeps for the backward pass.
+
+    Each storage counts once, weights too, as long as the graph is there.
+    """
     # a weak reference prevents reuse of the storage's address, and tells whether the graph still holds it
     storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -225,11 +242,11 @@ def saved_bytes(probe: Probe, mode: AbstractContextManager[Any]) -> float:
         storages.setdefault(reference.cdata, (reference, storage.nbytes()))
         return tensor
 
-    with mode, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = probe.loss()
-    saved = sum(nbytes for reference, nbytes in storages.values() if not reference.expired())
-    del loss  # saved tensors live until here
-    return float(saved)
+    def nbytes() -> float:
+        return float(sum(size for reference, size in storages.values() if not reference.expired()))
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield nbytes
 
 
 def all_parameters(module: nn.Module) -> list[nn.Parameter]:
