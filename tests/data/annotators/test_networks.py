@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -282,3 +283,9 @@ def test_can_be_written_in_yaml() -> None:
         annotator = parser.instantiate(parser.parse_object({"annotator": config})).annotator
         assert type(annotator).__name__ == name
     assert annotator.low == 50
+
+
+@pytest.mark.parametrize("annotator", [HEDSketch, MidasDepth, MidasNormal, UperNetSegmentation])
+def test_a_name_is_read_as_a_text_before_it_is_looked_up_among_all_modules(annotator: type) -> None:
+    annotation = inspect.signature(annotator).parameters["source"].annotation
+    assert annotation.startswith("str |"), "to look a name up among the thousands of modules takes ten seconds"
