@@ -1,12 +1,19 @@
-"""Facts of a Lightning trainer that modules and callbacks ask for."""
+"""Facts of a Lightning trainer that modules and callbacks ask for, and the mode in which pictures are drawn."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from lightning_difftune.errors import ConfigError
 
 
 def has_validation(trainer: L.Trainer) -> bool:
@@ -53,3 +60,25 @@ def stops_early(trainer: L.Trainer) -> bool:
     """Whether a callback ends the run here, such as ``EarlyStopping`` or the timer of ``max_time``."""
     is_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
     return is_fit and trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
+def refuse_sharding(trainer: L.Trainer, needs: str) -> None:
+    """Refuse strategies that shard parameters, for a callback that needs whole ones."""
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise ConfigError(
+            f"{needs} whole parameters, but {type(trainer.strategy).__name__} shards them. Use strategy='ddp' or a "
+            "single device."
+        )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A ``with`` block without gradients, with a module in eval mode; its parts get their modes back."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part in training:
+            part.training = True

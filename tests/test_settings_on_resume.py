@@ -10,6 +10,7 @@ import re
 import signal
 from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -291,6 +292,30 @@ def test_pictures_that_only_reading_would_tell_are_not_compared(weights, tmp_pat
     with caplog.at_level(logging.INFO):
         run(weights, tmp_path, 4, ckpt_path=tmp_path / "at2.ckpt")
     assert "Changed since" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("held_out", "said"),
+    [
+        (tiny_pictures(), None),
+        (None, None),
+        ([(picture, label) for picture, label in tiny_pictures()], None),  # only reading would tell
+        (tiny_pictures(9), "12 before, 9 now"),
+        (tiny_pictures(classes=2), "their files' names, sizes or times, or labels"),
+    ],
+)
+def test_other_held_out_pictures_are_warned_of(recwarn, held_out, said):
+    before, now = (
+        MemoryBankDataModule(tiny_pictures(), 3, image_size=8, channels=1, val_target=source)
+        for source in (tiny_pictures(), held_out)
+    )
+    now.trainer = SimpleNamespace(
+        state=SimpleNamespace(fn="fit"), global_rank=0, world_size=1, lightning_module=None, datamodule=now
+    )
+    now.load_state_dict(before.state_dict())
+    warned = [str(warning.message) for warning in recwarn if "held-out pictures changed" in str(warning.message)]
+    assert len(warned) == (said is not None)
+    assert all(f"changed since the checkpoint ({said}): val/loss" in text for text in warned)
 
 
 def test_the_same_batch_size_says_nothing(weights, tmp_path, caplog):

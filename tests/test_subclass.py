@@ -145,6 +145,20 @@ def test_the_bank_is_of_the_network_before_tuning(tmp_path, weights):
     assert not torch.equal(module.eval().generate(torch.arange(6)), untouched.generate(torch.arange(6)))
 
 
+def test_pictures_are_drawn_without_dropout_in_any_mode(weights):
+    module = module_of(weights)
+    module.configure_model()
+    module.train()
+    module.unet.conv_in.eval()
+    pictures = module.generate(torch.arange(2))
+    swapped = module.generate_swapped(torch.arange(2), [0.0, 1.0])
+    assert module.training
+    assert module.unet.mid_block.training
+    assert not module.unet.conv_in.training
+    assert torch.equal(pictures, module.eval().generate(torch.arange(2)))
+    assert torch.equal(swapped[0], pictures)
+
+
 def test_its_checkpoint_is_refused_where_a_tensor_is_missing(tmp_path, weights):
     trainer = trainer_of(tmp_path, 2)
     module = module_of(weights)

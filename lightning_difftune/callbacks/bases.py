@@ -1,26 +1,27 @@
-"""Bases of callbacks that evaluate generated pictures, measure repeatedly, or act after optimizer steps."""
+"""Bases of callbacks that evaluate generated pictures or measure repeatedly."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.callbacks import Callback, EarlyStopping, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.pictures import check_pictures
-from lightning_difftune.trainers import has_validation, is_last_step, stops_early
+from lightning_difftune.trainers import has_validation, is_last_step, refuse_sharding, stops_early
 
 
 class GenerationCallback(Callback, ABC):
@@ -71,9 +72,36 @@ class GenerationCallback(Callback, ABC):
         """Evaluate pictures of the weights after ``step`` optimizer steps; called on every process."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies that hold only a part of each parameter, and reset the step of the last run."""
-        refuse_sharding(trainer, f"{type(self).__name__} generates pictures with")
+        """Refuse what would mix its results with others or change the weights, and reset the step of the last run.
+
+        Raises:
+            ConfigError: If the strategy shards parameters, another callback has one of :meth:`claims` in common, or
+                Lightning's ``WeightAveraging`` puts the weights back before this callback sees the averages.
+        """
+        name = type(self).__name__
+        refuse_sharding(trainer, f"{name} generates pictures with")
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for other in callbacks:
+            if other is self or not isinstance(other, GenerationCallback):
+                continue
+            for claim in self.claims().keys() & other.claims().keys():
+                raise ConfigError(
+                    f"{name} and another {type(other).__name__} have {claim} in common: the results of the one would "
+                    f"be taken for those of the other. {self.claims()[claim]}"
+                )
+        before = takewhile(lambda callback: callback is not self, callbacks)
+        averaging = next((callback for callback in before if isinstance(callback, WeightAveraging)), None)
+        if averaging is not None and stage == "fit":
+            raise ConfigError(
+                f"{type(averaging).__name__} puts the trained weights back before {name} generates, so that its "
+                f"pictures would not be of the averages that are validated. Move {type(averaging).__name__} behind "
+                f"{name} in the list of callbacks, or use lightning_difftune.callbacks.EMA, which has no order."
+            )
         self._checkpoint_step = self._latest_step = None
+
+    def claims(self) -> dict[str, str]:
+        """What no other callback may have in common, such as the logged name, and what to do if one has; in words."""
+        return {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn, if there will be no validation."""
@@ -131,7 +159,9 @@ class SampleCallback(GenerationCallback):
         """Refuse at the start, not after an hour, a module that cannot generate pictures."""
         super().setup(trainer, pl_module, stage)
         if stage in ("fit", "validate"):
-            self._generator(pl_module)
+            generate, _ = self._generator(pl_module)
+            whose = f"{type(pl_module).__name__}." if self.generate is None else "the function "
+            check_takes(generate, whose + self.method, f"Pass `generate=`: a function of {self.function}.")
 
     def pictures(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: range) -> Tensor:
         """Pictures (B, 1 or 3, H, W) uint8 for sample indices, generated at the trainer's precision."""
@@ -175,6 +205,12 @@ class MeasuringCallback(Callback):
         """The latest value, or ``None`` before the first."""
         return self.history[-1][1] if self.history else None
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the last value of the checkpoint again, for what monitors it before the next evaluation."""
+        if self._latest_step is not None:
+            for name, value in self.logged().items():
+                trainer.callback_metrics.setdefault(name, torch.tensor(value))
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Discard values of an earlier ``fit`` after the step that this one starts from."""
         self.history = [(step, value) for step, value in self.history if step <= trainer.global_step]
@@ -194,6 +230,10 @@ class MeasuringCallback(Callback):
         ``difftune report``.
         """
         return {}
+
+    def logged(self) -> dict[str, float]:
+        """The latest values by logged name; none before the first."""
+        return dict.fromkeys(self.scores(), self.last_value) if self.history else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The history of (step, value)."""
@@ -221,7 +261,7 @@ def warn_without_validation(trainer: L.Trainer, callback: Callback) -> None:
 
 def warn_of_followers(trainer: L.Trainer, callback: Any) -> None:
     """Warn, where a callback does not measure, of what takes its last value for a new one."""
-    names = callback.scores() if isinstance(callback, MeasuringCallback) else {}
+    names = callback.logged() if isinstance(callback, MeasuringCallback) else {}
     followers = [
         *(c for c in trainer.callbacks if isinstance(c, EarlyStopping)),  # type: ignore[attr-defined]
         *(c for c in trainer.checkpoint_callbacks if getattr(c, "save_top_k", 1) not in (0, 1)),
@@ -237,45 +277,20 @@ def warn_of_followers(trainer: L.Trainer, callback: Any) -> None:
             )
 
 
-class OptimizerStepCallback(Callback, ABC):
-    """Base of callbacks that act after an optimizer step, which with accumulated gradients is not every batch."""
+def check_takes(function: Callable[..., Any], call: str, fix: str) -> None:
+    """Refuse a function that cannot be called with as many arguments as in ``call``, such as ``generate(indices)``.
 
-    _latest_step = _previous_step = 0
-    _measured_step = 0  # for a subclass that measures at the last step, however the run ends
-
-    @abstractmethod
-    def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
-        """Act on the weights after ``step`` optimizer steps."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the step that a resumed run continues from."""
-        self._latest_step = self._previous_step = self._measured_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Act, if the optimizer has stepped."""
-        if trainer.global_step != self._latest_step:
-            self._previous_step, self._latest_step = self._latest_step, trainer.global_step
-            self.after_step(trainer, pl_module, trainer.global_step)
-
-    def is_due(self, every: int) -> bool:
-        """Whether the latest batch came to a multiple of ``every`` steps; several optimizers may step over it."""
-        return self._latest_step // every > self._previous_step // every
-
-
-def refuse_sharding(trainer: L.Trainer, needs: str) -> None:
-    """Refuse strategies that shard parameters, for a callback that needs whole ones."""
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-        raise ConfigError(
-            f"{needs} whole parameters, but {type(trainer.strategy).__name__} shards them. Use strategy='ddp' or a "
-            "single device."
-        )
-
-
-def same_objects(ours: Mapping[str, nn.Parameter], theirs: Mapping[str, nn.Parameter]) -> bool:
-    """Whether the same names have the same parameter objects."""
-    return ours.keys() == theirs.keys() and all(p is theirs[name] for name, p in ours.items())
+    Raises:
+        ConfigError: If it needs others; ``fix`` says what to do.
+    """
+    try:
+        found = inspect.signature(function)
+    except (TypeError, ValueError):  # one of C has none
+        return
+    try:
+        found.bind(*[None] * (call.count(",") + 1))
+    except TypeError as error:
+        raise ConfigError(f"Pictures are generated by {call}, but that takes {found}: {error}. {fix}") from error
 
 
 @contextmanager
@@ -285,16 +300,3 @@ def on_device(metric: Metric, pl_module: L.LightningModule) -> Iterator[Any]:
         yield metric.to("cpu" if pl_module.device.type == "mps" else pl_module.device)
     finally:
         metric.to("cpu")
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A ``with`` block without gradients, with a module in eval mode; its parts get their modes back."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True

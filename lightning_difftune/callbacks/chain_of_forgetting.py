@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
+from lightning_difftune.callbacks.artifacts import artifact_folder, folder_claim, write_figure, write_table
 from lightning_difftune.callbacks.bases import on_device
 from lightning_difftune.callbacks.fid import DistanceCallback
 from lightning_difftune.errors import ConfigError, DataError
@@ -89,6 +89,15 @@ class ChainOfForgetting(DistanceCallback):
         percents = set(settings["percents"])
         return (100 - min(percents) + sum(percents)) / 100
 
+    def claims(self) -> dict[str, str]:
+        """The logged names, and the folder."""
+        names = {f"the logged names '{self.monitor}/swap_...'": "Leave one out, or give it another feature_extractor."}
+        return names | folder_claim(self.dirpath, "chain-of-forgetting")
+
+    def logged(self) -> dict[str, float]:
+        """The latest distances by logged name."""
+        return {f"{self.monitor}/swap_{percent:g}": value for percent, value in (self.last_value or {}).items()}
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, on all processes."""
         super().setup(trainer, pl_module, stage)
@@ -110,8 +119,8 @@ class ChainOfForgetting(DistanceCallback):
             values = trainer.strategy.broadcast([swapped_distance.compute().item() for swapped_distance in distances])
         result = dict(zip(self.percents, values, strict=True))
         self.history.append((step, result))
-        for percent, value in result.items():
-            pl_module.log(f"{self.monitor}/swap_{percent:g}", value, reduce_fx="max", sync_dist=True)
+        for name, value in self.logged().items():
+            pl_module.log(name, value, reduce_fx="max", sync_dist=True)
         if trainer.is_global_zero:
             self.strip = torch.cat(strip, dim=1)
             path = self._folder / f"step-{step:07d}"

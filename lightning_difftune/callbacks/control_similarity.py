@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_difftune.callbacks.artifacts import PictureLog
-from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback, on_device
+from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback, check_takes, on_device
 from lightning_difftune.errors import ConfigError, DataError, check_counts, check_kinds
 from lightning_difftune.pictures import check_pictures, grid_of
 from lightning_difftune.protocols import SupportsControlExamples
@@ -114,6 +114,10 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         """Distinguishes several of these callbacks with different metrics."""
         return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
 
+    def claims(self) -> dict[str, str]:
+        """The logged name."""
+        return {f"the logged name '{self.monitor}'": "Leave one out, or give it another metric."}
+
     def scores(self) -> dict[str, dict[str, Any]]:
         """The similarity or error, with the metric's direction."""
         better = bool(getattr(self.metric, "higher_is_better", True))
@@ -128,7 +132,9 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
         self._training_since, self._seconds_spent, self._warned = None, 0.0, False
         if stage not in ("fit", "validate"):
             return
-        _controlled(pl_module)
+        module, way = _controlled(pl_module), "control_similarity.SupportsControl says what it takes and returns."
+        check_takes(module.generate_controlled, "generate_controlled(indices, conditioning, captions)", way)
+        check_takes(module.annotate, "annotate(pictures)", way)
         held_out = self._examples(trainer).num_control_examples
         if held_out < self.num_samples:
             raise ConfigError(

@@ -8,14 +8,15 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.bases import OptimizerStepCallback, refuse_sharding, same_objects
+from lightning_difftune.callbacks.steps import OptimizerStepCallback, newly_trained, same_objects
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.models.checkpoints import differences
-from lightning_difftune.trainers import last_step
+from lightning_difftune.trainers import last_step, refuse_sharding
 
 KEPT_AT_MOST = 0.5  # of the weights at the start, in the averages at the end; the paper's runs keep 0.09
 
@@ -24,11 +25,12 @@ class EMA(OptimizerStepCallback):
     r"""Average the trained weights over the steps, and validate, test and predict with the average.
 
     After every optimizer step, :math:`\bar\theta \leftarrow \bar\theta + (1 - d)(\theta - \bar\theta)` in float32 for
-    each parameter that requires a gradient when ``fit`` starts; frozen parameters and buffers are left alone and cost
-    nothing. The averages replace the weights from ``on_validation_start`` to ``on_validation_end``, and likewise in
-    test and predict; other callbacks see them in ``on_validation_epoch_end``, at any position in the list.
-    A checkpoint always holds the raw weights in ``state_dict`` and the averages in this callback's state, so a resumed
-    run is the same to the bit. (A checkpoint saved with ``save_weights_only`` has no averages.)
+    each parameter that requires a gradient when ``fit`` starts or from a later step on; frozen parameters and buffers
+    are left alone and cost nothing. The averages replace the weights from ``on_validation_start`` to
+    ``on_validation_end``, and likewise in test and predict; other callbacks see them in ``on_validation_epoch_end``, at
+    any position in the list. A checkpoint always holds the raw weights in ``state_dict`` and the averages in this
+    callback's state, so a resumed run is the same to the bit. (A checkpoint saved with ``save_weights_only`` has no
+    averages.)
 
     Args:
         decay: d. Diff-Tuning's official code uses 0.9999 and samples from the average.
@@ -37,7 +39,8 @@ class EMA(OptimizerStepCallback):
             written k times less often, 12 bytes per parameter each time, and are up to k - 1 steps old.
 
     Raises:
-        ConfigError: If the decay is outside [0, 1), or ``every_n_steps`` is below 1.
+        ConfigError: If the decay is outside [0, 1), or ``every_n_steps`` is below 1; when the trainer starts, beside
+            Lightning's ``WeightAveraging``, or if ``every_n_steps`` is above 1 with several optimizers.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[EMA(decay=0.999)], logger=False)
@@ -53,6 +56,7 @@ class EMA(OptimizerStepCallback):
         self.num_updates = 0
         self._averages: dict[str, Tensor] = {}
         self._parameters: dict[str, nn.Parameter] = {}  # the averaged parameters; empty until a module is attached
+        self._frozen: dict[str, nn.Parameter] = {}  # those of the module in training that are not averaged
         self._raw: dict[str, Tensor] = {}  # the weights, while the averages replace them
         self._narrow = False  # whether any weights have fewer bits than their averages
         self._restored = False
@@ -85,26 +89,52 @@ class EMA(OptimizerStepCallback):
     # -- averaging ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse strategies that hold only a part of each parameter."""
+        """Refuse strategies that hold only a part of each parameter, and other averages in the weights' place."""
         refuse_sharding(trainer, "EMA averages")
+        others = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
+        if others:
+            raise ConfigError(
+                f"EMA and {type(others[0]).__name__} both put their averages in the weights' place, in validations and "
+                "checkpoints, and one would get those of the other. Leave one out."
+            )
         self._restored = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Continue the averages of the checkpoint or of the previous ``fit``, or start from the weights."""
-        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        named = dict(pl_module.named_parameters())
+        trained = {name: p for name, p in named.items() if p.requires_grad}
         if not trained:
             raise ConfigError("EMA has nothing to average: no parameter of the module requires a gradient.")
+        if self.every_n_steps > 1 and len(trainer.optimizers) > 1:
+            raise ConfigError(
+                f"EMA(every_n_steps={self.every_n_steps}) counts the steps of {len(trainer.optimizers)} optimizers, so "
+                "that its averages would be over fewer steps of each. Leave every_n_steps out."
+            )
+        before = self._parameters if self._parameters else named  # a part that was averaged may be frozen again
+        trained |= {name: named[name] for name in self._averages if name in named and before.get(name) is named[name]}
         if self._averages and not self._parameters:  # loaded, from a checkpoint or by hand
             self._require_match(trained, str(trainer.ckpt_path or "the loaded state"))
         elif trainer.ckpt_path or not same_objects(self._parameters, trained):
             if trainer.ckpt_path:
                 rank_zero_warn(f"{trainer.ckpt_path} holds no averages; EMA starts from its weights.")
-            self._averages = {name: p.detach().clone() for name, p in trained.items()}
-            self.num_updates = 0
-        self._parameters = trained
-        for name, p in trained.items():
-            self._averages[name] = self._averages[name].to(p.device, torch.promote_types(p.dtype, torch.float32))
-        self._narrow = any(self._averages[name].dtype != p.dtype for name, p in trained.items())
+            trained = {name: p for name, p in trained.items() if p.requires_grad}
+            self._averages, self.num_updates = {}, 0
+        self._parameters, self._narrow = {}, False
+        self._frozen = {name: p for name, p in named.items() if name not in trained}
+        self._include(trained)
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Average parameters that were unfrozen since, which were the same in all steps so far."""
+        self._include(newly_trained(self._frozen))
+
+    def _include(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Average these parameters, from their weights if there are no averages of them."""
+        for name, p in parameters.items():
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            known = self._averages.get(name)
+            self._averages[name] = p.detach().clone().to(dtype) if known is None else known.to(p.device, dtype)
+            self._narrow |= p.dtype != dtype
+            self._parameters[name] = p
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Warn of averages that will hardly move, which validations and samples would show in place of the weights."""

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.bases import OptimizerStepCallback, refuse_sharding, same_objects
+from lightning_difftune.callbacks.steps import OptimizerStepCallback, newly_trained, same_objects
 from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
 from lightning_difftune.models.checkpoints import differences
-from lightning_difftune.trainers import is_last_step
+from lightning_difftune.trainers import is_last_step, refuse_sharding
 
 
 class EWC(OptimizerStepCallback):
@@ -22,10 +22,11 @@ class EWC(OptimizerStepCallback):
     ``ewc/total`` is :math:`\sum_i (\theta_i - \theta_i^0)^2`, ``ewc/mean`` is this divided by the number of trained
     parameters, and ``ewc/<block>`` are the parts of the total, with ``ewc/rest`` for parameters outside all blocks.
 
-    :math:`\theta^0` are the values of the parameters that require a gradient when ``fit`` starts, so the factors and
-    adapters of a tuner count from their initial values, though the pre-trained network has none. Layers of ``peft``
-    with a weight update, such as LoRA's, count by that update: merged minus original weight, alpha / r included,
-    instead of by their factors. (DoRA's magnitudes are not such an update and do not count.)
+    :math:`\theta^0` are the values of the parameters that require a gradient when ``fit`` starts, or of those that are
+    unfrozen later, so the factors and adapters of a tuner count from their initial values, though the pre-trained
+    network has none. Layers of ``peft`` with a weight update, such as LoRA's, count by that update: merged minus
+    original weight, alpha / r included, instead of by their factors. (DoRA's magnitudes are not such an update and do
+    not count.)
 
     Nothing is synchronized: under DDP all processes hold the same weights. A second or resumed ``fit`` of the same
     module measures from the start of the first.
@@ -65,6 +66,7 @@ class EWC(OptimizerStepCallback):
         self.save_reference = save_reference
         self._reference: dict[str, Tensor] | None = None  # None until a fit starts or a checkpoint is loaded
         self._trained: dict[str, nn.Parameter] = {}  # empty until a module is attached
+        self._frozen: dict[str, nn.Parameter] = {}  # the module's other parameters, while it is trained
         self._updates: dict[str, WeightUpdate] = {}  # layers whose trained parameters count by their update
 
     @torch.no_grad()
@@ -116,12 +118,14 @@ class EWC(OptimizerStepCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the pre-trained values of the checkpoint or of the previous ``fit``, or take the module's."""
-        trained = {name: p for name, p in pl_module.named_parameters() if p.requires_grad}
+        named = dict(pl_module.named_parameters())
+        trained = {name: p for name, p in named.items() if p.requires_grad}
         if not trained:
             raise ConfigError("EWC has nothing to measure: no parameter of the module requires a gradient.")
+        known, before = self._reference or {}, self._trained or named  # a part that was trained may be frozen again
+        trained |= {name: named[name] for name in known if name in named and before.get(name) is named[name]}
         updates = trained_updates(pl_module)
-        factors = factor_prefixes(updates)
-        plain = {name: p for name, p in trained.items() if not name.startswith(factors)}
+        plain = plain_of(trained, updates)
         source = str(trainer.ckpt_path or "the loaded state")
         if self._reference is not None and not self._trained:  # loaded, from a checkpoint or by hand
             problems = differences(self._reference, plain)
@@ -136,10 +140,19 @@ class EWC(OptimizerStepCallback):
                     f"{source} does not hold the pre-trained values that EWC measures from, and its weights are no "
                     "longer those. Resume without EWC, or from a checkpoint of a run with EWC(save_reference=True)."
                 )
-            self._reference = {name: p.detach().clone() for name, p in plain.items()}
-        self._trained = trained
-        self._updates = updates
+            trained = {name: p for name, p in trained.items() if p.requires_grad}
+            self._reference = {name: p.detach().clone() for name, p in plain_of(trained, updates).items()}
+        self._trained, self._updates = trained, updates
+        self._frozen = {name: p for name, p in named.items() if name not in trained}
         self._place()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Measure parameters that were unfrozen since from their values, which are still the pre-trained ones."""
+        if found := newly_trained(self._frozen):
+            self._trained, self._updates = self._trained | found, trained_updates(pl_module)
+            fresh = {name: p.detach().clone() for name, p in plain_of(found, self._updates).items()}
+            self._reference = (self._reference or {}) | fresh
+            self._place()
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure, if due."""
@@ -222,9 +235,10 @@ def trained_updates(module: nn.Module) -> dict[str, WeightUpdate]:
     }
 
 
-def factor_prefixes(updates: dict[str, WeightUpdate]) -> tuple[str, ...]:
-    """Prefixes of the names of the updates' factors."""
-    return tuple(f"{name}.{part}." for name, layer in updates.items() for part in layer.adapter_layer_names)
+def plain_of(trained: dict[str, nn.Parameter], updates: dict[str, WeightUpdate]) -> dict[str, nn.Parameter]:
+    """The trained parameters that are not factors of the updates."""
+    factors = tuple(f"{name}.{part}." for name, layer in updates.items() for part in layer.adapter_layer_names)
+    return {name: p for name, p in trained.items() if not name.startswith(factors)}
 
 
 def active_update(layer: WeightUpdate) -> Tensor:

@@ -44,6 +44,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         self._distance = FrechetDistance(feature_extractor) if feature_extractor is not None else None
         self._reference_key: str | None = None  # key of the wanted real sums
         self._ready: str | None = None  # key of the measured ones
+        self._given: Any = None  # the reference of a key of an id, which is kept so that no other gets the id
 
     @property
     def distance(self) -> FrechetDistance:
@@ -61,6 +62,10 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
     def state_key(self) -> str:
         """Distinguishes several of these callbacks with different extractors."""
         return self._generate_state_key(monitor=self.monitor, num_samples=self.num_samples)
+
+    def claims(self) -> dict[str, str]:
+        """The logged name."""
+        return {f"the logged name '{self.monitor}'": "Leave one out, or give it another feature_extractor."}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the extractor and the reference, and log the extractor's name."""
@@ -83,7 +88,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         if isinstance(source, SupportsReferenceImages):
             self._reference_key = reference_key(source.reference_identity(), self.distance.feature_extractor)
         else:
-            self._reference_key = "the reference given"
+            self._reference_key, self._given = f"the reference given, {id(source)}", source
             if self.cache is not None:
                 rank_zero_warn("The reference has no reference_identity(), so its statistics are not kept on disk.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
-from lightning_difftune.callbacks.bases import OptimizerStepCallback, evaluating, refuse_sharding
+from lightning_difftune.callbacks.steps import OptimizerStepCallback
 from lightning_difftune.draws import Draws
-from lightning_difftune.errors import CheckpointError, ConfigError, check_counts
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError, check_counts
 from lightning_difftune.plots import forgetting_figure
 from lightning_difftune.protocols import Denoiser, SupportsDenoisingLosses
 from lightning_difftune.schedules import fit_schedule
-from lightning_difftune.trainers import is_last_step
+from lightning_difftune.trainers import evaluating, is_last_step, refuse_sharding
 
 COST = 0.02  # share of the training time, at the default interval
 PASSES = 3  # forward passes that cost about as much as forward and backward of the same batch
@@ -118,13 +119,13 @@ class ForgettingMeter(OptimizerStepCallback):
         """Collect samples of the bank from the first batches, then measure the start of training."""
         if not trainer.is_global_zero or self._probe is not None:
             return
-        retention = batch.get("retention")
+        target, retention = target_of(batch), batch.get("retention")
         if retention is not None and (self._bank is None or count_of(self._bank) < self.num_samples):
             bank = retention if self._bank is None else joined(self._bank, retention)
             self._bank = {name: column[: self.num_samples] for name, column in bank.items()}
             if count_of(self._bank) < self.num_samples:
                 return
-        self._start(trainer, pl_module, count_of(batch["target"]) + (0 if retention is None else count_of(retention)))
+        self._start(trainer, pl_module, count_of(target) + (0 if retention is None else count_of(retention)))
 
     def after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         """Measure, if due."""
@@ -228,11 +229,25 @@ class ForgettingMeter(OptimizerStepCallback):
         self._bank = state_dict["bank"]
 
 
+def target_of(batch: Any) -> dict[str, Any]:
+    """The target samples of a batch.
+
+    Raises:
+        DataError: If the batch is not a dict with some.
+    """
+    if isinstance(batch, Mapping) and isinstance(target := batch.get("target"), dict):
+        return target
+    raise DataError(
+        'ForgettingMeter takes batches {"target": {...}, "retention": {...}} of columns of samples, the second as an '
+        f"option; found a {type(batch).__name__}. Let the loaders return such dicts, or remove the callback."
+    )
+
+
 def spread_over(loader: Any, count: int) -> dict[str, Any] | None:
     """At most ``count`` target samples, evenly spaced over all batches of a loader; ``None`` if it is empty."""
     found: dict[str, Any] | None = None
     for batch in loader:
-        chosen = evenly(batch["target"], -(-count // len(loader)))
+        chosen = evenly(target_of(batch), -(-count // len(loader)))
         found = chosen if found is None else joined(found, chosen)
     return None if found is None else evenly(found, count)
 

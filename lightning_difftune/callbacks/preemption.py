@@ -20,8 +20,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch import distributed
 
-from lightning_difftune.callbacks.bases import OptimizerStepCallback
 from lightning_difftune.callbacks.progress_bar import StepLines, StepProgressBar
+from lightning_difftune.callbacks.steps import OptimizerStepCallback
 
 
 class Preemption(OptimizerStepCallback):

@@ -12,11 +12,12 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_difftune.callbacks.artifacts import PictureLog
-from lightning_difftune.callbacks.bases import SampleCallback, evaluating
+from lightning_difftune.callbacks.artifacts import PictureLog, folder_claim
+from lightning_difftune.callbacks.bases import SampleCallback
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.pictures import grid_of
 from lightning_difftune.protocols import SupportsReferenceImages
+from lightning_difftune.trainers import evaluating
 
 
 class SampleGrid(SampleCallback):
@@ -59,6 +60,10 @@ class SampleGrid(SampleCallback):
         super().__init__(num_samples, batch_size, every_n_steps, generate)
         self.columns, self.at_start = columns, at_start
         self.picture_log = PictureLog("samples", dirpath)
+
+    def claims(self) -> dict[str, str]:
+        """The folder."""
+        return folder_claim(self.picture_log.dirpath, self.picture_log.key)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, on all processes."""

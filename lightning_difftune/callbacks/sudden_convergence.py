@@ -52,12 +52,14 @@ class SuddenConvergence(MeasuringCallback):
 
     The step is logged as ``sudden_convergence/step``, and at the end of training the leap as
     ``sudden_convergence/leap``, ``/leap_start_step`` and ``/leap_end_step``. Steps are optimizer steps
-    (``trainer.global_step``). A validation in which the scalar is not logged, or is NaN or infinite, is skipped: it
-    neither counts nor interrupts. The sanity check and ``fast_dev_run`` are ignored. The values are part of
-    checkpoints, so a resumed run gives the same results. (Only the validation right after a checkpoint of
-    ``ModelCheckpoint(every_n_train_steps=...)`` is then missing: Lightning does not repeat it on resuming. Save after
-    validation, or at other steps.) All processes follow the first one's value, which loggers show; log with
-    ``sync_dist=True`` to average over all data.
+    (``trainer.global_step``). With several of these callbacks, the names are ``sudden_convergence/<monitor>/step`` and
+    so on.
+
+    A validation in which the scalar is not logged, or is NaN or infinite, is skipped: it neither counts nor interrupts.
+    The sanity check and ``fast_dev_run`` are ignored. The values are part of checkpoints, so a resumed run gives the
+    same results. (Only the validation right after a checkpoint of ``ModelCheckpoint(every_n_train_steps=...)`` is then
+    missing: Lightning does not repeat it on resuming. Save after validation, or at other steps.) All processes follow
+    the first one's value, which loggers show; log with ``sync_dist=True`` to average over all data.
 
     Args:
         monitor: Name of the scalar, logged in validation by any module or callback.
@@ -171,6 +173,7 @@ class SuddenConvergence(MeasuringCallback):
         """Warn, if there will be no validation."""
         super().on_train_start(trainer, pl_module)
         warn_without_validation(trainer, self)
+        self._latest_logged = trainer.callback_metrics.get(self.monitor)  # of a checkpoint; no new value
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the value of this validation, whichever module or callback logged it."""
@@ -201,7 +204,7 @@ class SuddenConvergence(MeasuringCallback):
                 f"{'above' if self.mode == 'max' else 'below'} {self.threshold}, at {value:.4g} in step {step:,}."
             )
             for logger in trainer.loggers:
-                logger.log_metrics({"sudden_convergence/step": float(converged)}, step=step)
+                logger.log_metrics({f"{self._prefix(trainer)}/step": float(converged)}, step=step)
         if self.stop:
             trainer.should_stop = True
 
@@ -222,12 +225,16 @@ class SuddenConvergence(MeasuringCallback):
         for logger in trainer.loggers:
             logger.log_metrics(
                 {
-                    "sudden_convergence/leap": leap.rise,
-                    "sudden_convergence/leap_start_step": float(leap.start_step),
-                    "sudden_convergence/leap_end_step": float(leap.end_step),
+                    f"{self._prefix(trainer)}/leap": leap.rise,
+                    f"{self._prefix(trainer)}/leap_start_step": float(leap.start_step),
+                    f"{self._prefix(trainer)}/leap_end_step": float(leap.end_step),
                 },
                 step=trainer.global_step,
             )
+
+    def _prefix(self, trainer: L.Trainer) -> str:
+        others = [c for c in trainer.callbacks if isinstance(c, SuddenConvergence)]  # type: ignore[attr-defined]
+        return "sudden_convergence" if len(others) == 1 else f"sudden_convergence/{self.monitor}"
 
     def _gain(self, before: float, after: float) -> float:
         return after - before if self.mode == "max" else before - after

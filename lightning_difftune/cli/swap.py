@@ -89,8 +89,7 @@ def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tens
     """A function that generates pictures of ``model`` with the last steps by ``tail``, on the device of ``model``."""
 
     def generate(indices: Tensor, fractions: Sequence[float]) -> Tensor:
-        if tail.sample_shape != model.sample_shape:
-            raise ConfigError(f"The tail denoises {tail.sample_shape} and the model {model.sample_shape}.")
+        tail.trainer = model.trainer  # whose data have the examples that a ControlNet draws from
         return model.generate_swapped(indices, fractions, tail.to(model.device))
 
     return generate

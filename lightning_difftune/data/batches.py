@@ -274,13 +274,25 @@ def changed_batches(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """What differs between two states of a data module that changes the batches of all processes together."""
     whole = ("batch_size", "processes")
     same_whole = math.prod(was.get(key, 1) for key in whole) == math.prod(now.get(key, 1) for key in whole)
-    left_out = ("content", *(whole if same_whole else ()))
+    left_out = ("content", "held_out", *(whole if same_whole else ()))
     keys = [key for key in was if key in now and key not in left_out]
     changed = [f"{key} {was[key]} -> {now[key]}" for key in keys if was[key] != now[key]]
     content = {state.get("content") for state in (was, now)}
     if None not in content and len(content) > 1:
         changed.append("the target's pictures (their files' names, sizes or times), labels or captions")
     return changed
+
+
+def changed_held_out(was: tuple[int, str | None] | None, now: tuple[int, str | None] | None) -> str | None:
+    """A warning of other held-out pictures, by number and content, if known; ``None`` if none were or are held out."""
+    if not was or not now or (was[0] == now[0] and (None in (was[1], now[1]) or was[1] == now[1])):
+        return None
+    how = f"{was[0]:,} before, {now[0]:,} now" if was[0] != now[0] else "their files' names, sizes or times, or labels"
+    return (
+        f"The held-out pictures changed since the checkpoint ({how}): val/loss, distances and the best value so far, "
+        "by which ModelCheckpoint and EarlyStopping decide, were measured on others. Keep the run's val_target, or "
+        "start a new run to compare."
+    )
 
 
 def describe_no_retention(share: float, batch_size: int) -> str:

@@ -20,6 +20,7 @@ from lightning_difftune.data.batches import (
     TrainingBatches,
     TrainingSteps,
     changed_batches,
+    changed_held_out,
     describe_no_retention,
     evaluation_batch_size,
     retained_samples,
@@ -150,7 +151,7 @@ class MemoryBankDataModule(RealPictures):
         return retained_samples(self.retention_share, self.batch_size) if self.bank_path is not None else 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What determines the pictures in a step's batch, for comparison when the run is resumed."""
+        """What determines the pictures of a step and of a validation, for comparison when the run is resumed."""
         return {
             "seed": self.seed,
             "pictures": len(self.target),
@@ -161,14 +162,19 @@ class MemoryBankDataModule(RealPictures):
             "batch_size": self.batch_size,
             "retention_batch_size": self.retention_batch_size if self._uses_retention else 0,
             "processes": rank_of(self.trainer)[1],
+            "held_out": self.val_target and [len(self.val_target), self.val_target.unread_identity],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Say what changed since the checkpoint that a run is resumed from."""
         # Lightning warns of every loader without a state that a run resumed within an epoch may read other batches.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
-        changed = changed_batches(state_dict, self.state_dict())
-        if changed and self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        now = self.state_dict()
+        if said := changed_held_out(state_dict.get("held_out"), now["held_out"]):
+            rank_zero_warn(said)
+        if changed := changed_batches(state_dict, now):
             rank_zero_info(
                 f"Changed since the checkpoint: {', '.join(changed)}. Each further step has the batch that the new "
                 "settings give to it, as if the run had begun with them: some pictures come sooner, some later."

@@ -80,6 +80,12 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         self.controlnet_source = controlnet
         self.embedding_widths = conditioning_embedding_out_channels
         self.conditioning_scale = conditioning_scale
+        self._captions: dict[int, str] = {}  # of the held-out examples that were read for pictures
+
+    def setup(self, stage: str) -> None:
+        """Forget the captions of another run's data."""
+        super().setup(stage)
+        self._captions.clear()
 
     # -- networks -------------------------------------------------------------------------------------------------
 
@@ -221,18 +227,24 @@ class ControlNetDiffTuningModule(TextPipelineModule):
             ConfigError: If there are no held-out examples.
         """
         if (data := self._examples) is None:
+            lacks = "module has no trainer with data" if self._trainer is None else "data have no held-out pictures"
             raise ConfigError(
-                "A ControlNet draws pictures from control maps, and there are none: the data module has no held-out "
-                "pictures. Set its val_target, or call generate_controlled with maps of your own."
+                f"A ControlNet draws pictures from control maps, and there are none: the {lacks}. Set val_target of "
+                "the data, or call generate_controlled with maps of your own."
             )
-        pictures, captions, *own = data.control_examples((indices % data.num_control_examples).tolist())
+        places = [index % data.num_control_examples for index in indices.tolist()]
+        pictures, captions, *own = data.control_examples(places)
+        self._captions |= dict(zip(places, captions, strict=True))
         return self.controlled(captions, own[0] if own else self.annotate(pictures.to(self.device)))
 
     def names_of(self, indices: Sequence[int]) -> list[str] | None:
         """The captions of those examples."""
         if (data := self._examples) is None:
             return super().names_of(indices)
-        return list(data.control_examples([index % data.num_control_examples for index in indices])[1])
+        places = [index % data.num_control_examples for index in indices]
+        if unread := [place for place in dict.fromkeys(places) if place not in self._captions]:
+            self._captions |= dict(zip(unread, data.control_examples(unread)[1], strict=True))
+        return [self._captions[place] for place in places]
 
     def generate_controlled(self, indices: Tensor, conditioning: Tensor, captions: Sequence[str]) -> Tensor:
         """Pictures (B, 3, H, W) uint8 for control maps (B, C, H, W) uint8 and B captions.

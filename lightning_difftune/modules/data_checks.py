@@ -16,7 +16,7 @@ LOOKED_AT = 20  # batches whose labels are looked at on an accelerator
 
 
 def check_classes(module: Any, data: Any, saved_names: Sequence[str] | None = None) -> None:
-    """Refuse data whose classes have other numbers than the module's.
+    """Refuse classes whose numbers differ between data, module and checkpoint, and warn of a number with a new name.
 
     Args:
         module: The module; one without ``num_classes`` has no classes.
@@ -34,14 +34,29 @@ def check_classes(module: Any, data: Any, saved_names: Sequence[str] | None = No
             f"have, or none of some that they have. Set num_classes of the module to {count}."
         )
     given = getattr(module, "class_names", None)
-    known, whose = (given, "the module's class_names") if given is not None else (saved_names, "the checkpoint")
+    _check_order(given, "the module's class_names", names, "the data")
+    _check_order(saved_names, "the checkpoint", *((names, "the data") if given is None else (given, "class_names")))
+    renamed = [
+        f"{number} is {new!r} and was {old!r}"
+        for number, (old, new) in enumerate(zip(saved_names or (), names or (), strict=False))
+        if given is None and old != new
+    ]
+    if renamed:
+        rank_zero_warn(
+            f"Classes have other names than in the checkpoint: {', '.join(renamed[:3])} ({len(renamed)} in all"
+            "). If they are other classes, one is taken for another: keep the run's, or start a new run."
+        )
+
+
+def _check_order(known: Sequence[str] | None, whose: str, names: Sequence[str] | None, where: str) -> None:
+    """Refuse names of which one has another number among the known ones; a name without one there is let through."""
     if known is None or names is None:
         return
     numbers = {name: number for number, name in enumerate(known)}
     moved = [name for number, name in enumerate(names) if numbers.get(name, number) != number]
     if moved and len(numbers) == len(known):
         raise ConfigError(
-            f"Class {moved[0]!r} has the number {list(names).index(moved[0])} in the data and {numbers[moved[0]]} in "
+            f"Class {moved[0]!r} has the number {list(names).index(moved[0])} in {where} and {numbers[moved[0]]} in "
             f"{whose}: one class would be taken for another ({len(moved)} of {len(names)} are moved). Keep the run's "
             "classes in their order, or start a new run."
         )

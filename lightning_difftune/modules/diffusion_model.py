@@ -26,6 +26,7 @@ from lightning_difftune.sampling import Guided, NoiseScheduler, Sampler, ddim_fo
 from lightning_difftune.sampling.sampler import check_scheduler, check_steps
 from lightning_difftune.sampling.schedulers import describe_unfit
 from lightning_difftune.source import SourceFacts
+from lightning_difftune.trainers import evaluating
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -263,8 +264,9 @@ class DiffusionModel(ModelFamily):
             conditions: Condition and null condition to use instead of :meth:`conditions`.
         """
         self.configure_model()
-        conditions = self.conditions(indices) if conditions is None else conditions
-        return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
+        with evaluating(self):  # without dropout, also between the steps of a training
+            conditions = self.conditions(indices) if conditions is None else conditions
+            return to_uint8(self.decode(self.draw_latents(self.denoise, self.sampler, indices, conditions)))
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Pictures (B, C, H, W) uint8 for sample indices (B,); on a data module, ``predict`` builds the memory bank."""
@@ -298,15 +300,20 @@ class DiffusionModel(ModelFamily):
             ConfigError: If the other network has another prediction type, noise process or latent scale, or its module
                 has other classes or prompts.
         """
-        if tail is None:
-            last = self.guided_source(self.conditions(indices))
-            fractions = [max(fraction, self.sampler.pretrained_tail) for fraction in fractions]
-        else:
+        self.configure_model()
+        if tail is not None:
+            tail.configure_model()
             changed = self.source_facts.differences(tail.source_facts.state())
+            if tail.sample_shape != self.sample_shape:
+                changed.append(f"samples of {tail.sample_shape} in place of {self.sample_shape}")
             if changed:
                 raise ConfigError(f"The tail has {' and '.join(changed)}: it cannot continue this model's samples.")
-            check_subjects(self, tail, indices.tolist())
-            last = tail.guided(indices)
-        with self._solver_noise(indices):
+        with evaluating(self), evaluating(tail or self), self._solver_noise(indices):
+            if tail is None:
+                last = self.guided_source(self.conditions(indices))
+                fractions = [max(fraction, self.sampler.pretrained_tail) for fraction in fractions]
+            else:
+                last = tail.guided(indices)
+                check_subjects(self, tail, indices.tolist())
             swapped = self.sampler.swap(self.guided(indices), last, self.start_noise(indices), fractions)
-        return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])
+            return torch.stack([to_uint8(self.decode(latents)) for latents in swapped])

@@ -83,6 +83,14 @@ def validated(tmp_path: Path, data: ReferenceData, extractor: PixelFeatures, cac
     return fid.last_value
 
 
+def test_another_reference_that_is_given_is_measured(tmp_path: Path) -> None:
+    fid, model = make_fid(), GeneratingModel()
+    for seed in (3, 4):
+        fid.reference = [noise_pictures(torch.arange(20), seed)]
+        make_trainer(tmp_path, fid).validate(model, ReferenceData(), verbose=False)
+        assert fid.last_value == pytest.approx(expected_distance(fid.reference[0], generated(model.shift())), rel=1e-4)
+
+
 def test_reference_statistics_are_kept_between_runs(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     first, second = PixelFeatures(), PixelFeatures()

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from generating import make_trainer
+from generating import ReferenceData, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_difftune import MeasuredSchedule
 from lightning_difftune.callbacks import ForgettingMeter
-from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 
 T = 20
 
@@ -236,3 +236,5 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, ForgettingMeter(), limit_val_batches=0, val_check_interval=None).fit(
             Denoising(), Data(held_out=0)
         )
+    with pytest.raises(DataError, match=r'takes batches \{"target".* found a Tensor'):
+        make_trainer(tmp_path, ForgettingMeter()).fit(Denoising(), ReferenceData())

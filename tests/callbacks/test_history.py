@@ -31,7 +31,9 @@ def test_the_history_goes_through_a_checkpoint(make, value, tmp_path):
     second.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
     assert (second.history, second.last_value) == (first.history, value)
     assert second._latest_step == 20
-    second.on_train_start(SimpleNamespace(global_step=10, enable_validation=False, fit_loop=MagicMock()), None)
+    second.on_train_start(
+        SimpleNamespace(global_step=10, enable_validation=False, fit_loop=MagicMock(), callback_metrics={}), None
+    )
     assert second.history == [(10, value)], "of a fit that starts at step 10"
     with pytest.raises(CheckpointError, match=rf"The state of {type(first).__name__} holds \['other'\]"):
         second.load_state_dict({"other": 1})

@@ -185,6 +185,13 @@ def test_watches_a_fit_and_reports_to_the_loggers(
     assert logged == dict(zip(names, ([(6, 5)], [(8, pytest.approx(0.63))], [(8, 4)], [(8, 8)]), strict=True))
 
 
+def test_several_report_under_names_of_their_own(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    several = SuddenConvergence("similarity", 0.5), SuddenConvergence("similarity", 2.0, "min")
+    make_trainer(tmp_path, *several, logger=logger).fit(CurveModel(FLAT_THEN_HIGH))
+    assert "sudden_convergence/similarity/step" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
 def test_stops_the_fit_if_asked(tmp_path: Path) -> None:
     for stop, end in ((False, 8), (True, 6)):
         callback = SuddenConvergence("similarity", 0.5, patience=2, stop=stop)

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from lightning_difftune import ControlNetDiffTuningModule, DiffTuningObjective, MemoryBank, MemoryBankDataModule
 from lightning_difftune.callbacks import EMA, ControlSimilarity, ForgettingMeter
+from lightning_difftune.cli.swap import generator
 from lightning_difftune.data import ImageTargets, LatentCache
 from lightning_difftune.draws import Draws, noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError, StoreError
@@ -204,7 +205,20 @@ def test_pictures_follow_the_own_maps_and_captions_of_held_out_examples(tmp_path
     assert seen[-2:] == [2, 1], "of the generated pictures alone"
     condition, _ = module.conditions(torch.tensor([4, 2]))
     assert (condition["conditioning_pixel_values"][:, 0, 0, 0] * 255).tolist() == pytest.approx([50, 100])
+    data.control_examples = pytest.fail  # nothing is read again
     assert module.names_of([4, 2]) == ["a dog", "a fox"]
+
+
+def test_another_controlnet_does_the_last_steps_from_the_same_controls(tmp_path, pipeline_folder):
+    data = data_of(tmp_path, bank=None, val_target=list(zip(pictures_of(3), ["a cat", "a dog", "a fox"], strict=True)))
+    module, tail, indices = awake(built(pipeline_folder)), built(pipeline_folder), torch.arange(2)
+    quiet_trainer(tmp_path, 1).validate(module, data, verbose=False)
+    with pytest.raises(ConfigError, match="there are none: the module has no trainer with data"):
+        module.generate_swapped(indices, [1.0], tail)
+    swapped = generator(module, tail)(indices, [0.0, 1.0])
+    assert torch.equal(swapped[0], module.generate(indices))
+    assert torch.equal(swapped[1], tail.generate(indices))
+    assert not torch.equal(swapped[0], swapped[1])
 
 
 class Means(Metric):
@@ -252,7 +266,7 @@ def test_a_controlnet_starts_without_anything_to_retain(tmp_path, pipeline_folde
 def test_mistakes_are_refused(pipeline_folder):
     with pytest.raises(ConfigError, match=r"by a factor of 8, but the autoencoder's is 2: give 2 widths"):
         built(pipeline_folder, conditioning_embedding_out_channels=(16, 32, 96, 256))
-    with pytest.raises(ConfigError, match="there are none: the data module has no held-out"):
+    with pytest.raises(ConfigError, match="there are none: the module has no trainer with data"):
         built(pipeline_folder).generate(torch.arange(2))
     with pytest.raises(ConfigError, match=r"control maps torch.uint8 \(2, 3, 16, 16\)"):
         built(pipeline_folder).generate_controlled(

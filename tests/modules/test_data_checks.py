@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import ConfigError, DataError
+from lightning_difftune.modules.data_checks import check_classes
 from lightning_difftune.pictures import to_pixel_values
 
 PIXELS = torch.from_numpy(noise_pixels(4, 1, 8, 8))
@@ -61,6 +64,22 @@ def test_a_class_that_moves_the_others_is_refused(tmp_path, run):
         tmp_path, data_of(named("bee", "cat", "dog"), 3), DiTDiffTuningModule(weights, 3), run, tmp_path / "run.ckpt"
     )
     assert module.dit.class_names == (["bee", "cat", "dog"] if run == "fit" else ["bee", "cat"])
+
+
+def test_names_given_in_another_order_than_the_checkpoint_are_refused():
+    module = SimpleNamespace(class_names=["Katze", "Biene"])
+    with pytest.raises(ConfigError, match="'Katze' has the number 0 in class_names and 1 in the checkpoint"):
+        check_classes(module, None, ["Biene", "Katze"])
+    check_classes(module, None, ["cat", "bee"])
+
+
+def test_a_number_with_another_name_than_in_the_checkpoint_is_warned_of(recwarn):
+    data = SimpleNamespace(num_classes=2, class_names=["bee", "wolf"])
+    check_classes(None, data, ["bee", "wolf"])
+    check_classes(SimpleNamespace(class_names=["Biene", "Wolf"]), data, ["bee", "cat"])
+    assert not recwarn.list
+    check_classes(None, data, ["bee", "cat"])
+    assert "1 is 'wolf' and was 'cat' (1 in all)" in str(recwarn.pop().message)
 
 
 @pytest.mark.parametrize(
