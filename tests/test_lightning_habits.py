@@ -30,7 +30,10 @@ from lightning_difftune.callbacks import EMA
 from lightning_difftune.callbacks.ema import averages_in
 from lightning_difftune.cli import main
 from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.diffusion import RectifiedFlow
 from lightning_difftune.errors import CheckpointError, ConfigError
+from lightning_difftune.losses import velocity_mse_loss
+from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
@@ -228,6 +231,42 @@ def test_the_trainer_tests(weights, tmp_path):
     (tested,) = trainer.test(module, data, verbose=False)
     (validated,) = trainer.validate(module, data, verbose=False)
     assert tested["test/loss"] == pytest.approx(validated["val/loss"])
+
+
+def test_a_fit_may_follow_a_validation_and_one_that_was_interrupted(weights, tmp_path):
+    """They leave tensors of inference mode, and sums of a part of the data."""
+    module, data = DiTDiffTuningModule(str(weights), num_classes=3), data_module()
+    trainer = quiet_trainer(tmp_path, 1, val_check_interval=1, check_val_every_n_epoch=None)
+    (before,) = trainer.validate(module, data, verbose=False)
+    with torch.inference_mode():
+        module.val_loss.update(100.0)
+    (again,) = trainer.validate(module, data, verbose=False)
+    assert again == before
+    trainer.fit(module, data)
+    assert trainer.callback_metrics["val/loss"].isfinite()
+
+
+def test_a_module_that_was_built_in_inference_mode_is_trained(weights, tmp_path):
+    module = DiTDiffTuningModule(str(weights), num_classes=3, sampler=Sampler(num_inference_steps=2))
+    with torch.inference_mode():
+        module.generate(torch.arange(1))
+    assert not any(p.is_inference() for p in module.parameters())
+
+
+def test_a_bank_is_made_before_a_fit(weights):
+    module = DiTDiffTuningModule(str(weights), num_classes=3, bank_sampler=Sampler(num_inference_steps=2))
+    assert module.bank_generator().generate_bank(torch.arange(2))["latents"].shape == (2, 1, 8, 8)
+
+
+def test_what_was_loaded_is_exported_with_its_sampler(weights, tmp_path):
+    """Without it, a velocity model would be read as a noise model."""
+    objective = DiffTuningObjective(loss=velocity_mse_loss, diffusion=RectifiedFlow())
+    trainer, module = quiet_trainer(tmp_path, 1), DiTDiffTuningModule(str(weights), num_classes=3, objective=objective)
+    trainer.fit(module, data_module())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = DiTDiffTuningModule.load_from_checkpoint(tmp_path / "run.ckpt", objective=objective)
+    export_dit(again.dit, tmp_path / "again.safetensors")
+    assert load_dit(tmp_path / "again.safetensors").sampling["scheduler"] == "FlowMatchEulerDiscreteScheduler"
 
 
 @pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 2}, {"ckpt_path": "run.ckpt"}])

@@ -126,12 +126,19 @@ class DiffTuningModule(DiffusionModel):
         module.load_state_dict(content["state_dict"], module.strict_loading if strict is None else strict)
         return module if map_location is None else module.to(map_location)
 
+    def setup(self, stage: str) -> None:
+        """Begin the means anew: an interrupted run left sums, and ``trainer.validate`` tensors of inference mode."""
+        super().setup(stage)
+        for mean in (self.val_loss, *self.other_losses.values()):
+            cast("MeanMetric", mean).reset()
+
     @property
     def uses_retention(self) -> bool:
         """Whether the objective gives the memory bank any weight; false for tau = 0, which is plain fine-tuning."""
         return self.objective.uses_retention
 
     @float32_by_default()
+    @torch.inference_mode(False)  # weights of inference mode could not be trained later
     def configure_model(self) -> None:
         """Build the networks and apply the tuner, once."""
         if self._is_built:
@@ -236,6 +243,7 @@ class DiffTuningModule(DiffusionModel):
 
     def bank_generator(self, pictures: BankPictures | None = None) -> BankGenerator:
         """What fills a memory bank: the pre-trained model, untouched by training, or the given pictures."""
+        self.configure_model()
         if pictures is None:
             return PretrainedSamples(self, self.objective)
         return EncodedPictures(self, self.objective, pictures)

@@ -193,6 +193,7 @@ class DiTDiffTuningModule(DiffTuningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the names of the classes, unless names were given."""
         super().on_load_checkpoint(checkpoint)
+        self.dit.sampling = self.sampling_settings()  # for `export_dit(module.dit, path)`, as after a fit
         if self.class_names is None and checkpoint.get("class_names") is not None:
             self.dit.class_names = checkpoint["class_names"]
 

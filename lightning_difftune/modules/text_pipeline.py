@@ -164,6 +164,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
                 "is not known. Set bank_prompts to one that fits all of its pictures, or to [''], the unconditional "
                 "branch; the pictures' own captions are not used."
             )
+        self.configure_model()
         if self.uses_retention and self.objective.retention_target is None:
             network, scheduler = self.trainable_modules()[0], self.source_facts.scheduler or {}
             self.pipeline.refuse_replay(network, scheduler, self.is_step_distilled, self.bank_prompts)
