@@ -148,7 +148,7 @@ def swap_meter(callbacks: Iterable[Callback]) -> ChainOfForgetting:
     if not distances:
         raise ConfigError(
             "The config has neither a ChainOfForgetting nor a FID callback that says how pictures are measured. Add "
-            "one of them to trainer.callbacks."
+            "one of them, such as by --trainer.callbacks+=lightning_difftune.callbacks.ChainOfForgetting."
         )
     own = next((callback for callback in distances if isinstance(callback, ChainOfForgetting)), None)
     if own is not None:

@@ -13,7 +13,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 from torch import Tensor
 
-from lightning_difftune.callbacks import FID, ChainOfForgetting
+from lightning_difftune.callbacks import EMA, FID, ChainOfForgetting
+from lightning_difftune.callbacks.chain_of_forgetting import swap_meter
 from lightning_difftune.errors import ConfigError, DataError
 
 
@@ -100,3 +101,8 @@ def test_mistakes_are_refused(tmp_path: Path) -> None:
     wrong = chain(generate=lambda indices, fractions: noise_pictures(indices))
     with pytest.raises(DataError, match=r"expected pictures \(11, 8, 1 or 3, H, W\)"):
         make_trainer(tmp_path, wrong).fit(SwappingModel(), ReferenceData())
+
+
+def test_a_config_that_measures_nothing_is_told_what_to_add() -> None:
+    with pytest.raises(ConfigError, match=r"--trainer.callbacks\+=lightning_difftune.callbacks.ChainOfForgetting"):
+        swap_meter([EMA()])

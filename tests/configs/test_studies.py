@@ -76,13 +76,13 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
     different = {(run.configs, *run.settings): run for run in study.runs.values()}  # but for values such as a rate
     for job in read_jobs(study, [(run, 0) for run in different.values()], study.output, study.kept):
         config = job.config()
+        leave_measured_schedule(config, study.output, study.kept)
         if shape(config) in instantiated:
             continue
         instantiated.add(shape(config))
         if "bank_source" in config["data"]["init_args"]:
             config["data"]["init_args"]["bank_size"] = 3  # as there are characters here
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-        leave_measured_schedule(config, study.output, study.kept)
         cli = run_lightning(["--config", str(tmp_path / "run.yaml")], run=False)
         cli.model.configure_model()
         if cli.model.lr_scheduler is not None:
