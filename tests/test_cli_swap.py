@@ -54,12 +54,13 @@ def table(folder):
         return list(csv.DictReader(file))
 
 
-def test_two_models_side_by_side(project, capsys):
+def test_two_models_side_by_side(project, capsys, recwarn):
     args = ["swap", "--config", "run.yaml", "--percents", "0", "50", "100", "--output", "both"]
     assert main([*args, "--ckpt_path", "one/last.ckpt", "--ckpt_path", "two/last.ckpt"]) == 0
     said = capsys.readouterr().out
     assert "one: fd_means is least" in said
     assert "Look at both/swap.png" in said
+    assert not [str(w.message) for w in recwarn if "callbacks used to create the checkpoint" in str(w.message)]
     rows = table(project / "both")
     assert [(row["model"], row["swapped_percent"]) for row in rows] == [
         (name, percent) for name in ("one", "two") for percent in ("0", "50", "100")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -101,7 +102,9 @@ def measure(cli: DiffTuneCLI, callback: Callback, checkpoint: Path) -> None:
     trainer = vars(cli.trainer)
     kept = [c for c in trainer["callbacks"] if not isinstance(c, GenerationCallback | SaveConfigCallback)]
     trainer["callbacks"] = [*kept, callback]
-    cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(checkpoint), verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")  # left out on purpose
+        cli.trainer.validate(cli.model, datamodule=cli.datamodule, ckpt_path=str(checkpoint), verbose=False)
 
 
 def count_trainable(cli: DiffTuneCLI) -> int:
