@@ -126,6 +126,7 @@ INSTEAD = {  # what cannot be here, why, and what is run in its place
         "devices 8",
         "devices 2 --trainer.accelerator cpu",
     ),
+    r"^difftune swap runs/photos": ("runs of the study: its help", "$", " --help"),
     r"^difftune compare configs/studies/": (
         *("hours, and results of the repository: one of its runs is composed", r"--(run|report)\b", "--dry_run"),
     ),

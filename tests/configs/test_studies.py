@@ -162,6 +162,26 @@ def test_the_page_of_the_study_has_the_kept_figures_of_guidance(row: str) -> Non
     assert f"| {row} | {' | '.join(cells)} |" in page.replace("*", "")
 
 
+def swapped(file: str) -> dict[str, list[float]]:
+    """Each model's distances by the share that the pre-trained model does, of a table that ``difftune swap`` wrote."""
+    found: dict[str, list[float]] = {}
+    with (CONFIGS.parent / "results" / file).open() as rows:
+        for row in csv.DictReader(rows):
+            found.setdefault(row["model"], []).append(float(row["fd_efficientnet_lite0"]))
+    return found
+
+
+def test_the_page_of_the_study_has_the_kept_distances_of_swaps() -> None:
+    page = (CONFIGS.parent / "docs/study.md").read_text()
+    kept = swapped("photos_forgetting/swap/102.csv") | swapped("photos_forgetting/swap/102-self-teacher.csv")
+    for name, row in (("full", "Full"), ("diff-tuning", "Diff-Tuning"), ("self-teacher", "Self-teacher")):
+        cells = [
+            f"{ours:.1f}" + ("" if name == "full" else f" ({100 * (ours / full - 1):+.1f} %)")
+            for ours, full in zip(kept[name], kept["full"], strict=True)
+        ]
+        assert f"| {row} | {' | '.join(cells)} |" in page
+
+
 @pytest.mark.parametrize(("row", "run"), [("ControlNet", "controlnet"), ("with Diff-Tuning", "controlnet-dt")])
 def test_the_page_of_the_study_has_the_kept_steps_of_convergence(row: str, run: str) -> None:
     folder, page = CONFIGS.parent / "results/controlnet_flowers/convergence/results", CONFIGS.parent / "docs/study.md"
