@@ -180,6 +180,8 @@ def test_the_page_of_the_study_has_the_kept_distances_of_swaps() -> None:
             for ours, full in zip(kept[name], kept["full"], strict=True)
         ]
         assert f"| {row} | {' | '.join(cells)} |" in page
+    cells = [f"{distance:.1f}" for distance in swapped("photos_forgetting/swap/102-tail-full.csv")["diff-tuning"]]
+    assert f"| Diff-Tuning, the steps left to Full instead | {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize(("row", "run"), [("ControlNet", "controlnet"), ("with Diff-Tuning", "controlnet-dt")])
