@@ -152,6 +152,7 @@ class MemoryBankDataModule(RealPictures):
 
     def state_dict(self) -> dict[str, Any]:
         """What determines the pictures of a step and of a validation, for comparison when the run is resumed."""
+        held_out = self.val_target
         return {
             "seed": self.seed,
             "pictures": len(self.target),
@@ -162,7 +163,7 @@ class MemoryBankDataModule(RealPictures):
             "batch_size": self.batch_size,
             "retention_batch_size": self.retention_batch_size if self._uses_retention else 0,
             "processes": rank_of(self.trainer)[1],
-            "held_out": self.val_target and [len(self.val_target), self.val_target.unread_identity],
+            "held_out": None if held_out is None else (len(held_out), held_out.unread_identity),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
