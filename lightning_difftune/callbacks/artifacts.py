@@ -55,12 +55,19 @@ def write_figure(path: Path, figure: Figure) -> None:
 
 
 class PictureLog:
-    """Saves a callback's pictures, as ``key/step-0001000.png`` or in another folder, and logs them as images."""
+    """Saves a callback's pictures, as ``name/step-0001000.png`` or in another folder, and logs them as images.
 
-    def __init__(self, key: str, dirpath: str | Path | None) -> None:
-        self.key = key
+    Loggers know them by the folder's name.
+    """
+
+    def __init__(self, name: str, dirpath: str | Path | None) -> None:
+        self.key = Path(dirpath or name).name or name
         self.dirpath = dirpath
         self._folder = Path()
+
+    def claims(self) -> dict[str, str]:
+        """The folder's name, for ``claims`` of a callback."""
+        return {f"the folder name and the logger's key {self.key}": "Give one of them a dirpath of another name."}
 
     def locate(self, trainer: L.Trainer) -> None:
         """Find the folder. Call it on all processes, since ``trainer.log_dir`` is a broadcast."""

@@ -68,6 +68,7 @@ class EWC(OptimizerStepCallback):
         self._trained: dict[str, nn.Parameter] = {}  # empty until a module is attached
         self._frozen: dict[str, nn.Parameter] = {}  # the module's other parameters, while it is trained
         self._updates: dict[str, WeightUpdate] = {}  # layers whose trained parameters count by their update
+        self._latest: dict[str, float] = {}  # what was logged last, for callbacks that monitor it in a resumed run
 
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, Tensor]:
@@ -142,9 +143,11 @@ class EWC(OptimizerStepCallback):
                 )
             trained = {name: p for name, p in trained.items() if p.requires_grad}
             self._reference = {name: p.detach().clone() for name, p in plain_of(trained, updates).items()}
+            self._latest = {}
         self._trained, self._updates = trained, updates
         self._frozen = {name: p for name, p in named.items() if name not in trained}
         self._place()
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self._latest.items()})
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Measure parameters that were unfrozen since from their values, which are still the pre-trained ones."""
@@ -169,10 +172,9 @@ class EWC(OptimizerStepCallback):
         # Not by the module's log, which would repeat this value at each later step that is logged.
         metrics = self.measure(pl_module)
         trainer.callback_metrics.update(metrics)
-        if trainer.loggers:
-            values = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+        self._latest = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        for logger in trainer.loggers:
+            logger.log_metrics(self._latest, step=step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Move off the accelerator together with the module."""
@@ -181,10 +183,10 @@ class EWC(OptimizerStepCallback):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """``reference`` by name; empty before the first ``fit`` or without ``save_reference``."""
+        """``reference`` and the ``latest`` values by name; empty before the first ``fit`` or without a reference."""
         if not self.save_reference or self._reference is None:
             return {}
-        return {"reference": dict(self._reference)}
+        return {"reference": dict(self._reference), "latest": dict(self._latest)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over pre-trained values; they are tied to a module's parameters when a ``fit`` starts."""
@@ -194,6 +196,7 @@ class EWC(OptimizerStepCallback):
                 "state_dict returned."
             )
         self._reference = dict(state_dict["reference"])
+        self._latest = dict(state_dict.get("latest", {}))  # older checkpoints have none
         self._trained = {}
         self._updates = {}
 

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_difftune.callbacks.artifacts import PictureLog, folder_claim
+from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.bases import SampleCallback
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.pictures import grid_of
@@ -36,7 +36,7 @@ class SampleGrid(SampleCallback):
         generate: Maps sample indices (B,) int64 to pictures (B, 1 or 3, H, W) uint8; ``None`` uses the module's own
             ``generate``.
         dirpath: Folder of the pictures; ``None`` is ``samples`` in the logger's folder, or in the trainer's
-            ``default_root_dir``.
+            ``default_root_dir``. Its name is what loggers call the pictures.
         at_start: Whether to save the base model's and real pictures before the first step.
 
     Raises:
@@ -62,8 +62,8 @@ class SampleGrid(SampleCallback):
         self.picture_log = PictureLog("samples", dirpath)
 
     def claims(self) -> dict[str, str]:
-        """The folder."""
-        return folder_claim(self.picture_log.dirpath, self.picture_log.key)
+        """The folder's name."""
+        return self.picture_log.claims()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, on all processes."""

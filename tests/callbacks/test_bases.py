@@ -147,7 +147,11 @@ def distance(**settings: Any) -> FID:
             [distance(), distance(num_samples=3)],
             r"FID and another FID have the logged name 'fd_pixels' in common.*Leave",
         ),
-        ([SampleGrid(generate=len), SampleGrid(9, generate=len)], r"the folder samples in common.*another dirpath"),
+        ([SampleGrid(generate=len), SampleGrid(9, generate=len)], r"key samples in common.*a dirpath of another name"),
+        (
+            [SampleGrid(generate=len, dirpath="a/many"), SampleGrid(9, generate=len, dirpath="b/many")],
+            r"SampleGrid and another SampleGrid have the folder name and the logger's key many in common",
+        ),
     ],
 )
 def test_what_would_be_mixed_with_others_is_refused(tmp_path: Path, callbacks: list[Any], message: str) -> None:

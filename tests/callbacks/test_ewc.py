@@ -252,6 +252,25 @@ def test_without_saved_values_a_run_is_not_resumed(tmp_path: Path) -> None:
         fit(tmp_path, Blocks(), EWC(), ckpt_path=tmp_path / "step=3.ckpt")
 
 
+class Monitors(Callback):
+    """What EarlyStopping would find at each validation."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found.append(trainer.callback_metrics["ewc/total"].item())
+
+
+def test_a_resumed_run_is_monitored_before_the_next_measurement(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    measured = fit(tmp_path, Blocks(), EWC(every_n_steps=2), checkpoint, max_steps=4).logged[2]["ewc/total"]
+    often: dict[str, Any] = {"val_check_interval": 1, "limit_val_batches": 1, "ckpt_path": tmp_path / "step=3.ckpt"}
+    monitors = Monitors()
+    fit(tmp_path, Blocks(), EWC(every_n_steps=9), monitors, max_steps=5, **often)
+    assert monitors.found[0] == pytest.approx(measured)
+
+
 def test_loaded_values_of_other_parameters_are_refused(tmp_path: Path) -> None:
     ewc, unfrozen = EWC(), Blocks()
     fit(tmp_path, Blocks(), ewc, max_steps=1)

@@ -125,16 +125,16 @@ class ServerLogger(QuietLogger):
 def test_loggers_that_take_images_get_them(tmp_path: Path) -> None:
     board, images, server = BoardLogger(), ImageLogger(), ServerLogger()
     loggers = [board, images, server, CSVLogger(tmp_path), QuietLogger()]
-    grid = SampleGrid(num_samples=4, columns=2, dirpath=tmp_path / "samples", at_start=False)
+    grid = SampleGrid(num_samples=4, columns=2, dirpath=tmp_path / "few", at_start=False)
     make_trainer(tmp_path, grid, max_steps=2, logger=loggers).fit(GeneratingModel(), ReferenceData())
-    picture = np.asarray(Image.open(tmp_path / "samples" / "step-0000002.png"))
+    picture = np.asarray(Image.open(tmp_path / "few" / "step-0000002.png"))
     ((tag, image, board_step),) = board.shown
     ((key, (logged,), image_step),) = images.shown
-    assert (tag, board_step, key, image_step) == ("samples", 2, "samples", 2)
+    assert (tag, board_step, key, image_step) == ("few", 2, "few", 2)
     np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), picture)
     np.testing.assert_array_equal(np.asarray(logged), picture)
     ((run_id, stored, stored_key, stored_step),) = server.shown
-    assert (run_id, stored_key, stored_step) == ("run 7", "samples", 2)
+    assert (run_id, stored_key, stored_step) == ("run 7", "few", 2)
     np.testing.assert_array_equal(stored, picture)
 
 
