@@ -253,7 +253,7 @@ def run_lightning(args: Sequence[str], run: bool = True, callbacks: Sequence[Cal
         return DiffTuneCLI(
             **_WIRING,
             save_config_callback=SaveRun,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},  # it saves by itself
             trainer_defaults={"callbacks": list(callbacks)},
             args=completed(args) if run else list(args),
             run=run,

@@ -17,13 +17,13 @@ import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_difftune import __version__, draws
+from lightning_difftune.callbacks.artifacts import write_artifact
 from lightning_difftune.cli.run import CONFIG, Run
 from lightning_difftune.cli.run_files import launch_of, newest_checkpoint
 from lightning_difftune.errors import CheckpointError
-from lightning_difftune.files import atomic_write
 from lightning_difftune.trust import split_trusted
 
 
@@ -72,10 +72,12 @@ def scores(callbacks: Iterable[Any]) -> dict[str, Any]:
 
 
 class SaveRun(SaveConfigCallback):
-    """Saves ``environment.json`` next to a run's ``config.yaml``, and the settings in every checkpoint.
+    """Saves ``config.yaml`` and ``environment.json`` in a run's folder, and the settings in every checkpoint.
 
-    Several runs may share a folder, and the last one overwrites the file; a checkpoint belongs to one run.
+    Several runs may share a folder, and the last one overwrites the files; a checkpoint belongs to one run.
     """
+
+    _settings = ""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the folder on all processes, since ``trainer.log_dir`` is a broadcast."""
@@ -89,10 +91,20 @@ class SaveRun(SaveConfigCallback):
         for name, values in getattr(pl_module, "completed_settings", dict)().items():
             if name in settings:
                 settings[name] = Namespace({**(vars(settings[name]) if settings[name] is not None else {}), **values})
+        self._settings = ""
         super().setup(trainer, pl_module, "fit")
 
+    @property
+    def settings(self) -> str:
+        """The config as YAML; written once for all checkpoints, as it takes a third of a second."""
+        if not self._settings:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none is its name in version 4
+                self._settings = self.parser.dump(self.config, skip_none=False)
+        return self._settings
+
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Write ``environment.json``; failure is only a warning and does not stop the run."""
+        """Write both files; failure is only a warning and does not stop the run."""
         record = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": sys.argv,
@@ -102,19 +114,17 @@ class SaveRun(SaveConfigCallback):
             "class_counts": class_counts(getattr(trainer, "datamodule", None)),
             "scores": scores(trainer.callbacks),
         }
-        path = self._folder / "environment.json"
-        try:
-            atomic_write(path, (json.dumps(record, indent=2) + "\n").encode())
-        except OSError as error:
-            rank_zero_warn(f"{path} could not be saved: {error}. Training continues.")
+        for name, text in {
+            "config.yaml": self.settings,
+            "environment.json": json.dumps(record, indent=2) + "\n",
+        }.items():
+            write_artifact(self._folder / name, text.encode())
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the settings as YAML, and flush the logs, so that they are on disk before the checkpoint."""
         for logger in trainer.loggers:
             logger.save()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none is its name throughout version 4
-            checkpoint[CONFIG] = self.parser.dump(self.config, skip_none=False)
+        checkpoint[CONFIG] = self.settings
 
 
 def completed(args: Sequence[str]) -> list[str]:
