@@ -157,6 +157,13 @@ def finished(project, undisturbed):
     return project
 
 
+def undo(*names):
+    """Remove runs of a finished study, with their results."""
+    for name in names:
+        Path(f"out/results/{name}.json").unlink()
+        shutil.rmtree(f"out/runs/{name}")
+
+
 class Killed(BaseException):
     """In place of a signal."""
 
@@ -188,7 +195,9 @@ def test_large_numbers_are_not_in_powers_of_ten(values, text):
     assert shown(values) == text
 
 
-def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undisturbed, monkeypatch, capsys):
+def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(finished, undisturbed, monkeypatch, capsys):
+    undo("tuned-seed0", "tuned-seed1")
+    before = Path("out/results/plain-seed0.json").read_bytes()
     with monkeypatch.context() as patch:
 
         def die(self, trainer, pl_module, *args):
@@ -203,13 +212,12 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(project, undistu
     assert "4/4 tuned-seed1: 4 steps" in told.out, "one failure does not end the study"
     assert "1 of 4 runs failed: tuned-seed0." in told.err
     assert not Path("out/results/tuned-seed0.json").exists()
-    finished = Path("out/results/plain-seed0.json").read_bytes()
 
     assert main(["compare", "study.yaml", "--dry_run"]) == 0
     assert re.search(r"plain-seed0: finished\ntuned-seed0: resumes from .*last\.ckpt\n", capsys.readouterr().out)
     assert main(["compare", "study.yaml", "--run"]) == 0
     assert "1/4 plain-seed0: finished before" in capsys.readouterr().out
-    assert Path("out/results/plain-seed0.json").read_bytes() == finished
+    assert Path("out/results/plain-seed0.json").read_bytes() == before
     assert table() == table(undisturbed / "table.csv")
     whole = json.loads((undisturbed / "results/tuned-seed0.json").read_text())
     assert result("tuned-seed0")["history"] == whole["history"]
@@ -256,7 +264,9 @@ def test_a_part_of_a_study_has_the_keys_of_its_first_document_and_folders_of_its
     assert "parts.yaml: part is missing. Give a name such as lr" in capsys.readouterr().err
 
 
-def test_two_processes_divide_the_runs(project, undisturbed, capsys):
+def test_two_processes_divide_the_runs(finished, undisturbed, capsys):
+    undo("plain-seed0", "tuned-seed0")
+    Path("out/runs/tuned-seed0").mkdir()
     at_work = FolderLock(Path("out/runs/tuned-seed0"))  # of another process
     at_work.acquire(waits=False)
     left = Path("out/runs/tuned-seed0/.metrics.csv.7-ab.tmp")  # that it is writing
