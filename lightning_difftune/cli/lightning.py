@@ -210,7 +210,8 @@ class ConfigReader(DiffTuneCLI):
         """The settings of a command line without a command, as YAML, without defaults of the code."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none is its name throughout version 4
-            return self.parser.dump(self.parser.parse_args(list(args), defaults=False), skip_none=False)
+            settings = self.parser.parse_args(list(args), defaults=False)  # and checks them
+            return self.parser.dump(settings, skip_none=False, skip_check=True)
 
 
 class ModelReader(DiffTuneCLI):

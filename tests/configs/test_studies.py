@@ -18,7 +18,7 @@ from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import comparison
 from lightning_difftune.cli.compare.work import evaluators
-from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.cli.lightning import ConfigReader, run_lightning
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.schedules import fit_schedule
 
@@ -59,9 +59,29 @@ def shape(tree: Any) -> Any:
     return type(tree) if isinstance(tree, float | int) or "/" in str(tree) else tree
 
 
-instantiated: set[Any] = set()  # the shapes of all studies' configs so far
+def parts(config: dict[str, Any]) -> set[Any]:
+    """The shapes of the model as a whole, and of every argument of the data module and of the trainer."""
+    arguments = config["data"]["init_args"] | config["trainer"]
+    return {shape(config["model"]), *((name, shape(value)) for name, value in arguments.items())}
 
 
+instantiated: set[Any] = set()  # the parts of all studies' configs so far
+
+
+@pytest.fixture
+def composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command and the test compose the same configs."""
+    compose, known = ConfigReader.compose, dict[tuple[str, ...], str]()
+
+    def remembered(reader: ConfigReader, args: list[str]) -> str:
+        if (key := tuple(args)) not in known:
+            known[key] = compose(reader, args)
+        return known[key]
+
+    monkeypatch.setattr(ConfigReader, "compose", remembered)
+
+
+@pytest.mark.usefixtures("composed_once")
 @pytest.mark.parametrize(("file", "part"), PARTS)
 def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
     file: str, part: str | None, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -77,9 +97,9 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
     for job in read_jobs(study, [(run, 0) for run in different.values()], study.output, study.kept):
         config = job.config()
         leave_measured_schedule(config, study.output, study.kept)
-        if shape(config) in instantiated:
+        if parts(config) <= instantiated:
             continue
-        instantiated.add(shape(config))
+        instantiated.update(parts(config))
         if "bank_source" in config["data"]["init_args"]:
             config["data"]["init_args"]["bank_size"] = 3  # as there are characters here
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
