@@ -206,8 +206,11 @@ def swap_figure(
     from matplotlib.figure import Figure
 
     x_label = f"last steps done by {tail} (%)"
-    figure = Figure(figsize=(12, 1.2 + 2.6 * max(len(strips), 1.4)), layout="constrained", facecolor="white")
-    axes = figure.subplot_mosaic([["curve", name] for name in strips], width_ratios=[1, 1.6])
+    shapes = [(strip.shape[0] * strip.shape[-1], strip.shape[1] * strip.shape[-2]) for strip in strips.values()]
+    width = min(max(2.3 * max(across / down for across, down in shapes), 3), 9)  # inches; a strip is about 2.3 high
+    size = 5.5 + width, 1.2 + 2.6 * max(len(strips), 1.4)
+    figure = Figure(figsize=size, layout="constrained", facecolor="white")
+    axes = figure.subplot_mosaic([["curve", name] for name in strips], width_ratios=[5, width])
     swap_curves(axes["curve"], series, y_label, x_label)
     for name, pictures in strips.items():
         percents = sorted(series[name])
