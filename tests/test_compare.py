@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,7 +285,7 @@ def test_two_processes_divide_the_runs(finished, undisturbed, capsys):
     assert not left.exists()
 
 
-def test_what_a_result_holds(project):
+def test_what_a_result_holds(project, ingredients):
     assert main(["compare", "study.yaml", "--seeds", "1", "--only", "tuned", "--run"]) == 0
     found = result("tuned-seed1")
     steps = [[step for step, _ in points] for points in found["history"].values()]
@@ -297,6 +298,8 @@ def test_what_a_result_holds(project):
     assert (found["seed"], found["steps"]) == (1, STEPS)
     assert found["fit_seconds"] > 0
     assert {"torch", "lightning_difftune"} <= found["versions"].keys()
+    weights = ingredients / "tiny.safetensors"
+    assert found["files"] == {str(weights): sha256(weights.read_bytes()).hexdigest()}
     assert found["threads"] == torch.get_num_threads()
     with Image.open("out/runs/tuned-seed1/samples.png") as grid:
         assert grid.size == (10 * 22 + 2, 10 * 22 + 2)
@@ -471,6 +474,13 @@ def test_a_changed_config_is_refused_or_repeated(finished, capsys):
     assert main([*only, "--rerun_changed"]) == 0
     assert result("plain-seed0")["identity"]["settings"]["model"]["init_args"]["label_dropout"] == 0.5
     assert main(only) == 0
+
+
+def test_results_of_a_file_that_was_replaced_are_not_added_to(finished, ingredients, capsys):
+    path, weights = Path("out/results/plain-seed0.json"), str(ingredients / "tiny.safetensors")
+    path.write_text(json.dumps(result("plain-seed0") | {"files": {weights: "of others", "not/here.npz": "0"}}))
+    assert main(["compare", "study.yaml", "--run"]) == 2
+    assert f"plain-seed0 in out was made with another config: {weights} has another content." in capsys.readouterr().err
 
 
 def test_results_of_other_random_streams_are_not_added_to(finished, capsys):

@@ -150,6 +150,7 @@ def run_job(job: Job, count: str, console: Console) -> bool:
         "draws": draws.VERSION,
         "digest": job.digest,
         "identity": job.identity,
+        "files": job.files,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "result": str(job.result_path),
     }

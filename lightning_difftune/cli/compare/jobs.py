@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.parser import resolved
 from lightning_difftune.errors import ConfigError, StoreError
-from lightning_difftune.files import discard_temporaries, json_digest
+from lightning_difftune.files import discard_temporaries, file_digest, json_digest
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class Job:
         return {"settings": self.settings, "evaluate": list(self.evaluators)}
 
     @property
+    def files(self) -> dict[str, str]:
+        """The files that the settings name, such as weights and arrays, and their SHA-256; not those of other runs."""
+        named = (Path(leaf) for leaf in leaves(self.identity).values() if isinstance(leaf, str) and "/" in leaf)
+        return {str(path): _content(path, path.stat().st_mtime_ns) for path in named if path.is_file()}
+
+    @property
     def digest(self) -> str:
         """Hash of the identity."""
         return json_digest(self.identity)
@@ -73,7 +80,7 @@ class Job:
         return _read(self.folder / "job.json", "order")
 
     def differences(self) -> list[str]:
-        """Differences of settings and random streams from those of the result or the unfinished run."""
+        """Differences of settings, named files and random streams from those of the result or the unfinished run."""
         made = self.result() or self.order()
         if made is None:
             return []
@@ -81,7 +88,12 @@ class Job:
         before = leaves(made["identity"]) | streams
         now = leaves(self.identity) | dict.fromkeys(streams, draws.VERSION)
         keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        return [f"{key.removeprefix('settings.')} was {before.get(key)}, is {now.get(key)}" for key in keys]
+        files, contents = made.get("files", {}), self.files  # older results do not have them
+        changed = [file for file, content in contents.items() if files.get(file, content) != content]
+        return [
+            *(f"{key.removeprefix('settings.')} was {before.get(key)}, is {now.get(key)}" for key in keys),
+            *(f"{file} has another content" for file in changed),
+        ]
 
     def checkpoint(self) -> Path | None:
         """The checkpoint to resume an unfinished run from."""
@@ -158,6 +170,12 @@ def leaves(tree: Any, path: str = "") -> dict[str, Any]:
         return {path: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     return {key: leaf for name, branch in items for key, leaf in leaves(branch, f"{path}.{name}".strip(".")).items()}
+
+
+@cache
+def _content(path: Path, modified: int) -> str:
+    """The SHA-256 of a file, computed once while its time of modification is the same."""
+    return file_digest(path)
 
 
 def _read(path: Path, what: str) -> dict[str, Any] | None:

@@ -61,6 +61,7 @@ def work(folder: Path) -> None:
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "digest": job["digest"],
         "identity": job["identity"],
+        "files": job["files"],
     }
     path = Path(job["result"])
     path.parent.mkdir(parents=True, exist_ok=True)
