@@ -112,6 +112,18 @@ def to_pixels(image: object, image_size: int, channels: int) -> UInt8Array:
     return np.array(np.asarray(cropped).reshape(image_size, image_size, channels).transpose(2, 0, 1), order="C")
 
 
+def with_channels(maps: Tensor, channels: int) -> Tensor:
+    """Maps (B, c, H, W) with ``channels`` channels if that loses no colour, as of grey saved in colour; else unchanged.
+
+    Example:
+        >>> with_channels(torch.ones(2, 3, 8, 8), 1).shape, with_channels(torch.rand(2, 3, 8, 8), 1).shape
+        (torch.Size([2, 1, 8, 8]), torch.Size([2, 3, 8, 8]))
+    """
+    if maps.ndim != 4 or maps.shape[1] == channels or not (maps == maps[:, :1]).all():
+        return maps
+    return maps[:, :1].expand(-1, channels, -1, -1)
+
+
 def largest_value(image: object) -> int | None:
     """The largest value of a 16-bit picture, from 0 to 65,535; ``None`` for an 8-bit one.
 

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from lightning_difftune.callbacks.artifacts import PictureLog
 from lightning_difftune.callbacks.bases import GenerationCallback, MeasuringCallback, check_takes, on_device
 from lightning_difftune.errors import ConfigError, DataError, check_counts, check_kinds
-from lightning_difftune.pictures import check_pictures, grid_of
+from lightning_difftune.pictures import check_pictures, grid_of, with_channels
 from lightning_difftune.protocols import SupportsControlExamples
 
 ROWS = ("control map", "drawn after it", "map found in what was drawn")  # of the pictures that are saved
@@ -173,6 +173,7 @@ class ControlSimilarity(MeasuringCallback, GenerationCallback):
                         f"{tuple(pictures.shape[-2:])} pixels for controls of {tuple(controls.shape[-2:])}."
                     )
                 maps = _annotate(module, pictures)
+                controls = with_channels(controls, maps.shape[1])
                 metric.update(maps.to(metric.device), controls.to(metric.device))
                 for row, index in enumerate(batch[: max(0, self.num_shown - batch.start)]):
                     column = (controls[row], pictures[row], maps[row])

@@ -32,8 +32,8 @@ DESCRIPTION = """Look at every picture of a data set before training on it.
 
 Shown are pictures by class (those with fewer than ten are marked), sizes, grey and transparent pictures, those turned
 by their EXIF orientation, unreadable ones by name, exact duplicates, what is left out (thumbnails, system files, types
-that are not read), empty, short and long captions, and the split: without --val, a tenth is held out at random, as
-configs/dit/folder.yaml does.
+that are not read), control maps, empty, short and long captions, and the split: without --val, a tenth is held out at
+random, as configs/dit/folder.yaml does.
 
 Exit status: 0 if all pictures can be used; 1 if some cannot, or the held-out ones have other classes; 2 if PATH is not
 a data set, or one with mistakes that stop every run, such as a class without pictures."""
@@ -110,6 +110,7 @@ def report_of(path: str, facts: Inspection, held_out: Inspection | None, image_s
         "alpha": sum(picture.has_alpha for picture in pictures),
         "exif_rotated": sum(picture.is_rotated for picture in pictures),
         "deep": {"pictures": deep, "largest": largest, "bits": largest.bit_length()} if deep else {},
+        "control_maps": control_maps_of(facts),
         "captions": captions_of_report(facts),
         "left_out": {what: count for what, count in getattr(facts.source, "left_out", {}).items() if count},
         "unreadable": facts.unreadable(),
@@ -125,6 +126,14 @@ def report_of(path: str, facts: Inspection, held_out: Inspection | None, image_s
 def is_nearly_black(deep: dict[str, int]) -> bool:
     """Whether there are 16-bit pictures that use so few bits that a run refuses them."""
     return bool(deep) and deep["bits"] <= MOST_WRONG_BITS
+
+
+def control_maps_of(facts: Inspection) -> dict[str, int]:
+    """The number of control maps, and of those that are cropped otherwise than their pictures; empty without maps."""
+    sizes = [(picture.width / picture.height, picture.control_size) for picture in facts.readable]
+    ratios = [(ratio, size[0] / size[1]) for ratio, size in sizes if size is not None]
+    other = sum(not 0.9 < own / ratio < 1.1 for ratio, own in ratios)  # tools round sides to a multiple of 64
+    return {"maps": len(ratios), "of_another_shape": other} if ratios else {}
 
 
 def captions_of_report(facts: Inspection) -> dict[str, Any]:
@@ -172,6 +181,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     overview = Table(title=escape(f"{report['path']} ({report['kind']})"), show_header=False, title_justify="left")
     classes, deep, split = report["classes"], report["deep"], report["split"]
     small = f"{len(classes):,}, {len(report['small_classes'])} of them below {FEW_PICTURES} pictures"
+    maps = report["control_maps"]
     bits = "{pictures:,} pictures, largest value {largest:,} of 65,535 ({bits} bits)".format(**deep) if deep else ""
     if is_nearly_black(deep):
         bits += ": nearly black, a run refuses them"
@@ -186,6 +196,10 @@ def show(report: dict[str, Any], console: Console) -> None:
         ("unreadable", f"{len(report['unreadable']):,}"),
         ("16 bits", bits),
         ("captions", f"{len(report['captions'].get('empty', [])):,} are empty" if report["captions"] else ""),
+        (
+            "control maps",
+            "{maps:,}, of another shape than their picture: {of_another_shape:,}".format(**maps) if maps else "",
+        ),
         ("left out", escape(describe_counts(report["left_out"]))),
         ("duplicates", f"groups: {len(report['duplicates']):,}, across classes: {report['duplicates_of_two_classes']}"),
         ("split", "{train:,} to train on, {val:,} held out ({by}), {in_both:,} in both".format(**split)),

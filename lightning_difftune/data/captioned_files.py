@@ -21,6 +21,7 @@ from lightning_difftune.data.folders import (
     read_text,
     shorten,
 )
+from lightning_difftune.data.source_facts import CAPTION_KEYS, CONTROL_KEYS
 from lightning_difftune.draws import choice_of
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.models.frozen import DEFAULT_PROMPT
@@ -30,16 +31,6 @@ _FOLDER_LAYOUT = (
     "each picture, 1.txt and 1.png."
 )
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_TEXT_KEYS = ("text", "caption", "prompt")
-_CONTROL_KEYS = (
-    "conditioning_image",
-    "conditioning_image_file_name",
-    "conditioning_file_name",
-    "conditioning_image_path",
-    "control_image",
-    "control_file_name",
-    "control",
-)
 
 
 class CaptionedFiles(Dataset[tuple[Any, ...]]):
@@ -111,7 +102,7 @@ class CaptionedFolder(CaptionedFiles):
 
     def _listed(self, file: Path) -> tuple[list[str], list[str], list[str] | None]:
         rows = _read_rows(file)
-        text_key, control_key = _first_key(rows, _TEXT_KEYS), _first_key(rows, _CONTROL_KEYS)
+        text_key, control_key = _first_key(rows, CAPTION_KEYS), _first_key(rows, CONTROL_KEYS)
         for line, row in rows.items():
             for key in ("file_name", text_key or "text"):
                 value = row.get(key)

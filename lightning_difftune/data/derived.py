@@ -89,7 +89,8 @@ def _bounds(sizes: Mapping[str, int | float], whole: str, count: int) -> list[in
 class ClassCaptions(Relabelled):
     """Pictures of a labelled source with captions made from their classes' names.
 
-    Underscores in names become spaces. The template of a picture depends only on (seed, its index).
+    Underscores in names become spaces. The template of a picture depends only on (seed, its index). Control maps of
+    the source are kept.
 
     Args:
         source: A map-style data set of ``(image, label)`` that knows its labels without reading its pictures, such as
@@ -140,8 +141,9 @@ class ClassCaptions(Relabelled):
             for index, label in enumerate(labels.tolist())
         ]
 
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        return self.source[index][0], self.captions[index]
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        image, _, *control = self.source[index]
+        return image, self.captions[index], *control
 
     def describe(self, index: int) -> str:
         """The location of picture ``index``, for messages; its caption if unknown."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,19 +13,31 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.digests import stat_digest
+from lightning_difftune.data.folders import shorten
+from lightning_difftune.data.source_facts import CAPTION_KEYS, CONTROL_KEYS
 from lightning_difftune.errors import ConfigError, DataError
 from lightning_difftune.files import array_digest, atomic_path, bytes_digest
 
-_CAPTION_COLUMNS = ("text", "caption", "prompt")
 _KEPT = "kept.json"  # in the folder of a kept stream: which stream it is
+
+
+class _Columns(NamedTuple):
+    """The names of columns."""
+
+    image: str | None
+    label: str | None
+    caption: str | None
+    control: str | None
 
 
 class HubImages(Dataset[tuple[Any, ...]]):
     """A data set of Hugging Face's ``datasets`` with a column of pictures and one of labels or captions.
 
-    Columns that are not named are found by their features: the first of type ``Image``; then the first
-    ``ClassLabel``, whose names become the classes', or a column ``text``, ``caption`` or ``prompt``. Labels that are
-    strings are numbered in the order of their sorted values. Pictures are decoded when they are read, one at a time.
+    Columns that are not named are found by their features: control maps by type ``Image`` and the name
+    ``conditioning_image``, ``conditioning``, ``control_image`` or ``control``; pictures are the first other column of
+    type ``Image``; then the first ``ClassLabel``, whose names become the classes', or a column ``text``, ``caption`` or
+    ``prompt``. Others that might have been meant are named by a warning. Labels that are strings are numbered in the
+    order of their sorted values. Pictures and control maps are decoded when they are read, one at a time.
 
     **Streams.** A run reads samples by index, so that it can be repeated, resumed and spread over more processes; a
     stream has no indices. So ``keep`` writes the first ``limit`` examples of the stream, still encoded, to a folder
@@ -43,10 +55,12 @@ class HubImages(Dataset[tuple[Any, ...]]):
         revision: Branch, tag or commit of a data set on the hub.
         keep: Folder for the first ``limit`` examples, which are then streamed instead of downloaded whole.
         limit: Number of examples for ``keep``.
+        control_column: Column of the control maps; an item is then ``(image, caption or label, control map)``.
 
     Raises:
         ConfigError: ``datasets`` is not installed, or the arguments exclude each other.
-        DataError: The data set cannot be opened, or a column is missing or of another type.
+        DataError: The data set cannot be opened, a column is missing or of another type, or only some examples have a
+            control map.
     """
 
     def __init__(
@@ -60,6 +74,7 @@ class HubImages(Dataset[tuple[Any, ...]]):
         revision: str | None = None,
         keep: str | Path | None = None,
         limit: int | None = None,
+        control_column: str | None = None,
     ) -> None:
         if (keep is None) != (limit is None) or (limit is not None and limit < 1):
             raise ConfigError(
@@ -67,16 +82,25 @@ class HubImages(Dataset[tuple[Any, ...]]):
             )
         if label_column is not None and caption_column is not None:
             raise ConfigError("HubImages has labels or captions: set label_column or caption_column, not both.")
+        if control_column is not None and control_column == image_column:
+            raise ConfigError(f"image_column and control_column are both {image_column!r}: name two columns.")
         self.path = str(path) if isinstance(path, str | Path) else "the data set"
         if keep is not None and limit is not None:
             dataset = _kept_stream(str(path), split, name, revision, Path(keep).expanduser(), limit)
         else:
             dataset = _open(path, split, name, revision) if isinstance(path, str | Path) else path
-        self._image, target = _find_columns(dataset, image_column, label_column, caption_column, self.path)
-        self._dataset = dataset.select_columns([self._image]).cast_column(self._image, _library().Image(decode=False))
+        named = _Columns(image_column, label_column, caption_column, control_column)
+        image, label, caption, control = _find_columns(dataset, named, self.path)
+        if control is not None:
+            _refuse_missing(_missing(dataset, control), dataset, control, self.path)
+        self._columns = [name for name in (image, control) if name is not None]
+        self._dataset = dataset.select_columns(self._columns)
+        for name in self._columns:
+            self._dataset = self._dataset.cast_column(name, _library().Image(decode=False))
+        target = label or caption
         column: Any = dataset.with_format(None)[target][:] if target is not None else [0] * len(dataset)
         self.class_names: list[str] | None = None
-        if target is not None and (target == caption_column or (label_column is None and target in _CAPTION_COLUMNS)):
+        if caption is not None:
             if (odd := next((entry for entry in column if not isinstance(entry, str | None)), None)) is not None:
                 raise DataError(
                     f"{self.path}: a caption in {target!r} is a {type(odd).__name__}, {odd!r:.60}; expected a text. "
@@ -84,12 +108,8 @@ class HubImages(Dataset[tuple[Any, ...]]):
                 )
             self.captions = [text or "" for text in column]
             return
-        if missing := [index for index, value in enumerate(column) if value is None]:
-            raise DataError(
-                f"{self.path}: {target!r} has no value in {len(missing)} of {len(column)} examples, the first of "
-                f"which is example {missing[0]}. Filter them out, or name another column."
-            )
         if target is not None:
+            _refuse_missing([i for i, value in enumerate(column) if value is None], dataset, target, self.path)
             self.class_names = getattr(dataset.features[target], "names", None)
         if column and isinstance(column[0], str):
             self.class_names = sorted(set(column))
@@ -107,21 +127,19 @@ class HubImages(Dataset[tuple[Any, ...]]):
 
     def content_digest(self) -> str:
         """A hash of the data set's fingerprint, and of the names, sizes and times of files that it refers to."""
-        stored = self._dataset.data.column(self._image).chunks  # the encoded pictures before any selection
-        chunks = [chunk.storage if hasattr(chunk, "storage") else chunk for chunk in stored]
-        named = [chunk.field("path").filter(chunk.field("bytes").is_null()) for chunk in chunks]
+        chunks = [chunk for column in self._columns for chunk in _stored(self._dataset, column)]
+        named = [paths.filter(encoded.is_null()) for encoded, paths in chunks]
         files = sorted({path for paths in named for path in paths.to_pylist() if path is not None})
         return array_digest(self._dataset._fingerprint, *([stat_digest(files)] if files else []))
 
     def picture_digests(self) -> list[str]:
-        """The SHA-256 of every encoded picture; for a picture in a file, of its name, size and time."""
-        column = (example[self._image] for example in self._dataset)
-        return [stat_digest([x["path"]]) if x["bytes"] is None else bytes_digest(x["bytes"]) for x in column]
+        """The SHA-256 of every encoded picture and its control map; for one in a file, of its name, size and time."""
+        return ["".join(_digest_of(example[column]) for column in self._columns) for example in self._dataset]
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        entry = self._dataset[index][self._image]
-        source = io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"]
-        return Image.open(source), self.captions[index] if hasattr(self, "captions") else int(self.labels[index])
+        example = self._dataset[index]
+        image, *control = (_decoded(example[column], column) for column in self._columns)
+        return image, self.captions[index] if hasattr(self, "captions") else int(self.labels[index]), *control
 
     def describe(self, index: int) -> str:
         """The location of picture ``index``, for messages."""
@@ -175,29 +193,74 @@ def _kept_stream(path: str, split: str, name: str | None, revision: str | None, 
     return kept
 
 
-def _find_columns(
-    dataset: Any, image: str | None, label: str | None, caption: str | None, path: str
-) -> tuple[str, str | None]:
-    """The columns of the pictures, and of their labels or captions if there are any."""
+def _find_columns(dataset: Any, named: _Columns, path: str) -> _Columns:
+    """The columns to read: those that are named, and the others by their types and names."""
     datasets = _library()
     features: dict[str, Any] = dict(dataset.features)
-    for column in (image, label, caption):
+    for column in named:
         if column is not None and column not in features:
             raise DataError(f"{path} has no column {column!r}; found {', '.join(features)}.")
-    found = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
-    if image is None and len(found) > 1:
-        rank_zero_warn(
-            f"{path} has several columns of pictures; {found[0]} is read, and {', '.join(found[1:])} is not, also not "
-            "as a control map. Name another as image_column; pairs with control maps are read from a CaptionedFolder."
-        )
-    image = image or next(iter(found), None)
-    if image is None or not isinstance(features[image], datasets.Image):
+    image, label, caption, control = named
+    pictures = [key for key, kind in features.items() if isinstance(kind, datasets.Image)]
+    if control is None and len(pictures) > 1:
+        other = (key for key in CONTROL_KEYS if key in pictures and key != image)
+        control = next((key for key in other if len(_missing(dataset, key)) < len(dataset)), None)
+    if image is None:
+        image = next((key for key in pictures if key != control), None)
+    if image not in pictures or control not in (None, *pictures):
         types = {key: type(kind).__name__ for key, kind in features.items()}
         raise DataError(f"{path} has no column of pictures (type Image); found {types}. Cast it to datasets.Image().")
+    # Those that were not named, and that someone may miss.
+    unread = [] if None not in (named.image, named.control) else [k for k in pictures if k not in (image, control)]
     if label is None and caption is None:
-        label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
-        caption = next((key for key in _CAPTION_COLUMNS if key in features), None)
-    return image, label or caption
+        labels = [key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+        captions = [key for key in CAPTION_KEYS if key in features]
+        label = next(iter(labels), None)
+        caption = next(iter(captions), None) if label is None else None
+        others = features if label is caption else labels + captions
+        unread += [key for key in others if key not in (*pictures, label, caption)]
+    if unread:
+        read = ", ".join(key for key in (image, label, caption, control) if key is not None)
+        rank_zero_warn(
+            f"{path}: columns that are read: {read}; that are not: {shorten(unread)}"
+            f"{', so all pictures are of class 0' if label is caption else ''}. Name others as image_column, "
+            "label_column or caption_column, and control_column."
+        )
+    return _Columns(image, label, caption, control)
+
+
+def _stored(dataset: Any, column: str) -> list[tuple[Any, Any]]:
+    """The bytes and the paths of encoded pictures before any selection, as arrays of Arrow."""
+    chunks = dataset.data.column(column).chunks
+    return [(chunk.storage if hasattr(chunk, "storage") else chunk).flatten() for chunk in chunks]
+
+
+def _missing(dataset: Any, column: str) -> list[int]:
+    """The examples that have no picture in a column."""
+    empty = [np.asarray(encoded.is_null()) & np.asarray(paths.is_null()) for encoded, paths in _stored(dataset, column)]
+    rows = np.concatenate([np.zeros(0, bool), *empty])
+    selected = rows if dataset._indices is None else rows[np.asarray(dataset._indices.column(0))]
+    return [int(index) for index in np.flatnonzero(selected)]
+
+
+def _refuse_missing(missing: list[int], dataset: Any, column: str, path: str) -> None:
+    if missing:
+        raise DataError(
+            f"{path}: {column!r} has no value in {len(missing)} of {len(dataset)} examples, the first of which is "
+            f"example {missing[0]}. Filter them out, or name another column."
+        )
+
+
+def _decoded(entry: dict[str, Any] | None, column: str) -> Image.Image:
+    if entry is None:
+        raise ValueError(f"there is no picture in {column!r}")
+    return Image.open(io.BytesIO(entry["bytes"]) if entry["bytes"] is not None else entry["path"])
+
+
+def _digest_of(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return "missing"
+    return stat_digest([entry["path"]]) if entry["bytes"] is None else bytes_digest(entry["bytes"])
 
 
 def _reason(error: Exception) -> str:

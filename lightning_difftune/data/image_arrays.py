@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -83,7 +84,8 @@ class NpzImages(Dataset[tuple[Any, int]]):
 
     Raw: ``images`` (N, H, W) or (N, H, W, C) uint8. Encoded: ``image_bytes`` (uint8, the JPEG or PNG files end to end)
     and ``offsets`` (N + 1), file i being ``image_bytes[offsets[i]:offsets[i + 1]]``. Either may come with ``labels``
-    (N), ``class_names`` and ``split`` (N strings). The file is read once into memory; nothing is unpickled.
+    (N), ``class_names`` and ``split`` (N strings); a warning names other arrays, which are not read. The file is read
+    once into memory; nothing is unpickled.
 
     Args:
         path: The file.
@@ -109,6 +111,13 @@ class NpzImages(Dataset[tuple[Any, int]]):
             raise DataError(
                 f"{self.path} holds the arrays {', '.join(sorted(arrays)) or 'none'}; expected `images` (N, H, W[, C]) "
                 "uint8, or `image_bytes` uint8 with `offsets` (N + 1), and possibly `labels`, `class_names`, `split`."
+            )
+        read = {"images"} if "images" in arrays else {"image_bytes", "offsets"}
+        if unread := sorted(arrays.keys() - read - {"labels", "class_names", "split"}):
+            unlabelled = "" if "labels" in arrays else ", and all pictures are of class 0"
+            rank_zero_warn(
+                f"{self.path}: the arrays {', '.join(unread)} are not read{unlabelled}. Classes are `labels` and "
+                "`class_names`; captions and control maps are read from a CaptionedFolder."
             )
         names = arrays.get("class_names")
         self.class_names = None if names is None else [str(name) for name in names]

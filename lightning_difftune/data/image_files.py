@@ -36,6 +36,7 @@ _FOLDER_LAYOUT = (
     "expected one sub-folder per class with pictures in it, such as root/daisy/001.jpg (or pictures alone, without "
     "sub-folders, for a single class)."
 )
+_LISTS = frozenset({".csv", ".json", ".jsonl", ".parquet", ".tsv"})
 _CLASS_INDEX = re.compile(r"\d+(\.0*)?")  # table software writes 12 as 12.0 if a column has an empty cell
 
 
@@ -73,6 +74,7 @@ class ImageFolder(ImageFiles):
         self.root = place.root
         folders = place.subfolders()
         loose, other = place.files(recursive=False)
+        lists = [file for file in other if Path(file).suffix.lower() in _LISTS]
         if folders and loose:
             raise DataError(
                 f"{self.root} holds {len(loose)} pictures (such as {Path(loose[0]).name}) next to its {len(folders)} "
@@ -106,6 +108,11 @@ class ImageFolder(ImageFiles):
             found = f"{len(captions):,} of {len(self.paths):,} pictures" if captions else "pictures, in a metadata file"
             rank_zero_warn(
                 f"{self.root} has captions of {found}, which ImageFolder does not read; CaptionedFolder does."
+            )
+        elif lists:
+            rank_zero_warn(
+                f"{self.root}: {shorten([Path(file).name for file in lists])} is not read. CaptionedFolder "
+                "reads captions and control maps from metadata.jsonl, and ListedImages classes from a CSV file."
             )
         self.labels = np.asarray(labels, dtype=np.int64)
         if not self.paths:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_difftune.data.digests import content_digest_of, may_change_on_reading, picture_digests_of
-from lightning_difftune.data.items import TargetItem, as_batch
+from lightning_difftune.data.items import TargetItem, as_batch, controls_of
 from lightning_difftune.data.source_facts import (
     captions_of,
     class_names_of,
@@ -49,8 +49,8 @@ class ImageTargets:
     the same one, so that caches and runs agree. There is one warning per picture and process.
 
     Args:
-        source: A map-style data set of ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``;
-            see :class:`~lightning_difftune.data.ImageSource`.
+        source: A map-style data set of ``(image, label)`` or ``(image, caption)``, and possibly a control map; see
+            :class:`~lightning_difftune.data.ImageSource`.
         image_size: Height and width of the pictures.
         channels: 1 (grey) or 3 (RGB).
         on_corrupt: ``"error"`` or ``"skip"``.
@@ -130,7 +130,7 @@ class ImageTargets:
         """Pictures (B, C, H, W) uint8, their captions and, if there are any, control maps (B, 1 or 3, H, W) uint8.
 
         Raises:
-            DataError: If the source has no captions.
+            DataError: If the source has no captions, or control maps of only some of the pictures.
         """
         items = [self.read(index) for index in indices]
         captions = [item.label for item in items if isinstance(item.label, str)]
@@ -139,7 +139,7 @@ class ImageTargets:
                 f"{self.describe(indices[0])} has no caption. Wrap a labelled source in ClassCaptions, or use a source "
                 "of captioned files, such as CaptionedFolder."
             )
-        maps = [item.control for item in items if item.control is not None]
+        maps = controls_of(items)
         return torch.stack([item.pixels for item in items]), captions, *([torch.stack(maps)] if maps else [])
 
     def read(self, index: int) -> TargetItem:

@@ -78,7 +78,8 @@ class PictureFacts(NamedTuple):
     is_rotated: bool = False  # by its EXIF orientation
     largest: int | None = None  # largest value of a 16-bit picture
     digest: str = ""  # of the pixels, upright and with their transparency
-    error: str | None = None  # why it cannot be read
+    error: str | None = None  # why it, or its control map, cannot be read
+    control_size: tuple[int, int] | None = None  # width and height of its control map, if it has one
 
 
 class Inspection:
@@ -133,17 +134,23 @@ def inspect(source: Any, num_workers: int = 0, progress: Callable[[int], None] |
 
 def _facts_at(source: Any, labels: list[int] | None, index: int) -> PictureFacts:
     known = None if labels is None else labels[index]
+    what = ""
     try:
-        image, label, *_ = source[index]
+        image, label, *controls = source[index]
         if known is None and not isinstance(label, str):
             known = int(label)
         if known is not None and known < 0:
             return PictureFacts(known, error=f"its label is {known}, and classes have numbers from 0")
-        return _facts_of(image, known)
+        facts = _facts_of(image, known)
+        for control in controls:
+            what = "its control map: "
+            found = _facts_of(control, None)
+            facts = facts._replace(control_size=(found.width, found.height))
+        return facts
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged bytes
-        return PictureFacts(known, error=f"{type(error).__name__}: {error}")
+        return PictureFacts(known, error=f"{what}{type(error).__name__}: {error}")
 
 
 def _facts_of(image: Any, label: int | None) -> PictureFacts:

@@ -22,17 +22,30 @@ class TargetItem(NamedTuple):
     control: Tensor | None = None  # (1 or 3, H, W) uint8, if the source has control maps
 
 
+def controls_of(items: Sequence[TargetItem]) -> list[Tensor]:
+    """The control maps of all items, all in colour if some are; empty if none has one.
+
+    Raises:
+        DataError: Only some have one.
+    """
+    controls = [item.control for item in items if item.control is not None]
+    if len(controls) not in (0, len(items)):
+        raise DataError("some pictures of the data set have a control map and others do not.")
+    channels = max(map(len, controls), default=1)
+    return [control.expand(channels, -1, -1) for control in controls]
+
+
 def as_batch(items: Sequence[TargetItem], flips: Sequence[bool]) -> TargetBatch:
     """Items as one batch; those with a flip are mirrored, left to right.
 
     Raises:
-        DataError: Some items have a caption or a control map and others do not.
+        DataError: Some items have a caption and others do not; or as :func:`controls_of`.
     """
     batch: TargetBatch = {"pixel_values": to_pixel_values(_stack([item.pixels for item in items], flips))}
     captions = [item.label for item in items if isinstance(item.label, str)]
-    controls = [item.control for item in items if item.control is not None]
-    if len(captions) not in (0, len(items)) or len(controls) not in (0, len(items)):
-        raise DataError("some pictures of the data set have a caption or a control map and others do not.")
+    controls = controls_of(items)
+    if len(captions) not in (0, len(items)):
+        raise DataError("some pictures of the data set have a caption and others do not.")
     if captions:
         batch["captions"] = captions
     else:

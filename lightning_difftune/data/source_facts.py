@@ -22,6 +22,18 @@ _PATH_ATTRIBUTES = ("paths", "_image_files", "_images")
 # Lists of (path, label): ImageFolder, ImageNet; StanfordCars, GTSRB.
 _SAMPLE_ATTRIBUTES = ("samples", "_samples")
 _CLASS_NAME_ATTRIBUTES = ("class_names", "classes", "categories")
+# What columns of captions and of control maps are called in data sets; the first that is there is read.
+CAPTION_KEYS = ("text", "caption", "prompt")
+CONTROL_KEYS = (
+    "conditioning_image",
+    "conditioning_image_file_name",
+    "conditioning_file_name",
+    "conditioning_image_path",
+    "conditioning",
+    "control_image",
+    "control_file_name",
+    "control",
+)
 
 
 class ImageSource(Protocol):
@@ -49,7 +61,7 @@ class ImageSource(Protocol):
         ...
 
     def __getitem__(self, index: int, /) -> tuple[Any, ...]:
-        """Picture ``index``: ``(image, label)``, ``(image, caption)`` or ``(image, caption, control map)``.
+        """Picture ``index``: ``(image, label)`` or ``(image, caption)``, and its control map if there are any.
 
         The image is a ``PIL.Image`` or uint8 pixels: an array (H, W) or (H, W, C), or a tensor (C, H, W), of any size.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import tarfile
@@ -27,17 +28,20 @@ from lightning_difftune.data.folders import (
     is_system,
     shorten,
 )
-from lightning_difftune.errors import DataError, check_lists
+from lightning_difftune.data.source_facts import CAPTION_KEYS, CONTROL_KEYS
+from lightning_difftune.errors import ConfigError, DataError, check_lists
 from lightning_difftune.files import array_digest
 
 # WebDataset's rule: the key of a sample is its path up to the first dot of the file's name.
 _KEY = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_CONTROL_EXTENSIONS = frozenset(f".{name}{extension}" for name in CONTROL_KEYS for extension in IMAGE_EXTENSIONS)
 
 
 class _Member(NamedTuple):
     """The position of a file in a shard."""
 
+    name: str
     shard: int
     offset: int
     size: int
@@ -47,6 +51,10 @@ class _Member(NamedTuple):
 class WebDatasetShards(Dataset[tuple[Any, ...]]):
     """Pictures in WebDataset's layout: tar files with ``key.jpg`` and, for the same key, ``key.cls`` or ``key.txt``.
 
+    A picture's control map is ``key.conditioning.png``, ``key.conditioning_image.png``, ``key.control.png`` or
+    ``key.control_image.png``, or has the ``control_extension``. Other pictures of a key are named by a warning; two
+    that could both be its picture are refused.
+
     The shards are read by position, not as a stream: their tables of contents are read once, which takes a few
     microseconds per picture; then every picture can be read by index. So a run can be repeated, resumed and spread
     over more processes, as with files. Shards must be local and uncompressed.
@@ -55,66 +63,99 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         shards: A file, a folder of ``.tar`` files, a pattern such as ``"data/train-{000..011}.tar"`` or
             ``"data/train-*.tar"``, or a list of files.
         class_names: Names of the classes, in the order of the numbers in ``.cls``.
-        label_extension: Extension of the files with class numbers.
-        caption_extension: Extension of the files with captions, used if there are no class numbers.
+        label_extension: Extension of the files with class numbers; ``None`` if they are not to be read.
+        caption_extension: Extension of the files with captions, used if there are no class numbers. From ``json``, the
+            caption is what the file has under ``text``, ``caption`` or ``prompt``.
+        control_extension: Extension of the control maps, after the first dot of the name: ``"depth.png"``. An item is
+            then ``(image, caption or label, control map)``.
+        image_extension: Extension of the pictures; by default that of any picture format, such as ``jpg``.
 
     Raises:
-        DataError: There are no shards, or no pictures in them; a shard is damaged or compressed; only some pictures
-            have labels, or a label is not a number.
+        ConfigError: Pictures and control maps have the same extension.
+        DataError: There are no shards, or no pictures in them; a shard is damaged or compressed; a key has two
+            pictures; only some pictures have labels, captions or control maps; a label is not a number.
     """
 
     def __init__(
         self,
         shards: str | Sequence[str] | Path,
         class_names: Sequence[str] | None = None,
-        label_extension: str = "cls",
+        label_extension: str | None = "cls",
         caption_extension: str = "txt",
+        control_extension: str | None = None,
+        image_extension: str | None = None,
     ) -> None:
         check_lists(type(self).__name__, class_names=class_names)
+        images = IMAGE_EXTENSIONS if image_extension is None else frozenset({_dotted(image_extension)})
+        maps = _CONTROL_EXTENSIONS if control_extension is None else frozenset({_dotted(control_extension)})
+        if images == maps:
+            raise ConfigError(f"image_extension and control_extension are both {image_extension!r}; name two.")
         self.shards = _find_shards(shards)
         self.class_names = None if class_names is None else list(class_names)
-        self.names: list[str] = []
         self._pictures: list[_Member] = []
         self.left_out: Counter[str] = Counter()
         others: Counter[str] = Counter()
-        texts: dict[str, list[_Member | None]] = {label_extension: [], caption_extension: []}
-        accepted = {name: [f".{name.lower()}"] for name in texts}
-        accepted[caption_extension] += CAPTION_EXTENSIONS
+        unread: Counter[str] = Counter()  # pictures
+        controls: list[_Member | None] = []
+        accepted = {} if label_extension is None else {label_extension: [_dotted(label_extension)]}
+        accepted[caption_extension] = [_dotted(caption_extension), *CAPTION_EXTENSIONS]
+        texts: dict[str, list[_Member | None]] = {name: [] for name in accepted}
         for number, shard in enumerate(self.shards):
             for key, files in _read_contents(shard, number).items():
                 if any(is_system(part) for part in key.split("/")):
                     self.left_out["hidden or system files"] += len(files)
                     continue
-                spelled = {f".{name.lower()}": name for name in files}
+                spelled = {_dotted(name): name for name in files}
                 self.left_out.update(spelled.keys() & UNREAD_PICTURES)
-                others.update(spelled.keys() - IMAGE_EXTENSIONS)
-                picture = next((name for extension, name in spelled.items() if extension in IMAGE_EXTENSIONS), None)
-                if picture is None:
+                control = min(spelled.keys() & maps, default="")
+                found = [name for name in files if _dotted(name) in images and _dotted(name) != control]
+                if len(found) > 1:
+                    raise DataError(
+                        f"{key} in {shard} has several pictures: {', '.join(found)}. Set image_extension to that of "
+                        "the pictures and, if the other is that of control maps, control_extension."
+                    )
+                read = {control, *map(_dotted, found)}
+                unread.update(e for e in spelled.keys() - read if f".{e.rpartition('.')[2]}" in IMAGE_EXTENSIONS)
+                others.update(spelled.keys() - read - unread.keys())
+                if not found:
+                    if not spelled.keys() & UNREAD_PICTURES:
+                        self.left_out["samples without a picture"] += 1
                     continue
-                self.names.append(f"{key}.{picture}")
-                self._pictures.append(files[picture])
+                self._pictures.append(files[found[0]])
+                controls.append(files[spelled[control]] if control else None)
                 for name, extensions in accepted.items():
                     texts[name].append(next((files[spelled[e]] for e in extensions if e in spelled), None))
+        self.names = [picture.name for picture in self._pictures]
         if not self._pictures:
-            raise DataError(f"no pictures in {len(self.shards)} shards, the first is {self.shards[0]}.")
+            found_too = f"; found {describe_counts(unread)}: set image_extension" if unread else ""
+            raise DataError(f"no pictures in {len(self.shards)} shards, the first is {self.shards[0]}{found_too}.")
+        if unread:
+            rank_zero_warn(
+                f"{self.shards[0]}: pictures that are not read: {describe_counts(unread)}. Set control_extension if "
+                "these are control maps."
+            )
+        wants_control = control_extension is not None or any(controls)
+        self._controls = (
+            self._of_all(controls, f".{control_extension or 'conditioning.png'}") if wants_control else None
+        )
         self.labels = np.zeros(len(self), np.int64)
-        extension = next((name for name, members in texts.items() if any(members)), None)
-        if extension is None:
-            if unread := others.keys() - UNREAD_PICTURES:
+        known = [name for name, members in texts.items() if any(members)]
+        if not known:
+            if says := others.keys() - UNREAD_PICTURES:
+                wanted = " and no ".join(f".{name}" for name in accepted)
                 rank_zero_warn(
-                    f"{self.shards[0]}: pictures have no .{label_extension} and no .{caption_extension}, so all are of "
-                    f"class 0; files that are not read: {describe_counts({e: others[e] for e in unread})}. Set "
-                    "label_extension or caption_extension if one is a number or a text."
+                    f"{self.shards[0]}: pictures have no {wanted}, so all are of class 0; files that are not read: "
+                    f"{describe_counts({e: others[e] for e in says})}. Set label_extension or caption_extension if one "
+                    "is a number or a text."
                 )
             return
-        bare = [name for name, member in zip(self.names, texts[extension], strict=True) if member is None]
-        if bare:
-            raise DataError(f"{len(bare)} of {len(self)} pictures have no .{extension}: {shorten(bare)}.")
-        words = [
-            decode(self._read(member), f"{name.rpartition('.')[0]}.{extension} in {self.shards[member.shard]}").strip()
-            for name, member in zip(self.names, texts[extension], strict=True)
-            if member is not None
-        ]
+        if len(known) > 1:
+            rank_zero_warn(
+                f"{self.shards[0]}: the classes in .{known[0]} are read, and the captions in .{known[1]} are not. Set "
+                "label_extension to null to read captions."
+            )
+        extension = known[0]
+        words = [self._text(member) for member in self._of_all(texts[extension], f".{extension}")]
         if extension == caption_extension:
             del self.labels
             self.captions = [" ".join(text.split()) for text in words]
@@ -124,12 +165,37 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
             raise DataError(f"{self.describe(wrong)}: its .{extension} says {words[wrong][:40]!r}, expected a number.")
         self.labels = np.asarray([int(word) for word in words], dtype=np.int64)
 
+    def _of_all(self, members: Sequence[_Member | None], what: str) -> list[_Member]:
+        """The members, if every picture has one."""
+        if bare := [name for name, member in zip(self.names, members, strict=True) if member is None]:
+            raise DataError(f"{len(bare)} of {len(self)} pictures have no {what}: {shorten(bare)}.")
+        return [member for member in members if member is not None]
+
+    def _text(self, member: _Member) -> str:
+        """The text of a file, or the caption in a JSON object."""
+        where = f"{member.name} in {self.shards[member.shard]}"
+        text = decode(self._read(member), where).strip()
+        if not member.name.lower().endswith(".json"):
+            return text
+        try:
+            entry = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{where} is not JSON ({error}).") from error
+        found = next((entry[key] for key in CAPTION_KEYS if key in entry), None) if isinstance(entry, dict) else None
+        if not isinstance(found, str):
+            raise DataError(f"{where} has no text under {', '.join(CAPTION_KEYS)}; found {text[:80]!r}.")
+        return found
+
     def __len__(self) -> int:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        image = Image.open(io.BytesIO(self._read(self._pictures[index])))
-        return image, self.captions[index] if hasattr(self, "captions") else int(self.labels[index])
+        image, *control = (Image.open(io.BytesIO(self._read(member))) for member in self._members(index))
+        return image, self.captions[index] if hasattr(self, "captions") else int(self.labels[index]), *control
+
+    def _members(self, index: int) -> list[_Member]:
+        """The picture and, if there are any, its control map."""
+        return [self._pictures[index], *([] if self._controls is None else [self._controls[index]])]
 
     def _read(self, member: _Member) -> bytes:
         with open(self.shards[member.shard], "rb") as file:
@@ -141,11 +207,12 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         return f"{self.names[index]} in {self.shards[self._pictures[index].shard]}"
 
     def content_digest(self) -> str:
-        """A hash of the shards' names, sizes and modification times, and of the captions."""
-        return array_digest(stat_digest(self.shards), *getattr(self, "captions", []))
+        """A hash of the shards' names, sizes and modification times, of what is read in them, and of the captions."""
+        read = np.asarray([[(m.shard, m.offset) for m in self._members(index)] for index in range(len(self))])
+        return array_digest(stat_digest(self.shards), read, *getattr(self, "captions", []))
 
     def picture_digests(self) -> list[str]:
-        """The name, size and modification time of every picture in its shard.
+        """The name, size and modification time of every picture, and of its control map, in its shard.
 
         If all pictures of a shard have the same time, the time says nothing, so the shard's size and time are added.
         """
@@ -153,8 +220,12 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         for picture in self._pictures:
             times.setdefault(picture.shard, set()).add(picture.time)
         shards = {n: "" if len(found) > 1 else stat_digest([self.shards[n]]) for n, found in times.items()}
-        named = zip(self.names, self._pictures, strict=True)
-        return [f"{name} {picture.size} {picture.time} {shards[picture.shard]}" for name, picture in named]
+        stored = [" ".join(f"{m.name} {m.size} {m.time}" for m in self._members(i)) for i in range(len(self))]
+        return [f"{told} {shards[picture.shard]}" for told, picture in zip(stored, self._pictures, strict=True)]
+
+
+def _dotted(extension: str) -> str:
+    return f".{extension.lower().removeprefix('.')}"
 
 
 def _find_shards(shards: str | Sequence[str] | Path) -> list[str]:
@@ -209,7 +280,9 @@ def _read_contents(shard: str, number: int) -> dict[str, dict[str, _Member]]:
                 if entry.offset_data + entry.size > size:
                     raise tarfile.ReadError(f"{entry.name} is cut off")
                 key, extension = found.groups()
-                contents.setdefault(key, {})[extension] = _Member(number, entry.offset_data, entry.size, entry.mtime)
+                contents.setdefault(key, {})[extension] = _Member(
+                    entry.name, number, entry.offset_data, entry.size, entry.mtime
+                )
     except (tarfile.TarError, OSError) as error:
         raise DataError(
             f"{shard} is not a whole, uncompressed tar file ({error}); download it again, or unpack a compressed one "

@@ -17,7 +17,7 @@ from lightning_difftune.models.diffusers_layout import open_network
 from lightning_difftune.models.frozen import DEFAULT_PROMPT, Frozen
 from lightning_difftune.modules.family import Asked, Subject
 from lightning_difftune.modules.text_pipeline import TextPipelineModule
-from lightning_difftune.pictures import to_pixels, to_uint8
+from lightning_difftune.pictures import to_pixels, to_uint8, with_channels
 from lightning_difftune.protocols import Annotator, Denoiser, RetentionBatch, SupportsControlExamples, TargetBatch
 from lightning_difftune.source import SourceFacts
 
@@ -188,12 +188,13 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         return self.checked(self.annotator(pictures), type(self.annotator).__name__)
 
     def checked(self, maps: Tensor, maker: str) -> Tensor:
-        """Control maps (B, C, H, W) uint8, unchanged.
+        """Control maps (B, C, H, W) uint8 with the ControlNet's number of channels: grey ones may be saved in colour.
 
         Raises:
-            ConfigError: If the ControlNet takes another number of channels, or the maps are not 8-bit.
+            ConfigError: If the ControlNet takes grey maps and these are in colour, or the maps are not 8-bit.
         """
         channels = self.annotator.channels
+        maps = with_channels(maps, channels)
         if maps.ndim != 4 or maps.shape[1] != channels or maps.dtype != torch.uint8:
             raise ConfigError(
                 f"{maker} has control maps {maps.dtype} {tuple(maps.shape)}, but this ControlNet takes "

@@ -46,6 +46,17 @@ def checked(capsys, *args):
     return status, captured.out + captured.err
 
 
+def test_control_maps_are_counted(tmp_path, capsys):
+    """A map of another shape is cropped otherwise than its picture."""
+    rows = [{"file_name": f"{n}.png", "text": "a", "control": f"map-{n}.png"} for n in range(3)]
+    for number, width in enumerate((32, 34, 64)):
+        picture(32, 32, seed=number).save(tmp_path / f"{number}.png")
+        picture(width, 32, seed=number).save(tmp_path / f"map-{number}.png")
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert json.loads(checked(capsys, tmp_path, "--json")[1])["control_maps"] == {"maps": 3, "of_another_shape": 1}
+    assert "3, of another shape than their picture: 1" in checked(capsys, tmp_path)[1]
+
+
 def test_everything_is_counted(trouble, capsys):
     status, said = checked(capsys, trouble, "--json", "--image_size", "32")
     assert status == 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import mapped
 import numpy as np
 import pipelines
 import pytest
@@ -113,6 +114,21 @@ def test_shards_and_saved_data_sets(tmp_path, monkeypatch) -> None:
         source = data["target"]["init_args"]["source"]
         assert source["class_path"] == f"lightning_difftune.data.{name}"
         assert (source["init_args"][key], data["num_classes"]) == (path, classes)
+
+
+def test_what_is_not_read_is_said(folder, capsys) -> None:
+    (folder / "prompt.json").write_text("{}")
+    written("photos")
+    assert "prompt.json is not read" in capsys.readouterr().out
+
+
+def test_a_saved_data_set_with_maps_becomes_a_controlnet(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = mapped.hub_data(conditioning_image=mapped.maps(), image=mapped.pictures(), text=list("abcdef"))
+    made.save_to_disk("circles")
+    source = written("circles", "--control", "canny")["data"]["init_args"]["target"]["init_args"]["source"]
+    assert source["class_path"] == "lightning_difftune.data.HubImages"
+    assert source["init_args"]["path"] == "circles"
 
 
 def test_names_of_classes_become_captions(folder) -> None:

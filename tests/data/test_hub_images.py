@@ -175,12 +175,3 @@ def test_captions_that_are_not_texts_are_refused(captions):
         DataError, match=f"a caption in 'caption' is a {type(captions[0]).__name__}, .*; expected a text"
     ):
         HubImages(made.cast_column("image", datasets.Image()))
-
-
-def test_a_second_column_of_pictures_is_not_left_out_in_silence():
-    """As control maps: a ControlNet would be trained on the annotator's in their place."""
-    columns = {"image": pictures(2), "conditioning_image": pictures(2), "text": ["a", "b"]}
-    features = {"image": datasets.Image(), "conditioning_image": datasets.Image(), "text": datasets.Value("string")}
-    made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    with pytest.warns(UserWarning, match="image is read, and conditioning_image is not, also not as a control map"):
-        assert HubImages(made).captions == ["a", "b"]

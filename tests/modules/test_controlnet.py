@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mapped
 import numpy as np
 import pytest
 import torch
@@ -192,9 +193,27 @@ def test_own_control_maps_of_the_target_are_used(tmp_path, pipeline_folder):
         quiet_trainer(tmp_path, 1).fit(module_of(pipeline_folder), data_of(tmp_path, colour, bank=None))
 
 
-def test_pictures_follow_the_own_maps_and_captions_of_held_out_examples(tmp_path, pipeline_folder):
+def test_maps_of_the_hub_and_of_shards_train_it_as_those_of_files(tmp_path, pipeline_folder):
+    """Through the batch and the latent cache to the condition: grey maps that are saved in colour."""
+    module, found = built(pipeline_folder), {}
+    for name, source in mapped.sources(tmp_path).items():
+        data = data_of(tmp_path, source, bank=None, val_target=source)
+        batch = next(iter(data.train_dataloader()))
+        _, condition, _ = module.prepare(batch, Draws(0, 0))
+        cache = LatentCache.build(tmp_path / name, data.target, module.encode, {})
+        pictures, _, maps = data.control_examples([1, 4])
+        cached = cache.read([0, 3], [False, True])
+        found[name] = [batch["target"]["pixel_values"], *condition.values(), *cached.values(), pictures, maps]
+        assert condition["conditioning_pixel_values"].shape == (5, 1, 16, 16)
+        assert condition["conditioning_pixel_values"].std() > 0.1, "not the annotator's"
+    for name in ("hub", "shards"):
+        assert all(torch.equal(a, b) for a, b in zip(found["files"], found[name], strict=True))
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 16, 3)])
+def test_pictures_follow_the_own_maps_and_captions_of_held_out_examples(tmp_path, pipeline_folder, shape):
     """They are validated by those maps, and their rows are named after those captions, not the prompts."""
-    own = [np.full((16, 16), 50 * number, np.uint8) for number in range(3)]
+    own = [np.full(shape, 50 * number, np.uint8) for number in range(3)]
     captions = ["a cat", "a dog", "a fox"]
     data = data_of(tmp_path, bank=None, val_target=list(zip(pictures_of(3), captions, own, strict=True)))
     module, seen = module_of(pipeline_folder), []
@@ -230,6 +249,7 @@ class Means(Metric):
         self.add_state("count", torch.tensor(0), "sum")
 
     def update(self, maps, controls):
+        assert maps.shape == controls.shape
         self.total += (controls.float() - maps.float()).mean((1, 2, 3)).sum()
         self.count += len(controls)
 
@@ -270,7 +290,7 @@ def test_mistakes_are_refused(pipeline_folder):
         built(pipeline_folder).generate(torch.arange(2))
     with pytest.raises(ConfigError, match=r"control maps torch.uint8 \(2, 3, 16, 16\)"):
         built(pipeline_folder).generate_controlled(
-            torch.arange(2), torch.zeros(2, 3, 16, 16, dtype=torch.uint8), ["", ""]
+            torch.arange(2), torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8), ["", ""]
         )
 
 

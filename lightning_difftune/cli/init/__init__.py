@@ -157,6 +157,7 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     if unreadable := seen.facts.unreadable():
         first = next(iter(unreadable))
         plan.notes.append(f"{len(unreadable)} cannot be read, such as {first}; on_corrupt: skip replaces them.")
+    plan.notes += seen.facts.notes
     counts = seen.facts.counts()
     if few := [name for name, count in counts.items() if 0 < count < FEW_PICTURES]:
         have = f"{len(few)} class{'es have' if len(few) > 1 else ' has'}"
