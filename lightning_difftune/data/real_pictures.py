@@ -90,12 +90,19 @@ class RealPictures(L.LightningDataModule):
         return self.target.class_names if self.num_classes is not None else None
 
     def setup(self, stage: str) -> None:
-        """Warn of held-out pictures that are trained on and of small classes, and refuse black pictures."""
+        """Warn of held-out pictures that are trained on, maps in one part and small classes; refuse black pictures."""
         if stage != "fit":
             return
         check_depth(self.target)
         if self.val_target is not None and (said := describe_shared(self.target.source, self.val_target.source)):
             rank_zero_warn(said)
+        if self.val_target is not None:
+            mapped = {_has_maps(self.target): "target", _has_maps(self.val_target): "val_target"}
+            if mapped.keys() == {True, False}:
+                rank_zero_warn(
+                    f"The pictures of {mapped[True]} have control maps of their own, and those of {mapped[False]} do "
+                    "not: a ControlNet gets the annotator's for these. Give both maps of one kind."
+                )
         labels = self.target.labels()
         if self.num_classes is not None and labels is not None:
             sentence = describe_small_classes(labels, self.num_classes, self.class_names)
@@ -182,6 +189,14 @@ def check_depth(targets: ImageTargets) -> None:
             f"{max(bits, 8)} bits and would be trained on as nearly black. Multiply their values by "
             f"{2 ** (16 - max(bits, 8))}, or save them with 8 bits."
         )
+
+
+def _has_maps(targets: ImageTargets) -> bool | None:
+    """Whether the first picture comes with a control map; ``None`` if it cannot be read."""
+    try:
+        return len(targets.source[0]) > 2
+    except Exception:  # reported on reading, by the policy on damaged pictures
+        return None
 
 
 class LabelledTargets:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_difftune import MemoryBankDataModule
 from lightning_difftune.data import (
     ArrayImages,
     CaptionedFolder,
@@ -59,6 +60,16 @@ def test_examples_of_which_some_have_no_map_are_refused():
     targets = ImageTargets([(picture, "a", picture), (picture, "b")], 8)
     with pytest.raises(DataError, match="some pictures of the data set have a control map and others do not"):
         targets.captioned([0, 1])
+
+
+@pytest.mark.parametrize("mapped_part", ["target", "val_target"])
+def test_maps_of_one_part_alone_are_said(mapped_part):
+    picture = np.zeros((8, 8), np.uint8)
+    parts = {"target": [(picture, "a")], "val_target": [(picture, "b")]}
+    parts[mapped_part] = [(picture, "a", picture)]
+    data = MemoryBankDataModule(**parts, bank=None, batch_size=1, image_size=8)
+    with pytest.warns(UserWarning, match=f"pictures of {mapped_part} have control maps of their own, and those of"):
+        data.setup("fit")
 
 
 def test_grey_maps_join_those_in_colour():
