@@ -63,7 +63,9 @@ def sample(argv: Sequence[str]) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: the first ten)")
     what.add_argument("--prompts", nargs="+", metavar="TEXT", help="for text-to-image (default: the run's)")
-    parser.add_argument("--controls", nargs="+", metavar="FILE", help="for a ControlNet: pictures to take maps from")
+    maps = parser.add_mutually_exclusive_group()
+    maps.add_argument("--controls", nargs="+", metavar="FILE", help="for a ControlNet: pictures to take maps from")
+    maps.add_argument("--maps", nargs="+", metavar="FILE", help="for a ControlNet: control maps, as they are")
     parser.add_argument("--num_samples", type=int, default=4, metavar="N", help="pictures of each (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise; the same one draws the same (default: 0)")
     parser.add_argument("--guidance_scale", type=float, metavar="G", help="strength of guidance; 1 is none")
@@ -90,7 +92,7 @@ def sample(argv: Sequence[str]) -> None:
     drawing = nullcontext() if source.run is None else source.run.drawing()
     module.seed = options.seed
     module.sampler = sampler_of(source, options)
-    subjects = module.subjects(Asked(options.classes, options.prompts, options.controls))
+    subjects = module.subjects(Asked(options.classes, options.prompts, options.controls, options.maps))
     with nullcontext() if source.run is None else source.run.weights(options.raw, source.done), drawing:
         parameters = {
             "source": options.run,

@@ -296,10 +296,13 @@ class ControlNetDiffTuningModule(TextPipelineModule):
     # -- requests of users -------------------------------------------------------------------------------------------
 
     def subjects(self, asked: Asked) -> list[Subject]:
-        """One row per control picture, under its own prompt or the only one; the annotator makes the map."""
-        prompted, controls = super().subjects(asked._replace(controls=None)), asked.controls
-        if not controls:
-            raise ConfigError("A ControlNet draws from control maps: name pictures for them, --controls FILE ...")
+        """One row per control map, under its own prompt or the only one; the annotator makes those of pictures."""
+        prompted, controls = super().subjects(asked._replace(controls=None, maps=None)), asked.controls or asked.maps
+        if not controls or (asked.controls and asked.maps):
+            raise ConfigError(
+                "A ControlNet draws from control maps: name pictures for them, --controls FILE ..., or else maps of "
+                "your own, --maps FILE ..."
+            )
         if len(prompted) not in (1, len(controls)):
             raise ConfigError(
                 f"{len(prompted)} prompts for {len(controls)} control pictures: give one, or one for each."
@@ -309,11 +312,11 @@ class ControlNetDiffTuningModule(TextPipelineModule):
         for number, file in enumerate(controls):
             try:
                 with Image.open(file) as image:
-                    pixels = torch.from_numpy(to_pixels(image, size, 3))
+                    pixels = torch.from_numpy(to_pixels(image, size, 3))[None]
             except (OSError, ValueError, UnidentifiedImageError) as error:
                 raise DataError(f"The control picture {file} cannot be read: {error}") from error
-            (control,) = self.annotate(pixels[None].to(self.device)).cpu()
-            rows.append(Subject(Path(file).stem, prompted[number % len(prompted)].asked, control))
+            maps = self.annotate(pixels.to(self.device)).cpu() if asked.controls else self.checked(pixels, str(file))
+            rows.append(Subject(Path(file).stem, prompted[number % len(prompted)].asked, maps[0]))
         return rows
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:

@@ -272,7 +272,7 @@ class DiTDiffTuningModule(DiffTuningModule):
 
     def subjects(self, asked: Asked) -> list[Subject]:
         """Classes, by name or number."""
-        asked.refuse("prompts", "controls", because="it knows classes and no words; use --classes.")
+        asked.refuse("prompts", "controls", "maps", because="it knows classes and no words; use --classes.")
         return class_subjects(asked.classes, self.dit.class_names, self.num_classes)
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Tensor, Tensor]:

@@ -30,11 +30,13 @@ class Asked(NamedTuple):
         classes: Names or numbers of classes.
         prompts: Texts.
         controls: Files of pictures that control maps are taken from.
+        maps: Files of control maps, in place of ``controls``.
     """
 
     classes: Sequence[str] | None = None
     prompts: Sequence[str] | None = None
     controls: Sequence[str] | None = None
+    maps: Sequence[str] | None = None
 
     def refuse(self, *ways: str, because: str) -> None:
         """Refuse kinds of requests that a model does not support.
@@ -193,7 +195,7 @@ class ModelFamily(L.LightningModule, ABC):
             ConfigError: If the model does not support a request.
             DataError: If a picture cannot be read.
         """
-        asked.refuse("classes", "prompts", "controls", because="its pictures have no condition.")
+        asked.refuse("classes", "prompts", "controls", "maps", because="its pictures have no condition.")
         return [Subject("samples")]
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:

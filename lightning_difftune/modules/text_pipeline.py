@@ -292,7 +292,7 @@ class TextPipelineModule(DiffTuningModule, ABC):
     def subjects(self, asked: Asked) -> list[Subject]:
         """The requested prompts; by default the module's own."""
         asked.refuse("classes", because="it takes prompts; use --prompts.")
-        asked.refuse("controls", because="it follows no control pictures.")
+        asked.refuse("controls", "maps", because="it follows no control pictures.")
         return [Subject(prompt, prompt) for prompt in asked.prompts or self.prompts]
 
     def conditions_for(self, subjects: Sequence[Subject]) -> tuple[Any, Any]:

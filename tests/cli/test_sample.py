@@ -242,12 +242,21 @@ def test_a_controlnet_follows_pictures(pipeline_folder, tmp_path, monkeypatch, c
     (maps, drawn) = pictures_of(Path("out/grid.png"), 2, 2)[1]
     assert (maps[0, ::6, ::6].numpy() == expected).all(), "a row of the grid begins with its map"
     assert not torch.equal(maps, drawn)
+    again = sampled(tmp_path / "maps", "control.ckpt", "--maps", "out/01-steps-control.png", *args[4:])
+    assert pictures_of(tmp_path / "maps/grid.png", 1, 2)[0].equal(pictures_of(Path("out/grid.png"), 2, 2)[1])
+    assert again.keys() == {"grid.png", "00-01-steps-control-000.png", "00-01-steps-control-control.png"}
+    Image.effect_mandelbrot((16, 16), (-2, -1, 1, 1), 20).convert("RGB").point([*range(256)] * 2 + [0] * 256).save(
+        "red.png"
+    )
     for wrong, message in (
         (["control.ckpt"], "name pictures for them, --controls FILE"),
+        (["control.ckpt", "--maps", "red.png"], "red.png has control maps torch.uint8 (1, 3, 16, 16), but this"),
+        (["control.ckpt", "--maps", "plain.png", "--controls", "plain.png"], "not allowed with argument"),
         ([*args, "--prompts", "a", "b", "c"], "3 prompts for 2 control pictures"),
         (["control.ckpt", "--controls", "config.yaml"], "control picture config.yaml cannot be read"),
         (["control.ckpt", "--classes", "1"], "does not take --classes: it takes prompts; use --prompts."),
         ([pipeline_folder, "--controls", "plain.png"], "follows no control pictures"),
+        (["dit-nano-omniglot", "--maps", "plain.png"], "does not take --maps: it knows classes"),
     ):
         assert main(["sample", *wrong, "--output", "x"]) == 2
         assert message in capsys.readouterr().err
