@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import indent
@@ -65,7 +67,10 @@ def init(argv: Sequence[str]) -> None:
 
         device = [] if torch.cuda.is_available() or made.base.is_large else ["--device", "measured"]
         try:
-            plan(["--config", text, *device])
+            with warnings.catch_warnings():
+                for note in seen.facts.notes:  # said above
+                    warnings.filterwarnings("ignore", re.escape(note))
+                plan(["--config", text, *device])
         except CheckpointError as error:
             raise CheckpointError(
                 f"{error} {options.output} was not written; --no_plan writes it unchecked."
