@@ -201,8 +201,9 @@ def test_the_page_of_the_study_has_the_kept_distances_of_swaps() -> None:
         assert f"| {row} | {' | '.join(cells)} |" in page
     cells = [f"{distance:.1f}" for distance in swapped("photos_forgetting/swap/102-tail-full.csv")["diff-tuning"]]
     assert f"| Diff-Tuning, the steps left to Full instead | {' | '.join(cells)} |" in page
-    for name, row in (("full", "Full, seed 1"), ("diff-tuning", "Diff-Tuning, seed 0")):
-        first, *rest = swapped("photos32/swap/102.csv")[name]
+    for name, curve in swapped("photos32/swap/102.csv").items():
+        first, *rest = curve
+        row = name.replace("-seed", ", seed ").replace("full", "Full").replace("diff-tuning", "Diff-Tuning")
         cells = [f"{first:.1f}", *(f"{distance:.1f} ({100 * (distance / first - 1):+.1f} %)" for distance in rest)]
         assert f"| {row} | {' | '.join(cells)} |" in page
 
