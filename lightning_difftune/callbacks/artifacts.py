@@ -26,11 +26,6 @@ def artifact_folder(trainer: L.Trainer, dirpath: str | Path | None, name: str) -
     return Path(dirpath) if dirpath else Path(log_dir or trainer.default_root_dir) / name
 
 
-def folder_claim(dirpath: str | Path | None, name: str) -> dict[str, str]:
-    """The folder of :func:`artifact_folder`, for ``claims`` of a callback."""
-    return {f"the folder {dirpath or name}": "Give one of them another dirpath."}
-
-
 def write_artifact(path: Path, content: bytes) -> None:
     """Write a file atomically. A full disk is a warning and does not stop the training."""
     try:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from lightning_difftune.callbacks.artifacts import artifact_folder, folder_claim, write_figure, write_table
+from lightning_difftune.callbacks.artifacts import artifact_folder, write_figure, write_table
 from lightning_difftune.callbacks.bases import on_device
 from lightning_difftune.callbacks.fid import DistanceCallback
 from lightning_difftune.errors import ConfigError, DataError
@@ -92,7 +92,8 @@ class ChainOfForgetting(DistanceCallback):
     def claims(self) -> dict[str, str]:
         """The logged names, and the folder."""
         names = {f"the logged names '{self.monitor}/swap_...'": "Leave one out, or give it another feature_extractor."}
-        return names | folder_claim(self.dirpath, "chain-of-forgetting")
+        folder = {f"the folder {self.dirpath or 'chain-of-forgetting'}": "Give one of them another dirpath."}
+        return names | folder
 
     def logged(self) -> dict[str, float]:
         """The latest distances by logged name."""
