@@ -1,4 +1,4 @@
-"""The runs of a study on one GPU within a number of seconds, several at a time, the most informative first.
+"""The runs of a study on one GPU within a number of seconds, several at a time, in the order of the study or of ``--only``.
 
     python benchmarks/study_on_gpu.py configs/studies/photos32.yaml --seconds 400 --archive photos32.tar.gz
 
@@ -53,16 +53,17 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--seconds", type=float, default=400.0, help="time for everything")
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--first", type=int, default=2, help="runs at the head of the study to do with all seeds")
-    parser.add_argument("--only", nargs="+", help="names of runs (default: all)")
+    parser.add_argument("--first", type=int, default=2, help="runs to do with all seeds before the others")
+    parser.add_argument("--only", nargs="+", help="names of runs, in this order (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", help="seeds (default: those of the study)")
     parser.add_argument("--archive", type=Path, default=Path("study.tar.gz"))
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
 
     study = read_study(options.study)
-    names = [name for name in study.runs if not options.only or name in options.only]
-    pairs = in_order(names, options.seeds or list(study.seeds), options.first)
+    if unknown := set(options.only or []) - study.runs.keys():
+        parser.error(f"--only: {study.path} has no run {', '.join(sorted(unknown))}")
+    pairs = in_order(options.only or list(study.runs), options.seeds or list(study.seeds), options.first)
     jobs = list(read_jobs(study, [(study.runs[run], seed) for run, seed in pairs], study.output, study.kept))
     print(f"{len(jobs)} runs, {options.processes} at a time, {options.seconds:.0f} s")
     workers = [multiprocessing.get_context("fork").Process(target=work, args=(jobs,)) for _ in range(options.processes)]
