@@ -1,4 +1,4 @@
-"""The runs of a study on one GPU within a number of seconds, several at a time, in the order of the study or of ``--only``.
+"""The runs of a study on one GPU within a number of seconds, several at a time, in its order or that of ``--only``.
 
     python benchmarks/study_on_gpu.py configs/studies/photos32.yaml --seconds 400 --archive photos32.tar.gz
 

@@ -220,7 +220,18 @@ class Tuner(Protocol):
 
 
 class Evaluator(Protocol):
-    """A measurement at the end of a run, named in the study file of ``difftune compare``."""
+    """A measurement at the end of a run, named in the study file of ``difftune compare``.
+
+    One that is also a :class:`ChecksModule` says before the training what it could not measure after it.
+    """
 
     def evaluate(self, module: Any) -> dict[str, float]:
         """Metrics by name, of the LightningModule ``module`` with its current weights."""
+
+
+@runtime_checkable
+class ChecksModule(Protocol):
+    """An evaluator that can tell at the start of a run whether it can measure it at the end."""
+
+    def check(self, module: Any) -> None:
+        """Raise a :class:`~lightning_difftune.errors.DiffTuneError` if ``module``, with its trainer, does not do."""

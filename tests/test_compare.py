@@ -520,6 +520,16 @@ def test_a_run_in_a_process_of_its_own_that_fails_says_why(project, monkeypatch,
     assert [row["run"] for row in table()] == ["whole"]
 
 
+def test_what_an_evaluator_could_not_measure_is_said_before_the_training(project, capsys):
+    held_out = [{"class_path": "lightning_difftune.metrics.HeldOutLoss", "init_args": {"num_samples": 4}}]
+    alone = {"data.init_args.val_target": None, "trainer.callbacks": None}
+    write_study(project, evaluate=held_out, runs={"alone": {"set": alone}}, seeds=[0])
+    assert main(["compare", "study.yaml", "--run"]) == 2
+    assert "There are no held-out pictures to compare generated ones with" in capsys.readouterr().err
+    assert not list(Path("out/runs/alone-seed0").rglob("*.ckpt"))
+    assert not list(Path("out/runs/alone-seed0").rglob("metrics.csv"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.protocols import GeneratesClasses
 
 BUNDLED = Path(__file__).parent / "weights" / "digit-classifier.safetensors"
@@ -72,6 +73,15 @@ class RecognisedDigits:
     def share(self, samples: Tensor) -> float:
         """The share of recognised samples, between 0 and 1."""
         return (self.classifier.classify(samples) == self.classes).float().mean().item()
+
+    def check(self, module: Any) -> None:
+        """See :class:`~lightning_difftune.protocols.ChecksModule`.
+
+        Raises:
+            ConfigError: If the module's classes are not the ten digits.
+        """
+        if (classes := getattr(module, "num_classes", None)) != 10:
+            raise ConfigError(f"RecognisedDigits asks for ten digits; {type(module).__name__} has {classes} classes.")
 
     def evaluate(self, module: Any) -> dict[str, float]:
         """``recognised``: the share, for the module's current weights."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.metrics.frechet import FrechetDistance
+from lightning_difftune.metrics.sample_quality import labelled_data
 from lightning_difftune.pictures import to_pixel_values
 from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsLabelledImages
 
@@ -40,19 +41,25 @@ class HeldOutLoss:
         check_counts("HeldOutLoss", num_samples=num_samples, num_bins=num_bins, batch_size=batch_size)
         self.num_samples, self.num_bins, self.batch_size, self.seed = num_samples, num_bins, batch_size, seed
 
-    def evaluate(self, module: Any) -> dict[str, float]:
-        """The losses and gaps, for the module's current weights.
+    def check(self, module: Any) -> None:
+        """See :class:`~lightning_difftune.protocols.ChecksModule`.
 
         Raises:
-            ConfigError: If the module cannot be compared with a pre-trained one, or its data has no labelled pictures.
+            ConfigError: If the module cannot be compared with a pre-trained one, or its data has no labelled or no
+                held-out pictures.
+            DataError: If the pictures have captions instead of classes.
         """
-        data = module.trainer.datamodule
-        comparable = isinstance(module, SupportsDenoisingLosses)
-        if not (comparable and isinstance(data, SupportsLabelledImages)):
+        if not isinstance(module, SupportsDenoisingLosses):
             raise ConfigError(
-                f"HeldOutLoss needs a module with what protocols.SupportsDenoisingLosses lists and a data module with "
-                f"labelled_images(); found {type(module).__name__} and {type(data).__name__}."
+                f"HeldOutLoss needs a module with what protocols.SupportsDenoisingLosses lists; found "
+                f"{type(module).__name__}."
             )
+        labelled_data(module, "HeldOutLoss")
+
+    def evaluate(self, module: Any) -> dict[str, float]:
+        """The losses and gaps, for the module's current weights. Raises what :meth:`check` does."""
+        self.check(module)
+        data = module.trainer.datamodule
         pictures, labels = (torch.cat(parts) for parts in zip(*data.labelled_images("val"), strict=True))
         chosen = torch.linspace(0, len(labels) - 1, min(self.num_samples, len(labels))).round().long()
         edges = [round(k * module.num_timesteps / self.num_bins) for k in range(self.num_bins + 1)]
@@ -113,19 +120,23 @@ class ReconstructionQuality:
         self.feature_extractor = feature_extractor
         self.every = every
 
-    def evaluate(self, module: Any) -> dict[str, float]:
-        """The metrics.
+    def check(self, module: Any) -> None:
+        """See :class:`~lightning_difftune.protocols.ChecksModule`.
 
         Raises:
-            ConfigError: If the data has no labelled pictures, or the module cannot reconstruct them.
+            ConfigError: If the data has no labelled or no held-out pictures, or the module cannot reconstruct them.
+            DataError: If the pictures have captions instead of classes.
         """
+        labelled_data(module, "ReconstructionQuality")
+        if not isinstance(module, SupportsReconstruct):
+            raise ConfigError(
+                f"ReconstructionQuality needs reconstruct() of the module; {type(module).__name__} has none."
+            )
+
+    def evaluate(self, module: Any) -> dict[str, float]:
+        """The metrics. Raises what :meth:`check` does."""
+        self.check(module)
         data = module.trainer.datamodule
-        for owner, needed, method in (
-            (data, SupportsLabelledImages, "labelled_images() of the data module"),
-            (module, SupportsReconstruct, "reconstruct() of the module"),
-        ):
-            if not isinstance(owner, needed):
-                raise ConfigError(f"ReconstructionQuality needs {method}; {type(owner).__name__} has none.")
         real, reconstructed = (FrechetDistance(self.feature_extractor).to(module.device) for _ in range(2))
         squares, values = 0.0, 0
         with torch.no_grad():

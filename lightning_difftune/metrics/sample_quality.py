@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,35 @@ from lightning_difftune.metrics.extractors import torch_fidelity
 from lightning_difftune.metrics.frechet import FrechetDistance, ReferenceCache, frechet_distance, reference_key
 from lightning_difftune.protocols import SupportsLabelledImages
 
+Split = Literal["train", "val"]
+
 
 class LabelledFeatures(NamedTuple):
     """Features and classes of pictures."""
 
     features: Tensor  # (N, D) float32
     labels: Tensor  # (N,) int64
+
+
+def check_has_classes(module: Any, name: str) -> None:
+    """Raise a :class:`ConfigError` if the module generates no samples of requested classes; ``name`` asks for them."""
+    if not hasattr(module, "class_conditions"):
+        raise ConfigError(f"{name} draws samples of each class, which {type(module).__name__} does not have.")
+
+
+def labelled_data(module: Any, name: str) -> SupportsLabelledImages:
+    """The data module of a module's trainer, which has training and held-out pictures with classes.
+
+    Raises:
+        ConfigError: If it has not; ``name`` is what needs them.
+        DataError: If the pictures have captions instead of classes.
+    """
+    data = module.trainer.datamodule
+    if not isinstance(data, SupportsLabelledImages):
+        raise ConfigError(f"{name} needs labelled_images() of the data module; {type(data).__name__} has none.")
+    for split in get_args(Split):
+        next(iter(data.labelled_images(split)))
+    return data
 
 
 class SampleQuality:
@@ -43,7 +66,7 @@ class SampleQuality:
         cache_dir: Folder that caches features of the real pictures between runs.
 
     Raises:
-        ConfigError: If a number is not positive.
+        ConfigError: If a number is not positive, or torch-fidelity is not installed.
     """
 
     def __init__(
@@ -55,6 +78,7 @@ class SampleQuality:
         cache_dir: str | Path | None = None,
     ) -> None:
         check_counts("SampleQuality", num_samples=num_samples, batch_size=batch_size, neighbourhood=neighbourhood)
+        self._prc: Any = torch_fidelity("metric_prc", "Precision and recall")
         self.key = FrechetDistance(feature_extractor).key
         self.feature_extractor = feature_extractor
         self.num_samples = num_samples
@@ -62,18 +86,20 @@ class SampleQuality:
         self.neighbourhood = neighbourhood
         self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
 
-    def evaluate(self, module: Any) -> dict[str, float]:
-        """The metrics, for the module's current weights.
+    def check(self, module: Any) -> None:
+        """See :class:`~lightning_difftune.protocols.ChecksModule`.
 
         Raises:
-            ConfigError: If the module's data has no labelled pictures, or torch-fidelity is not installed.
+            ConfigError: If the module has no classes, or its data no labelled or no held-out pictures.
+            DataError: If the pictures have captions instead of classes.
         """
-        prc: Any = torch_fidelity("metric_prc", "Precision and recall")
-        data = module.trainer.datamodule
-        if not isinstance(data, SupportsLabelledImages):
-            raise ConfigError(
-                f"SampleQuality needs labelled_images() of the data module; {type(data).__name__} has none."
-            )
+        check_has_classes(module, "SampleQuality")
+        labelled_data(module, "SampleQuality")
+
+    def evaluate(self, module: Any) -> dict[str, float]:
+        """The metrics, for the module's current weights. Raises what :meth:`check` does."""
+        self.check(module)
+        data, prc = module.trainer.datamodule, self._prc
         with torch.no_grad():
             train, held_out = self.real(data, "train"), self.real(data, "val")
             samples = self.generated(module)
@@ -106,7 +132,7 @@ class SampleQuality:
             features.append(self._features_of(pictures))
         return LabelledFeatures(torch.cat(features), labels)
 
-    def real(self, data: SupportsLabelledImages, split: Literal["train", "val"]) -> LabelledFeatures:
+    def real(self, data: SupportsLabelledImages, split: Split) -> LabelledFeatures:
         """The real pictures, from the cache if possible."""
         key = f"features {reference_key(data.images_identity(split), self.feature_extractor)}"
         stored = self.cache.load(key) if self.cache is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,6 +150,17 @@ def test_refusals(data: MemoryBankDataModule) -> None:
         SampleQuality(Levels(), num_samples=0)
     with pytest.raises(ConfigError, match=r"needs labelled_images\(\) of the data module; NoneType has none"):
         SampleQuality(Levels()).evaluate(Drawn(None))
+    with pytest.raises(ConfigError, match="draws samples of each class, which SimpleNamespace does not have"):
+        SampleQuality(Levels()).check(SimpleNamespace())
+    alone = MemoryBankDataModule(ArrayImages(pictures_of(np.zeros(4, int), 0), np.zeros(4, int)), 1, image_size=4)
+    with pytest.raises(ConfigError, match="no held-out pictures"):
+        SampleQuality(Levels()).check(Drawn(alone))
+
+
+def test_a_missing_package_is_named_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(ConfigError, match="Precision and recall needs the package torch-fidelity"):
+        SampleQuality(Levels())
 
 
 def test_equal_sets_are_at_distance_zero() -> None:

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_difftune.cli import STOPPED
@@ -24,7 +26,7 @@ from lightning_difftune.cli.tuned import RunRecord, averaged_weights, callbacks_
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.pictures import to_png
-from lightning_difftune.protocols import Evaluator, SupportsGenerate
+from lightning_difftune.protocols import ChecksModule, Evaluator, SupportsGenerate
 
 GRID = 100  # pictures in a result's sample grid
 COLUMNS = 10
@@ -33,10 +35,10 @@ COLUMNS = 10
 def work(folder: Path) -> None:
     """Fit and evaluate the run that a folder describes, and write its result."""
     job = json.loads((folder / "job.json").read_text())
-    measures = evaluators(job["identity"]["evaluate"])  # errors there appear before the training, not after
+    measures = evaluators(job["identity"]["evaluate"])
     resume = [] if job["checkpoint"] is None else ["--ckpt_path", job["checkpoint"]]
     record = RunRecord()  # not in the config, so that the run's other commands do not make it
-    cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume], callbacks=[record])
+    cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume], callbacks=[record, Checks(measures)])
     if not cli.trainer.is_global_zero:
         return
     values = {name: points[-1][1] for name, points in record.history.items()}
@@ -68,6 +70,19 @@ def work(folder: Path) -> None:
     if grid is not None:
         atomic_write(folder / "samples.png", grid)
     atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+class Checks(Callback):
+    """Says at the start of a run, not at its end, what the evaluators could not measure."""
+
+    def __init__(self, measures: list[Evaluator]) -> None:
+        self.measures = measures
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let each evaluator look at the module and its data."""
+        for measure in self.measures:
+            if isinstance(measure, ChecksModule):
+                measure.check(pl_module)
 
 
 def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
