@@ -208,8 +208,7 @@ class ConfigReader(DiffTuneCLI):
 
     def compose(self, args: Sequence[str]) -> str:
         """The settings of a command line without a command, as YAML, without defaults of the code."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none is its name throughout version 4
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # skip_none, in version 4
             settings = self.parser.parse_args(list(args), defaults=False)  # and checks them
             return self.parser.dump(settings, skip_none=False, skip_check=True)
 

@@ -98,8 +98,7 @@ class SaveRun(SaveConfigCallback):
     def settings(self) -> str:
         """The config as YAML; written once for all checkpoints, as it takes a third of a second."""
         if not self._settings:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=DeprecationWarning)  # skip_none is its name in version 4
+            with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # skip_none, in version 4
                 self._settings = self.parser.dump(self.config, skip_none=False)
         return self._settings
 

@@ -90,8 +90,7 @@ def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--evaluate", type=list[Evaluator])
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # the method's name throughout version 4
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # its name in version 4
             return parser.instantiate_classes(
                 parser.parse_object({"evaluate": [dict(entry) for entry in named]})
             ).evaluate
