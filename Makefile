@@ -15,7 +15,7 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	$(MAKE) --jobs=2 lint docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.dev
 	$(BIN)/pytest -m slow

@@ -1,4 +1,4 @@
-"""Small models in the layout of published ones, saved once for all tests."""
+"""Small models in the layout of published ones, saved once for all tests, and the order of the files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from typing import Any
 
 import pipelines
 import pytest
+
+
+LONGEST = ("test_pages.py", "test_notebooks.py", "test_studies.py", "test_compare.py", "test_plan.py", "test_ddp.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first, so that two processes, each doing whole files, end at the same time."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
