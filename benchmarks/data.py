@@ -129,6 +129,8 @@ def main(options: argparse.Namespace) -> None:
             time = milliseconds({"": batches_of(cache.read, len(cache), batch_size)}, options.turns)[""]
             results[f"batch of {batch_size}"] = time
             rows.append((f"batch of {batch_size} cached latents", f"{time:.3f} ms"))
+        results["building a bank"] = share = bank_share(folder, side)
+        rows.append(("building a memory bank", f"{share:.1%} of the time draws"))
     with tempfile.TemporaryDirectory() as name:
         same: Any = [(torch.zeros(3, 8, 8, dtype=torch.uint8), 0)] * options.many
         many = ImageTargets(same, 8, 3)

@@ -60,11 +60,6 @@ class ForwardProcess(Tables, ABC):
         t = torch.arange(self.num_timesteps, device=device)
         return torch.stack(self.coefficients(t, t)).float().cpu()
 
-    def implied_noise(self, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-        """The eps (B, ...) that x_t and a clean sample imply."""
-        a, b = self.coefficients(t, x_t)
-        return (x_t - a * x0) / b
-
 
 class GaussianDiffusion(ForwardProcess):
     """Variance-preserving process over discrete steps (Ho et al., 2020).

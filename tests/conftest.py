@@ -8,7 +8,6 @@ from typing import Any
 import pipelines
 import pytest
 
-
 LONGEST = ("test_pages.py", "test_notebooks.py", "test_studies.py", "test_compare.py", "test_plan.py", "test_ddp.py")
 
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_difftune.data import ArrayImages
+from lightning_difftune.diffusion import ForwardProcess
 from lightning_difftune.models import DiT, export_dit
 
 Settings = dict[str, Any]
@@ -53,6 +54,12 @@ def tiny_autoencoder(*widths: int, **settings: Any) -> Any:
         block_out_channels=widths,
         **{"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4, **settings},
     )
+
+
+def implied_noise(process: ForwardProcess, x_t: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """The noise that x_t and a clean sample (B, ...) imply."""
+    a, b = process.coefficients(t, x_t)
+    return (x_t - a * x0) / b
 
 
 def noise_pixels(count: int, *shape: int) -> np.ndarray:
