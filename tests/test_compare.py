@@ -20,11 +20,12 @@ from tiny import tiny_weights
 
 from lightning_difftune.cli import compare, main
 from lightning_difftune.cli.compare import work
-from lightning_difftune.cli.compare.figures import bars_figure, by_step, gains_figure
+from lightning_difftune.cli.compare.figures import bars_figure, by_step, curves_figure, gains_figure, sweep_figure
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
-from lightning_difftune.cli.compare.table import comparison, line_of, shown
+from lightning_difftune.cli.compare.table import comparison, line_of, machines, shown
 from lightning_difftune.cli.tuned import RunRecord, averaged_weights
+from lightning_difftune.errors import ConfigError
 from lightning_difftune.locks import FolderLock
 
 STEPS = 4
@@ -362,7 +363,42 @@ def test_placeholders_stand_for_folders_and_the_seed(project):
     write_study(project, results="kept", set={**STUDY["set"], **bank})
     study = read_study(Path("study.yaml"))
     (job,) = read_jobs(study, [(study.runs["tuned"], 1)], study.output, study.kept)
-    assert job.config()["data"]["init_args"]["bank"] == "kept/out/out/runs/tuned-seed1/1"
+    assert job.filled(job.settings)["data"]["init_args"]["bank"] == "kept/out/out/runs/tuned-seed1/1"
+
+
+def test_placeholders_in_an_evaluator_stand_for_the_same(project, monkeypatch):
+    entry = {"class_path": "my.Evaluator", "init_args": {"file": "{run}/samples.npz"}}
+    write_study(project, evaluate=[entry], seeds=[0])
+    monkeypatch.setattr(compare, "start_process", lambda folder: (folder / "log.txt").touch())
+    assert main(["compare", "study.yaml", "--only", "tuned", "--run"]) == 2
+    order = json.loads(Path("out/runs/tuned-seed0/job.json").read_text())
+    assert order["evaluate"][0]["init_args"]["file"] == "out/runs/tuned-seed0/samples.npz"
+    assert order["identity"]["evaluate"] == [entry], "which stays the same where the study is moved"
+
+
+class Sharpness:
+    """An evaluator."""
+
+
+class Colour:
+    """Another one."""
+
+
+def test_values_of_one_name_are_kept_apart_by_what_measured_them():
+    logged = {"fid": [(2, 9.0), (4, 8.0)], "val/loss": [(4, 0.5)]}
+    measured = [{"fid": 7.0, "precision": 0.1}, {"precision": 0.2, "recall": torch.tensor(0.3)}, {"hue": np.float32(1)}]
+    values, history = work.told_apart(logged, [Sharpness(), Sharpness(), Colour()], measured)
+    assert values == {
+        "logged/fid": 8.0,
+        "val/loss": 0.5,
+        "Sharpness-1/fid": 7.0,
+        "Sharpness-1/precision": 0.1,
+        "Sharpness-2/precision": 0.2,
+        "recall": pytest.approx(0.3),
+        "hue": 1.0,
+    }
+    assert history == {"logged/fid": logged["fid"], "val/loss": logged["val/loss"]}
+    assert json.loads(json.dumps(values)) == values
 
 
 def test_bars_leave_out_runs_that_measured_none_of_it(project):
@@ -377,6 +413,82 @@ def test_bars_leave_out_runs_that_measured_none_of_it(project):
     assert [text.get_text() for text in distances.texts] == ["3.00"]
     assert [text.get_text() for text in shares.texts] == ["0.200", "0.500"]
     assert [text.get_text() for text in distances.get_legend().get_texts()] == ["Diff-Tuning"]
+
+
+def lines_of(study, **values):
+    """The lines of a study whose runs measured values of its main metric, one per seed."""
+    main_metric = next(iter(study.metrics))
+    rest = {"sudden_convergence": [], "trainable_parameters": 1, "fit_seconds": 1.0}
+    results = [
+        (
+            study.runs[run],
+            {
+                "name": run,
+                "seed": seed,
+                "values": dict.fromkeys(study.metrics, value),
+                "history": {main_metric: [(1, value)]},
+                **rest,
+            },
+        )
+        for run, found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    return comparison(study, results)
+
+
+def test_a_rise_of_a_negative_value_is_a_rise(project):
+    _, tuned = lines_of(read_study(Path("study.yaml")), plain=[-0.06, -0.02], tuned=[-0.03, -0.03])
+    assert tuned.change == pytest.approx(0.25)
+
+
+def test_a_gain_over_nothing_is_left_out_of_its_figure(project):
+    write_study(project, gain_over=["recognised"])
+    study = read_study(Path("study.yaml"))
+    (axes,) = gains_figure(study, lines_of(study, plain=[0.0, 2.0], tuned=[1.0, 3.0]), "fd_digit_classifier").axes
+    assert axes.lines[0].get_ydata().tolist() == [0.5]
+
+
+@pytest.mark.parametrize("at", [{}, {"tau": 1}])
+def test_runs_of_one_method_and_group_have_curves_of_their_own(project, at):
+    write_study(project, runs={name: {"method": "LoRA", "at": at} for name in ("small", "large", "huge")})
+    study = read_study(Path("study.yaml"))
+    (axes,) = curves_figure(study, lines_of(study, small=[1.0], large=[2.0], huge=[3.0]), "fd_digit_classifier").axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[1.0], [2.0], [3.0]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()][1:] == ["large", "huge"]
+
+
+def test_runs_that_differ_in_a_second_quantity_are_no_zigzag_over_the_first(project):
+    runs = {"small": {"at": {"rank": 1}}, "large": {"at": {"rank": 2}}, "alpha": {"at": {"rank": 2}}}
+    write_study(project, runs={name: {**run, "method": "LoRA"} for name, run in runs.items()}, metrics={"fd": "lower"})
+    study = read_study(Path("study.yaml"))
+    (axes,) = sweep_figure(study, lines_of(study, small=[1.0], large=[2.0], alpha=[3.0]), ["rank"]).axes
+    assert [line.get_xydata().tolist() for line in axes.lines] == [[[1.0, 1.0], [2.0, 2.0]], [[2.0, 3.0]]]
+
+
+def test_results_of_different_machines_are_said():
+    gpu = {"hardware": "NVIDIA H200", "versions": {"torch": "2.9.0", "lightning_difftune": "0.1.0"}}
+    cpu = {**gpu, "hardware": "x86_64 CPU"}
+    assert machines([{"name": "plain-seed0", **gpu}, {"name": "tuned-seed0", **gpu}]) == ""
+    note = machines([{"name": "plain-seed0", **gpu}, {"name": "tuned-seed0", **cpu}])
+    assert "NVIDIA H200, torch 2.9.0, lightning_difftune 0.1.0 (plain-seed0); x86_64 CPU, torch" in note
+
+
+def test_callbacks_of_two_runs_that_write_to_one_folder_are_refused(project, capsys):
+    grid = {"class_path": "lightning_difftune.callbacks.SampleGrid", "init_args": {"dirpath": "{output}/grids"}}
+    write_study(project, set={"trainer.callbacks+": [grid]})
+    assert main(["compare", "study.yaml", "--dry_run"]) == 2
+    said = capsys.readouterr().err
+    assert "plain-seed0 and tuned-seed0 would write to one folder, out/grids" in said
+    grid["init_args"]["dirpath"] = "{run}/grids"
+    write_study(project, set={"trainer.callbacks+": [grid]})
+    assert main(["compare", "study.yaml", "--dry_run"]) == 0
+
+
+def test_two_runs_of_one_name_are_refused(project):
+    text = Path("study.yaml").read_text()
+    Path("study.yaml").write_text(text.replace("  plain:\n", "  tuned:\n"))
+    with pytest.raises(ConfigError, match="the key 'tuned' is there twice, in lines"):
+        read_study(Path("study.yaml"))
 
 
 def test_curves_have_the_steps_that_all_seeds_have():
@@ -570,6 +682,7 @@ def test_mistakes_in_a_study_file(project, capsys, changes, message):
         (["none.yaml"], "There is no study file none.yaml"),
         (["base.yaml"], "base.yaml: data is not a key of a study file"),
         (["study.yaml", "--only", "full"], "study.yaml has no run 'full'; its runs are plain, tuned"),
+        (["study.yaml", "--seeds", "0", "0"], "--seeds is [0, 0]. Give different whole numbers from 0"),
         (["study.yaml", "--report", "--only", "plain"], "--report shows all results. Leave out --only and --seeds."),
         (["study.yaml", "--report"], "out/results has no result of study.yaml to report"),
     ],

@@ -202,11 +202,16 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 def load(text: str) -> Any:
     """Read YAML."""
     if ":" in text:
-        for key, first, second in _repeated(yaml.compose(text, Loader=yaml.SafeLoader), set()):
-            raise yaml.YAMLError(f"the key {key!r} is there twice, in lines {first} and {second}; delete one")
+        check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     content = yaml_load(text)
     _fill(content, set())
     return content
+
+
+def check_keys(document: Any) -> None:
+    """Refuse a composed YAML document with a key that is there twice, of which the last would be read."""
+    for key, first, second in _repeated(document, set()):
+        raise yaml.YAMLError(f"the key {key!r} is there twice, in lines {first} and {second}; delete one")
 
 
 def _repeated(node: Any, seen: set[int]) -> Iterator[tuple[str, int, int]]:

@@ -16,8 +16,8 @@ from lightning_difftune import draws
 from lightning_difftune.cli.arguments import CommandParser, check_writable
 from lightning_difftune.cli.compare.figures import contact_sheet, draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
-from lightning_difftune.cli.compare.study import Study, StudyRun, read_study
-from lightning_difftune.cli.compare.table import comparison, write_tables
+from lightning_difftune.cli.compare.study import Study, StudyRun, check_seeds, read_study
+from lightning_difftune.cli.compare.table import comparison, machines, write_tables
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write, discard_temporaries
 from lightning_difftune.locks import FolderLock
@@ -49,6 +49,7 @@ def compare(argv: Sequence[str]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     study = read_study(options.study, options.part)
     seeds = list(study.seeds) if options.seeds is None else options.seeds
+    check_seeds(seeds, "--seeds")
     output, kept = study.output, study.kept
     if options.output is not None:
         output = kept = options.output / (options.part or "")
@@ -62,6 +63,7 @@ def compare(argv: Sequence[str]) -> None:
         check_writable(folder)
     runs = [(run, seed) for seed in seeds for run in chosen(study, options.only)]
     jobs = list(read_jobs(study, runs, output, kept))
+    refuse_shared(study, jobs)
     if options.dry_run:
         list_jobs(jobs, console)
         return
@@ -103,6 +105,22 @@ def list_jobs(jobs: Sequence[Job], console: Console) -> None:
             checkpoint = job.checkpoint()
             state = "to do" if checkpoint is None else f"resumes from {checkpoint}"
         console.print(f"{job.name}: {state}")
+
+
+def refuse_shared(study: Study, jobs: Sequence[Job]) -> None:
+    """Refuse callbacks of two runs that write to one folder, where the last run would replace what the first wrote."""
+    writers: dict[str, Job] = {}
+    for job in jobs:
+        callbacks = job.filled(job.settings["trainer"].get("callbacks"))
+        for entry in callbacks if isinstance(callbacks, list) else [callbacks or {}]:
+            folder = (entry.get("init_args") or {}).get("dirpath")
+            other = job if folder is None else writers.setdefault(folder, job)
+            if other is not job:
+                raise ConfigError(
+                    f"{study.path}: {other.name} and {job.name} would write to one folder, {folder}, and the later one "
+                    f"would replace what the other wrote. In dirpath of {entry['class_path'].rpartition('.')[2]}, name "
+                    "a folder inside {run}, or leave dirpath out."
+                )
 
 
 def refuse_changed(study: Study, jobs: Sequence[Job], rerun: bool) -> None:
@@ -148,13 +166,14 @@ def run_job(job: Job, count: str, console: Console) -> bool:
         "name": job.name,
         "seed": job.seed,
         "draws": draws.VERSION,
+        "evaluate": job.filled(list(job.evaluators)),
         "digest": job.digest,
         "identity": job.identity,
         "files": job.files,
         "checkpoint": None if checkpoint is None else str(checkpoint),
         "result": str(job.result_path),
     }
-    atomic_write(job.folder / "config.yaml", yaml.safe_dump(job.config(), sort_keys=False).encode())
+    atomic_write(job.folder / "config.yaml", yaml.safe_dump(job.filled(job.settings), sort_keys=False).encode())
     atomic_write(job.folder / "job.json", (json.dumps(order, indent=1) + "\n").encode())
     status = start_process(job.folder)
     result = job.result()
@@ -197,6 +216,8 @@ def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console:
         raise ConfigError(f"{kept / 'results'} has no result of {study.path} to report.")
     of = len(study.runs) * len({*study.seeds, *(result["seed"] for _, result in results)})
     console.print(f"{len(results)} of {of} results in {kept / 'results'}")
+    if apart := machines(result for _, result in results):
+        console.print(apart)
     lines = comparison(study, results)
     write_tables(study, lines, kept, console)
     draw_figures(study, lines, output / "figures")

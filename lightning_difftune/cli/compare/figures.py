@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_difftune import plots
 from lightning_difftune.cli.compare.study import Study
-from lightning_difftune.cli.compare.table import EWC, Line
+from lightning_difftune.cli.compare.table import EWC, Line, relative
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,12 +52,13 @@ def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
     panels: dict[str, dict[str, Any]] = defaultdict(dict)
     swept = {line.run.method for line in lines if line.run.at}
     for line in lines:
-        points = by_step(line.history[metric])
+        labels = {} if line.run.at else {line.run.method: line.run.group or line.run.name}
         for quantity, x in line.run.at.items():
             title = quantity if len(swept) == 1 else f"{line.run.method}: {quantity}"
-            panels[title][f"{x:g}{line.run.group and ', '}{line.run.group}"] = points
-        if not line.run.at:
-            panels[line.run.method][line.run.group or line.run.name] = points
+            labels[title] = f"{x:g}{line.run.group and ', '}{line.run.group}"
+        for title, label in labels.items():
+            name = line.run.name if label in panels[title] else label  # two runs may have one label
+            panels[title][name] = by_step(line.history[metric])
     figure, axes = grid(study, -(-len(panels) // 3), min(3, len(panels)), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=False):
         plots.curves(axis, series, title, metric)
@@ -102,8 +103,9 @@ def sweep_figure(study: Study, lines: Sequence[Line], quantities: Sequence[str])
         series: dict[str, list[tuple[float, Sequence[float]]]] = defaultdict(list)
         there = sorted((line for line in lines if quantity in line.run.at), key=lambda line: line.run.at[quantity])
         for line in there:
-            name = ", ".join(text for text in (line.run.method, line.run.group) if text)
-            series[name].append((line.run.at[quantity], line.values[metric]))
+            x, name = line.run.at[quantity], ", ".join(filter(None, (line.run.method, line.run.group)))
+            name = line.run.name if any(x == other for other, _ in series[name]) else name  # differs in another
+            series[name].append((x, line.values[metric]))
         label = f"{metric} ({study.metrics[metric]} is better)"
         plots.curves(axis, series, "", label, x_label=quantity)
         xs = sorted({line.run.at[quantity] for line in there})
@@ -130,7 +132,7 @@ def gains_figure(study: Study, lines: Sequence[Line], main: str) -> Figure:
                     for seed, end in zip(line.seeds, line.values[main], strict=True)
                     if seed in starts
                 ]
-                points = [(x, end / start - 1) for (x, start), end in ends]
+                points = [(x, relative(end, start)) for (x, start), end in ends if start]
                 series[line.run.method] += [(line.run.group, points)] if points else []
         plots.scatter(axis, series, f"{over}, without", f"change of {main}")
     return figure

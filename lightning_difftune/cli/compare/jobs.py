@@ -24,8 +24,8 @@ from lightning_difftune.files import discard_temporaries, file_digest, json_dige
 class Job:
     """One run with one seed.
 
-    In the settings ``{run}``, ``{output}``, ``{results}`` and ``{seed}`` stand for the run's folder, the study's
-    folder, the results' folder, and the seed.
+    In settings and evaluators ``{run}``, ``{output}``, ``{results}`` and ``{seed}`` stand for the run's folder, the
+    study's folder, the results' folder, and the seed.
     """
 
     run: StudyRun  # the entry of the study file
@@ -110,10 +110,10 @@ class Job:
         if self.folder.exists():
             shutil.rmtree(self.folder)
 
-    def config(self) -> dict[str, Any]:
-        """The final settings, with real folders."""
+    def filled(self, tree: Any) -> Any:
+        """Settings or evaluators with real folders."""
         folders = {"{run}": str(self.folder), "{output}": str(self.output), "{results}": str(self.kept)}
-        return filled(self.settings, folders | {"{seed}": str(self.seed)})
+        return filled(tree, folders | {"{seed}": str(self.seed)})
 
 
 def read_jobs(study: Study, runs: Iterable[tuple[StudyRun, int]], output: Path, kept: Path) -> Iterator[Job]:

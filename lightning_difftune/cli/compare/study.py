@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from lightning_difftune.cli.parser import yaml_problem
+from lightning_difftune.cli.parser import check_keys, yaml_problem
 from lightning_difftune.errors import ConfigError, did_you_mean
 
 Better = Literal["lower", "higher"]
@@ -113,8 +113,7 @@ def read_study(path: Path, part: str | None = None) -> Study:
     if not runs:
         raise keys.error("runs", "names no run", "Add one: NAME: {configs: [overlay.yaml]}.")
     seeds = keys.get("seeds", default=[0])
-    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise keys.error("seeds", f"is {seeds}", "Give different whole numbers from 0, such as [0, 1].")
+    check_seeds(seeds, f"{found}: seeds")
     metrics = {str(name): better for name, better in keys.get("metrics").items()}
     if not metrics:
         raise keys.error("metrics", "is empty")
@@ -144,10 +143,19 @@ def read_study(path: Path, part: str | None = None) -> Study:
     )
 
 
+def check_seeds(seeds: Sequence[Any], name: str) -> None:
+    """Refuse seeds that are no whole numbers or there twice, which would count a result twice."""
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ConfigError(f"{name} is {list(seeds)}. Give different whole numbers from 0, such as [0, 1].")
+
+
 def read_yaml(path: Path) -> list[Any]:
     """The documents of a study file."""
     try:
-        return list(yaml.safe_load_all(path.read_text()))
+        text = path.read_text()
+        for document in yaml.compose_all(text, Loader=yaml.SafeLoader):
+            check_keys(document)  # the last of two runs of one name would be the only one
+        return list(yaml.safe_load_all(text))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # such as a date without a month
         raise ConfigError(f"The study file {path} is not YAML: {yaml_problem(error)}.") from error
 

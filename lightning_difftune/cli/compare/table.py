@@ -6,7 +6,7 @@ import csv
 import io
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,17 @@ def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]
     return [with_changes(line, lines.get(line.run.against or ""), main) for line in lines.values()]
 
 
+def machines(results: Iterable[Mapping[str, Any]]) -> str:
+    """A note on results of different hardware or versions, whose differences are not those of their settings alone."""
+    made: dict[str, list[str]] = defaultdict(list)
+    for result in results:
+        versions = [f"{name} {result.get('versions', {}).get(name)}" for name in ("torch", "lightning_difftune")]
+        made[", ".join([str(result.get("hardware")), *versions])].append(result["name"])
+    groups = [f"{where} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for where, names in made.items()]
+    note = "Results are of different hardware or versions; a change between them is not of the settings alone: "
+    return "" if len(groups) < 2 else f"{note}{'; '.join(groups)}."
+
+
 def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:
     """The line of one run."""
     shared = [name for name in results[0]["values"] if all(name in result["values"] for result in results)]
@@ -93,8 +104,18 @@ def with_changes(line: Line, before: Line | None, metric: str) -> Line:
         starts, ends = dict(zip(before.seeds, olds, strict=False)), dict(zip(line.seeds, news, strict=False))
         shared = starts.keys() & ends.keys()
         total = sum(starts[seed] for seed in shared)
-        changes.append(sum(ends[seed] for seed in shared) / total - 1 if total else None)
+        changes.append(relative(sum(ends[seed] for seed in shared), total) if total else None)
     return replace(line, change=changes[0], best_change=changes[1])
+
+
+def relative(end: float, start: float) -> float:
+    """The change from ``start`` as a share of its size: above 0 is higher, also of negative values.
+
+    Example:
+        >>> relative(3.0, 4.0), relative(-3.0, -4.0)
+        (-0.25, 0.25)
+    """
+    return (end - start) / abs(start)
 
 
 def spread(values: Sequence[float]) -> float | None:

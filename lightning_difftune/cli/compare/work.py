@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,16 @@ COLUMNS = 10
 def work(folder: Path) -> None:
     """Fit and evaluate the run that a folder describes, and write its result."""
     job = json.loads((folder / "job.json").read_text())
-    measures = evaluators(job["identity"]["evaluate"])
+    measures = evaluators(job["evaluate"])
     resume = [] if job["checkpoint"] is None else ["--ckpt_path", job["checkpoint"]]
     record = RunRecord()  # not in the config, so that the run's other commands do not make it
     cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume], callbacks=[record, Checks(measures)])
     if not cli.trainer.is_global_zero:
         return
-    values = {name: points[-1][1] for name, points in record.history.items()}
     with averaged_weights(cli):
-        for measure in measures:
-            values |= measure.evaluate(cli.model)
+        measured = [measure.evaluate(cli.model) for measure in measures]
         grid = sample_grid(cli)
+    values, history = told_apart(record.history, measures, measured)
     convergence = [
         {"monitor": c.monitor, "threshold": c.threshold, "step": c.convergence_step, "leap": c.leap}
         for c in callbacks_with(cli, "convergence_step")
@@ -54,7 +54,7 @@ def work(folder: Path) -> None:
         "name": job["name"],
         "seed": job["seed"],
         "values": values,
-        "history": record.history,
+        "history": history,
         "sudden_convergence": convergence,
         "steps": cli.trainer.global_step,
         "trainable_parameters": count_trainable(cli),
@@ -83,6 +83,27 @@ class Checks(Callback):
         for measure in self.measures:
             if isinstance(measure, ChecksModule):
                 measure.check(pl_module)
+
+
+def told_apart(
+    logged: Mapping[str, list[tuple[int, float]]], measures: list[Evaluator], measured: list[Mapping[str, float]]
+) -> tuple[dict[str, float], dict[str, list[tuple[int, float]]]]:
+    """The final values of a run by name, and the curves of those that were logged.
+
+    A name that several evaluators measure, or one measures and the run logs, begins with where each value is from:
+    ``logged/fid``, ``SampleQuality/fid``, and ``SampleQuality-2/fid`` for the second evaluator of a class.
+    """
+    kinds = [type(measure).__name__ for measure in measures]
+    owners = [
+        kind if kinds.count(kind) == 1 else f"{kind}-{kinds[: place + 1].count(kind)}"
+        for place, kind in enumerate(kinds)
+    ]
+    times = Counter(name for names in (logged, *measured) for name in names)
+    history = {name if times[name] == 1 else f"logged/{name}": points for name, points in logged.items()}
+    values = {name: points[-1][1] for name, points in history.items()}
+    for owner, found in zip(owners, measured, strict=True):
+        values |= {name if times[name] == 1 else f"{owner}/{name}": float(value) for name, value in found.items()}
+    return values, history
 
 
 def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
