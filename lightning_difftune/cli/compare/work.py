@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class Checks(Callback):
 
 
 def told_apart(
-    logged: Mapping[str, list[tuple[int, float]]], measures: list[Evaluator], measured: list[Mapping[str, float]]
+    logged: Mapping[str, list[tuple[int, float]]], measures: list[Evaluator], measured: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, float], dict[str, list[tuple[int, float]]]]:
     """The final values of a run by name, and the curves of those that were logged.
 
