@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from tiny import tiny_config, tiny_weights, write_pictures
 
 from lightning_difftune.cli import main
-from lightning_difftune.cli.swap import names_of
+from lightning_difftune.cli.swap import names_of, refuse_other_measures
+from lightning_difftune.errors import ConfigError
 
 FEATURES = """
 import torch
@@ -110,6 +112,14 @@ def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
     ):
         assert main(["swap", *args]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_distances_that_do_not_compare_are_refused():
+    measure = SimpleNamespace(monitor="fid", num_samples=2000)
+    refuse_other_measures({"one": measure, "two": SimpleNamespace(monitor="fid", num_samples=2000)})
+    for other in ({"num_samples": 500}, {"monitor": "fd_means"}):
+        with pytest.raises(ConfigError, match="one by fid of 2,000 pictures, two by f"):
+            refuse_other_measures({"one": measure, "two": SimpleNamespace(**{**vars(measure), **other})})
 
 
 def test_names_are_what_the_paths_differ_in():

@@ -42,7 +42,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
         self.reference = reference
         self.cache = ReferenceCache(cache_dir) if cache_dir is not None else None
         self._distance = FrechetDistance(feature_extractor) if feature_extractor is not None else None
-        self._reference_key: str | None = None  # key of the wanted real sums
+        self.reference_key: str | None = None  # of the wanted real sums: pictures and extractor
         self._ready: str | None = None  # key of the measured ones
         self._given: Any = None  # the reference of a key of an id, which is kept so that no other gets the id
 
@@ -86,9 +86,9 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
                 f"at equal num_samples. Raise num_samples above {self.distance.num_features:,}."
             )
         if isinstance(source, SupportsReferenceImages):
-            self._reference_key = reference_key(source.reference_identity(), self.distance.feature_extractor)
+            self.reference_key = reference_key(source.reference_identity(), self.distance.feature_extractor)
         else:
-            self._reference_key, self._given = f"the reference given, {id(source)}", source
+            self.reference_key, self._given = f"the reference given, {id(source)}", source
             if self.cache is not None:
                 rank_zero_warn("The reference has no reference_identity(), so its statistics are not kept on disk.")
 
@@ -106,11 +106,11 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
 
     def measure_reference(self, trainer: L.Trainer, progress: Progress) -> None:
         """Fill the real sums if needed, from the cache on the first process or from the pictures on all."""
-        if self._ready == self._reference_key:
+        if self._ready == self.reference_key:
             return
         source, distance = self._source(trainer), self.distance
         cache = self.cache if isinstance(source, SupportsReferenceImages) else None
-        key = str(self._reference_key)
+        key = str(self.reference_key)
         distance.reset_real()
         self._ready = None
         state = cache.load(key) if cache is not None and trainer.is_global_zero else None
@@ -128,7 +128,7 @@ class DistanceCallback(MeasuringCallback, SampleCallback):
                 count = distance.real_features_num_samples.clone()
                 if cache is not None and trainer.is_global_zero:
                     cache.store(key, distance.real_state())
-        self._ready = self._reference_key
+        self._ready = self.reference_key
         if self.monitor == "fid" and 0 < int(count) < distance.num_features:
             rank_zero_warn(
                 f"FID compares with {int(count):,} real pictures, too few to estimate the covariance of "

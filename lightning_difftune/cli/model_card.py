@@ -192,7 +192,7 @@ class Card:
         """Write the card, and the run's latest sample grid if it has one."""
         card, picture = self.files()
         every = run.run.grids.get("samples", {})
-        grids = {step: file for step, file in every.items() if step <= steps_of(run.run)}
+        grids = {step: file for step, file in every.items() if 0 < step <= steps_of(run.run)}  # 0 is the base's own
         if grids:
             atomic_write(picture, grids[max(grids)].read_bytes())
         text = model_card(run, library, self.output.stem, usage, picture.name if grids else "", license_name, done)

@@ -21,8 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_difftune import __version__, draws
 from lightning_difftune.callbacks.artifacts import write_artifact
-from lightning_difftune.cli.run import CONFIG, Run
-from lightning_difftune.cli.run_files import launch_of, newest_checkpoint
+from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import CONFIG, launch_of, newest_checkpoint
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.trust import split_trusted
 

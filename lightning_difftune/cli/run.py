@@ -17,9 +17,11 @@ import yaml
 from lightning_difftune.callbacks.ema import averages_in
 from lightning_difftune.cli.parser import yaml_problem
 from lightning_difftune.cli.run_files import (
+    CONFIG,
     MARKS,
     Series,
     checkpoints_below,
+    in_order,
     launch_of,
     launches_below,
     mapping_of,
@@ -32,8 +34,6 @@ from lightning_difftune.cli.run_files import (
 )
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.trust import check_trust
-
-CONFIG = "config"  # the checkpoint's key for its run's settings
 
 
 class Run:
@@ -93,8 +93,9 @@ class Run:
                 "Name the run's default_root_dir, or the folder where its config.yaml is."
             )
         only_one(place, launches)
-        runs = sorted((cls(launch) for launch in launches), key=lambda run: (run.last_written, str(run.path)))
-        return next((run for run in reversed(runs) if run.has_step), runs[-1])
+        runs = {run.path: run for run in sorted(map(cls, launches), key=lambda run: (run.last_written, str(run.path)))}
+        ordered = [runs[launch] for launch in in_order(list(runs))]
+        return next((run for run in reversed(ordered) if run.has_step), ordered[-1])
 
     # -- the checkpoint -------------------------------------------------------------------------------------------
 

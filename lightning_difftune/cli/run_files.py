@@ -7,17 +7,18 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_difftune.errors import DataError
+from lightning_difftune.errors import CheckpointError, DataError
 from lightning_difftune.models.checkpoint_files import check_records
 from lightning_difftune.modules.checkpoint_io import read_run
 
 Series = list[tuple[int, float]]
+CONFIG = "config"  # the checkpoint's key for its run's settings
 MARKS = ("metrics.csv", "config.yaml")  # a folder with either is a launch
 
 
@@ -75,13 +76,43 @@ def mapping_of(parse: Any, text: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def newest(files: Any) -> Path | None:
-    """The most recent file; on ties, ``last.ckpt``."""
-    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt", str(file)), default=None)
+def newest(files: Iterable[Path]) -> Path | None:
+    """The latest of some checkpoints; on ties, ``last.ckpt``.
+
+    A copy of a run has other times of its files. So of launches that Lightning has numbered the last one is taken, and
+    of checkpoints in one folder with the same settings the one with the most steps.
+    """
+    files = sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt", str(file)))
+    if not files:
+        return None
+    launch = in_order([launch_of(file) for file in files])[-1]
+    latest = [file for file in files if launch_of(file) == launch][-1]
+    beside = [file for file in files if file.parent == latest.parent]
+    facts = {file: _settings_and_steps(file) for file in beside} if len(beside) > 1 else {}
+    settings, _ = facts.get(latest, (None, 0))
+    same = [file for file, (found, _) in facts.items() if settings is not None and found == settings]
+    return max(reversed(same), key=lambda file: facts[file][1], default=latest)
+
+
+def _settings_and_steps(checkpoint: Path) -> tuple[str | None, int]:
+    try:
+        content = read_checkpoint(checkpoint)
+    except CheckpointError:  # damaged, which is said where it is opened
+        return None, 0
+    return content.get(CONFIG), content.get("global_step", 0)
+
+
+def in_order(launches: Sequence[Path]) -> Sequence[Path]:
+    """Launches by the numbers that Lightning gave them; in the given order, if they are of several folders."""
+    numbers = [re.fullmatch(r"version_(\d+)", launch.name) for launch in launches]
+    found = [(int(number[1]), launch) for number, launch in zip(numbers, launches, strict=True) if number]
+    if len(found) < len(launches) or len({launch.parent for launch in launches}) > 1:
+        return launches
+    return [launch for _, launch in sorted(found, key=lambda entry: entry[0])]
 
 
 def newest_checkpoint(root: Path) -> Path | None:
-    """The most recent checkpoint of a Lightning run below a folder, without hidden folders."""
+    """The latest checkpoint of a Lightning run below a folder, without hidden folders."""
     files = list(checkpoints_below(root))
     while (file := newest(files)) is not None:
         if "pytorch-lightning_version" in read_checkpoint(file):

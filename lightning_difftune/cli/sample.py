@@ -103,8 +103,10 @@ def sample(argv: Sequence[str]) -> None:
             **module.sampler.spec(),
         }
         pictures = draw(module, subjects, options.num_samples, options.batch_size)
-    save(pictures, subjects, output, parameters)
+    written = save(pictures, subjects, output, parameters)
     done = [*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures in that folder"]
+    if left := {file.name for file in output.iterdir() if not file.name.startswith(".")} - written:
+        done.append(f"files in that folder from before: {len(left)}, such as {min(left)}")
     if source.run is not None:
         done.append(f"Next: {export_command(source.run.run)}")
     print("\n".join(done))
@@ -183,8 +185,9 @@ def draw(module: DiffTuningModule, subjects: Sequence[Subject], num_samples: int
     return torch.cat(pictures)
 
 
-def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters: dict[str, Any]) -> None:
-    """Write ``grid.png`` and one file per picture, with the parameters in text chunks."""
+def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters: dict[str, Any]) -> set[str]:
+    """Write ``grid.png`` and one file per picture, with the parameters in text chunks; returns the files' names."""
+    written = {"grid.png"}
     output.mkdir(parents=True, exist_ok=True)
     columns = len(pictures) // len(subjects)
     controls = [row.control for row in subjects if row.control is not None]
@@ -204,9 +207,12 @@ def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters
         )
         for index in range(columns):
             text = {**shows, "index": index, **parameters}
+            written.add(f"{place}-{index:03d}.png")
             write_png(pictures[row * columns + index], output / f"{place}-{index:03d}.png", text)
         if subject.control is not None:
+            written.add(f"{place}-control.png")
             write_png(subject.control, output / f"{place}-control.png", {"control": subject.name})
+    return written
 
 
 def write_png(picture: Tensor, file: Path, parameters: dict[str, Any], **texts: str) -> None:

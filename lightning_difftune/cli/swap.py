@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from io import StringIO
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_difftune.callbacks.chain_of_forgetting import swap_meter
 from lightning_difftune.cli.arguments import CommandParser, check_writable
-from lightning_difftune.cli.lightning import run_lightning
+from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.cli.tuned import TunedRun, measure
@@ -64,25 +64,40 @@ def swap(argv: Sequence[str]) -> None:
         tuned, done = TunedRun(options.tail, [f"--trust={name}" for name in trusted]), list[str]()
         tail, tail_weights = tuned.module, tuned.weights(False, done)
         print(f"The last steps are done by {options.tail}, {done[0]}.")
+    clis, chains = list[DiffTuneCLI](), dict[str, Any]()
+    for name, run in zip(names, runs, strict=True):
+        own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings(trusted))]
+        quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
+        cli = run_lightning([*own, *rest, *quiet], run=False)
+        clis.append(cli)
+        chain = chains[name] = swap_meter(vars(cli.trainer)["callbacks"])
+        chain.dirpath = options.output / name
+        if options.percents is not None:
+            chain.percents = sorted(set(options.percents))
+        if options.num_samples is not None:
+            chain.num_samples = options.num_samples
+        if tail is not None:
+            chain.generate = generator(cli.model, tail)
+    refuse_other_measures(chains)
     with tail_weights:
-        for name, run in zip(names, runs, strict=True):
-            own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings(trusted))]
-            quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
-            cli = run_lightning([*own, *rest, *quiet], run=False)
-            chain: Any = swap_meter(vars(cli.trainer)["callbacks"])
-            chain.dirpath = options.output / name
-            if options.percents is not None:
-                chain.percents = sorted(set(options.percents))
-            if options.num_samples is not None:
-                chain.num_samples = options.num_samples
-            if tail is not None:
-                chain.generate = generator(cli.model, tail)
-            assert run.checkpoint is not None
-            measure(cli, chain, run.checkpoint)
+        for (name, chain), cli, path in zip(chains.items(), clis, paths, strict=True):
+            measure(cli, chain, Path(path))
             series[name], strips[name] = chain.history[-1][1], chain.strip
+    if len({chain.reference_key for chain in chains.values()}) > 1:
+        print("The runs hold out other pictures, so that the distances of one do not compare with those of the other.")
     if cli.trainer.is_global_zero:
         last = "the pre-trained model" if tail is None else names_of([*paths, str(options.tail)])[-1]
         write_results(options.output, series, strips, chain, last)
+
+
+def refuse_other_measures(chains: Mapping[str, Any]) -> None:
+    """Refuse distances of another extractor or number of pictures in one figure, where they do not compare."""
+    measures = {name: f"{chain.monitor} of {chain.num_samples:,} pictures" for name, chain in chains.items()}
+    if len(set(measures.values())) > 1:
+        raise ConfigError(
+            f"The runs would be measured in different ways, {', '.join(f'{n} by {m}' for n, m in measures.items())}. "
+            "Give --num_samples N, and --config FILE for an extractor of all runs."
+        )
 
 
 def generator(model: DiffTuningModule, tail: DiffTuningModule) -> Callable[[Tensor, Sequence[float]], Tensor]:

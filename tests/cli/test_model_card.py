@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lightning_difftune import TextToImageDiffTuningModule
-from lightning_difftune.cli import main
+from lightning_difftune.cli import main, model_card
 from lightning_difftune.cli.export import plain_network, write_adapter
 from lightning_difftune.cli.model_card import described, license_of
 from lightning_difftune.models import export_network
@@ -99,6 +100,17 @@ def test_what_was_measured_later_is_not_of_an_earlier_checkpoint(measured_run, t
     assert "9.5" not in card
     assert Image.open(tmp_path / "flowers" / "samples.png").getpixel((0, 0)) == 200
     assert "| steps | 3 of batch 4 on each of 2 processes, 4 batches per step |" in card
+
+
+def test_the_pictures_of_the_base_are_not_shown_as_the_tuned_models(tmp_path, monkeypatch):
+    """``step-0000000.png``, where the checkpoint is of a step before the first grid."""
+    monkeypatch.setattr(model_card, "model_card", lambda *arguments: f"picture: {arguments[4]!r}")
+    Image.new("L", (4, 4)).save(tmp_path / "step-0000000.png")
+    (tmp_path / "flowers").mkdir()
+    run = SimpleNamespace(grids={"samples": {0: tmp_path / "step-0000000.png"}}, step=3)
+    model_card.Card(tmp_path / "flowers").write(SimpleNamespace(run=run), "diffusers", "", None, [])
+    assert (tmp_path / "flowers" / "README.md").read_text() == "picture: ''"
+    assert not (tmp_path / "flowers" / "samples.png").exists()
 
 
 def test_a_file_has_its_card_beside(measured_run, tmp_path, capsys):

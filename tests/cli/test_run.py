@@ -52,6 +52,25 @@ def test_any_place_of_a_run_is_its_newest_launch_that_trained(root, place, saved
     assert (run.step, run.last_step, run.max_steps) == (8, 8, 10)
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_run_that_was_copied_is_taken_at_its_last_step(root, saved):
+    """``scp -r`` writes the files of a run in any order, with new times."""
+    checkpoints = root / "lightning_logs/version_1/checkpoints"
+    content = torch.load(checkpoints / "last.ckpt")
+    torch.save(content | {"global_step": 6}, checkpoints / "step=6.ckpt")
+    for time, place in enumerate(("version_1/checkpoints/last.ckpt", "version_1/checkpoints/step=6.ckpt")):
+        os.utime(root / "lightning_logs" / place, (500 + time, 500 + time))
+    for file in (root / "lightning_logs/version_0").rglob("*.*"):
+        os.utime(file, (600, 600))
+    assert Run.find(root, saved).checkpoint == checkpoints / "last.ckpt"
+
+
+def test_of_other_runs_in_one_folder_the_later_one_is_taken(root):
+    checkpoints = root / "lightning_logs/version_1/checkpoints"
+    torch.save({**torch.load(checkpoints / "last.ckpt"), "global_step": 2, "config": "{}"}, checkpoints / "new.ckpt")
+    assert Run.find(root, saved=True).checkpoint == checkpoints / "new.ckpt"
+
+
 def test_a_checkpoint_is_itself(root):
     checkpoint = root / "lightning_logs/version_0/checkpoints/last.ckpt"
     run = Run.find(checkpoint)

@@ -54,6 +54,15 @@ def test_the_same_command_gives_the_same_bytes(tiny_run, tmp_path):
     assert (pixels_of(tmp_path / "d") != pixels_of(tmp_path / "a")).mean() > 0.3, "another seed draws other pictures"
 
 
+def test_pictures_that_were_there_before_are_said(tiny_run, tmp_path, capsys):
+    args = [tiny_run.checkpoint, "--classes", "rose", "--num_samples", "1", "--overwrite"]
+    sampled(tmp_path, *args)
+    assert "from before" not in capsys.readouterr().out
+    (tmp_path / "00-rose-001.png").touch()
+    sampled(tmp_path, *args)
+    assert "files in that folder from before: 1, such as 00-rose-001.png" in capsys.readouterr().out
+
+
 def test_a_picture_does_not_depend_on_those_beside_it(tiny_run, tmp_path):
     alone = ("--classes", "rose", "--num_samples", "1", "--batch_size", "1")
     in_smaller_batches = ("--classes", "sunflower", "rose", "--num_samples", "2", "--batch_size", "1")
