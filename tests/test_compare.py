@@ -23,7 +23,7 @@ from lightning_difftune.cli.compare import work
 from lightning_difftune.cli.compare.figures import bars_figure, by_step, curves_figure, gains_figure, sweep_figure
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
-from lightning_difftune.cli.compare.table import comparison, line_of, machines, shown
+from lightning_difftune.cli.compare.table import comparison, line_of, machines, other_pictures, shown
 from lightning_difftune.cli.tuned import RunRecord, averaged_weights
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.locks import FolderLock
@@ -299,6 +299,7 @@ def test_what_a_result_holds(project, ingredients):
     assert (found["seed"], found["steps"]) == (1, STEPS)
     assert found["fit_seconds"] > 0
     assert {"torch", "lightning_difftune"} <= found["versions"].keys()
+    assert (found["pictures"]["pictures"], found["pictures"]["held_out"][0]) == (20, 20)
     weights = ingredients / "tiny.safetensors"
     assert found["files"] == {str(weights): sha256(weights.read_bytes()).hexdigest()}
     assert found["threads"] == torch.get_num_threads()
@@ -471,6 +472,17 @@ def test_results_of_different_machines_are_said():
     assert machines([{"name": "plain-seed0", **gpu}, {"name": "tuned-seed0", **gpu}]) == ""
     note = machines([{"name": "plain-seed0", **gpu}, {"name": "tuned-seed0", **cpu}])
     assert "NVIDIA H200, torch 2.9.0, lightning_difftune 0.1.0 (plain-seed0); x86_64 CPU, torch" in note
+
+
+def test_pictures_that_changed_between_runs_are_said():
+    def made(name, root="flowers", **pictures):
+        data = {"init_args": {"target": {"init_args": {"root": root}}}}
+        return {"name": name, "seed": 0, "identity": {"settings": {"data": data}}, "pictures": pictures}
+
+    first = made("plain-seed0", pictures=20, content="a")
+    assert other_pictures([first, {**first, "name": "tuned-seed0"}, made("others-seed0", "birds", pictures=7)]) == ""
+    note = other_pictures([first, made("tuned-seed0", pictures=24, content="b")])
+    assert note.endswith("is not of the settings alone: 20 (plain-seed0), 24 (tuned-seed0).")
 
 
 def test_callbacks_of_two_runs_that_write_to_one_folder_are_refused(project, capsys):

@@ -40,10 +40,22 @@ def facts_of(tuned: TunedRun) -> dict[str, str]:
         "optimizer": described(setting("model", "init_args", "optimizer")),
         "steps": f"{tuned.run.step} of batch {data['batch_size']}{tuned.run.step_words}" if data else None,
         "seed": described(setting("seed_everything")),
-        "sampler": f"{type(sampler.scheduler).__name__}, {sampler.num_inference_steps} steps, "
-        f"guidance {sampler.guidance_scale:g}",
+        "sampler": sampler_words(sampler),
     }
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def sampler_words(sampler: Any) -> str:
+    """How the run's samples were drawn."""
+    tail = f"{sampler.pretrained_tail:g} of the steps, the last ones, by the pre-trained model"
+    words = [
+        type(sampler.scheduler).__name__,
+        f"{sampler.num_inference_steps} steps",
+        f"guidance {sampler.guidance_scale:g}"
+        + (" away from the pre-trained model (Domain Guidance)" if sampler.domain_guidance else ""),
+        *([tail] if sampler.pretrained_tail else []),
+    ]
+    return ", ".join(words)
 
 
 def described(entry: Any) -> str | None:

@@ -40,7 +40,7 @@ for t in scheduler.timesteps:
   (`downscale_freq_shift` of 1 instead of 0). On random weights that changes the output by 2 % at t = 100 and by 11 %
   at t = 999; the loop over the blocks above corrects it, as `make_exact` of
   `lightning_difftune.models.diffusers_layout` does.
-- {pipeline}
+- {pipeline}{drawn}
 - `difftune sample path/to/this/folder --classes ...` draws pictures, and `lightning_difftune.models.load_dit` reads the
   folder back without loss.
 """
@@ -144,6 +144,22 @@ def usage_of_dit(architecture: dict[str, Any], sampling: dict[str, Any] | None, 
         null_class=classes,
         decoding=decoding,
         pipeline=_pipeline(classes, has_autoencoder, channels),
+        drawn=_drawn(sampling),
+    )
+
+
+def _drawn(sampling: dict[str, Any]) -> str:
+    """What the loop of the card leaves out: parts of the sampler that need the pre-trained model."""
+    parts = {
+        "domain_guidance": "is guided away from the pre-trained model (Domain Guidance)",
+        "pretrained_tail": "leaves the last steps to the pre-trained model",
+    }
+    found = [text for name, text in parts.items() if sampling.get(name)]
+    if not found:
+        return ""
+    return (
+        f"\n- The sampler of this model {' and '.join(found)}, which the loop above does not do: "
+        "`difftune sample path/to/this/folder --base BASE` does, with the model that it was tuned from."
     )
 
 

@@ -23,6 +23,8 @@ from lightning_difftune.cli import main, model_card
 from lightning_difftune.cli.export import plain_network, write_adapter
 from lightning_difftune.cli.model_card import described, license_of
 from lightning_difftune.models import export_network
+from lightning_difftune.models.usage import usage_of_dit
+from lightning_difftune.sampling import Sampler
 from lightning_difftune.tuners import LoRA
 
 
@@ -100,6 +102,19 @@ def test_what_was_measured_later_is_not_of_an_earlier_checkpoint(measured_run, t
     assert "9.5" not in card
     assert Image.open(tmp_path / "flowers" / "samples.png").getpixel((0, 0)) == 200
     assert "| steps | 3 of batch 4 on each of 2 processes, 4 batches per step |" in card
+
+
+def test_a_card_says_that_the_sampler_needs_the_pretrained_model():
+    guided = Sampler(None, 20, 1.5, None, domain_guidance=True, pretrained_tail=0.1)
+    assert model_card.sampler_words(guided).endswith(
+        "20 steps, guidance 1.5 away from the pre-trained model (Domain Guidance), 0.1 of the steps, the last ones, by "
+        "the pre-trained model"
+    )
+    architecture = {"num_classes": 3, "in_channels": 1, "input_size": 8}
+    stated = guided.settings()
+    assert "which the loop above does not do" in usage_of_dit(architecture, stated, has_autoencoder=False)
+    plain = usage_of_dit(architecture, Sampler().settings(), has_autoencoder=False)
+    assert "which the loop above does not do" not in plain
 
 
 def test_the_pictures_of_the_base_are_not_shown_as_the_tuned_models(tmp_path, monkeypatch):

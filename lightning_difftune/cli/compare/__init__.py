@@ -17,7 +17,7 @@ from lightning_difftune.cli.arguments import CommandParser, check_writable
 from lightning_difftune.cli.compare.figures import contact_sheet, draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, check_seeds, read_study
-from lightning_difftune.cli.compare.table import comparison, machines, write_tables
+from lightning_difftune.cli.compare.table import comparison, machines, other_pictures, write_tables
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write, discard_temporaries
 from lightning_difftune.locks import FolderLock
@@ -216,8 +216,9 @@ def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console:
         raise ConfigError(f"{kept / 'results'} has no result of {study.path} to report.")
     of = len(study.runs) * len({*study.seeds, *(result["seed"] for _, result in results)})
     console.print(f"{len(results)} of {of} results in {kept / 'results'}")
-    if apart := machines(result for _, result in results):
-        console.print(apart)
+    for said in (machines(result for _, result in results), other_pictures(result for _, result in results)):
+        if said:
+            console.print(said)
     lines = comparison(study, results)
     write_tables(study, lines, kept, console)
     draw_figures(study, lines, output / "figures")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -66,9 +67,32 @@ def machines(results: Iterable[Mapping[str, Any]]) -> str:
     for result in results:
         versions = [f"{name} {result.get('versions', {}).get(name)}" for name in ("torch", "lightning_difftune")]
         made[", ".join([str(result.get("hardware")), *versions])].append(result["name"])
-    groups = [f"{where} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for where, names in made.items()]
+    groups = [f"{where} ({few(names)})" for where, names in made.items()]
     note = "Results are of different hardware or versions; a change between them is not of the settings alone: "
     return "" if len(groups) < 2 else f"{note}{'; '.join(groups)}."
+
+
+def other_pictures(results: Iterable[Mapping[str, Any]]) -> str:
+    """A note on results whose settings name the same data, which had other pictures in between."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        if pictures := result.get("pictures"):  # older results do not have them
+            data = result["identity"]["settings"].get("data", {}).get("init_args", {})
+            named = json.dumps([data.get("target"), data.get("val_target")]).replace("{seed}", str(result["seed"]))
+            found[named][json.dumps(pictures)].append(result["name"])
+    for groups in found.values():
+        if len(groups) > 1:
+            counts = [f"{json.loads(made).get('pictures')} ({few(names)})" for made, names in groups.items()]
+            return (
+                "Runs whose settings name the same pictures had others, by their number or by names, sizes and times "
+                f"of files; a change between them is not of the settings alone: {', '.join(counts)}."
+            )
+    return ""
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three names."""
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def line_of(run: StudyRun, results: Sequence[Mapping[str, Any]]) -> Line:

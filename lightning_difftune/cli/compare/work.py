@@ -59,6 +59,7 @@ def work(folder: Path) -> None:
         "steps": cli.trainer.global_step,
         "trainable_parameters": count_trainable(cli),
         "fit_seconds": round(record.seconds_of_fit, 2),
+        "pictures": pictures_of(cli.datamodule),
         **circumstances(),
         "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
         "digest": job["digest"],
@@ -70,6 +71,13 @@ def work(folder: Path) -> None:
     if grid is not None:
         atomic_write(folder / "samples.png", grid)
     atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def pictures_of(data: Any) -> dict[str, Any]:
+    """How many pictures a run had, and what identifies them, as far as the data say it in their state."""
+    state = {} if data is None else data.state_dict()
+    found = {key: state[key] for key in ("pictures", "content", "held_out") if key in state}
+    return json.loads(json.dumps(found, default=str))  # data of one's own may have anything there
 
 
 class Checks(Callback):
