@@ -138,11 +138,17 @@ class WebDatasetShards(Dataset[tuple[Any, ...]]):
         self._controls = (
             self._of_all(controls, f".{control_extension or 'conditioning.png'}") if wants_control else None
         )
+        self._read_subjects(texts, caption_extension, others)
+
+    def _read_subjects(
+        self, texts: dict[str, list[_Member | None]], caption_extension: str, others: Counter[str]
+    ) -> None:
+        """Set the classes or captions: those of the first extension that a picture has a text with."""
         self.labels = np.zeros(len(self), np.int64)
         known = [name for name, members in texts.items() if any(members)]
         if not known:
             if says := others.keys() - UNREAD_PICTURES:
-                wanted = " and no ".join(f".{name}" for name in accepted)
+                wanted = " and no ".join(f".{name}" for name in texts)
                 rank_zero_warn(
                     f"{self.shards[0]}: pictures have no {wanted}, so all are of class 0; files that are not read: "
                     f"{describe_counts({e: others[e] for e in says})}. Set label_extension or caption_extension if one "
