@@ -45,7 +45,6 @@ def work(folder: Path) -> None:
     with averaged_weights(cli):
         measured = [measure.evaluate(cli.model) for measure in measures]
         grid = sample_grid(cli)
-    values, history = told_apart(record.history, measures, measured)
     convergence = [
         {"monitor": c.monitor, "threshold": c.threshold, "step": c.convergence_step, "leap": c.leap}
         for c in callbacks_with(cli, "convergence_step")
@@ -53,8 +52,8 @@ def work(folder: Path) -> None:
     content = {
         "name": job["name"],
         "seed": job["seed"],
-        "values": values,
-        "history": history,
+        "values": final_values(record.history, measures, measured),
+        "history": record.history,
         "sudden_convergence": convergence,
         "steps": cli.trainer.global_step,
         "trainable_parameters": count_trainable(cli),
@@ -93,25 +92,27 @@ class Checks(Callback):
                 measure.check(pl_module)
 
 
-def told_apart(
-    logged: Mapping[str, list[tuple[int, float]]], measures: list[Evaluator], measured: Sequence[Mapping[str, float]]
-) -> tuple[dict[str, float], dict[str, list[tuple[int, float]]]]:
-    """The final values of a run by name, and the curves of those that were logged.
+def final_values(
+    history: Mapping[str, list[tuple[int, float]]],
+    measures: Sequence[Evaluator],
+    measured: Sequence[Mapping[str, float]],
+) -> dict[str, float]:
+    """What a run logged last and its evaluators measured; a measurement goes before what is logged under its name.
 
-    A name that several evaluators measure, or one measures and the run logs, begins with where each value is from:
-    ``logged/fid``, ``SampleQuality/fid``, and ``SampleQuality-2/fid`` for the second evaluator of a class.
+    A name that several evaluators have begins with theirs, as in ``SampleQuality-2/precision`` for the second of a
+    class.
     """
     kinds = [type(measure).__name__ for measure in measures]
     owners = [
         kind if kinds.count(kind) == 1 else f"{kind}-{kinds[: place + 1].count(kind)}"
         for place, kind in enumerate(kinds)
     ]
-    times = Counter(name for names in (logged, *measured) for name in names)
-    history = {name if times[name] == 1 else f"logged/{name}": points for name, points in logged.items()}
-    values = {name: points[-1][1] for name, points in history.items()}
-    for owner, found in zip(owners, measured, strict=True):
-        values |= {name if times[name] == 1 else f"{owner}/{name}": float(value) for name, value in found.items()}
-    return values, history
+    times = Counter(name for found in measured for name in found)
+    return {name: points[-1][1] for name, points in history.items()} | {
+        name if times[name] == 1 else f"{owner}/{name}": float(value)
+        for owner, found in zip(owners, measured, strict=True)
+        for name, value in found.items()
+    }
 
 
 def evaluators(named: list[Mapping[str, Any]]) -> list[Evaluator]:
