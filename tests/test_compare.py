@@ -441,6 +441,15 @@ def test_a_rise_of_a_negative_value_is_a_rise(project):
     assert tuned.change == pytest.approx(0.25)
 
 
+def test_a_value_that_is_no_number_is_not_the_best(project):
+    study = read_study(Path("study.yaml"))
+    history = {"fd_digit_classifier": [(1, float("nan")), (2, 5.0), (3, 4.0)]}
+    values = {"fd_digit_classifier": 4.0, "recognised": 0.5}
+    rest = {"sudden_convergence": [], "trainable_parameters": 1, "fit_seconds": 1.0, "name": "plain", "seed": 0}
+    (line,) = comparison(study, [(study.runs["plain"], {"values": values, "history": history, **rest})])
+    assert line.best == (4.0,)
+
+
 def test_a_gain_over_nothing_is_left_out_of_its_figure(project):
     write_study(project, gain_over=["recognised"])
     study = read_study(Path("study.yaml"))

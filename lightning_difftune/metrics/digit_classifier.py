@@ -84,5 +84,7 @@ class RecognisedDigits:
             raise ConfigError(f"RecognisedDigits asks for ten digits; {type(module).__name__} has {classes} classes.")
 
     def evaluate(self, module: Any) -> dict[str, float]:
-        """``recognised``: the share, for the module's current weights."""
-        return {"recognised": self.share(self.samples(module))}
+        """``recognised``: the share, for the module's current weights, at the trainer's precision."""
+        with module.trainer.precision_plugin.forward_context():
+            samples = self.samples(module)
+        return {"recognised": self.share(samples)}

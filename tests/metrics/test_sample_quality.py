@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_difftune import MemoryBankDataModule
 from lightning_difftune.data import ArrayImages
 from lightning_difftune.errors import ConfigError, DataError
-from lightning_difftune.metrics import FrechetDistance, SampleQuality, frechet_distance
+from lightning_difftune.metrics import FrechetDistance, RecognisedDigits, SampleQuality, frechet_distance
 from lightning_difftune.metrics.sample_quality import fit_linear_probe
 
 CLASSES = 3
@@ -166,3 +166,17 @@ def test_a_missing_package_is_named_before_anything_is_measured(monkeypatch: pyt
 def test_equal_sets_are_at_distance_zero() -> None:
     features = torch.randn(20, 5)
     assert frechet_distance(features, features).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_digits_are_drawn_at_the_trainers_precision():
+    types = []
+
+    def generate(indices: Tensor, conditions: Any) -> Tensor:
+        types.append((torch.eye(2) @ torch.eye(2)).dtype)
+        return torch.zeros(len(indices), 1, 20, 20, dtype=torch.uint8)
+
+    trainer = SimpleNamespace(precision_plugin=MixedPrecision("bf16-mixed", "cpu"))
+    RecognisedDigits(1).evaluate(
+        SimpleNamespace(trainer=trainer, generate=generate, class_conditions=lambda labels: ())
+    )
+    assert types == [torch.bfloat16]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,7 +58,8 @@ def comparison(study: Study, results: Sequence[tuple[StudyRun, Mapping[str, Any]
     for name, line in lines.items():
         curves = line.history.get(main, ())
         if curves and all(len(curve) > 1 for curve in curves):
-            lines[name] = replace(line, best=tuple(best(value for _, value in curve) for curve in curves))
+            measured = [[value for _, value in curve if math.isfinite(value)] for curve in curves]
+            lines[name] = replace(line, best=tuple(best(values, default=math.nan) for values in measured))
     return [with_changes(line, lines.get(line.run.against or ""), main) for line in lines.values()]
 
 
