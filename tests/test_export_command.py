@@ -76,6 +76,23 @@ def tuned_state(checkpoint):
     return {name.removeprefix("dit."): tensor for name, tensor in state.items()}
 
 
+@pytest.mark.parametrize(("option", "said"), [([], "weights: averaged by Lightning\n"), (["--raw"], "as trained\n")])
+def test_averages_of_lightning_are_told_from_the_trained_weights(project, tmp_path, capsys, option, said):
+    """Its WeightAveraging saves them as the state of the module, and that as trained under another key."""
+    content = torch.load(checkpoint_of(project, None), weights_only=True)
+    trained = {name: torch.full_like(tensor, 0.5) for name, tensor in content["state_dict"].items()}
+    torch.save({**content, "current_model_state": trained}, tmp_path / "averaged.ckpt")
+    status, printed = exported(tmp_path / "averaged.ckpt", tmp_path / "tuned.safetensors", capsys, *option)
+    assert status == 0, printed
+    assert said in printed
+    expected = trained if option else content["state_dict"]
+    assert (
+        load_dit(tmp_path / "tuned.safetensors")
+        .state_dict()["x_embedder.proj.bias"]
+        .equal(expected["dit.x_embedder.proj.bias"])
+    )
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ""])
 @pytest.mark.parametrize("tuner", [None, "BitFit", "DiffFit", "LoRA"])
 def test_what_is_exported_is_the_tuned_network(project, tuner, suffix, tmp_path, capsys):

@@ -70,11 +70,18 @@ class TunedRun:
         return fabric.autocast()
 
     def weights(self, raw: bool, done: list[str]) -> AbstractContextManager[None]:
-        """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights."""
-        average = self.run.averages
-        self.leaves_averages = raw and average is not None
+        """A ``with`` block in which the checkpoint's averages, if it has any, are the module's weights.
+
+        Lightning's ``WeightAveraging`` saves its averages as the module's state, and the weights as trained beside it.
+        """
+        average, as_trained = self.run.averages, self.run.content.get("current_model_state")
+        has_averages = average is not None or as_trained is not None
+        self.leaves_averages = raw and has_averages
+        if raw and as_trained is not None:
+            self.module.load_state_dict(as_trained)
         if raw or average is None:
-            done.append("weights: as trained" + ("; the checkpoint has no averages" if average is None else ""))
+            kept = "averaged by Lightning" if has_averages and not raw else "as trained"
+            done.append(f"weights: {kept}{'' if has_averages else '; the checkpoint has no averages'}")
             return nullcontext()
         done.append(f"weights: averaged over {average.num_updates:,} updates")
         return average.average_parameters(self.module)
