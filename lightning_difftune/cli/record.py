@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -62,8 +63,10 @@ def class_counts(datamodule: Any) -> dict[str, int] | None:
     if labels is None:
         return None
     counts = torch.bincount(labels, minlength=getattr(datamodule, "num_classes", None) or 0).tolist()
-    names = getattr(target, "class_names", None) or []
-    return {str(names[i]) if i < len(names) else str(i): count for i, count in enumerate(counts)}
+    names = [str(name) for name in getattr(target, "class_names", None) or []]
+    times = Counter(names)
+    known = {i: name if times[name] == 1 else f"{name} (class {i})" for i, name in enumerate(names)}
+    return {known.get(i, str(i)): count for i, count in enumerate(counts)}
 
 
 def scores(callbacks: Iterable[Any]) -> dict[str, Any]:

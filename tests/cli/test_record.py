@@ -11,9 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from jsonargparse import Namespace
 
-from lightning_difftune.cli.record import SaveRun
+from lightning_difftune.cli.record import SaveRun, class_counts
 
 
 def test_two_processes_of_the_command_line_train_and_save_one_record(tiny_run: Any, tmp_path: Path) -> None:
@@ -66,3 +67,9 @@ def test_a_record_that_cannot_be_saved_does_not_stop_the_run(saves: Any, tmp_pat
     record, trainer = saves
     with pytest.warns(UserWarning, match=r"config.yaml could not be saved: .* continues"):
         record.setup(trainer, None, "validate")
+
+
+def test_classes_of_one_name_are_counted_each() -> None:
+    target = SimpleNamespace(labels=lambda: torch.tensor([0, 0, 1, 2]), class_names=["crane", "crane", "heron"])
+    counts = class_counts(SimpleNamespace(target=target, num_classes=4))
+    assert counts == {"crane (class 0)": 2, "crane (class 1)": 1, "heron": 1, "3": 0}
