@@ -258,7 +258,8 @@ def class_subjects(asked: Sequence[str] | None, names: Sequence[str] | None, cou
 def class_number(asked: str, names: Sequence[str] | None, count: int) -> int:
     """The number of a class, given by its exact name, a loose match, a number, or one of its comma-separated names.
 
-    A loose match ignores case, underscores and hyphens. The first of the four that matches is used.
+    A loose match ignores case, underscores and hyphens. The first of the four that matches is used. Of classes that are
+    all named by numbers, such as folders 1 to 102, the numbers are their names alone: 1 would also be the second one.
 
     Raises:
         ConfigError: If there is no such class, or the name fits several.
@@ -272,7 +273,8 @@ def class_number(asked: str, names: Sequence[str] | None, count: int) -> int:
     names = names or ()
     loose = [_plain(name) for name in names]
     synonyms = [{_plain(part) for part in name.split(",")} for name in names]
-    number = int(asked) if asked.isdecimal() and int(asked) < count else None
+    named = len(names) if all(name.isdecimal() for name in names) else 0  # the first classes, by numbers
+    number = int(asked) if asked.isdecimal() and named <= int(asked) < count else None
     for fitting in (
         [label for label, name in enumerate(names) if name == asked],
         [label for label, name in enumerate(loose) if name == _plain(asked)],

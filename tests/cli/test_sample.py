@@ -345,6 +345,14 @@ def test_names_go_before_numbers():
         class_number("rose", None, 5)
 
 
+def test_of_classes_named_by_numbers_a_number_is_a_name():
+    """In folders 1 to 3, the numbers 0, 1 and 2 would be the classes 1, 1 and 2."""
+    folders = ["1", "2", "3"]
+    assert [class_number(one, folders, 5) for one in ("1", "3", "4")] == [0, 2, 4]
+    with pytest.raises(ConfigError, match=r"There is no class .0. among the 3\. Its classes are 1, 2, 3"):
+        class_number("0", folders, 5)
+
+
 @pytest.mark.parametrize(
     ("asked", "number"),
     [("UPPER", 1), ("upper", 0), ("Upper", None), ("a-b", 2), ("a b", None), ("a_b", 3), ("4", 4), ("shark", 5)],
