@@ -95,7 +95,7 @@ def test_every_study_is_listed_by_its_own_command_and_its_runs_are_instantiated(
     assert len(evaluators(list(study.evaluators))) == len(study.evaluators)
     different = {(run.configs, *run.settings): run for run in study.runs.values()}  # but for values such as a rate
     for job in read_jobs(study, [(run, 0) for run in different.values()], study.output, study.kept):
-        config = job.config()
+        config = job.filled(job.settings)
         leave_measured_schedule(config, study.output, study.kept)
         if parts(config) <= instantiated:
             continue
