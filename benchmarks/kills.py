@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,6 +289,8 @@ def started(write: Callable[[Path], None], folder: Path) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             write(folder)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return pid
