@@ -10,6 +10,8 @@ from typing import Any, Literal, NotRequired, Protocol, TypedDict, runtime_check
 
 from torch import Tensor, nn
 
+Split = Literal["train", "val"]  # pictures that are trained on, and those held out
+
 
 class TargetBatch(TypedDict):
     """One batch of the target domain: pictures with labels or captions, or the encodings of both."""
@@ -116,10 +118,10 @@ class SupportsReferenceImages(Protocol):
 class SupportsLabelledImages(Protocol):
     """A data module whose training and held-out pictures have classes."""
 
-    def labelled_images(self, split: Literal["train", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
+    def labelled_images(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of pictures (B, 1 or 3, H, W) uint8 and their classes (B,) int64, in a fixed order."""
 
-    def images_identity(self, split: Literal["train", "val"]) -> str:
+    def images_identity(self, split: Split) -> str:
         """A string that changes when these pictures do; a key of caches."""
 
 

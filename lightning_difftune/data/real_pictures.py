@@ -23,7 +23,7 @@ from lightning_difftune.data.items import TargetItem
 from lightning_difftune.data.source_facts import name_of_class, paths_of, require_source
 from lightning_difftune.errors import ConfigError, DataError, check_choice, check_counts
 from lightning_difftune.pictures import largest_value
-from lightning_difftune.protocols import TargetBatch
+from lightning_difftune.protocols import Split, TargetBatch
 
 # Number of 16-bit pictures to check, and largest number of used bits that is an error (cameras, microscopes).
 _DEPTH_SAMPLES = 16
@@ -118,7 +118,7 @@ class RealPictures(L.LightningDataModule):
         """Digest of the reference pictures."""
         return self.images_identity(self.reference)
 
-    def labelled_images(self, split: Literal["train", "val"]) -> Iterator[tuple[Tensor, Tensor]]:
+    def labelled_images(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """Training or held-out pictures in batches (B, C, H, W) uint8 and their classes (B,) int64, in a fixed order.
 
         Raises:
@@ -138,7 +138,7 @@ class RealPictures(L.LightningDataModule):
         side = self.target.image_size
         return self.target.uint8(found) if found else torch.zeros(0, self.channels, side, side, dtype=torch.uint8)
 
-    def images_identity(self, split: Literal["train", "val"]) -> str:
+    def images_identity(self, split: Split) -> str:
         """Digest of the training or held-out pictures."""
         return self._targets_of(split).identity()
 
@@ -151,7 +151,7 @@ class RealPictures(L.LightningDataModule):
         """Held-out pictures (B, C, H, W) uint8 at the indices, their captions and, if they have some, control maps."""
         return self._targets_of("val").captioned(indices)
 
-    def _targets_of(self, split: Literal["train", "val"]) -> ImageTargets:
+    def _targets_of(self, split: Split) -> ImageTargets:
         if split == "train":
             return self.target
         if self.val_target is None:
@@ -161,7 +161,7 @@ class RealPictures(L.LightningDataModule):
             )
         return self.val_target
 
-    def _batches_of(self, split: Literal["train", "val"]) -> Iterator[list[TargetItem]]:
+    def _batches_of(self, split: Split) -> Iterator[list[TargetItem]]:
         targets, size = self._targets_of(split), self.build_batch_size or BATCH_SIZE
         for start in range(0, len(targets), size):
             yield [targets.read(index) for index in range(start, min(len(targets), start + size))]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_difftune.draws import Draws
 from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.metrics.frechet import FrechetDistance
-from lightning_difftune.metrics.sample_quality import labelled_data
+from lightning_difftune.metrics.sample_quality import check_labelled
 from lightning_difftune.pictures import to_pixel_values
 from lightning_difftune.protocols import SupportsDenoisingLosses, SupportsLabelledImages
 
@@ -54,7 +54,7 @@ class HeldOutLoss:
                 f"HeldOutLoss needs a module with what protocols.SupportsDenoisingLosses lists; found "
                 f"{type(module).__name__}."
             )
-        labelled_data(module, "HeldOutLoss")
+        check_labelled(module, "HeldOutLoss")
 
     def evaluate(self, module: Any) -> dict[str, float]:
         """The losses and gaps, for the module's current weights. Raises what :meth:`check` does."""
@@ -127,7 +127,7 @@ class ReconstructionQuality:
             ConfigError: If the data has no labelled or no held-out pictures, or the module cannot reconstruct them.
             DataError: If the pictures have captions instead of classes.
         """
-        labelled_data(module, "ReconstructionQuality")
+        check_labelled(module, "ReconstructionQuality")
         if not isinstance(module, SupportsReconstruct):
             raise ConfigError(
                 f"ReconstructionQuality needs reconstruct() of the module; {type(module).__name__} has none."

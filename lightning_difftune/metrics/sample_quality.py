@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.metrics.extractors import torch_fidelity
 from lightning_difftune.metrics.frechet import FrechetDistance, ReferenceCache, frechet_distance, reference_key
-from lightning_difftune.protocols import SupportsLabelledImages
-
-Split = Literal["train", "val"]
+from lightning_difftune.protocols import Split, SupportsLabelledImages
 
 
 class LabelledFeatures(NamedTuple):
@@ -24,17 +22,11 @@ class LabelledFeatures(NamedTuple):
     labels: Tensor  # (N,) int64
 
 
-def check_has_classes(module: Any, name: str) -> None:
-    """Raise a :class:`ConfigError` if the module generates no samples of requested classes; ``name`` asks for them."""
-    if not hasattr(module, "class_conditions"):
-        raise ConfigError(f"{name} draws samples of each class, which {type(module).__name__} does not have.")
-
-
-def labelled_data(module: Any, name: str) -> SupportsLabelledImages:
-    """The data module of a module's trainer, which has training and held-out pictures with classes.
+def check_labelled(module: Any, name: str) -> None:
+    """Check that the data of a module's trainer have training and held-out pictures with classes.
 
     Raises:
-        ConfigError: If it has not; ``name`` is what needs them.
+        ConfigError: If they have not; ``name`` is what needs them.
         DataError: If the pictures have captions instead of classes.
     """
     data = module.trainer.datamodule
@@ -42,7 +34,6 @@ def labelled_data(module: Any, name: str) -> SupportsLabelledImages:
         raise ConfigError(f"{name} needs labelled_images() of the data module; {type(data).__name__} has none.")
     for split in get_args(Split):
         next(iter(data.labelled_images(split)))
-    return data
 
 
 class SampleQuality:
@@ -93,8 +84,11 @@ class SampleQuality:
             ConfigError: If the module has no classes, or its data no labelled or no held-out pictures.
             DataError: If the pictures have captions instead of classes.
         """
-        check_has_classes(module, "SampleQuality")
-        labelled_data(module, "SampleQuality")
+        if not hasattr(module, "class_conditions"):
+            raise ConfigError(
+                f"SampleQuality draws samples of each class, which {type(module).__name__} does not have."
+            )
+        check_labelled(module, "SampleQuality")
 
     def evaluate(self, module: Any) -> dict[str, float]:
         """The metrics, for the module's current weights. Raises what :meth:`check` does."""
