@@ -19,12 +19,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lightning_difftune.cli.compare import run_jobs
+from lightning_difftune.cli.compare import chosen, run_jobs
 from lightning_difftune.cli.compare.jobs import Job, read_jobs
-from lightning_difftune.cli.compare.study import read_study
+from lightning_difftune.cli.compare.study import StudyRun, read_study
 
 
-def in_order(runs: list[str], seeds: list[int], first: int) -> list[tuple[str, int]]:
+def in_order(runs: list[StudyRun], seeds: list[int], first: int) -> list[tuple[StudyRun, int]]:
     """The first runs with all seeds, then the others with the first seed, then these with the other seeds."""
     pairs = [(run, seed) for seed in seeds for run in runs[:first]]
     return pairs + [(run, seed) for seed in seeds for run in runs[first:]]
@@ -61,10 +61,8 @@ def main() -> None:
     end = time.monotonic() + options.seconds
 
     study = read_study(options.study)
-    if unknown := set(options.only or []) - study.runs.keys():
-        parser.error(f"--only: {study.path} has no run {', '.join(sorted(unknown))}")
-    pairs = in_order(options.only or list(study.runs), options.seeds or list(study.seeds), options.first)
-    jobs = list(read_jobs(study, [(study.runs[run], seed) for run, seed in pairs], study.output, study.kept))
+    pairs = in_order(chosen(study, options.only), options.seeds or list(study.seeds), options.first)
+    jobs = list(read_jobs(study, pairs, study.output, study.kept))
     print(f"{len(jobs)} runs, {options.processes} at a time, {options.seconds:.0f} s")
     workers = [multiprocessing.get_context("fork").Process(target=work, args=(jobs,)) for _ in range(options.processes)]
     for worker in workers:

@@ -133,8 +133,9 @@ def bars(
         for x, mean, position in zip(xs, means, measured, strict=True):
             low, high = min(values[position]), max(values[position])
             axes.plot([x, x], [low, high], color="black", linewidth=1.2)
-            where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom"}
-            labels.append(axes.annotate(rounded(mean, 3), (x, high), (0, 1), fontsize=7, **where))
+            end, offset, va = (low, -1, "top") if mean < 0 else (high, 1, "bottom")  # outside of the bar
+            where: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": va}
+            labels.append(axes.annotate(rounded(mean, 3), (x, end), (0, offset), fontsize=7, **where))
     rotate = max(map(len, categories)) * len(categories) > 80
     slant: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if rotate else {}
     axes.set_xticks(range(len(categories)), labels=categories, fontsize=8, **slant)

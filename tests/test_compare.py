@@ -466,6 +466,28 @@ def test_runs_of_one_method_and_group_have_curves_of_their_own(project, at):
     assert [text.get_text() for text in axes.get_legend().get_texts()][1:] == ["large", "huge"]
 
 
+@pytest.mark.parametrize(
+    ("runs", "titles", "labels"),
+    [
+        ({"a": ("LoRA", "alone", ""), "b": ("LoRA", "with", "a")}, ["LoRA"], [["alone", "with"]]),
+        ({"a": ("Full", "9", ""), "b": ("DT", "9", "a"), "c": ("Own", "9", "a")}, ["9"], [["Full", "DT", "Own"]]),
+        ({"a": ("Full", "100", ""), "b": ("DT", "200", "a")}, ["a"], [["Full", "DT"]]),
+        ({"a": ("a", "9", ""), "b": ("b", "9", "a"), "c": ("c", "9", "b")}, ["9", "b"], [["a", "b"], ["b", "c"]]),
+        ({"a": ("Full", "100", ""), "b": ("Full", "200", "")}, ["Full"], [["100", "200"]]),
+        ({"a": ("Full", "", "b"), "b": ("DT", "", "a")}, ["a", "b"], [["Full", "DT"], ["Full", "DT"]]),
+    ],
+    ids=["one method", "one group", "neither", "a chain", "compared with nothing", "with each other"],
+)
+def test_runs_that_are_compared_have_one_panel(project, runs, titles, labels):
+    keys = ("method", "group", "against")
+    write_study(project, runs={name: dict(zip(keys, values, strict=True)) for name, values in runs.items()})
+    study = read_study(Path("study.yaml"))
+    lines = lines_of(study, **{name: [1.0] for name in runs})
+    axes = [axis for axis in curves_figure(study, lines, "fd_digit_classifier").axes if axis.get_visible()]
+    assert [axis.get_title(loc="left") for axis in axes] == titles
+    assert [[text.get_text() for text in axis.get_legend().get_texts()] for axis in axes] == labels
+
+
 def test_runs_that_differ_in_a_second_quantity_are_no_zigzag_over_the_first(project):
     runs = {"small": {"at": {"rank": 1}}, "large": {"at": {"rank": 2}}, "alpha": {"at": {"rank": 2}}}
     write_study(project, runs={name: {**run, "method": "LoRA"} for name, run in runs.items()}, metrics={"fd": "lower"})
@@ -491,6 +513,11 @@ def test_pictures_that_changed_between_runs_are_said():
     assert other_pictures([first, {**first, "name": "tuned-seed0"}, made("others-seed0", "birds", pictures=7)]) == ""
     note = other_pictures([first, made("tuned-seed0", pictures=24, content="b")])
     assert note.endswith("is not of the settings alone: 20 (plain-seed0), 24 (tuned-seed0).")
+
+
+def test_runs_are_done_in_the_order_in_which_they_are_asked_for(project, capsys):
+    assert main(["compare", "study.yaml", "--only", "tuned", "plain", "--seeds", "0", "--dry_run"]) == 0
+    assert re.findall(r"\w+-seed0", capsys.readouterr().out) == ["tuned-seed0", "plain-seed0"]
 
 
 def test_callbacks_of_two_runs_that_write_to_one_folder_are_refused(project, capsys):

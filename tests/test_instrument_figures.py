@@ -47,6 +47,15 @@ def test_labels_of_bars_stand_upright_where_they_would_overlap():
     assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
+def test_labels_of_bars_stand_outside_of_them():
+    axes = Figure((4, 4)).subplots()
+    bars(axes, ["a", "b"], {"": [[0.3, 0.5], [-0.3, -0.5]]}, "", "")
+    axes.figure.canvas.draw()
+    above, below = (axes.transData.inverted().transform(text.get_window_extent()) for text in axes.texts)
+    assert above[0][1] > 0.5
+    assert below[1][1] < -0.5
+
+
 def test_distances_to_the_ideal_denoisers_are_curves_over_t():
     axes = Figure().subplots()
     ideal_distances(axes, {"of the source": [(0, 0.1), (500, 0.3)], "of the target": [(0, 0.2), (500, 0.4)]}, "model")

@@ -39,7 +39,7 @@ def compare(argv: Sequence[str]) -> None:
     parser.add_argument("--part", metavar="NAME", help="a part of the study file (default: its first document)")
     parser.add_argument("--run", action="store_true", help="start the runs that are missing, one after the other")
     parser.add_argument("--output", type=Path, help="folder of runs and results (default: the study's)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, of those in the study (default: all)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs to do, in this order (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds to do (default: the study's)")
     parser.add_argument("--dry_run", action="store_true", help="check the configs and list the runs; write nothing")
     parser.add_argument("--report", action="store_true", help="write tables and figures of all results; run nothing")
@@ -86,11 +86,11 @@ def compare(argv: Sequence[str]) -> None:
 
 
 def chosen(study: Study, names: Sequence[str] | None) -> list[StudyRun]:
-    """The runs with these names."""
+    """The runs with these names, in this order; by default all, in the study's."""
     unknown = [name for name in names or () if name not in study.runs]
     if unknown:
         raise ConfigError(f"{study.path} has no run {unknown[0]!r}; its runs are {', '.join(study.runs)}.")
-    return [run for name, run in study.runs.items() if names is None or name in names]
+    return [study.runs[name] for name in dict.fromkeys(study.runs if names is None else names)]
 
 
 def list_jobs(jobs: Sequence[Job], console: Console) -> None:
@@ -223,5 +223,5 @@ def report(study: Study, jobs: Sequence[Job], output: Path, kept: Path, console:
     write_tables(study, lines, kept, console)
     draw_figures(study, lines, output / "figures")
     if all(path.is_file() for path in grids.values()):  # grids of kept results may be on another machine
-        atomic_write(kept / "samples.png", contact_sheet(grids))
+        atomic_write(kept / "samples.png", contact_sheet({name: grids[name] for name in study.runs if name in grids}))
     console.print(f"Tables {kept / 'table.csv'}, {kept / 'table.md'}; figures in {output / 'figures'}")

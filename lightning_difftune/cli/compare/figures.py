@@ -48,23 +48,42 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
 
 
 def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
-    """One panel per method, or per quantity and method if runs have an ``at``."""
+    """One panel per comparison, or per quantity and method if runs have an ``at``."""
     panels: dict[str, dict[str, Any]] = defaultdict(dict)
     swept = {line.run.method for line in lines if line.run.at}
     for line in lines:
-        labels = {} if line.run.at else {line.run.method: line.run.group or line.run.name}
         for quantity, x in line.run.at.items():
             title = quantity if len(swept) == 1 else f"{line.run.method}: {quantity}"
-            labels[title] = f"{x:g}{line.run.group and ', '}{line.run.group}"
-        for title, label in labels.items():
-            name = line.run.name if label in panels[title] else label  # two runs may have one label
-            panels[title][name] = by_step(line.history[metric])
+            add(panels[title], f"{x:g}{line.run.group and ', '}{line.run.group}", line, metric)
+    for name, compared in comparisons([line for line in lines if not line.run.at]):
+        first, one_method = compared[0].run, len({line.run.method for line in compared}) == 1
+        one_group = len({line.run.group for line in compared}) == 1
+        title = first.method if one_method else first.group if one_group else ""
+        title = title if title and title not in panels else name
+        for line in compared:
+            add(panels[title], (line.run.group if one_method else line.run.method) or line.run.name, line, metric)
     figure, axes = grid(study, -(-len(panels) // 3), min(3, len(panels)), sharey=True)
     for axis, (title, series) in zip(axes, panels.items(), strict=False):
         plots.curves(axis, series, title, metric)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return figure
+
+
+def comparisons(lines: Sequence[Line]) -> list[tuple[str, list[Line]]]:
+    """Each run that others are compared with, by name, and those others; the remaining runs, by method."""
+    references = {line.run.name for line in lines} & {line.run.against for line in lines}
+    found: dict[tuple[str, str], list[Line]] = defaultdict(list)
+    for line in lines:
+        compared = [("run", name) for name in (line.run.name, line.run.against) if name in references]
+        for key in dict.fromkeys(compared or [("method", line.run.method)]):
+            found[key].append(line)
+    return [(name, members) for (_, name), members in found.items()]
+
+
+def add(series: dict[str, Any], label: str, line: Line, metric: str) -> None:
+    """Add the curve of a run under ``label``, or under its own name where another run has that label."""
+    series[line.run.name if label in series else label] = by_step(line.history[metric])
 
 
 def by_step(histories: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[float, list[float]]]:
