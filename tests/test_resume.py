@@ -12,15 +12,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny import tiny_config, tiny_weights, write_pictures
 
 from lightning_difftune.callbacks import EMA, preemption
-from lightning_difftune.cli import main
+from lightning_difftune.cli import compare, main
+from lightning_difftune.cli.compare import work
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
+from lightning_difftune.cli.quickstart import methods
 from lightning_difftune.data import shards
 
 STEPS = 150
@@ -244,6 +248,26 @@ def test_sigterm_in_the_last_step_changes_nothing(project, undisturbed, monkeypa
     assert main(["fit", "--config", "run.yaml"]) == 0
     assert sent.sent
     assert_as_undisturbed(project, undisturbed)
+
+
+def test_sigterm_in_the_last_step_ends_a_study_before_it_measures(project, monkeypatch):
+    Path("study.yaml").write_text("output: out\nbase: [run.yaml]\nmetrics: {fid: lower}\nruns: {plain: {}}\n")
+    monkeypatch.setattr(compare, "start_process", lambda folder: (folder / "log.txt").touch())
+    assert main(["compare", "study.yaml", "--run"]) == 2
+    sent = Signals(monkeypatch, signal.SIGTERM, STEPS, validating=True)
+    with pytest.raises(SIGTERMException):
+        work.work(Path("out/runs/plain-seed0"))
+    assert sent.sent
+    assert not list(project.glob("out/**/plain-seed0.json"))
+
+
+def test_sigterm_in_the_last_step_ends_a_quickstart_before_its_next_method(tmp_path, monkeypatch):
+    signalled = preemption.Preemption()
+    signalled._notice(signal.SIGTERM, None)
+    cli = SimpleNamespace(trainer=SimpleNamespace(callbacks=[signalled]))
+    monkeypatch.setattr(methods, "run_lightning", lambda args: cli)
+    with pytest.raises(SIGTERMException):
+        methods.tune("Diff-Tuning", "quickstart.yaml", tmp_path, 0, [])
 
 
 def test_sigterm_while_the_bank_is_built_keeps_its_finished_shards(project, undisturbed, monkeypatch):

@@ -30,7 +30,7 @@ class Preemption(OptimizerStepCallback):
     A run stops right after an optimizer step, the same one on all processes even if only one of them got the signal, so
     the checkpoint resumes to the bit; a validation that is running or due is finished first. Ask the scheduler for
     enough notice: ``#SBATCH --signal=SIGUSR1@120``. ``fit`` then ends with ``SIGTERMException``, for which the command
-    line has exit status 143.
+    line has exit status 143. A run at its last step ends as always, and ``stop_asked`` says so to what comes after it.
 
     In a SLURM job the signal of a ``SLURMEnvironment`` with ``auto_requeue`` (Lightning's default, SIGUSR1) also
     requeues the job. Lightning's own handlers save inside the signal handler, in the middle of a step.
@@ -46,6 +46,11 @@ class Preemption(OptimizerStepCallback):
         self._asked = False
         self._requeue = False
         self._saved_step = -1
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether a signal arrived in the last run on this process."""
+        return self._asked
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Replace Lightning's signal handlers; Lightning restores the original ones at the end."""

@@ -15,6 +15,7 @@ import yaml
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_difftune.callbacks import GenerationCallback
 from lightning_difftune.cli.lightning import DiffTuneCLI, ModelReader
@@ -90,6 +91,12 @@ class TunedRun:
 def callbacks_with(cli: DiffTuneCLI, attribute: str) -> list[Any]:
     """The run's callbacks that have an attribute, such as ``average_parameters`` or ``convergence_step``."""
     return [callback for callback in vars(cli.trainer)["callbacks"] if hasattr(callback, attribute)]
+
+
+def stop_if_asked(cli: DiffTuneCLI) -> None:
+    """End a command that has more to do after a run, if a signal came when the run was at its last step."""
+    if any(callback.stop_asked for callback in callbacks_with(cli, "stop_asked")):
+        raise SIGTERMException
 
 
 def scoring(cli: DiffTuneCLI) -> list[Any]:

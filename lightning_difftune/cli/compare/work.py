@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_difftune.cli import STOPPED
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.record import circumstances
-from lightning_difftune.cli.tuned import RunRecord, averaged_weights, callbacks_with, count_trainable
+from lightning_difftune.cli.tuned import RunRecord, averaged_weights, callbacks_with, count_trainable, stop_if_asked
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.pictures import to_png
@@ -40,6 +40,7 @@ def work(folder: Path) -> None:
     resume = [] if job["checkpoint"] is None else ["--ckpt_path", job["checkpoint"]]
     record = RunRecord()  # not in the config, so that the run's other commands do not make it
     cli = run_lightning(["fit", "--config", str(folder / "config.yaml"), *resume], callbacks=[record, Checks(measures)])
+    stop_if_asked(cli)
     if not cli.trainer.is_global_zero:
         return
     with averaged_weights(cli):

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.record import circumstances
+from lightning_difftune.cli.tuned import stop_if_asked
 from lightning_difftune.files import atomic_write
 
 METHODS = {"Diff-Tuning": [], "Full fine-tuning": ["presets/full.yaml"]}  # overlays on the quickstart's config
@@ -38,6 +39,7 @@ def tune(name: str, config: str, output: Path, seed: int, settings: Sequence[str
         args += ["--trainer.default_root_dir", str(folder), "--trainer.logger.init_args.save_dir", str(folder)]
         start = time.perf_counter()
         cli = run_lightning(args)
+        stop_if_asked(cli)
     return cli, time.perf_counter() - start
 
 
