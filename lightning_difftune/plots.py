@@ -150,7 +150,7 @@ def bars(
     upright = longest * slots * len(groups) > 14 * inches
     for annotation in labels:
         annotation.set_rotation(90 if upright else 0)
-    below = any(annotation.get_va() == "top" for annotation in labels)
+    below = any(annotation.get_verticalalignment() == "top" for annotation in labels)
     axes.margins(y=(0.35 if below else 0.2) if upright else 0.1)  # with labels on both sides, the bars are shorter
     if any(groups):
         above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(groups)}
