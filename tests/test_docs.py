@@ -57,11 +57,23 @@ def anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_every_option_of_a_command_is_explained_on_the_page_of_the_commands():
-    """The page is made from the help; an option without a text there has nothing on its line or the next one."""
+@pytest.fixture(scope="module")
+def hooks():
+    """What makes the pages of commands and configs."""
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "tools" / "hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_sentence_about_a_config_is_not_cut_at_an_abbreviation(hooks):
+    rows = [line for line in hooks.configs_table().splitlines() if line.startswith("| `")]
+    assert len(rows) > 50
+    assert not [row for row in rows if row.count("(") != row.count(")")]
+
+
+def test_every_option_of_a_command_is_explained_on_the_page_of_the_commands(hooks):
+    """The page is made from the help; an option without a text there has nothing on its line or the next one."""
     page = hooks.commands_help()
     assert re.findall(r"^## difftune (\w+)$", page, re.MULTILINE) == ["fit", *cli.OWN]
     options = re.findall(r"^  (--\w+)((?: [A-Z]\S*| \[[^\]]*\]| \{[^}]*\}| \.\.\.)*)(.*)\n(.*)$", page, re.MULTILINE)

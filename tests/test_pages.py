@@ -163,7 +163,7 @@ def make_pictures() -> None:
         colours = random.randint(256, size=(4, 5, 3), dtype=np.uint8)
         picture = Image.fromarray(colours).resize((50, 40), Image.Resampling.BICUBIC)
         file = (
-            Path("photos", names[number % 3], f"{number // 3}.jpg")
+            Path("photos", names[number % 3], f"{number // 3:03d}.jpg")
             if number < 36
             else Path("captioned", f"{number}.jpg")
         )

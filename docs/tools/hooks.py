@@ -56,4 +56,4 @@ def first_sentence(file: Path) -> str:
     """What a config says about itself first."""
     comment = file.read_text(encoding="utf-8").split("\n#\n")[0]
     words = " ".join(line.lstrip("# ") for line in comment.splitlines() if line.startswith("#"))
-    return re.split(r"(?<!Fig)(?<!Seg)(?<!App)\.(?: |$)", words)[0].rstrip(":").replace("|", r"\|")
+    return re.split(r"(?<!Fig)(?<!Seg)(?<!App)(?<!Eq)\.(?: |$)", words)[0].rstrip(":").replace("|", r"\|")

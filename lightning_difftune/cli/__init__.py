@@ -19,7 +19,7 @@ COMMANDS = {
     "plan": "what a config will cost: operations, memory, disk and hours",
     "fit": "fine-tune; builds a missing memory bank first",
     "validate": "validation loss, FID and sample grid of a checkpoint",
-    "test": "the same on the test set of a data module that has one",
+    "test": "the loss on a test set; without one, on held-out pictures",
     "predict": "build the memory bank on purpose, on all devices",
     "sample": "pictures of a run, an export or a bundled model, as PNG files",
     "report": "a run as one HTML page: curves, pictures, what to try next",

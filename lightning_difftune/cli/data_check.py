@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.data.derived import Partition
-from lightning_difftune.data.folders import describe_counts, shorten
+from lightning_difftune.data.folders import SPLIT_FOLDERS, describe_counts, shorten
 from lightning_difftune.data.inspection import Inspection, inspect, open_images
 from lightning_difftune.data.real_pictures import FEW_PICTURES, MOST_WRONG_BITS
 from lightning_difftune.data.source_facts import captions_of, class_names_of
@@ -32,8 +32,8 @@ DESCRIPTION = """Look at every picture of a data set before training on it.
 
 Shown are pictures by class (those with fewer than ten are marked), sizes, grey and transparent pictures, those turned
 by their EXIF orientation, unreadable ones by name, exact duplicates, what is left out (thumbnails, system files, types
-that are not read), control maps, empty, short and long captions, and the split: without --val, a tenth is held out at
-random, as configs/dit/folder.yaml does.
+that are not read), control maps, empty, short and long captions, and the split: without --val, that of a folder with
+the parts train and val, or else a random tenth is held out, as configs/dit/folder.yaml does.
 
 Exit status: 0 if all pictures can be used; 1 if some cannot, or the held-out ones have other classes; 2 if PATH is not
 a data set, or one with mistakes that stop every run, such as a class without pictures."""
@@ -59,12 +59,14 @@ def data(argv: Sequence[str]) -> int:
     parser.add_argument("--num_workers", type=int, default=0, help="processes that decode pictures (default: 0)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args(list(argv[1:]))
-    facts = facts_at(options.path, options.split, options.num_workers)
+    given = {"train": options.path} | ({} if options.val is None else {"val": options.val})
+    parts = parts_of(options.path) if options.val is None and options.split is None else given
+    facts = facts_at(parts["train"], options.split, options.num_workers)
     held_out = None
-    if options.val is not None:
-        path, _, split = options.val.rpartition(":")
-        is_split = path != "" and not Path(options.val).exists()
-        place, part = (path, split) if is_split else (options.val, None)
+    if "val" in parts:
+        path, _, split = parts["val"].rpartition(":")
+        is_split = path != "" and not Path(parts["val"]).exists()
+        place, part = (path, split) if is_split else (parts["val"], None)
         held_out = facts_at(place, part, options.num_workers)
     report = report_of(options.path, facts, held_out, options.image_size)
     if options.json:
@@ -73,6 +75,17 @@ def data(argv: Sequence[str]) -> int:
         show(report, Console())
     wrong = report["unreadable"], report["split"].get("unreadable"), report["split"].get("unknown_classes")
     return 1 if any(wrong) or is_nearly_black(report["deep"]) else 0
+
+
+def parts_of(path: str) -> dict[str, str]:
+    """``train`` and, if it exists, ``val`` of a folder with splits; else the whole folder as ``train``."""
+    place = Path(path).expanduser()
+    names = {folder.name.lower(): folder for folder in place.iterdir() if folder.is_dir()} if place.is_dir() else {}
+    train = next((names[name] for name in ("train", "training") if name in names), None)
+    if train is None or not SPLIT_FOLDERS.issuperset(name for name in names if not name.startswith(".")):
+        return {"train": path}
+    held = next((names[name] for name in ("val", "valid", "validation", "test", "testing") if name in names), None)
+    return {"train": str(train)} | ({} if held is None else {"val": str(held)})
 
 
 def facts_at(path: str, split: str | None, num_workers: int) -> Inspection:
@@ -190,7 +203,7 @@ def show(report: dict[str, Any], console: Console) -> None:
         ("classes", small if classes else ""),
         *((name, between(report[name])) for name in ("width", "height", "aspect_ratio")),
         ("enlarged", f"{report['enlarged']:,} are smaller than {report['image_size']} px"),
-        ("cropped", f"{report['cropped']:,} are not square and lose their ends"),
+        ("cropped", f"{report['cropped']:,} are not square and are cropped to a square"),
         ("grey / alpha", f"{report['grey']:,} / {report['alpha']:,}"),
         ("EXIF-rotated", f"{report['exif_rotated']:,}"),
         ("unreadable", f"{len(report['unreadable']):,}"),

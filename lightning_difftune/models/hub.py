@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_difftune.errors import CheckpointError
+from lightning_difftune.errors import CheckpointError, did_you_mean
 from lightning_difftune.models.checkpoint_files import DIFFUSERS, TRANSFORMERS, find_weights
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ def folder_of(source: str | Path, subfolder: str, revision: str | None = None) -
         return folder
     repository = repository_of(source, revision) if isinstance(source, str) else None
     if repository is None:
-        raise CheckpointError(f"{str(source)!r} is not a local folder; a hub repository is written 'owner/name'.")
+        fix = did_you_mean(str(source), (place.name for place in BUNDLED.iterdir() if place.is_dir()))
+        told = f"{str(source)!r} is not a local folder; a hub repository is written 'owner/name'. {fix}"
+        raise CheckpointError(told.rstrip())
     return fetch(repository[0], (subfolder,), repository[1])
 
 

@@ -113,11 +113,10 @@ def test_clean_data_is_fine_and_a_given_split_is_compared(tmp_path, capsys):
     assert status == 0
     classes = {"missing_classes": [], "unknown_classes": []}
     assert json.loads(said)["split"] == {"by": "given", "train": 15, "val": 6, "in_both": 1, "unreadable": {}} | classes
+    whole = json.loads(checked(capsys, tmp_path, "--json")[1])
+    assert whole == json.loads(said) | {"path": str(tmp_path)}, "a folder with both parts is divided as by `init`"
     (tmp_path / "val/rose/16.png").write_bytes(b"")
     assert checked(capsys, tmp_path / "train", "--val", tmp_path / "val", "--json")[0] == 1
-    status, said = checked(capsys, tmp_path)
-    assert status == 2
-    assert "are the splits train, val, not classes" in said
 
 
 def test_held_out_pictures_that_are_trained_on_are_counted_one_by_one():

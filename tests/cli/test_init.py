@@ -164,6 +164,12 @@ def test_a_controlnet_needs_pictures_alone(data, request) -> None:
     assert watched["SuddenConvergence"]["threshold"] == 0.4
 
 
+@pytest.mark.parametrize("model", ["stabilityai/stable-diffusion-xl-base-1.0", "somebody/my-sdxl"])
+def test_a_controlnet_for_sdxl_has_its_size_and_no_arguments_of_the_text_to_image_module(model, folder) -> None:
+    config = written("photos", "--control", "canny", "--model", model)
+    assert config["data"]["init_args"]["image_size"] == 1024
+
+
 @pytest.mark.parametrize(
     ("args", "model"),
     [
@@ -222,6 +228,7 @@ def test_too_few_to_hold_some_out(tmp_path, monkeypatch) -> None:
         (["photos", "--model", "sd-nano-flowers"], "takes captions: pass --captions"),
         (["photos", "--captions", "--model", "dit-nano-imagenet"], "takes classes"),
         (["photos", "--control", "smell"], "invalid choice"),
+        (["photos", "--control", "canny", "--model", "somebody/my-flux"], "Use a Stable Diffusion 1.x, 2.x or XL."),
         (["photos", "--output", "taken.yaml"], "taken.yaml exists"),
     ],
 )
@@ -234,7 +241,7 @@ def test_mistakes(args, message, folder, capsys) -> None:
 def test_the_cost_and_the_next_command_are_printed(folder, capsys) -> None:
     assert main(["init", "photos"]) == 0
     said = capsys.readouterr().out
-    assert said.index("this CPU, alone, 1 device") < said.index("Next: difftune fit")
+    assert said.index("this CPU, 1 device") < said.index("Next: difftune fit")
 
 
 def test_sizes_lie_within_what_the_base_allows() -> None:

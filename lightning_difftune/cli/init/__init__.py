@@ -14,11 +14,10 @@ import torch
 from rich.console import Console
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.data_check import HELD_OUT, facts_at
+from lightning_difftune.cli.data_check import HELD_OUT, facts_at, parts_of
 from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, FULL_DIT, Base, Plan, Seen, alike
 from lightning_difftune.cli.init.config import config_text, described, quoted
 from lightning_difftune.data.derived import Partition
-from lightning_difftune.data.folders import SPLIT_FOLDERS
 from lightning_difftune.data.real_pictures import FEW_PICTURES
 from lightning_difftune.data.source_facts import captions_of
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
@@ -109,17 +108,6 @@ def look(path: str, wants_captions: bool) -> Seen:
     return Seen(path, facts, source, "", captions[:8], len(facts.pictures) - held_out, held_out)
 
 
-def parts_of(path: str) -> dict[str, str]:
-    """``train`` and, if it exists, ``val`` of a folder with splits; else the whole folder as ``train``."""
-    place = Path(path).expanduser()
-    names = {folder.name.lower(): folder for folder in place.iterdir() if folder.is_dir()} if place.is_dir() else {}
-    train = next((names[name] for name in ("train", "training") if name in names), None)
-    if train is None or not SPLIT_FOLDERS.issuperset(name for name in names if not name.startswith(".")):
-        return {"train": path}
-    held = next((names[name] for name in ("val", "valid", "validation", "test", "testing") if name in names), None)
-    return {"train": str(train)} | ({} if held is None else {"val": str(held)})
-
-
 def source_of(source: Any, path: str) -> str:
     """The data set as YAML."""
     name = type(source).__name__
@@ -138,15 +126,18 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
     has_gpu = torch.cuda.is_available()
     if model is None:
         base = next(base for base in reversed(known.values()) if base.is_large == has_gpu and base.channels == 3)
-    elif model in known and task in CONTROLS and known[model].image_size > 512:
-        raise ConfigError(f"There are no ControlNets of {model} here. Take a Stable Diffusion 1.x or 2.x.")
     elif model in known:
         base = known[model]
     elif model in CLASSES | CAPTIONS:
         wanted = "captions: pass --captions" if model in CAPTIONS else "classes: leave --captions and --control out"
-        raise ConfigError(f"{model} takes {wanted}. For these pictures there is {', '.join(known)}.")
+        raise ConfigError(f"{model} takes {wanted}. Other models, for what was asked: {', '.join(known)}.")
     else:
         base = Base(**{**vars(alike(model, known)), "name": model})
+    if task in CONTROLS and not base.has_controlnets:
+        raise ConfigError(
+            f"{base.name} is a transformer, whose ControlNets have another architecture and are not trained here. Use a "
+            "Stable Diffusion 1.x, 2.x or XL."
+        )
     asked = "" if task == "classes" else f"-{task}" if task in CONTROLS or seen.facts.counts() else ""
     plan = Plan(base, task, f"{Path(seen.path).expanduser().resolve().name or 'run'}{asked}", seen)
     if task == "classes" and base.is_large and has_gpu:

@@ -39,7 +39,8 @@ class Base:
     is_large: bool  # whether it needs a GPU
     channels: int = 3  # of the pictures
     autoencoder: str = ""  # of a latent DiT, as YAML
-    extras: str = ""  # other arguments of the module, as YAML
+    extras: str = ""  # other arguments of the text-to-image module, as YAML
+    has_controlnets: bool = True  # of the architecture that is trained here, if it takes captions
 
     @property
     def retained(self) -> int:
@@ -82,11 +83,11 @@ CAPTIONS = {
         Base("sd-nano-flowers", 32, 3e-4, 20, 0.2, 100, (400, 1500), (200, 1000), _DPM % (12, 3), False),
         Base(
             "stabilityai/stable-diffusion-3.5-medium", 1024, 1e-4, 4, 0.25, 100, (500, 4000), (500, 2000),
-            _SD % (28, 7), True, extras="    frozen_dtype: bfloat16\n",
+            _SD % (28, 7), True, extras="    frozen_dtype: bfloat16\n", has_controlnets=False,
         ),
         Base(
             "black-forest-labs/FLUX.1-dev", 1024, 1e-4, 4, 0.25, 100, (500, 4000), (500, 2000),
-            _SD % (28, 1), True, extras=f"{_KEPT}    frozen_dtype: bfloat16\n",
+            _SD % (28, 1), True, extras=f"{_KEPT}    frozen_dtype: bfloat16\n", has_controlnets=False,
         ),
         Base(
             "stabilityai/stable-diffusion-xl-base-1.0", 1024, 1e-4, 4, 0.25, 100, (500, 4000), (500, 2000),

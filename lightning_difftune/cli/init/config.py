@@ -164,7 +164,7 @@ def particulars(plan: Plan) -> str:
         text = f"    annotator:\n      class_path: lightning_difftune.data.annotators.{CONTROLS[task][0]}\n"
     if base.image_size != 512 and base.is_large:
         text += f"    image_size: {base.image_size}\n"
-    text += base.extras
+    text += base.extras if task == "captions" else ""
     if not base.is_large:
         return text
     text += "    gradient_checkpointing: true  # less memory; false is about a third faster\n"

@@ -74,7 +74,7 @@ class Speed:
         for part in PARTS[1:]:
             seconds[part] = timed(getattr(of_building, part), device, least) / of_building.batch_size
         is_gpu = device.type == "cuda"
-        return cls(torch.cuda.get_device_name(device) if is_gpu else f"this {device.type.upper()}, alone", seconds)
+        return cls(torch.cuda.get_device_name(device) if is_gpu else f"this {device.type.upper()}", seconds)
 
 
 def timed(run: Callable[[], object], device: torch.device, least: float) -> float:
