@@ -48,7 +48,7 @@ class Run:
 
     def __init__(self, path: Path, checkpoint: Path | None = None) -> None:
         self.path = path
-        self.checkpoint = checkpoint or newest(path.glob("checkpoints/*.ckpt"))
+        self.checkpoint = checkpoint or newest(checkpoints_below(path / "checkpoints"))
 
     @classmethod
     def find(cls, place: str | Path, saved: bool = False) -> Run:

@@ -80,18 +80,31 @@ def newest(files: Iterable[Path]) -> Path | None:
     """The latest of some checkpoints; on ties, ``last.ckpt``.
 
     A copy of a run has other times of its files. So of launches that Lightning has numbered the last one is taken, and
-    of checkpoints in one folder with the same settings the one with the most steps.
+    of checkpoints in one folder with the same settings the one with the most steps. Opening one takes a tenth of a
+    second, so those are left closed whose name, as by Lightning, says that they have no more steps.
     """
     files = sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name == "last.ckpt", str(file)))
     if not files:
         return None
     launch = in_order([launch_of(file) for file in files])[-1]
-    latest = [file for file in files if launch_of(file) == launch][-1]
-    beside = [file for file in files if file.parent == latest.parent]
-    facts = {file: _settings_and_steps(file) for file in beside} if len(beside) > 1 else {}
-    settings, _ = facts.get(latest, (None, 0))
-    same = [file for file, (found, _) in facts.items() if settings is not None and found == settings]
-    return max(reversed(same), key=lambda file: facts[file][1], default=latest)
+    chosen = [file for file in files if launch_of(file) == launch][-1]
+    beside = [file for file in reversed(files) if file.parent == chosen.parent and file != chosen]
+    settings, most = _settings_and_steps(chosen) if beside else (None, 0)
+    if settings is None:
+        return chosen
+    for file in sorted(beside, key=_most_steps, reverse=True):
+        if _most_steps(file) <= most:
+            break
+        found, steps = _settings_and_steps(file)
+        if found == settings and steps > most:
+            chosen, most = file, steps
+    return chosen
+
+
+def _most_steps(checkpoint: Path) -> float:
+    """Optimizer steps by the name that Lightning gives, ``epoch=3-step=400.ckpt``; infinite for other names."""
+    step = re.search(r"(?<![^-])step=(\d+)(?![^-])", checkpoint.stem)
+    return int(step[1]) if step else math.inf
 
 
 def _settings_and_steps(checkpoint: Path) -> tuple[str | None, int]:
@@ -122,13 +135,13 @@ def newest_checkpoint(root: Path) -> Path | None:
 
 
 def checkpoints_below(root: Path) -> Iterator[Path]:
-    """All checkpoints below a folder."""
-    return (file for file in _files_below(root) if file.suffix == ".ckpt")
+    """All checkpoints below a folder, files and the folders of sharded strategies, without hidden ones."""
+    return (path for path in _paths_below(root) if path.suffix == ".ckpt")
 
 
 def launches_below(root: Path) -> list[Path]:
     """The folders of launches, with a config or logs: the folder itself and those below it."""
-    return list(dict.fromkeys(file.parent for file in _files_below(root) if file.name in MARKS))
+    return list(dict.fromkeys(file.parent for file in _paths_below(root) if file.name in MARKS))
 
 
 def launch_of(checkpoint: Path) -> Path:
@@ -152,7 +165,7 @@ def only_one(place: Path, launches: list[Path]) -> None:
         raise DataError(f"There are {len(roots)} runs in {place}: {shown}. Name one of them.")
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def _paths_below(root: Path) -> Iterator[Path]:
     for folder, inner, files in os.walk(root):
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield from (Path(folder) / name for name in sorted(files) if not name.startswith("."))
+        yield from (Path(folder) / name for name in sorted([*inner, *files]) if not name.startswith("."))

@@ -8,10 +8,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_difftune.cli import main
+from lightning_difftune.cli import main, run_files
 from lightning_difftune.cli.arguments import CommandParser
 from lightning_difftune.cli.record import completed
 from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run_files import newest
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 
 
@@ -63,6 +64,26 @@ def test_a_run_that_was_copied_is_taken_at_its_last_step(root, saved):
     for file in (root / "lightning_logs/version_0").rglob("*.*"):
         os.utime(file, (600, 600))
     assert Run.find(root, saved).checkpoint == checkpoints / "last.ckpt"
+
+
+def test_a_checkpoint_whose_name_tells_fewer_steps_is_not_opened(root, monkeypatch):
+    """A folder may have hundreds; ``epoch=0-step=40-v1.ckpt`` has more steps, and is damaged."""
+    checkpoints = root / "lightning_logs/version_1/checkpoints"
+    for name in ("epoch=0-step=2", "epoch=0-step=8-v1", "epoch=0-step=40-v1", "best-val_step=40"):
+        (checkpoints / f"{name}.ckpt").write_bytes(b"")
+        os.utime(checkpoints / f"{name}.ckpt", (100, 100))
+    opened = []
+    read = run_files.read_checkpoint
+    monkeypatch.setattr(run_files, "read_checkpoint", lambda path: opened.append(path.stem) or read(path))
+    assert newest(checkpoints.iterdir()) == checkpoints / "last.ckpt"
+    assert opened == ["last", "best-val_step=40", "epoch=0-step=40-v1"]
+
+
+def test_what_a_mac_writes_beside_a_checkpoint_is_not_one(root):
+    """``._last.ckpt`` holds attributes, on disks that are shared with other systems."""
+    checkpoints = root / "lightning_logs/version_1/checkpoints"
+    (checkpoints / "._last.ckpt").write_bytes(b"Mac OS X")
+    assert Run(root / "lightning_logs/version_1").checkpoint == checkpoints / "last.ckpt"
 
 
 def test_of_other_runs_in_one_folder_the_later_one_is_taken(root):

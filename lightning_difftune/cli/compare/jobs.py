@@ -16,7 +16,7 @@ from lightning_difftune import draws
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.parser import resolved
-from lightning_difftune.cli.run_files import newest
+from lightning_difftune.cli.run_files import checkpoints_below, newest
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import discard_temporaries, file_digest, json_digest
 
@@ -98,7 +98,7 @@ class Job:
 
     def checkpoint(self) -> Path | None:
         """The checkpoint to resume an unfinished run from."""
-        return newest(self.folder.rglob("*.ckpt"))
+        return newest(checkpoints_below(self.folder))
 
     def discard_leftovers(self) -> None:
         """Delete half-written files of killed runs."""
