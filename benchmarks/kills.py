@@ -241,7 +241,6 @@ def job_of(folder: Path) -> Job:
 def write_result(folder: Path) -> None:
     """Write a run's result and its tables, several times."""
     job = job_of(folder)
-    job.result_path.parent.mkdir(parents=True, exist_ok=True)
     job.discard_leftovers()  # as `difftune compare` does
     discard_temporaries(folder)
     content = {"digest": job.digest, "identity": job.identity, "values": [i / 7 for i in range(2_000)]}
@@ -372,7 +371,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/kills.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)  # before the first fork: a pool of threads does not survive one
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     saved = json.loads(options.output.read_text()) if options.output.exists() else {}
     done = saved["jobs"] if saved.get("seed") == options.seed else {}
     for name, count in stress(options.only, -(-options.kills // len(options.only)), options.seed, done):

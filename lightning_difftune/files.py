@@ -33,13 +33,14 @@ SUMS = "SHA256SUMS"  # in folders that we write
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which appears under its name only when the ``with`` block succeeds.
 
-    An ``OSError``, such as of a full disk, names ``path`` and leaves nothing behind. A pipe or device, such as
+    Its folder is created. An ``OSError``, such as of a full disk, names ``path`` and leaves nothing behind. A pipe or device, such as
     ``/dev/stdout``, is written to directly.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         with open(path, "wb") as file:
             yield file
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with _naming(path, temporary):
         try:

@@ -281,7 +281,6 @@ def fit_schedule(
         "pretrained_loss": before.tolist(),
         "tuned_loss": after.tolist(),
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(Path(path), (json.dumps(content, indent=2) + "\n").encode())
     return MeasuredSchedule(path)
 

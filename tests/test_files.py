@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -98,8 +99,8 @@ def test_a_digest_counts_names_types_shapes_bytes_and_metadata_but_no_order() ->
 
 def test_errors_name_the_file_and_not_its_temporary(tmp_path: Path) -> None:
     missing = tmp_path / "nosuch" / "file"
-    with pytest.raises(FileNotFoundError) as caught:
-        atomic_write(missing, b"1")
+    with pytest.raises(FileNotFoundError) as caught, atomic_file(missing):
+        shutil.rmtree(missing.parent)
     assert (caught.value.filename, caught.value.filename2) == (str(missing), None)
     with pytest.raises(OSError, match="other") as full, atomic_file(tmp_path / "file"):
         raise OSError(errno.ENOSPC, "other")  # a full disk names no file

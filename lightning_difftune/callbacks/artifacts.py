@@ -29,7 +29,6 @@ def artifact_folder(trainer: L.Trainer, dirpath: str | Path | None, name: str) -
 def write_artifact(path: Path, content: bytes) -> None:
     """Write a file atomically. A full disk is a warning and does not stop the training."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, content)
     except OSError as error:
         rank_zero_warn(f"{path} could not be saved: {error}. Training continues.")

@@ -188,7 +188,6 @@ def draw(module: DiffTuningModule, subjects: Sequence[Subject], num_samples: int
 def save(pictures: Tensor, subjects: Sequence[Subject], output: Path, parameters: dict[str, Any]) -> set[str]:
     """Write ``grid.png`` and one file per picture, with the parameters in text chunks; returns the files' names."""
     written = {"grid.png"}
-    output.mkdir(parents=True, exist_ok=True)
     columns = len(pictures) // len(subjects)
     controls = [row.control for row in subjects if row.control is not None]
     names = [f"{row.name}: map, then drawn" if controls else row.name for row in subjects]

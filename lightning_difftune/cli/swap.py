@@ -54,7 +54,6 @@ def swap(argv: Sequence[str]) -> None:
     check_writable(options.output)
     for path in paths:
         check_checkpoint(Path(path))  # before the first is measured
-    options.output.mkdir(parents=True, exist_ok=True)
 
     series: dict[str, dict[float, float]] = {}
     strips: dict[str, Tensor] = {}

@@ -277,7 +277,6 @@ class ReferenceCache:
         """Write statistics atomically; only warn on failure, since they can be computed again."""
         path = self.path(key)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             atomic_write(path, save(state, {"format": _CACHE_FORMAT, "key": key, "sha256": tensor_digest(state)}))
         except OSError as error:
             rank_zero_warn(f"The reference statistics could not be stored in {path}: {error}. Training continues.")

@@ -37,7 +37,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         file = Path(path)
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
             discard_temporaries(file.parent, file.name)
             with atomic_file(file) as opened:
                 torch.save(with_own_numbers(checkpoint), opened)

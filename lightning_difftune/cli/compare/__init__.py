@@ -161,7 +161,6 @@ def run_job(job: Job, count: str, console: Console) -> bool:
     job.discard_leftovers()
     checkpoint, log = job.checkpoint(), job.folder / "log.txt"
     console.print(f"{count}: log in {log}{'' if checkpoint is None else f', resumes from {checkpoint.name}'}")
-    job.folder.mkdir(parents=True, exist_ok=True)
     order = {
         "name": job.name,
         "seed": job.seed,

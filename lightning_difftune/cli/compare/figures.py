@@ -28,7 +28,6 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
     6c and 6d), and ``gains`` the change of the main metric over the study's ``gain_over``. Bars of a single run and
     sweeps of a single value are not drawn.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     main = next(iter(study.metrics))
     if all(main in line.history for line in lines):
         plots.save(curves_figure(study, lines, main), folder / "curves")

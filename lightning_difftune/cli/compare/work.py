@@ -66,11 +66,9 @@ def work(folder: Path) -> None:
         "identity": job["identity"],
         "files": job["files"],
     }
-    path = Path(job["result"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     if grid is not None:
         atomic_write(folder / "samples.png", grid)
-    atomic_write(path, (json.dumps(content, indent=1) + "\n").encode())
+    atomic_write(Path(job["result"]), (json.dumps(content, indent=1) + "\n").encode())
 
 
 def pictures_of(data: Any) -> dict[str, Any]:

@@ -74,7 +74,6 @@ def init(argv: Sequence[str]) -> None:
             raise CheckpointError(
                 f"{error} {options.output} was not written; --no_plan writes it unchecked."
             ) from error
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(options.output, text.encode())
     wrote = f"Wrote {options.output}: {made.base.name}, {made.steps:,} steps."
     console.print(wrote, soft_wrap=not console.is_terminal)

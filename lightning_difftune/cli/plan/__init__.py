@@ -173,7 +173,6 @@ def show(found: Sequence[Phase], costs: Costs, speed: Speed, memory: Memory, dev
     )
     if file is not None:
         content = {"device": speed.name, "devices": devices, "memory_bytes": memory.most, "phases": rows}
-        file.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(file, (json.dumps(content, indent=1) + "\n").encode())
 
 

@@ -36,7 +36,6 @@ class Tuned:
 
 def quickstart_controlnet(output: Path, options: argparse.Namespace) -> None:
     """Sample and annotate a bank, train twice, export, and draw the report."""
-    output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     steps = options.steps if options.steps is not None else STEPS
     settings = [

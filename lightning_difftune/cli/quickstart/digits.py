@@ -40,7 +40,6 @@ def digits(split: str) -> tuple[Tensor, Tensor]:
 
 def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
     """Sample a bank, tune twice, export, and draw the report."""
-    output.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     evaluator = RecognisedDigits(COLUMNS)
     real, labels = digits("test")

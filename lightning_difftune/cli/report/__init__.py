@@ -47,7 +47,6 @@ def report(argv: Sequence[str]) -> None:
     output = options.output or run.path / "report.html"
     content = page(run).encode()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(output, content)
     except OSError as error:
         raise DataError(f"The report cannot be written: {error}. Choose another place: --output FILE.html.") from error

@@ -120,7 +120,6 @@ class BuildFolder:
     def save(self, path: Path, data: bytes) -> None:
         """Write a file of the folder atomically."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             atomic_write(path, data)
         except FileNotFoundError as error:
             raise StoreError(
