@@ -33,8 +33,8 @@ SUMS = "SHA256SUMS"  # in folders that we write
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to, which appears under its name only when the ``with`` block succeeds.
 
-    Its folder is created. An ``OSError``, such as of a full disk, names ``path`` and leaves nothing behind. A pipe or device, such as
-    ``/dev/stdout``, is written to directly.
+    Its folder is created. An ``OSError``, such as of a full disk, names ``path`` and leaves nothing behind. A pipe or
+    device, such as ``/dev/stdout``, is written to directly.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         with open(path, "wb") as file:

@@ -240,26 +240,6 @@ class TrainingSteps(DistributedSampler[DiffTuningBatch]):
         return self.num_steps
 
 
-class EvaluationSteps(DistributedSampler[DiffTuningBatch]):
-    """Numbers of the evaluation batches, distributed over the ranks without padding, so that each is read once.
-
-    Args:
-        batches: All batches.
-        num_replicas: Number of processes.
-        rank: Rank of this process.
-    """
-
-    def __init__(self, batches: EvaluationBatches, num_replicas: int = 1, rank: int = 0) -> None:
-        super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=False)
-        self.steps = range(rank, len(batches), num_replicas)
-
-    def __iter__(self) -> Iterator[int]:  # type: ignore[override]
-        return iter(self.steps)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-
 def retained_samples(share: float, batch_size: int) -> int:
     """Bank samples in a batch, ``int(share * batch_size)`` as in the authors' code, without errors of rounding.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -15,7 +16,6 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from lightning_difftune.data.batches import (
     BalancedStream,
     EvaluationBatches,
-    EvaluationSteps,
     ShuffledStream,
     TrainingBatches,
     TrainingSteps,
@@ -294,7 +294,7 @@ class MemoryBankDataModule(RealPictures):
                 f"val_target has {len(self.val_target)} pictures in {len(batches)} batches, too few for "
                 f"{world_size} processes. Hold out more pictures, or set val_target: null."
             )
-        return self._loader(batches, EvaluationSteps(batches, world_size, rank))
+        return self._loader(batches, UnrepeatedDistributedSampler(batches, world_size, rank, shuffle=False))
 
     def test_dataloader(self) -> DataLoader | list[Any]:
         """The held-out batches, as for validation."""

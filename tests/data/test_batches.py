@@ -9,8 +9,6 @@ from torch.utils.data import DataLoader
 
 from lightning_difftune.data.batches import (
     BalancedStream,
-    EvaluationBatches,
-    EvaluationSteps,
     ShuffledStream,
     TrainingBatches,
     TrainingSteps,
@@ -85,20 +83,6 @@ def test_steps_count_on_from_epoch_to_epoch():
 )
 def test_steps_start_where_the_run_stands(progress, expected):
     assert list(TrainingSteps(batches(), lambda: progress)) == expected
-
-
-def test_evaluation_reads_everything_once_over_all_ranks():
-    data = EvaluationBatches(read, 10, 4)
-    seen = [data[k]["target"]["pixel_values"] for r in range(3) for k in EvaluationSteps(data, 3, r)]
-    assert sorted(torch.cat(seen).tolist()) == list(range(10))
-    assert [len(EvaluationSteps(data, 2, r)) for r in range(2)] == [2, 1]
-
-
-def test_evaluation_reads_the_same_in_every_epoch():
-    steps = EvaluationSteps(EvaluationBatches(read, 10, 4))
-    for epoch in range(2):
-        steps.set_epoch(epoch)
-        assert list(steps) == [0, 1, 2]
 
 
 def test_workers_keep_the_order():

@@ -1,5 +1,7 @@
 """MemoryBankDataModule on its own; with a Trainer it is tested with the modules."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,15 @@ def test_validation_reads_every_picture_in_order():
     data = data_of(val_target=pictures(11), batch_size=4)
     labels = torch.cat([batch["target"]["class_labels"] for batch in data.val_dataloader()])
     assert labels.tolist() == [i % 4 for i in range(11)]
+
+
+def test_validation_reads_every_picture_once_over_all_processes():
+    found = []
+    for rank in range(3):
+        data = data_of(val_target=pictures(11, classes=11), num_classes=11)
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
+        found.append([int(label) for batch in data.val_dataloader() for label in batch["target"]["class_labels"]])
+    assert found == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
 
 
 def test_reference_pictures_are_the_ones_asked_for():
