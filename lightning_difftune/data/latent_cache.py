@@ -17,9 +17,9 @@ from lightning_difftune.data.building import read_ahead
 from lightning_difftune.data.caption_store import CaptionStore
 from lightning_difftune.data.images import ImageTargets
 from lightning_difftune.data.items import as_batch, mirror
-from lightning_difftune.data.shards import ShardReader, ShardWriter, build
+from lightning_difftune.data.shards import FLOATS, ShardReader, ShardWriter, as_stored, build
 from lightning_difftune.data.shards.format import MANIFEST, BuildPlan, Manifest, shard_name
-from lightning_difftune.errors import ConfigError, StoreError
+from lightning_difftune.errors import ConfigError, StoreError, check_choice
 from lightning_difftune.files import json_digest
 from lightning_difftune.protocols import TargetBatch
 
@@ -29,7 +29,6 @@ _KIND = "latent-cache"
 _MIRRORED = "mirrored."  # before the name of a column
 _FACTS = ("source_index", "picture")
 _CAPTION, _CAPTIONS = "caption", "captions"  # a column of keys, and the folder of what they stand for
-_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class LatentCache(ShardReader):
@@ -100,8 +99,9 @@ class LatentCache(ShardReader):
             StoreError: The folder holds another cache or is damaged, the disk is full, or the cache skipped damaged
                 pictures and ``targets`` refuses those.
             DataError: A picture cannot be read.
-            ConfigError: ``encode`` does not return latents.
+            ConfigError: ``encode`` does not return latents, or the ``dtype`` is unknown.
         """
+        check_choice("LatentCache", "dtype", dtype, *FLOATS)
         full_spec = {
             "autoencoder": spec,
             **({"of_caption": list(of_caption)} if of_caption else {}),
@@ -146,11 +146,10 @@ class LatentCache(ShardReader):
                         prefixes = ("", _MIRRORED) if mirrored else ("",)
                         encoded = {n: x for n, x in encoded.items() if n.removeprefix(_MIRRORED) not in of_caption}
                         encoded |= {prefix + _CAPTION: keys for prefix in prefixes}
-                    stored = {name: x.to(_DTYPES[dtype]) if x.is_floating_point() else x for name, x in encoded.items()}
                     known = digests()
                     own = source_index == torch.tensor(new)
                     picture = torch.zeros_like(source_index) if known is None else known[new] * own
-                    parts.append({**stored, "source_index": source_index, "picture": picture})
+                    parts.append({**as_stored(encoded, dtype), "source_index": source_index, "picture": picture})
                 back = torch.tensor(old + new).argsort()
                 yield {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
 

@@ -7,15 +7,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor
 
-from lightning_difftune.data.shards import ShardReader, ShardWriter, build
+from lightning_difftune.data.shards import FLOATS, ShardReader, ShardWriter, as_stored, build
 from lightning_difftune.errors import StoreError, check_choice
 from lightning_difftune.protocols import BankGenerator, RetentionBatch
 
 KIND = "memory-bank"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class MemoryBank(ShardReader):
@@ -52,7 +50,7 @@ class MemoryBank(ShardReader):
                 f"{self.path} has {self.plan.num_samples:,} samples, fewer than the {self._num_samples:,} that are "
                 "needed. Use fewer, or let a Diff-Tuning module build the rest."
             )
-        if self.dtypes.get("latents") not in _DTYPES.values():
+        if self.dtypes.get("latents") not in FLOATS.values():
             raise StoreError(f"{self.path} holds {', '.join(sorted(self.shapes))}; a memory bank holds latents.")
 
     @classmethod
@@ -93,7 +91,7 @@ class MemoryBank(ShardReader):
             StoreError: The folder belongs to another model or other settings, is damaged, or the disk is full.
             ConfigError: A size below 1 or an unknown dtype.
         """
-        check_choice("MemoryBank", "dtype", dtype, *_DTYPES)
+        check_choice("MemoryBank", "dtype", dtype, *FLOATS)
         spec = {**generator.bank_spec(), "dtype": dtype}
         writer = ShardWriter(path, kind=KIND, spec=spec, num_samples=num_samples, shard_size=shard_size)
 
@@ -101,7 +99,8 @@ class MemoryBank(ShardReader):
             for indices in batches:
                 with context():
                     made = generator.generate_bank(indices)
-                yield _as_stored(made, _DTYPES[dtype])
+                check_latents(made)
+                yield as_stored(made, dtype)
 
         build(writer, generate, batch_size, rank=rank, world_size=world_size, barrier=barrier, progress=progress)
         return cls(path, num_samples)
@@ -130,8 +129,8 @@ class MemoryBank(ShardReader):
         return cast("RetentionBatch", {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()})
 
 
-def _as_stored(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def check_latents(tensors: dict[str, Tensor]) -> None:
+    """Refuse what a generator made if it has no floating-point latents."""
     made = {name: tensor.dtype for name, tensor in tensors.items()}
     if "latents" not in made or not made["latents"].is_floating_point:
         raise StoreError(f"A memory bank holds floating-point latents, but the generator made {made or 'nothing'}.")
-    return {name: x.detach().cpu().to(dtype if x.is_floating_point() else x.dtype) for name, x in tensors.items()}

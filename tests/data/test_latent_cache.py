@@ -150,6 +150,11 @@ def test_workers_and_ranks_do_not_change_the_files(tmp_path, targets, encoder):
             assert (tmp_path / name / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
 
 
+def test_an_unknown_dtype_is_refused_before_the_first_picture(tmp_path, targets):
+    with pytest.raises(ConfigError, match=r"dtype of LatentCache must be 'float32' or 'float16', found 'bfloat16'\."):
+        make(tmp_path / "cache", targets, None, dtype="bfloat16")
+
+
 def test_other_autoencoder_pictures_or_dtype_are_refused(tmp_path, targets, encoder):
     make(tmp_path / "cache", targets, encoder)
     before = {file.name: file.read_bytes() for file in (tmp_path / "cache").iterdir()}

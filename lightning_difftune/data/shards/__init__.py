@@ -8,6 +8,6 @@ which they are generated, depend only on ``shard_size`` and the batch size, neve
 from __future__ import annotations
 
 from lightning_difftune.data.shards.reader import ShardReader
-from lightning_difftune.data.shards.writer import ShardWriter, build
+from lightning_difftune.data.shards.writer import FLOATS, ShardWriter, as_stored, build
 
-__all__ = ["ShardReader", "ShardWriter", "build"]
+__all__ = ["FLOATS", "ShardReader", "ShardWriter", "as_stored", "build"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,14 @@ from lightning_difftune.data.shards.format import (
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import discard_temporaries, file_digest
 
+FLOATS = {"float32": torch.float32, "float16": torch.float16}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def as_stored(tensors: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """Tensors on the CPU, floating-point ones in a type of :data:`FLOATS`."""
+    kinds = {name: FLOATS[dtype] if x.is_floating_point() else x.dtype for name, x in tensors.items()}
+    return {name: x.detach().cpu().to(kinds[name]) for name, x in tensors.items()}
 
 
 class ShardBatch(NamedTuple):
