@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -27,7 +28,11 @@ class CaptionStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._recent: dict[int, dict[str, Tensor]] = {}
+        self._recent = lru_cache(_RECENT)(self._open)
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        """Pickle without the open captions, for data loader workers."""
+        return type(self), (self.folder,)
 
     @staticmethod
     def keys(captions: Sequence[str]) -> Tensor:
@@ -50,10 +55,7 @@ class CaptionStore:
 
     def read(self, keys: Tensor) -> dict[str, Tensor]:
         """Rows of the captions with the keys (B,), float32."""
-        rows = [self._recent[key] if key in self._recent else self._open(key) for key in keys.tolist()]
-        self._recent = {**self._recent, **dict(zip(keys.tolist(), rows, strict=True))}
-        for key in list(self._recent)[:-_RECENT]:
-            del self._recent[key]
+        rows = [self._recent(key) for key in keys.tolist()]
         return {name: torch.stack([row[name] for row in rows]).float() for name in rows[0]} if rows else {}
 
     def _open(self, key: int) -> dict[str, Tensor]:
