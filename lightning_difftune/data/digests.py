@@ -37,9 +37,9 @@ class Relabelled(Dataset[tuple[Any, ...]]):
         """The files, if the source has some."""
         return paths_of(self.source)
 
-    def describe(self, index: int) -> str:
-        """The location of picture ``index``, for messages."""
-        return location_of(self.source, index) or f"image {index}"
+    def describe(self, index: int) -> str | None:
+        """The location of picture ``index``, for messages; ``None`` if unknown."""
+        return location_of(self.source, index)
 
     def content_digest(self) -> str | None:
         """A hash of pictures and labels; ``None`` if only reading the pictures would tell."""

@@ -53,6 +53,10 @@ class ImageFiles(Dataset[tuple[Image.Image, int]]):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.open(self.paths[index]), int(self.labels[index])
 
+    def describe(self, index: int) -> str:
+        """The file of picture ``index``, for messages."""
+        return self.paths[index]
+
 
 class ImageFolder(ImageFiles):
     """Pictures in folders: one sub-folder per class, in the order of their sorted names.

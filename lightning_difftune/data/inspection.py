@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def open_images(path: str, split: str | None = None) -> Any:
     place = Path(path).expanduser()
     if place.suffix == ".npz":
         return NpzImages(place, split)
-    if place.suffix == ".tar" or any(place.glob("*.tar")):
+    if place.suffix == ".tar" or glob("*.tar", root_dir=place):
         return WebDatasetShards(str(place))
     if not place.exists():
         # Anything that does not look like a hub name is a folder that does not exist.

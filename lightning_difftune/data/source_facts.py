@@ -140,7 +140,8 @@ def location_of(source: Any, index: int) -> str | None:
     if isinstance(source, Subset):
         return location_of(source.dataset, int(source.indices[index]))
     if hasattr(source, "describe"):
-        return str(source.describe(index))
+        location = source.describe(index)  # None from a wrapper of a source with unknown locations
+        return None if location is None else str(location)
     paths = paths_of(source)
     return None if paths is None else paths[index]
 

@@ -9,6 +9,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,7 +244,7 @@ def _find_shards(shards: str | Sequence[str] | Path) -> list[str]:
     elif "://" in str(shards) or str(shards).startswith("pipe:"):
         raise DataError(f"{shards} is not a local file. Shards are read by position: download them first.")
     elif Path(shards).is_dir():
-        files = sorted(map(str, Path(shards).glob("*.tar")))
+        files = sorted(str(Path(shards, name)) for name in glob("*.tar", root_dir=shards))  # without hidden ones
         splits = {found[0].lower() for file in files if (found := re.match("[A-Za-z]*", Path(file).name))}
         if len(splits) > 1 and SPLIT_FOLDERS.issuperset(splits):
             raise DataError(
@@ -251,8 +252,7 @@ def _find_shards(shards: str | Sequence[str] | Path) -> list[str]:
                 f"others. Name those of one by a pattern, such as {Path(shards, 'train-*.tar')}."
             )
     elif "*" in str(shards):
-        pattern = Path(shards)
-        files = sorted(map(str, Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))))
+        files = sorted(glob(str(shards), recursive=True))
     else:
         files = _expand(str(shards))
     if not files:

@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
+from lightning_difftune.data import ArrayImages, ImageFolder, ImageTargets, source_facts
+from lightning_difftune.data.derived import joined_by_name
 from lightning_difftune.data.source_facts import (
     class_names_of,
     labels_of,
@@ -75,6 +78,21 @@ def test_paths_under_any_of_torchvision_s_names(attributes):
 def test_unknown_paths():
     assert paths_of(Source(_images=[np.zeros(3), np.zeros(3)])) is None
     assert location_of(Source(), 0) is None
+
+
+def test_a_picture_of_a_file_is_named_without_looking_at_all_files(tmp_path, monkeypatch):
+    """As for each of ten thousand duplicates among a hundred thousand pictures."""
+    for name in ("a/1.png", "b/1.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("L", (2, 2)).save(tmp_path / name)
+    source = ImageFolder(tmp_path)
+    monkeypatch.setattr(source_facts, "paths_of", None)
+    assert location_of(source, 1) == str(tmp_path / "b/1.png")
+
+
+def test_a_picture_without_a_file_is_named_once():
+    held_out = joined_by_name(ArrayImages(np.zeros((2, 8, 8), np.uint8), [0, 1], ["b", "a"]), ["a", "b"])
+    assert ImageTargets(held_out, 8).describe(1) == "image 1"
 
 
 def test_class_names():

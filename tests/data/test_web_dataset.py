@@ -152,5 +152,8 @@ def test_what_systems_leave_is_left_out_and_counted(tmp_path):
     picture = png_of(pixels_of()[0])
     others = {"__MACOSX/1.png": picture, "@eaDir/1.png": picture, "._1.png": b"?", "2.heic": b"?", "3.DNG": b"?"}
     source = WebDatasetShards(write_tar(tmp_path / "a.tar", {"1.png": picture, **others}))
+    (tmp_path / "._a.tar").write_bytes(b"Mac OS X")
+    for shards in (tmp_path, tmp_path / "*.tar"):
+        assert WebDatasetShards(shards).shards == source.shards
     assert source.names == ["1.png"]
     assert source.left_out == {"hidden or system files": 2, ".heic": 1, ".dng": 1}
