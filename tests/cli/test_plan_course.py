@@ -15,7 +15,7 @@ from lightning_difftune import DiTDiffTuningModule, MemoryBankDataModule
 from lightning_difftune.callbacks import ChainOfForgetting
 from lightning_difftune.callbacks.bases import GenerationCallback
 from lightning_difftune.cli.plan.course import Course, held_out_seen
-from lightning_difftune.cli.plan.phases import forward_passes
+from lightning_difftune.cli.plan.phases import forward_passes, num_devices
 from lightning_difftune.sampling import Sampler, scheduler_named
 from lightning_difftune.sampling.schedulers import ddim
 
@@ -100,6 +100,13 @@ def test_held_out_pictures_on_several_devices() -> None:
     assert held_out_seen(1000, 64, 2, devices=4) == 2 * 4 * 15  # batches of 1000 // 64
     assert held_out_seen(1000, 64, 0.5, devices=4) == 8 * 4 * 15  # half of 17 batches, rounded down
     assert held_out_seen(1000, 64, 500, devices=4) == held_out_seen(1000, 64, 1.0, devices=4) == 1000
+
+
+@pytest.mark.parametrize(
+    ("devices", "count"), [("auto", 1), (-1, 1), (2, 2), ("2", 2), ([0, 1], 2), ("0,1", 2), ("1,", 1)]
+)
+def test_devices_are_counted_as_lightning_reads_them(devices: Any, count: int) -> None:
+    assert num_devices(Namespace(devices=devices, num_nodes=1)) == count
 
 
 @pytest.mark.parametrize("solver", ["DDIM", "HeunDiscrete", "PNDM"])

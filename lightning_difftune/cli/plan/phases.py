@@ -242,5 +242,7 @@ def has_encoder(module: DiffTuningModule) -> bool:
 def num_devices(trainer: Namespace) -> int:
     """Devices of all nodes, if the config names them; else 1."""
     devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:  # their indices
+        devices = [index for index in devices.split(",") if index.strip()]
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     return max(1, count) * max(1, int(trainer.num_nodes))
