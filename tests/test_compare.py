@@ -24,7 +24,7 @@ from lightning_difftune.cli.compare.figures import bars_figure, by_step, curves_
 from lightning_difftune.cli.compare.jobs import read_jobs
 from lightning_difftune.cli.compare.study import read_study
 from lightning_difftune.cli.compare.table import comparison, line_of, machines, other_pictures, shown
-from lightning_difftune.cli.tuned import RunRecord, averaged_weights
+from lightning_difftune.cli.tuned import averaged_weights
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.locks import FolderLock
 
@@ -206,7 +206,7 @@ def test_a_study_interrupted_and_resumed_is_the_undisturbed_one(finished, undist
             if trainer.global_step == 3 and "tuned-seed0" in trainer.default_root_dir:
                 raise Killed
 
-        patch.setattr(RunRecord, "on_train_batch_end", die)
+        patch.setattr(work.RunRecord, "on_train_batch_end", die)
         capsys.readouterr()
         assert main(["compare", "study.yaml", "--run"]) == 2
     told = capsys.readouterr()

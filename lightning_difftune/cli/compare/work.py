@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_difftune.cli import STOPPED
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.record import circumstances
-from lightning_difftune.cli.tuned import RunRecord, averaged_weights, callbacks_with, count_trainable, stop_if_asked
+from lightning_difftune.cli.tuned import averaged_weights, callbacks_with, count_trainable, stop_if_asked
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.files import atomic_write
 from lightning_difftune.pictures import to_png
@@ -76,6 +76,50 @@ def pictures_of(data: Any) -> dict[str, Any]:
     state = {} if data is None else data.state_dict()
     found = {key: state[key] for key in ("pictures", "content", "held_out") if key in state}
     return json.loads(json.dumps(found, default=str))  # data of one's own may have anything there
+
+
+class RunRecord(Callback):
+    """Every scalar at every validation, and the seconds of training; both continue when a run is resumed.
+
+    A value that is measured in between, as by ``EWC(every_n_steps=...)``, is recorded as last measured. The seconds
+    start at the first batch, so that building a memory bank, which several runs share, is not counted; those after the
+    last checkpoint of an interrupted run are not counted either.
+    """
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    @property
+    def seconds_of_fit(self) -> float:
+        """Seconds of training, validation included."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._seconds, self._since = self.seconds_of_fit, None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the metrics so far, except for the loss of the last training batch."""
+        if trainer.sanity_checking:
+            return
+        for name, value in trainer.callback_metrics.items():
+            if not name.startswith("train/"):
+                self.history[name].append((trainer.global_step, float(value)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The history and the seconds."""
+        return {"history": dict(self.history), "seconds": self.seconds_of_fit}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume from a checkpoint."""
+        self.history = defaultdict(list, {name: list(values) for name, values in state_dict["history"].items()})
+        self._seconds, self._since = state_dict["seconds"], None
 
 
 class Checks(Callback):
