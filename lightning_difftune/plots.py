@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
+T = TypeVar("T")
 LINES: tuple[dict[str, Any], ...] = (  # colour, dash and marker; all three differ, for prints in grey
     {"color": "#0b5fa5", "linestyle": "-", "marker": "o"},
     {"color": "#c1440e", "linestyle": "--", "marker": "s"},
@@ -155,6 +156,17 @@ def bars(
     if any(groups):
         above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "ncols": len(groups)}
         axes.legend(frameon=False, fontsize=8, **above)
+
+
+def evenly(values: Sequence[T], count: int) -> list[T]:
+    """At most ``count`` of some values, spread evenly from the first to the last.
+
+    Example:
+        >>> evenly([0, 10, 20, 30, 40], 3), evenly([0, 10], 3)
+        ([0, 20, 40], [0, 10])
+    """
+    places = {round(k * (len(values) - 1) / max(1, count - 1)) for k in range(count)}
+    return [values[place] for place in sorted(places)]
 
 
 def rounded(value: float, digits: int) -> str:

@@ -20,13 +20,13 @@ class CommandParser(argparse.ArgumentParser):
 
     Args:
         command: The command's name after ``difftune``.
-        description: Text of ``--help``: paragraphs are filled to the terminal's width, indented lines are kept.
+        description: Text of ``--help``: paragraphs are wrapped at the terminal's width, indented lines are kept.
     """
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(
             prog=f"difftune {command}",
-            description=filled(description),
+            description=wrapped(description),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"difftune {command} [options]",
             allow_abbrev=False,  # unknown options may be keys of a config
@@ -96,11 +96,11 @@ def check_writable(folder: Path) -> None:
         raise ConfigError(f"{folder} cannot be written, since {nearest} {why}. Choose another --output.")
 
 
-def filled(text: str) -> str:
-    r"""Paragraphs filled to the terminal's width; those that begin with spaces, such as examples, are kept.
+def wrapped(text: str) -> str:
+    r"""Paragraphs wrapped at the terminal's width; those that begin with spaces, such as examples, are kept.
 
     Example:
-        >>> print(filled("Some\nlines.\n\n  an example\n  another"))
+        >>> print(wrapped("Some\nlines.\n\n  an example\n  another"))
         Some lines.
         <BLANKLINE>
           an example

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_difftune import __version__
 from lightning_difftune.cli.arguments import CommandParser, check_writable
-from lightning_difftune.cli.model_card import Card, base_of
+from lightning_difftune.cli.model_card import base_of, card_files, write_card
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.draws import noise_of
 from lightning_difftune.errors import CheckpointError, ConfigError
@@ -68,8 +68,8 @@ def export(argv: Sequence[str]) -> None:
     check_writable(options.output.parent)
     if options.format is not None and (options.format == "safetensors") != is_file:
         raise ConfigError(f"--format {options.format} does not go into {options.output}: only safetensors are a file.")
-    card = Card(options.output)
-    for taken in (options.output, *(card.files() if is_file else ())):
+    card, picture = card_files(options.output)
+    for taken in (options.output, *((card, picture) if is_file else ())):
         if taken.exists() and not options.overwrite:
             raise CheckpointError(f"{taken} exists. Choose another path, or pass --overwrite.")
     run = TunedRun(options.run, rest)
@@ -84,10 +84,13 @@ def export(argv: Sequence[str]) -> None:
             library, network = "lightning_difftune" if is_file else "diffusers", plain_network(module, done)
             write(module, network, options.output, done)
             usage = module.usage(network, options.output, base_of(run))
-    card.write(run, library, usage, options.license, done)
+    write_card(options.output, run, library, usage, options.license, done)
     if options.push is not None:
-        files = {options.output.name: options.output} if is_file else {"": options.output}
-        done.append(f"pushed to {push(options.push, {**files, **card.places()}, options.private)}")
+        files = {"": options.output}
+        if is_file:
+            files = {options.output.name: options.output, "README.md": card}
+            files |= {picture.name: picture} if picture.exists() else {}
+        done.append(f"pushed to {push(options.push, files, options.private)}")
     print("\n".join(done))
 
 

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run import Run, class_name
 from lightning_difftune.cli.run_files import Series
 from lightning_difftune.data.batches import retained_samples
 from lightning_difftune.errors import DiffTuneError
@@ -59,14 +59,9 @@ def _target(run: Run) -> str:
     source: Any = run.setting("data", "init_args", "target")
     while isinstance(source, dict) and isinstance(inner := (source.get("init_args") or {}).get("source"), dict):
         source = inner
-    name = _class(source)
+    name = class_name(source)
     root = (source.get("init_args") or {}).get("root") if name else None
     return f"{name} {root}" if root else name
-
-
-def _class(entry: Any) -> str:
-    """The class name of an entry in a config; empty without one."""
-    return str(entry.get("class_path", "")).rpartition(".")[2] if isinstance(entry, dict) else ""
 
 
 def _recipe(run: Run) -> str:
@@ -77,7 +72,7 @@ def _recipe(run: Run) -> str:
     share = retained_samples(data.get("retention_share") or 0, data["batch_size"]) if data.get("bank") else 0
     if "train/loss" in run.metrics and "train/retention" not in run.metrics:
         share = 0  # a bank that tau = 0 leaves alone
-    name, network = _class(schedule), _class(run.setting("model", "init_args", "tuner"))
+    name, network = class_name(schedule), class_name(run.setting("model", "init_args", "tuner"))
     tau = (schedule.get("init_args") or {}).get("tau")
     counts = run.environment.get("class_counts") or {}
     method = f"Diff-Tuning of {network or 'all weights'}" if share else network or "Full fine-tuning"

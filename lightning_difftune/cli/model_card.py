@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_difftune import __version__
-from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run import Run, class_name
 from lightning_difftune.cli.tuned import TunedRun
 from lightning_difftune.files import atomic_write
 from lightning_difftune.models import hub
@@ -66,7 +66,7 @@ def described(entry: Any) -> str | None:
     said = [
         f"{key} {Path(value).name if isinstance(value, str) else described(value)}" for key, value in settings.items()
     ]
-    return f"{entry['class_path'].rpartition('.')[2]} ({', '.join(said)})" if said else entry["class_path"]
+    return f"{class_name(entry)} ({', '.join(said)})" if said else entry["class_path"]
 
 
 def base_of(run: TunedRun) -> str:
@@ -176,37 +176,22 @@ def steps_of(run: Run) -> float:
     return run.step if isinstance(run.step, int) else math.inf
 
 
-class Card:
-    """The files of an export's model card and its picture.
+def card_files(output: Path) -> tuple[Path, Path]:
+    """The files of an export's card and its picture: in a folder, or next to a single file."""
+    if output.suffix == ".safetensors":
+        return output.with_suffix(".md"), output.with_suffix(".png")
+    return output / "README.md", output / "samples.png"
 
-    Args:
-        output: The export.
-    """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.is_file = output.suffix == ".safetensors"
-
-    def files(self) -> tuple[Path, Path]:
-        """The card and the picture: in a folder, or next to a file."""
-        if self.is_file:
-            return self.output.with_suffix(".md"), self.output.with_suffix(".png")
-        return self.output / "README.md", self.output / "samples.png"
-
-    def places(self) -> dict[str, Path]:
-        """Paths in a repository for the files next to a single-file export."""
-        card, picture = self.files()
-        if not self.is_file:
-            return {}
-        return {"README.md": card, **({picture.name: picture} if picture.exists() else {})}
-
-    def write(self, run: TunedRun, library: str, usage: str, license_name: str | None, done: list[str]) -> None:
-        """Write the card, and the run's latest sample grid if it has one."""
-        card, picture = self.files()
-        every = run.run.grids.get("samples", {})
-        grids = {step: file for step, file in every.items() if 0 < step <= steps_of(run.run)}  # 0 is the base's own
-        if grids:
-            atomic_write(picture, grids[max(grids)].read_bytes())
-        text = model_card(run, library, self.output.stem, usage, picture.name if grids else "", license_name, done)
-        atomic_write(card, text.encode())
-        done.append(f"model card: {card}\nNext: the card says how to open it")
+def write_card(
+    output: Path, run: TunedRun, library: str, usage: str, license_name: str | None, done: list[str]
+) -> None:
+    """Write the card of an export, and the run's latest sample grid if it has one."""
+    card, picture = card_files(output)
+    every = run.run.grids.get("samples", {})
+    grids = {step: file for step, file in every.items() if 0 < step <= steps_of(run.run)}  # 0 is the base's own
+    if grids:
+        atomic_write(picture, grids[max(grids)].read_bytes())
+    text = model_card(run, library, output.stem, usage, picture.name if grids else "", license_name, done)
+    atomic_write(card, text.encode())
+    done.append(f"model card: {card}\nNext: the card says how to open it")

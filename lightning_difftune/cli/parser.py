@@ -37,7 +37,7 @@ class DiffTuneParser(LightningArgumentParser):
             if option in ("--config", "-c") and len(str(value)) < LONGEST_PATH:  # else the text of a config
                 check_file(Path(value))
         try:
-            return super().parse_args(filled(args) if isinstance(args, list | tuple) else args, *more, **options)
+            return super().parse_args(with_left_out(args) if isinstance(args, list | tuple) else args, *more, **options)
         except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
             reason = " ".join(str(error).split()) or "nested too deeply"
             raise ConfigError(f"A config cannot be read ({type(error).__name__}: {reason:.300}).") from error
@@ -199,12 +199,16 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
 }
 
 
+def _left_out(class_path: str) -> dict[str, Any]:
+    return _LEFT_OUT.get(class_path.rpartition(".")[2], {})
+
+
 def load(text: str) -> Any:
-    """Read YAML."""
+    """Read YAML, refuse misspelled keys of classes, and add the omitted arguments of every ``lr_scheduler``."""
     if ":" in text:
         check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     content = yaml_load(text)
-    _fill(content, set())
+    _complete(content, set())
     return content
 
 
@@ -232,8 +236,7 @@ def _repeated(node: Any, seen: set[int]) -> Iterator[tuple[str, int, int]]:
             yield from _repeated(value, seen)
 
 
-def _fill(content: Any, seen: set[int]) -> None:
-    """Set the omitted arguments of every ``lr_scheduler`` in a config."""
+def _complete(content: Any, seen: set[int]) -> None:
     if id(content) in seen:
         return
     seen.add(id(content))
@@ -243,22 +246,21 @@ def _fill(content: Any, seen: set[int]) -> None:
                 raise yaml.YAMLError(f"{key} is not a key of a class. {near}")
         scheduler = content.get("lr_scheduler")
         if isinstance(scheduler, dict) and isinstance(scheduler.get("class_path"), str):
-            left_out = _LEFT_OUT.get(scheduler["class_path"].rpartition(".")[2])
-            given = scheduler.get("init_args")
-            if left_out is not None and (given is None or isinstance(given, dict)):
+            left_out, given = _left_out(scheduler["class_path"]), scheduler.get("init_args")
+            if left_out and (given is None or isinstance(given, dict)):
                 scheduler["init_args"] = left_out | (given or {})
         for value in content.values():
-            _fill(value, seen)
+            _complete(value, seen)
     elif isinstance(content, list):
         for value in content:
-            _fill(value, seen)
+            _complete(value, seen)
 
 
-def filled(args: Sequence[str]) -> list[str]:
+def with_left_out(args: Sequence[str]) -> list[str]:
     """A command line with the omitted arguments of an ``lr_scheduler`` added after its class, before given ones.
 
     Example:
-        >>> filled(["fit", "--model.lr_scheduler", "CosineAnnealingLR"])
+        >>> with_left_out(["fit", "--model.lr_scheduler", "CosineAnnealingLR"])
         ['fit', '--model.lr_scheduler', 'CosineAnnealingLR', '--model.lr_scheduler.T_max=-1']
     """
     found: list[str] = []
@@ -266,8 +268,7 @@ def filled(args: Sequence[str]) -> list[str]:
         found.append(arg)
         option, _, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
         if option.endswith(".lr_scheduler"):
-            left_out = _LEFT_OUT.get(value.rpartition(".")[2], {})
-            found += [f"{option}.{key}={number}" for key, number in left_out.items()]
+            found += [f"{option}.{key}={number}" for key, number in _left_out(value).items()]
     return found
 
 
@@ -280,7 +281,7 @@ def resolved(settings: dict[str, Any]) -> dict[str, Any]:
     taken = {"max_lr": optimizer.get("init_args", {}).get("lr") if isinstance(optimizer, dict) else None}
     steps = settings.get("trainer", {}).get("max_steps")
     given = scheduler.get("init_args", {})
-    for key in _LEFT_OUT.get(scheduler["class_path"].rpartition(".")[2], {}):
+    for key in _left_out(scheduler["class_path"]):
         if given.get(key) in (None, -1):
             given[key] = taken.get(key, steps)
     return settings

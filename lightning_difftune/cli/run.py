@@ -211,7 +211,7 @@ class Run:
         """Arguments of the config's callback with this class name, or ``None``."""
         callbacks = self.setting("trainer", "callbacks")
         for entry in callbacks if isinstance(callbacks, list) else []:
-            if isinstance(entry, dict) and str(entry.get("class_path")).rpartition(".")[2] == name:
+            if class_name(entry) == name:
                 return entry.get("init_args") or {}
         return None
 
@@ -277,3 +277,8 @@ class Run:
         processes, window = self.environment.get("processes", 1), self.setting("trainer", "accumulate_grad_batches")
         each = f" on each of {processes} processes" if processes > 1 else ""
         return each + (f", {window} batches per step" if isinstance(window, int) and window > 1 else "")
+
+
+def class_name(entry: Any) -> str:
+    """The class of an entry in a config, without its module; empty if it is not one of a class."""
+    return str(entry.get("class_path", "")).rpartition(".")[2] if isinstance(entry, dict) else ""

@@ -123,7 +123,7 @@ def test_the_pictures_of_the_base_are_not_shown_as_the_tuned_models(tmp_path, mo
     Image.new("L", (4, 4)).save(tmp_path / "step-0000000.png")
     (tmp_path / "flowers").mkdir()
     run = SimpleNamespace(grids={"samples": {0: tmp_path / "step-0000000.png"}}, step=3)
-    model_card.Card(tmp_path / "flowers").write(SimpleNamespace(run=run), "diffusers", "", None, [])
+    model_card.write_card(tmp_path / "flowers", SimpleNamespace(run=run), "diffusers", "", None, [])
     assert (tmp_path / "flowers" / "README.md").read_text() == "picture: ''"
     assert not (tmp_path / "flowers" / "samples.png").exists()
 

@@ -18,6 +18,7 @@ from lightning_difftune.cli.compare.figures import contact_sheet, draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, check_seeds, read_study
 from lightning_difftune.cli.compare.table import comparison, machines, other_pictures, write_tables
+from lightning_difftune.cli.run import class_name
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write, discard_temporaries
 from lightning_difftune.locks import FolderLock
@@ -118,7 +119,7 @@ def refuse_shared(study: Study, jobs: Sequence[Job]) -> None:
             if other is not job:
                 raise ConfigError(
                     f"{study.path}: {other.name} and {job.name} would write to one folder, {folder}, and the later one "
-                    f"would replace what the other wrote. In dirpath of {entry['class_path'].rpartition('.')[2]}, name "
+                    f"would replace what the other wrote. In dirpath of {class_name(entry)}, name "
                     "a folder inside {run}, or leave dirpath out."
                 )
 

@@ -17,6 +17,7 @@ from lightning_difftune.errors import DataError
 from lightning_difftune.files import atomic_file
 from lightning_difftune.models import export_network
 from lightning_difftune.pictures import pictures_of
+from lightning_difftune.plots import curves, evenly, picture_grid
 
 STEPS = 600  # per method; configs/controlnet/flowers.yaml has more
 SHOWN = 5  # steps of the training shown in the report
@@ -122,8 +123,7 @@ def flowers(path: Path) -> list[str]:
 
 def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:
     """Steps of a training, and pictures (steps + 1, columns, 3, H, W): the controls, then the generated ones."""
-    steps = list(grids)
-    chosen = sorted({steps[round(k * (len(steps) - 1) / max(1, SHOWN - 1))] for k in range(SHOWN)})
+    chosen = evenly(list(grids), SHOWN)
     at = [pictures_of(grids[step], 3, columns) for step in chosen]
     return chosen, torch.stack([at[0][0], *(pictures[1] for pictures in at)])
 
@@ -132,8 +132,6 @@ def draw_report(path: Path, tuned: dict[str, Tuned], columns: int = 8) -> None:
     """Draw both curves, and each method's pictures for the same controls at the same steps."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
-
-    from lightning_difftune.plots import curves, picture_grid
 
     mpl.rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(15, 6.2), layout="constrained", facecolor="white")

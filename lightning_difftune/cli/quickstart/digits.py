@@ -17,6 +17,7 @@ from lightning_difftune.files import atomic_file
 from lightning_difftune.metrics import RecognisedDigits
 from lightning_difftune.models import export_dit, load_dit
 from lightning_difftune.pictures import to_uint8
+from lightning_difftune.plots import curves, picture_grid
 
 COLUMNS = 20  # pictures per digit that are generated and classified
 
@@ -93,8 +94,6 @@ def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tun
     """Draw real digits, the pre-trained model's samples, both tuned models' samples, and the curves."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
-
-    from lightning_difftune.plots import curves, picture_grid
 
     mpl.rcParams["font.family"] = "DejaVu Sans"
     digits = [str(digit) for digit in range(10)]

@@ -108,10 +108,8 @@ def _curves(run: Run) -> str:
 
 def _grids(run: Run, name: str) -> str:
     grids = run.grids[name]
-    steps = sorted(grids)
-    count = min(MOST_GRIDS, len(steps))
-    chosen = sorted({steps[round(i * (len(steps) - 1) / max(1, count - 1))] for i in range(count)})
-    note = "" if len(chosen) == len(steps) else f'\n<p class="soft">{len(chosen)} of {len(steps)} are shown.</p>'
+    chosen = plots.evenly(sorted(grids), MOST_GRIDS)
+    note = "" if len(chosen) == len(grids) else f'\n<p class="soft">{len(chosen)} of {len(grids)} are shown.</p>'
     shown = [(grids[step], f"step {step:,}" if step else "the base model, before the first step") for step in chosen]
     real = run.path / name / "real.png"
     if real.is_file():
