@@ -7,7 +7,6 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -24,6 +23,7 @@ from lightning_difftune import __version__, draws
 from lightning_difftune.callbacks.artifacts import write_artifact
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import CONFIG, launch_of, newest_checkpoint
+from lightning_difftune.data.source_facts import distinct_names
 from lightning_difftune.errors import CheckpointError
 from lightning_difftune.trust import split_trusted
 
@@ -63,10 +63,8 @@ def class_counts(datamodule: Any) -> dict[str, int] | None:
     if labels is None:
         return None
     counts = torch.bincount(labels, minlength=getattr(datamodule, "num_classes", None) or 0).tolist()
-    names = [str(name) for name in getattr(target, "class_names", None) or []]
-    times = Counter(names)
-    known = {i: name if times[name] == 1 else f"{name} (class {i})" for i, name in enumerate(names)}
-    return {known.get(i, str(i)): count for i, count in enumerate(counts)}
+    names = distinct_names([str(name) for name in getattr(target, "class_names", None) or []])
+    return {names[i] if i < len(names) else str(i): count for i, count in enumerate(counts)}
 
 
 def scores(callbacks: Iterable[Any]) -> dict[str, Any]:

@@ -20,7 +20,14 @@ from lightning_difftune.data.folders import Folder, captions_beside
 from lightning_difftune.data.hub_images import HubImages
 from lightning_difftune.data.image_arrays import NpzImages
 from lightning_difftune.data.image_files import ImageFolder
-from lightning_difftune.data.source_facts import captions_of, class_names_of, labels_of, location_of, name_of_class
+from lightning_difftune.data.source_facts import (
+    captions_of,
+    class_names_of,
+    distinct_names,
+    labels_of,
+    location_of,
+    name_of_class,
+)
 from lightning_difftune.data.web_dataset import WebDatasetShards
 from lightning_difftune.errors import DataError
 from lightning_difftune.pictures import largest_value, to_pixels
@@ -98,7 +105,7 @@ class Inspection:
     def counts(self) -> dict[str, int]:
         """Number of pictures per class name or number, in the order of the classes; empty for captions."""
         counts = Counter(picture.label for picture in self.pictures if picture.label is not None)
-        names = class_names_of(self.source) or []
+        names = distinct_names(class_names_of(self.source) or [])
         labels = range(max([*counts, len(names) - 1]) + 1) if counts else ()
         return {name_of_class(label, names): counts[label] for label in labels}
 

@@ -5,6 +5,7 @@ Sources have them as attributes. torchvision has no common names for them, so it
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard, TypeVar
@@ -176,6 +177,17 @@ def class_names_of(source: Any) -> list[str] | None:
 def name_of_class(label: int, names: Sequence[str] | None) -> str:
     """The name of a class, or ``class 7`` if it is unknown."""
     return names[label] if names is not None and 0 <= label < len(names) else f"class {label}"
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Names of classes, where two of one name are told apart by their numbers.
+
+    Example:
+        >>> distinct_names(["rose", "tulip", "rose"])
+        ['rose (class 0)', 'tulip', 'rose (class 2)']
+    """
+    times = Counter(names)
+    return [name if times[name] == 1 else f"{name} (class {label})" for label, name in enumerate(names)]
 
 
 def _sample_lists(source: Any) -> list[Sequence[tuple[Any, Any]]]:

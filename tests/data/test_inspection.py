@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightning_difftune.data.inspection import open_images
+from lightning_difftune.data import ArrayImages
+from lightning_difftune.data.inspection import inspect, open_images
 from lightning_difftune.errors import DataError
 
 
@@ -53,3 +54,8 @@ def test_a_name_goes_to_the_hub_and_a_missing_folder_does_not(tmp_path, monkeypa
         with pytest.raises(DataError, match="does not exist"):
             open_images(path)
     assert len(asked) == 1
+
+
+def test_two_classes_of_one_name_are_counted_apart():
+    source = ArrayImages(np.zeros((5, 8, 8), np.uint8), [0, 1, 2, 2, 2], class_names=["rose", "tulip", "rose"])
+    assert inspect(source).counts() == {"rose (class 0)": 1, "tulip": 1, "rose (class 2)": 3}
