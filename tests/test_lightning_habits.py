@@ -370,7 +370,8 @@ def test_plateaus_in_yaml_step_by_the_metric(project):
 
 
 def test_barebones(project):
-    cli = run_lightning(["fit", "--config", "run.yaml", "--trainer.barebones", "true"])
+    checkpoints = "trainer: {callbacks: {class_path: lightning.pytorch.callbacks.ModelCheckpoint}}"  # not in a list
+    cli = run_lightning(["fit", "--config", "run.yaml", "--config", checkpoints, "--trainer.barebones", "true"])
     assert cli.trainer.global_step == 2
     assert not any(isinstance(callback, ModelCheckpoint) for callback in cli.trainer.callbacks)
 

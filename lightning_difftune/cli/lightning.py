@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_difftune.callbacks.preemption import with_defaults
 from lightning_difftune.cli.parser import DiffTuneParser, load, part_parser
 from lightning_difftune.cli.record import SaveRun, completed, is_file_name
-from lightning_difftune.cli.run import Run
+from lightning_difftune.cli.run import Run, entries
 from lightning_difftune.cli.run_files import check_checkpoint, newest_checkpoint
 from lightning_difftune.errors import ConfigError, DiffTuneError
 from lightning_difftune.modules import DiffTuningModule
@@ -104,7 +104,7 @@ class DiffTuneCLI(LightningCLI):
         kwargs["logger"] = loggers_of(settings.get("logger"), settings.get("default_root_dir"))
         if settings.get("barebones"):
             kwargs |= {**dict.fromkeys(NOT_BARE), "detect_anomaly": False, "fast_dev_run": False}
-            settings["callbacks"] = [c for c in settings.get("callbacks") or [] if not isinstance(c, Checkpoint)]
+            settings["callbacks"] = [c for c in entries(settings.get("callbacks")) if not isinstance(c, Checkpoint)]
         trainer: Any = super().instantiate_trainer(**kwargs)
         if getattr(trainer.strategy, "_start_method", "popen") != "popen":
             raise ConfigError(

@@ -209,8 +209,7 @@ class Run:
 
     def callback(self, name: str) -> dict[str, Any] | None:
         """Arguments of the config's callback with this class name, or ``None``."""
-        callbacks = self.setting("trainer", "callbacks")
-        for entry in callbacks if isinstance(callbacks, list) else []:
+        for entry in entries(self.setting("trainer", "callbacks")):
             if class_name(entry) == name:
                 return entry.get("init_args") or {}
         return None
@@ -277,6 +276,11 @@ class Run:
         processes, window = self.environment.get("processes", 1), self.setting("trainer", "accumulate_grad_batches")
         each = f" on each of {processes} processes" if processes > 1 else ""
         return each + (f", {window} batches per step" if isinstance(window, int) and window > 1 else "")
+
+
+def entries(value: Any) -> list[Any]:
+    """The entries of a config's key that takes one or a list of them, such as ``trainer.callbacks``."""
+    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 def class_name(entry: Any) -> str:

@@ -92,6 +92,14 @@ def test_of_other_runs_in_one_folder_the_later_one_is_taken(root):
     assert Run.find(root, saved=True).checkpoint == checkpoints / "new.ckpt"
 
 
+def test_a_callback_that_is_not_in_a_list_is_found(tmp_path):
+    callback = {"class_path": "lightning_difftune.callbacks.SampleGrid", "init_args": {"columns": 4}}
+    for number, callbacks in enumerate((callback, [callback])):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "config.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+        assert Run(tmp_path / str(number)).callback("SampleGrid") == {"columns": 4}
+
+
 def test_a_checkpoint_is_itself(root):
     checkpoint = root / "lightning_logs/version_0/checkpoints/last.ckpt"
     run = Run.find(checkpoint)

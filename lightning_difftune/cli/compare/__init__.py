@@ -18,7 +18,7 @@ from lightning_difftune.cli.compare.figures import contact_sheet, draw_figures
 from lightning_difftune.cli.compare.jobs import Job, finished_runs, read_jobs
 from lightning_difftune.cli.compare.study import Study, StudyRun, check_seeds, read_study
 from lightning_difftune.cli.compare.table import comparison, machines, other_pictures, write_tables
-from lightning_difftune.cli.run import class_name
+from lightning_difftune.cli.run import class_name, entries
 from lightning_difftune.errors import ConfigError
 from lightning_difftune.files import atomic_write, discard_temporaries
 from lightning_difftune.locks import FolderLock
@@ -112,8 +112,7 @@ def refuse_shared(study: Study, jobs: Sequence[Job]) -> None:
     """Refuse callbacks of two runs that write to one folder, where the last run would replace what the first wrote."""
     writers: dict[str, Job] = {}
     for job in jobs:
-        callbacks = job.filled(job.settings["trainer"].get("callbacks"))
-        for entry in callbacks if isinstance(callbacks, list) else [callbacks or {}]:
+        for entry in entries(job.filled(job.settings["trainer"].get("callbacks"))):
             folder = (entry.get("init_args") or {}).get("dirpath")
             other = job if folder is None else writers.setdefault(folder, job)
             if other is not job:

@@ -16,6 +16,7 @@ from lightning_difftune import draws
 from lightning_difftune.cli.compare.study import Study, StudyRun
 from lightning_difftune.cli.lightning import ConfigReader
 from lightning_difftune.cli.parser import resolved
+from lightning_difftune.cli.run import entries
 from lightning_difftune.cli.run_files import checkpoints_below, newest
 from lightning_difftune.errors import ConfigError, StoreError
 from lightning_difftune.files import discard_temporaries, file_digest, json_digest
@@ -146,8 +147,7 @@ def inside_run_folder(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with trainer and loggers writing to the run's own folder, and without a progress bar."""
     trainer = settings.setdefault("trainer", {})
     trainer |= {"default_root_dir": "{run}", "enable_progress_bar": False}
-    loggers = trainer.get("logger")
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
+    for logger in entries(trainer.get("logger")):
         if isinstance(logger, dict) and "save_dir" in logger.get("init_args", {}):
             logger["init_args"]["save_dir"] = "{run}"
     return settings

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_difftune.cli.plan.course import Course, held_out_seen
 from lightning_difftune.cli.plan.probe import PARTS, Costs, Probe
+from lightning_difftune.cli.run import entries
 from lightning_difftune.data.batches import retained_samples
 from lightning_difftune.data.building import BATCH_SIZE
 from lightning_difftune.modules import DiffTuningModule
@@ -180,9 +181,8 @@ def files_kept(init: Mapping[str, Any], steps: int) -> int:
 
 def callbacks_of(trainer: Namespace) -> list[tuple[Any, Mapping[str, Any]]]:
     """Class and arguments of each callback; not the callback, since some constructors open weights."""
-    found = trainer.callbacks or []
-    entries = found if isinstance(found, list) else [found]
-    return [(resolve_name(entry.class_path), vars(entry.get("init_args") or Namespace())) for entry in entries]
+    found = entries(trainer.callbacks)
+    return [(resolve_name(entry.class_path), vars(entry.get("init_args") or Namespace())) for entry in found]
 
 
 def bank(data: Namespace, module: DiffTuningModule, costs: Costs, num_targets: int | None) -> Phase:
