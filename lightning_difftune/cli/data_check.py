@@ -180,13 +180,18 @@ def split_of(facts: Inspection, held_out: Inspection | None) -> dict[str, Any]:
             "missing_classes": [name for name in classes if not others.get(name)] if named else [],
             "unknown_classes": unknown if named else [],
         }
-    try:
-        held = set(Partition(facts.source, HELD_OUT, "val").indices)
-    except ConfigError:
-        return {"by": "too few pictures to hold some out", "train": len(facts.pictures), "val": 0, "in_both": 0}
+    held = held_out_of(facts)
     both = sum(len(held.intersection(group)) for group in facts.duplicates() if not held.issuperset(group))
-    by = "Partition, seed 0, as in configs/dit/folder.yaml"
+    by = "Partition, seed 0, as in configs/dit/folder.yaml" if held else "too few pictures to hold some out"
     return {"by": by, "train": len(facts.pictures) - len(held), "val": len(held), "in_both": both}
+
+
+def held_out_of(facts: Inspection) -> set[int]:
+    """The pictures that are held out at random, by number; empty if they are too few for that."""
+    try:
+        return set(Partition(facts.source, HELD_OUT, "val").indices)
+    except ConfigError:
+        return set()
 
 
 def show(report: dict[str, Any], console: Console) -> None:

@@ -14,10 +14,9 @@ import torch
 from rich.console import Console
 
 from lightning_difftune.cli.arguments import CommandParser
-from lightning_difftune.cli.data_check import HELD_OUT, facts_at, parts_of
+from lightning_difftune.cli.data_check import facts_at, held_out_of, parts_of
 from lightning_difftune.cli.init.bases import CAPTIONS, CLASSES, CONTROLS, FULL_DIT, Base, Plan, Seen, alike
 from lightning_difftune.cli.init.config import config_text, described, quoted
-from lightning_difftune.data.derived import Partition
 from lightning_difftune.data.real_pictures import FEW_PICTURES
 from lightning_difftune.data.source_facts import captions_of
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
@@ -98,13 +97,16 @@ def look(path: str, wants_captions: bool) -> Seen:
         captions = [f"a photo of a {name.replace('_', ' ')}" for name in counts]
     elif not counts:
         captions = list(dict.fromkeys(captions_of(facts.source) or [""]))
-    if held is not None:
-        return Seen(path, facts, source, val_source, captions[:8], len(facts.pictures), len(held.pictures))
-    try:
-        held_out = len(Partition(facts.source, HELD_OUT, "val"))
-    except ConfigError:
-        held_out = 0
-    return Seen(path, facts, source, "", captions[:8], len(facts.pictures) - held_out, held_out)
+    taken_out = len(held_out_of(facts)) if held is None else 0
+    return Seen(
+        path=path,
+        facts=facts,
+        source=source,
+        val_source=val_source,
+        captions=captions[:8],
+        trained=len(facts.pictures) - taken_out,
+        held_out=taken_out if held is None else len(held.pictures),
+    )
 
 
 def source_of(source: Any, path: str) -> str:
