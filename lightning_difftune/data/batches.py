@@ -75,11 +75,7 @@ class BalancedStream(ShuffledStream):
     repeats before the others of its class, and global batch k still depends only on (seed, k).
 
     Args:
-        labels: Classes (N,) int64 of the samples; classes without samples are skipped.
-        batch_size: As in the base.
-        seed: As in the base.
-        rank: As in the base.
-        world_size: As in the base.
+        labels: Classes (N,) int64 of the samples; classes without samples are skipped. The others are the base's.
 
     Example:
         >>> stream = BalancedStream(np.array([0, 0, 0, 0, 0, 0, 7]), batch_size=4, seed=0)

@@ -253,12 +253,7 @@ def check_labels(
 
 
 def describe_shared(target: Any, held_out: Any) -> str | None:
-    """A warning of files that are in both sources; ``None`` if there are none, or all are, as in a run on one batch.
-
-    Args:
-        target: The source of training pictures.
-        held_out: That of held-out ones.
-    """
+    """A warning of files that are in both sources; ``None`` if there are none, or all are, as in a run on one batch."""
     ours, theirs = ({os.path.abspath(path) for path in paths_of(source) or ()} for source in (target, held_out))
     shared = ours & theirs
     if not shared or ours == theirs:
