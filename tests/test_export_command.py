@@ -203,7 +203,7 @@ def test_the_config_is_in_the_checkpoint_or_next_to_it_or_given(project, tmp_pat
     assert status == 2
     assert re.search(r"run\.ckpt does not hold the config of its run.*none next to it.*--config BASE", said, re.DOTALL)
     moved = shutil.copy(checkpoint_of(project), tmp_path / "moved.ckpt")
-    for number, (path, options) in enumerate(((alone, ("--config", "run.yaml")), (with_config, ()), (moved, ()))):
+    for number, (path, options) in enumerate(((alone, ("--config=run.yaml",)), (with_config, ()), (moved, ()))):
         status, said = exported(path, tmp_path / f"tuned{number}.safetensors", capsys, *options)
         assert status == 0, said
 

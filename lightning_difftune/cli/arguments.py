@@ -7,10 +7,13 @@ import os
 import shutil
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning_difftune.errors import ConfigError, did_you_mean
+
+CONFIG_OPTIONS = ("--config", "-c")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -94,6 +97,21 @@ def check_writable(folder: Path) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         why = "is read-only" if nearest.is_dir() else "is a file"
         raise ConfigError(f"{folder} cannot be written, since {nearest} {why}. Choose another --output.")
+
+
+def values_of(args: Sequence[str], *options: str) -> list[str]:
+    """All values of an option, given as ``--option value`` or ``--option=value``, in order.
+
+    Example:
+        >>> values_of(["fit", "--config", "a.yaml", "--config=b.yaml"], "--config")
+        ['a.yaml', 'b.yaml']
+    """
+    found: list[str] = []
+    for place, arg in enumerate(args):
+        option, equals, value = arg.partition("=")
+        if option in options:
+            found += [value] if equals else args[place + 1 : place + 2]
+    return found
 
 
 def wrapped(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ import yaml
 from jsonargparse._loaders_dumpers import yaml_load
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_difftune.cli.arguments import CONFIG_OPTIONS, values_of
 from lightning_difftune.errors import ConfigError, did_you_mean
 from lightning_difftune.modules.checkpoints import parameter_names
 
@@ -33,11 +33,13 @@ class DiffTuneParser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """Parse a command line and its configs."""
         self._command = str(args[0]) if args else ""
-        for option, value in pairwise(args if isinstance(args, list | tuple) else ()):
-            if option in ("--config", "-c") and len(str(value)) < LONGEST_PATH:  # else the text of a config
-                check_file(Path(value))
+        if isinstance(args, list | tuple):
+            for value in values_of(args, *CONFIG_OPTIONS):
+                if len(value) < LONGEST_PATH:  # else the text of a config
+                    check_file(Path(value))
+            args = with_left_out(args)
         try:
-            return super().parse_args(with_left_out(args) if isinstance(args, list | tuple) else args, *more, **options)
+            return super().parse_args(args, *more, **options)
         except (UnicodeError, RecursionError, ValueError, TypeError, LookupError, AttributeError, OSError) as error:
             reason = " ".join(str(error).split()) or "nested too deeply"
             raise ConfigError(f"A config cannot be read ({type(error).__name__}: {reason:.300}).") from error

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_difftune import __version__, draws
 from lightning_difftune.callbacks.artifacts import write_artifact
+from lightning_difftune.cli.arguments import CONFIG_OPTIONS, values_of
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import CONFIG, launch_of, newest_checkpoint
 from lightning_difftune.data.source_facts import distinct_names
@@ -141,11 +142,10 @@ def completed(args: Sequence[str]) -> list[str]:
     args, trusted = split_trusted(args)
     if len(args) > 1 and not args[1].startswith("-"):  # the run as the first argument
         args = [args[0], "--ckpt_path", *args[1:]]
-    given = value_of(args, "--ckpt_path")
-    if given is None or value_of(args, "--config") is not None or value_of(args, "-c") is not None:
+    if not (given := values_of(args, "--ckpt_path")) or values_of(args, *CONFIG_OPTIONS):
         return list(args)
-    if given == "last":
-        root = Path(value_of(args, "--trainer.default_root_dir") or ".")
+    if given[-1] == "last":
+        root = Path([".", *values_of(args, "--trainer.default_root_dir")][-1])
         path = newest_checkpoint(root)
         if path is None:
             raise CheckpointError(
@@ -153,8 +153,8 @@ def completed(args: Sequence[str]) -> list[str]:
                 "checkpoints, as all configs of this package do."
             )
         run = Run(launch_of(path), path)
-    elif is_file_name(given):
-        run = Run.find(given, saved=True)
+    elif is_file_name(given[-1]):
+        run = Run.find(given[-1], saved=True)
     else:
         return list(args)
     command, *rest = args
@@ -166,13 +166,6 @@ def completed(args: Sequence[str]) -> list[str]:
     reached = f"{run.step} of {last}" if last else run.step
     rank_zero_info(f"{what} {run.checkpoint}, step {reached}, with the config of its run.")
     return [command, "--config", yaml.safe_dump(settings, sort_keys=False), *rest, "--ckpt_path", str(run.checkpoint)]
-
-
-def value_of(args: Sequence[str], option: str) -> str | None:
-    """The last given value of an option."""
-    values = [after for arg, after in zip(args, [*args[1:], ""], strict=True) if arg == option]
-    values += [arg.partition("=")[2] for arg in args if arg.startswith(f"{option}=")]
-    return values[-1] if values else None
 
 
 def is_file_name(checkpoint: str) -> bool:

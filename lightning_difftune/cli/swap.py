@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from lightning_difftune.callbacks.chain_of_forgetting import swap_meter
-from lightning_difftune.cli.arguments import CommandParser, check_writable
+from lightning_difftune.cli.arguments import CONFIG_OPTIONS, CommandParser, check_writable, values_of
 from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
@@ -65,7 +65,7 @@ def swap(argv: Sequence[str]) -> None:
         print(f"The last steps are done by {options.tail}, {done[0]}.")
     clis, chains = list[DiffTuneCLI](), dict[str, Any]()
     for name, run in zip(names, runs, strict=True):
-        own = [] if "--config" in rest else ["--config", yaml.safe_dump(run.settings(trusted))]
+        own = [] if values_of(rest, *CONFIG_OPTIONS) else ["--config", yaml.safe_dump(run.settings(trusted))]
         quiet = ["--trainer.logger", "false", "--trainer.limit_val_batches", "1"]
         cli = run_lightning([*own, *rest, *quiet], run=False)
         clis.append(cli)

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_difftune.callbacks import GenerationCallback
+from lightning_difftune.cli.arguments import CONFIG_OPTIONS, values_of
 from lightning_difftune.cli.lightning import DiffTuneCLI, ModelReader
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
@@ -40,7 +41,7 @@ class TunedRun:
         assert self.run.checkpoint is not None
         content = check_checkpoint(self.run.checkpoint)
         settings, trusted = split_trusted(settings)
-        if "--config" not in settings:
+        if not values_of(settings, *CONFIG_OPTIONS):
             kept = self.run.settings(trusted, ("seed_everything", "model", "data"))
             kept["trainer"] = {"precision": self.run.setting("trainer", "precision")}
             settings = ["--config", yaml.safe_dump(kept), *settings]
