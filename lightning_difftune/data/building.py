@@ -30,16 +30,15 @@ def build_batch(size: int | None, folder: Path, run: Callable[[int], object]) ->
     return BATCH_SIZE if (folder / MANIFEST).exists() else largest_batch(run, LARGEST)
 
 
-def largest_batch(run: Callable[[int], object], limit: int, start: int = 16) -> int:
+def largest_batch(run: Callable[[int], object], limit: int) -> int:
     """Double a batch until the device's memory is full, or the limit is reached => the largest that was computed.
 
     Args:
         run: Computes a given number of samples; raises torch's ``OutOfMemoryError`` if the memory is full, as
             accelerators do. A CPU never does, so it computes ``limit``.
-        limit: Largest batch to try.
-        start: First batch to try; halved while it is too large, down to one sample.
+        limit: Largest batch to try. The first has 16 samples, halved while they are too many, down to one.
     """
-    size, fits = min(start, limit), 0
+    size, fits = min(16, limit), 0
     while True:
         try:
             run(size)

@@ -97,10 +97,13 @@ class HubImages(Dataset[tuple[Any, ...]]):
         self._dataset = dataset.select_columns(self._columns)
         for name in self._columns:
             self._dataset = self._dataset.cast_column(name, _library().Image(decode=False))
-        target = label or caption
-        column: Any = dataset.with_format(None)[target][:] if target is not None else [0] * len(dataset)
         self.class_names: list[str] | None = None
-        if caption is not None:
+        self._read_subjects(dataset, label or caption, caption is not None)
+
+    def _read_subjects(self, dataset: Any, target: str | None, are_captions: bool) -> None:
+        """Set the captions, or labels and names of the classes, from a column; all are of class 0 without one."""
+        column: Any = dataset.with_format(None)[target][:] if target is not None else [0] * len(dataset)
+        if are_captions:
             if (odd := next((entry for entry in column if not isinstance(entry, str | None)), None)) is not None:
                 raise DataError(
                     f"{self.path}: a caption in {target!r} is a {type(odd).__name__}, {odd!r:.60}; expected a text. "

@@ -107,17 +107,7 @@ class ImageFolder(ImageFiles):
                 empty.append(f"{name} ({describe_files(unknown)})" if unknown else name)
         place.leave_out(other)
         self.left_out = place.left_out
-        captions = captions_beside(self.paths, other)
-        if captions or any(Path(file).stem.lower() == "metadata" for file in other):
-            found = f"{len(captions):,} of {len(self.paths):,} pictures" if captions else "pictures, in a metadata file"
-            rank_zero_warn(
-                f"{self.root} has captions of {found}, which ImageFolder does not read; CaptionedFolder does."
-            )
-        elif lists:
-            rank_zero_warn(
-                f"{self.root}: {shorten([Path(file).name for file in lists])} is not read. CaptionedFolder "
-                "reads captions and control maps from metadata.jsonl, and ListedImages classes from a CSV file."
-            )
+        self._warn_of_unread(other, lists)
         self.labels = np.asarray(labels, dtype=np.int64)
         if not self.paths:
             folders_too = f"{len(folders)} sub-folders and " if folders else ""
@@ -128,6 +118,19 @@ class ImageFolder(ImageFiles):
             raise DataError(
                 f"{len(empty)} of the {len(folders)} class folders in {self.root} hold no pictures: "
                 f"{shorten(empty)}; remove them or fill them, since every folder has a row in the label table."
+            )
+
+    def _warn_of_unread(self, other: list[str], lists: list[str]) -> None:
+        captions = captions_beside(self.paths, other)
+        if captions or any(Path(file).stem.lower() == "metadata" for file in other):
+            found = f"{len(captions):,} of {len(self.paths):,} pictures" if captions else "pictures, in a metadata file"
+            rank_zero_warn(
+                f"{self.root} has captions of {found}, which ImageFolder does not read; CaptionedFolder does."
+            )
+        elif lists:
+            rank_zero_warn(
+                f"{self.root}: {shorten([Path(file).name for file in lists])} is not read. CaptionedFolder "
+                "reads captions and control maps from metadata.jsonl, and ListedImages classes from a CSV file."
             )
 
 
