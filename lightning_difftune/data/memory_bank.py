@@ -32,6 +32,7 @@ class MemoryBank(ShardReader):
             the remedy.
 
     Example:
+        >>> import torch
         >>> class Constant:
         ...     def bank_spec(self):
         ...         return {"seed": 0}
