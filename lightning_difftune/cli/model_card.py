@@ -104,14 +104,8 @@ def model_card(
 ) -> str:
     """A card in the hub's format: YAML front matter, the run, its metrics and the model's usage.
 
-    Args:
-        tuned: The run.
-        library: The library that opens the export.
-        title: The title.
-        usage: The section on how to open the export.
-        picture: File of the sample grid, next to the card; empty if there is none.
-        license_name: The base's licence; ``None`` looks it up.
-        done: Gets a line if the licence is unknown.
+    ``picture`` is a file next to the card, or empty. A ``license_name`` of ``None`` is looked up; ``done`` gets a line
+    if it stays unknown.
     """
     license_name = license_name or license_of(str(tuned.module.base_identity.get("name")))
     if license_name is None:

@@ -159,13 +159,7 @@ def evaluation_batch_size(num_samples: int, largest: int) -> int:
 
 
 class EvaluationBatches(Dataset[DiffTuningBatch]):
-    """Item k is the k-th batch of held-out target samples, in order; the last one may be shorter.
-
-    Args:
-        read_target: Reads target samples by indices and flips.
-        num_samples: Number of samples.
-        batch_size: Samples per batch.
-    """
+    """Item k is the k-th batch of held-out target samples, in order; the last one may be shorter."""
 
     def __init__(self, read_target: ReadTarget, num_samples: int, batch_size: int) -> None:
         self.read_target, self.num_samples, self.batch_size = read_target, num_samples, batch_size

@@ -20,10 +20,8 @@ _SMALL = 64  # numbers per row; smaller columns, such as sizes, keep their preci
 class CaptionStore:
     """One file per distinct caption, named by its key; embeddings in bfloat16, the type of text encoders.
 
-    FLUX.1's text takes 4 MB per caption in 16 bits, and captions repeat: for classes, mirror images, epochs.
-
-    Args:
-        folder: The folder, created with the first caption.
+    FLUX.1's text takes 4 MB per caption in 16 bits, and captions repeat: for classes, mirror images, epochs. The folder
+    is created with the first one.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -114,7 +114,7 @@ class MemoryBankDataModule(RealPictures):
             channels=channels,
             on_corrupt=on_corrupt,
             reference=reference,
-            batch_size=None if build_batch_size == "auto" else build_batch_size,
+            build_batch_size=None if build_batch_size == "auto" else build_batch_size,
         )
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no shards left to build
         self.bank_path = Path(bank).expanduser() if bank is not None else None

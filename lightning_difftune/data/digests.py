@@ -20,11 +20,7 @@ _READ_AS_STORED = ("lightning_difftune", "torchvision", "torch")  # packages who
 
 
 class Relabelled(Dataset[tuple[Any, ...]]):
-    """A source with other labels or captions; everything else is the wrapped source's.
-
-    Args:
-        source: The source.
-    """
+    """A source with other labels or captions; everything else is the wrapped source's."""
 
     def __init__(self, source: Any) -> None:
         self.source: Any = source

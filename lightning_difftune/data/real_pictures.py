@@ -34,15 +34,7 @@ FEW_PICTURES = 10  # per class
 class RealPictures(L.LightningDataModule):
     """Training and held-out pictures, for metrics always in the same order and never mirrored.
 
-    Args:
-        target: The training pictures.
-        val_target: The held-out pictures, if any.
-        num_classes: Classes of the target; ``None`` for captions.
-        image_size: Side of the pictures in pixels.
-        channels: 1 (grey) or 3 (RGB).
-        on_corrupt: Policy on pictures that cannot be read.
-        reference: Which of the two are FID's real pictures.
-        batch_size: Pictures per batch.
+    The arguments are those of :class:`~lightning_difftune.data.MemoryBankDataModule`.
 
     Raises:
         ConfigError: If the target has class labels and ``num_classes`` is not set.
@@ -59,13 +51,13 @@ class RealPictures(L.LightningDataModule):
         channels: int,
         on_corrupt: Literal["error", "skip"],
         reference: Literal["val", "train"],
-        batch_size: int | None,
+        build_batch_size: int | None,
     ) -> None:
         super().__init__()
         check_choice(type(self).__name__, "reference", reference, "val", "train")
-        check_counts(type(self).__name__, num_classes=num_classes, build_batch_size=batch_size)
+        check_counts(type(self).__name__, num_classes=num_classes, build_batch_size=build_batch_size)
         self.num_classes, self.channels, self.reference = num_classes, channels, reference
-        self.build_batch_size = batch_size
+        self.build_batch_size = build_batch_size
         self.target = ImageTargets(target, image_size, channels, on_corrupt)
         self.val_target: ImageTargets | None = None
         names = self.target.class_names  # an error if the parts of the target number their classes differently
@@ -200,13 +192,7 @@ def _has_maps(targets: ImageTargets) -> bool | None:
 
 
 class LabelledTargets:
-    """Reads target samples and refuses labels outside the label table.
-
-    Args:
-        read: Reads pictures or cached latents by indices and flips.
-        num_classes: Classes of the target; ``None`` if its pictures have captions.
-        where: Maps i to the picture's name in the error.
-    """
+    """Reads pictures or cached latents, and refuses labels outside the label table; ``where`` names picture i."""
 
     def __init__(self, read: ReadTarget, num_classes: int | None, where: Callable[[int], str]) -> None:
         self.read, self.num_classes, self.where = read, num_classes, where

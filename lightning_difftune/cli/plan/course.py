@@ -21,13 +21,9 @@ class Course:
 
     @classmethod
     def of(cls, trainer: Namespace, target_batch: int, num_targets: int | None, has_held_out: bool) -> Course:
-        """The course of a trainer's config.
+        """The course of a trainer's config, with ``target_batch`` target samples in a batch on all devices together.
 
-        Args:
-            trainer: The config.
-            target_batch: Target samples in a batch, on all devices together.
-            num_targets: Number of target pictures; ``None`` if unknown.
-            has_held_out: Whether there are pictures to validate with.
+        The number of target pictures is ``None`` if unknown.
         """
         window = trainer.accumulate_grad_batches or 1
         epoch = None if num_targets is None else batches_per_epoch(trainer, target_batch, num_targets, window)

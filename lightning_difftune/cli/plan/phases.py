@@ -56,12 +56,9 @@ class Speed:
 
     @classmethod
     def measured(cls, of_training: Probe, of_building: Probe, least: float = 1.0) -> Speed:
-        """The measured speed of the probes' device.
+        """The measured speed of the probes' device, each part timed for at least some seconds.
 
-        Args:
-            of_training: A probe with the batch size of training. Its weights are changed.
-            of_building: A probe with the batch size for banks, caches and pictures.
-            least: Least number of seconds to time each part.
+        The weights of the probe of training are changed; the other has the batch size for banks, caches and pictures.
         """
         device = of_training.module.device
         optimizer = of_training.module.optimizer(of_training.parameters)

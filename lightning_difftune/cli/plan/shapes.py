@@ -54,12 +54,8 @@ def published(name: str) -> dict[str, dict[str, Any]] | None:
 def published_shapes(with_values: bool) -> Iterator[AbstractContextManager[Any]]:
     """A ``with`` block in which published models are created from their shapes, without downloads.
 
-    Args:
-        with_values: Whether their weights have random values, for timing; otherwise even the largest model takes no
-            memory.
-
-    Yields:
-        The mode for tensors without values.
+    Their weights have random values, for timing, or none, so that even the largest takes no memory. Yields the mode for
+    tensors without values.
     """
     shapes = without_values()
     mode: Any = nullcontext() if with_values else shapes

@@ -130,10 +130,8 @@ def strip_of(grids: dict[int, Path], columns: int) -> tuple[list[int], Tensor]:
 
 def draw_report(path: Path, tuned: dict[str, Tuned], columns: int = 8) -> None:
     """Draw both curves, and each method's pictures for the same controls at the same steps."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["font.family"] = "DejaVu Sans"
     figure = Figure(figsize=(15, 6.2), layout="constrained", facecolor="white")
     axes = figure.subplot_mosaic([["curve", *tuned]], width_ratios=[1.1, 1, 1])
     series = {name: [(step, [value]) for step, value in run.curve] for name, run in tuned.items()}

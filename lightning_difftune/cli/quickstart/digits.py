@@ -92,10 +92,8 @@ def quickstart_digits(output: Path, options: argparse.Namespace) -> None:
 
 def draw_report(path: Path, real: Tensor, bank: MemoryBank, tuned: dict[str, Tuned]) -> None:
     """Draw real digits, the pre-trained model's samples, both tuned models' samples, and the curves."""
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    mpl.rcParams["font.family"] = "DejaVu Sans"
     digits = [str(digit) for digit in range(10)]
     by_digit = torch.cat([real[100 * digit : 100 * digit + 10] for digit in range(10)])
     latents = bank.read(torch.arange(100))["latents"]

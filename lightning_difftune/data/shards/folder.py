@@ -28,12 +28,7 @@ _PREVIOUS = "previous-"
 
 
 class BuildFolder:
-    """A folder in which a plan is built; a folder of another build is not changed.
-
-    Args:
-        path: The folder; created if missing.
-        plan: The plan of the build.
-        replaces: See :class:`ShardWriter`.
+    """A folder in which a plan is built, as for :class:`ShardWriter`; a folder of another build is not changed.
 
     Raises:
         StoreError: The folder belongs to another build, is unreadable, or cannot be written to.
@@ -61,9 +56,8 @@ class BuildFolder:
     def lock(self, waits: bool = True) -> None:
         """Prevent other jobs from building here until :meth:`unlock`; for one process of this job.
 
-        Args:
-            waits: Wait for another job that builds here. Refuse instead if several processes would meanwhile wait at a
-                barrier, which times out after half an hour.
+        Another job that builds here is waited for only if ``waits``: other processes of this one would meanwhile wait
+        at a barrier, which times out after half an hour.
         """
         if self.complete:
             return
