@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from lightning_difftune.cli.run_files import (
 )
 from lightning_difftune.errors import CheckpointError, ConfigError, DataError
 from lightning_difftune.trust import check_trust
+
+STEP = re.compile(r"step-(\d+)")  # the name of a picture of a step
 
 
 class Run:
@@ -179,18 +182,22 @@ class Run:
         return read_metrics(self.path / "metrics.csv")
 
     @cached_property
+    def _pictures(self) -> list[Path]:
+        return sorted(self.path / name for name in glob("*/*.png", root_dir=self.path))  # without hidden ones
+
+    @cached_property
     def grids(self) -> dict[str, dict[int, Path]]:
         """Pictures by step, for each folder of them, such as ``samples``."""
         grids: dict[str, dict[int, Path]] = defaultdict(dict)
-        for file in sorted(self.path.glob("*/step-*.png")):
-            if step := re.fullmatch(r"step-(\d+)", file.stem):
+        for file in self._pictures:
+            if step := STEP.fullmatch(file.stem):
                 grids[file.parent.name][int(step[1])] = file
         return dict(grids)
 
     @cached_property
     def figures(self) -> list[Path]:
         """The other pictures that callbacks drew."""
-        return [file for file in sorted(self.path.glob("*/*.png")) if not re.fullmatch(r"step-(\d+)", file.stem)]
+        return [file for file in self._pictures if not STEP.fullmatch(file.stem)]
 
     @property
     def last_written(self) -> datetime:

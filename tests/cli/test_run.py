@@ -79,11 +79,16 @@ def test_a_checkpoint_whose_name_tells_fewer_steps_is_not_opened(root, monkeypat
     assert opened == ["last", "best-val_step=40", "epoch=0-step=40-v1"]
 
 
-def test_what_a_mac_writes_beside_a_checkpoint_is_not_one(root):
-    """``._last.ckpt`` holds attributes, on disks that are shared with other systems."""
+def test_hidden_files_are_not_of_the_run(root):
+    """``._last.ckpt`` holds attributes that a Mac writes on disks which it shares with other systems."""
     checkpoints = root / "lightning_logs/version_1/checkpoints"
     (checkpoints / "._last.ckpt").write_bytes(b"Mac OS X")
-    assert Run(root / "lightning_logs/version_1").checkpoint == checkpoints / "last.ckpt"
+    figures = {name: checkpoints.with_name(name) / "total.png" for name in ("ewc", ".ipynb_checkpoints")}
+    for figure in (*figures.values(), figures["ewc"].with_name("._total.png")):
+        figure.parent.mkdir(exist_ok=True)
+        figure.touch()
+    run = Run(root / "lightning_logs/version_1")
+    assert (run.checkpoint, run.figures) == (checkpoints / "last.ckpt", [figures["ewc"]])
 
 
 def test_of_other_runs_in_one_folder_the_later_one_is_taken(root):
