@@ -1,4 +1,4 @@
-"""Argument parser of the commands that are not Lightning's."""
+"""Command lines of the commands that are not Lightning's: their parser, and options by name."""
 
 from __future__ import annotations
 
