@@ -136,8 +136,8 @@ def planned(seen: Seen, model: str | None, task: str) -> Plan:
         base = Base(**{**vars(alike(model, known)), "name": model})
     if task in CONTROLS and not base.has_controlnets:
         raise ConfigError(
-            f"{base.name} is a transformer, whose ControlNets have another architecture and are not trained here. Use a "
-            "Stable Diffusion 1.x, 2.x or XL."
+            f"{base.name} is a transformer, whose ControlNets have another architecture and are not trained here. Use "
+            "a Stable Diffusion 1.x, 2.x or XL."
         )
     asked = "" if task == "classes" else f"-{task}" if task in CONTROLS or seen.facts.counts() else ""
     plan = Plan(base, task, f"{Path(seen.path).expanduser().resolve().name or 'run'}{asked}", seen)
