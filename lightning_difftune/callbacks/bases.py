@@ -95,8 +95,8 @@ class GenerationCallback(Callback, ABC):
             raise ConfigError(
                 f"{type(averaging).__name__} puts the trained weights back before {name} generates, so that its "
                 f"pictures would not be of the averages that are validated. Move {type(averaging).__name__} behind "
-                f"{name} in the list of callbacks, or use lightning_difftune.callbacks.EMA, which may stand anywhere in "
-                "it."
+                f"{name} in the list of callbacks, or use lightning_difftune.callbacks.EMA, which may stand anywhere "
+                "in it."
             )
         self._checkpoint_step = self._latest_step = None
 
