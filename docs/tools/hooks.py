@@ -31,7 +31,7 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 
 def configs_table() -> str:
-    """A table a folder and a row a config: its file, and the first sentence of the comment that it opens with."""
+    """A table for each folder, and a row for each config: its file, and the first sentence of its comment."""
     lines: list[str] = []
     for folder in sorted({file.parent for file in (ROOT / "configs").rglob("*.yaml")}):
         lines += [f"## {folder.relative_to(ROOT)}", "", "| config | what it is |", "| --- | --- |"]

@@ -104,7 +104,8 @@ def sample(argv: Sequence[str]) -> None:
         }
         pictures = draw(module, subjects, options.num_samples, options.batch_size)
     written = save(pictures, subjects, output, parameters)
-    done = [*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} pictures in that folder"]
+    several = "s" if len(pictures) > 1 else ""
+    done = [*source.done, f"wrote {output / 'grid.png'} and {len(pictures)} picture{several} in that folder"]
     if left := {file.name for file in output.iterdir() if not file.name.startswith(".")} - written:
         done.append(f"files in that folder from before: {len(left)}, such as {min(left)}")
     if source.run is not None:

@@ -196,7 +196,7 @@ def test_files_that_are_not_here_are_unknown_and_not_an_error(tmp_path: Path) ->
 
 def test_mistakes_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "configs/quickstart.yaml", "--utilisation", "35"]) == 2
-    assert "--utilisation is a part of the peak" in capsys.readouterr().err
+    assert "--utilisation is a share of the peak" in capsys.readouterr().err
     assert main(["plan", "--config", "nothing.yaml"]) == 2
 
 

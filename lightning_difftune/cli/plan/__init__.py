@@ -35,20 +35,20 @@ from lightning_difftune.protocols import SupportsEncode
 DESCRIPTION = """Say what a config costs before it is run: floating-point operations, memory, disk and hours of its
 memory bank, latent cache, training and evaluation. Nothing is trained or written.
 
-For a named accelerator the hours are operations over a part of its peak; for `measured`, each part is timed on this
-machine. All other options are --config and overrides of its keys, as of `difftune fit`."""
+For a named accelerator, the hours are the operations over a share of its peak (--utilisation); with `measured`, each
+part is timed on this machine. All other options are --config and overrides of its keys, as of `difftune fit`."""
 
 
 def plan(argv: Sequence[str]) -> None:
     """Print the cost of a run."""
     parser = CommandParser("plan", DESCRIPTION)
     parser.usage = "difftune plan --config FILE [--config OVERLAY ...] [options]"
-    parser.add_argument("--device", choices=[*PEAKS, "measured"], default="a100", help="which one (default: a100)")
-    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="part of its peak (default: 0.2)")
+    parser.add_argument("--device", choices=[*PEAKS, "measured"], default="a100", help="default: a100")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="share of the peak (default: 0.2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to this file")
     options, rest = parser.parse_known_args(argv)
     if not 0 < options.utilisation <= 1:
-        raise ConfigError(f"--utilisation is a part of the peak, in (0, 1], got {options.utilisation}.")
+        raise ConfigError(f"--utilisation is a share of the peak, in (0, 1], got {options.utilisation}.")
     with published_shapes(with_values=options.device == "measured") as mode:
         reader = ModelReader(rest)
         module: DiffTuningModule = reader.model
@@ -133,14 +133,14 @@ class Memory:
         step = self.kept + self.activations
         *parts, last = "weights", "gradients", "Adam", *self.keepers
         words = (
-            f"about {size(step)} a device: {size(self.kept)} for {', '.join(parts)} and {last}, and "
+            f"about {size(step)} per device: {size(self.kept)} for {', '.join(parts)} and {last}, and "
             f"{size(self.activations)} for the activations"
         )
         if step >= self.weights:
             return f"Memory of a training step, {words}."
         return (
-            f"Memory, about {size(self.weights)} a device for the weights alone, until bank and cache are made and the "
-            f"text encoders leave. Memory of a training step, {words}."
+            f"Memory, about {size(self.weights)} per device for the weights alone, until bank and cache are made and "
+            f"the text encoders leave. Memory of a training step, {words}."
         )
 
 
@@ -168,8 +168,8 @@ def show(found: Sequence[Phase], costs: Costs, speed: Speed, memory: Memory, dev
     console.print(table)
     console.print(str(memory))
     console.print(
-        "Not counted: reading pictures, feature extractors, an annotator whose weights are not here, and what a device "
-        "waits for. A named device's hours are as good as --utilisation is; --device measured times this machine."
+        "Not counted: reading pictures, feature extractors, an annotator whose weights are not here, and waiting of "
+        "the device. The hours of a named device are as good as --utilisation is; --device measured times this machine."
     )
     if file is not None:
         content = {"device": speed.name, "devices": devices, "memory_bytes": memory.most, "phases": rows}
