@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shlex
 import shutil
 from pathlib import Path
 from textwrap import indent
 
 import torch
+from lightning.fabric.utilities.data import suggested_max_num_workers
 
 from lightning_difftune.cli.data_check import HELD_OUT
 from lightning_difftune.cli.init.bases import CONTROLS, Plan, Seen
@@ -128,7 +128,7 @@ def config_text(plan: Plan, file: Path) -> str:
         bank=f"{Path(base.name).name}{'' if task in ('classes', 'captions') else '-' + task}",
         bank_size=plan.bank_size,
         cache=f"runs/{plan.name}/latents" if cache_bytes < shutil.disk_usage(".").free / 5 else "null",
-        workers=min(4, cores()) if base.is_large else 0,
+        workers=min(4, suggested_max_num_workers(1)) if base.is_large else 0,
         precision="bf16-mixed" if has_bf16 else "32-true",
         name=plan.name,
         interval=interval,
@@ -137,11 +137,6 @@ def config_text(plan: Plan, file: Path) -> str:
         callbacks=callbacks(plan),
     )  # fmt: skip
     return head + particulars(plan) + rest
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def particulars(plan: Plan) -> str:
