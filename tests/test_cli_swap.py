@@ -108,6 +108,8 @@ def test_mistakes_are_refused(tmp_path, monkeypatch, capsys):
         (["--ckpt_path", "none.ckpt"], "none.ckpt does not exist"),
         (["--ckpt_path", "a", "--ckpt_path", "b", "c"], "3 runs are more than 2: c, a, b"),
         (["a.ckpt", "--name", "a", "--name", "b"], "Give each of the 1 runs its own --name"),
+        (["a.ckpt", "--percents", "50", "150"], "--percents are numbers from 0 to 100, got 50.0 150.0"),
+        (["a.ckpt", "--num_samples", "0"], "num_samples of difftune swap must be at least 1"),
         (["a.ckpt", "--output", "a.ckpt/swap"], "a.ckpt/swap cannot be written, since"),
     ):
         assert main(["swap", *args]) == 2

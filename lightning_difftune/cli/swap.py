@@ -18,7 +18,7 @@ from lightning_difftune.cli.lightning import DiffTuneCLI, run_lightning
 from lightning_difftune.cli.run import Run
 from lightning_difftune.cli.run_files import check_checkpoint
 from lightning_difftune.cli.tuned import TunedRun, measure
-from lightning_difftune.errors import ConfigError
+from lightning_difftune.errors import ConfigError, check_counts
 from lightning_difftune.files import atomic_write
 from lightning_difftune.modules import DiffTuningModule
 from lightning_difftune.plots import save, swap_figure
@@ -45,6 +45,9 @@ def swap(argv: Sequence[str]) -> None:
     parser.add_argument("--percents", type=float, nargs="+", default=None, help="the p (default: 0 10 .. 100)")
     parser.add_argument("--num_samples", type=int, default=None, help="pictures for each p (default: the config's)")
     options, rest = parser.parse_known_args(argv)
+    check_counts(parser.prog, num_samples=options.num_samples)
+    if not all(0 <= percent <= 100 for percent in options.percents or ()):
+        raise ConfigError(f"--percents are numbers from 0 to 100, got {' '.join(map(str, options.percents))}.")
     rest, trusted = split_trusted(rest)
     runs = [Run.find(place, saved=True) for place in options.run]
     paths = [str(run.checkpoint) for run in runs]

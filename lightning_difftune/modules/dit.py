@@ -141,7 +141,9 @@ class DiTDiffTuningModule(DiffTuningModule):
             channels = self.autoencoder.latent_shape(64)[0]
             if channels != self.dit.sample_shape[0]:
                 raise ConfigError(
-                    f"The autoencoder makes latents of {channels} channels but {name} denoises {self.dit.sample_shape}."
+                    f"The autoencoder makes latents of {channels} channels, but {name} denoises "
+                    f"{self.dit.sample_shape}. Use the one that it was trained with; a model of pixels has none "
+                    "(autoencoder: null)."
                 )
         return facts
 
