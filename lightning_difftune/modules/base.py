@@ -174,6 +174,15 @@ class DiffTuningModule(DiffusionModel):
                 self.source_facts = value.bind(self.source_facts)
         super().__setattr__(name, value)
 
+    def __getattr__(self, name: str) -> Any:
+        """Say of a network that is asked for too soon how it is built."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if not self.__dict__.get("_is_built", True) and not name.startswith("_"):
+                error.add_note("The networks are built at the start of a fit; configure_model() builds them before.")
+            raise
+
     # Weights may be asked for before a fit: these build the module first. After ddp_notebook, Lightning loads the
     # trained ones into a module that was built only in the other processes.
 

@@ -366,6 +366,17 @@ def test_mistakes_are_refused(tmp_path, weights):
         trainer_of(tmp_path, 1).fit(module_of(weights, tuner=Everything()), data_of(tmp_path))
 
 
+def test_a_network_that_is_asked_for_too_soon_says_how_it_is_built(weights):
+    module = DiTDiffTuningModule(str(weights))
+    with pytest.raises(AttributeError) as error:
+        module.dit  # noqa: B018
+    assert "configure_model()" in error.value.__notes__[0]
+    module.configure_model()
+    with pytest.raises(AttributeError) as error:
+        module.did  # noqa: B018
+    assert not hasattr(error.value, "__notes__")
+
+
 def test_class_names_are_the_given_ones_or_the_datas_and_never_those_of_reused_rows(weights, tmp_path):
     base = tiny_dit()
     base.class_names = list("abcdef")
