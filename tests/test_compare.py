@@ -595,6 +595,9 @@ def test_a_figure_shows_the_gain_over_a_metric_of_the_run_without(finished):
     assert (by_seed, mean) == ([[0.0, -0.25], [0.5, 0.0]], [[0.25, -0.125]])
     assert main(["compare", "study.yaml", "--report"]) == 0
     assert Path("out/figures/gains.png").exists()
+    write_study(finished)
+    assert main(["compare", "study.yaml", "--report"]) == 0
+    assert not list(Path("out/figures").glob("gains.*")), "it is of the study as it was"
 
 
 def test_the_table_has_the_steps_of_convergence(finished, capsys):

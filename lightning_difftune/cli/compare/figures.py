@@ -26,24 +26,31 @@ def draw_figures(study: Study, lines: Sequence[Line], folder: Path) -> None:
     ``curves`` is the main metric over the steps (Fig. 6a), ``final`` the metrics at the end, ``ewc`` the distance from
     the pre-trained weights (Fig. 5), ``sweep`` the metrics over each quantity in the runs' ``at``, such as tau (Figs.
     6c and 6d), and ``gains`` the change of the main metric over the study's ``gain_over``. Bars of a single run and
-    sweeps of a single value are not drawn.
+    sweeps of a single value are not drawn; those of earlier results are deleted.
     """
     main = next(iter(study.metrics))
+    figures: dict[str, Figure] = {}
     if all(main in line.history for line in lines):
-        plots.save(curves_figure(study, lines, main), folder / "curves")
+        figures["curves"] = curves_figure(study, lines, main)
     if len(lines) > 1:
         finals = {name: f"{name} ({better} is better)" for name, better in study.metrics.items()}
-        plots.save(bars_figure(study, lines, finals), folder / "final")
+        figures["final"] = bars_figure(study, lines, finals)
         if any(name in line.values for name in EWC for line in lines):
-            plots.save(bars_figure(study, lines, EWC_LABELS), folder / "ewc")
+            figures["ewc"] = bars_figure(study, lines, EWC_LABELS)
     values: dict[str, set[float]] = defaultdict(set)
     for line in lines:
         for quantity, value in line.run.at.items():
             values[quantity].add(value)
     if quantities := [quantity for quantity, found in values.items() if len(found) > 1]:
-        plots.save(sweep_figure(study, lines, quantities), folder / "sweep")
+        figures["sweep"] = sweep_figure(study, lines, quantities)
     if study.gain_over and any(line.change is not None for line in lines):
-        plots.save(gains_figure(study, lines, main), folder / "gains")
+        figures["gains"] = gains_figure(study, lines, main)
+    for name in ("curves", "final", "ewc", "sweep", "gains"):
+        if name in figures:
+            plots.save(figures[name], folder / name)
+        else:  # of other results
+            for suffix in (".png", ".svg"):
+                (folder / name).with_suffix(suffix).unlink(missing_ok=True)
 
 
 def curves_figure(study: Study, lines: Sequence[Line], metric: str) -> Figure:
