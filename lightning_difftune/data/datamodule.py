@@ -282,8 +282,12 @@ class MemoryBankDataModule(RealPictures):
         return BalancedStream(labels.numpy(), batch_size, seed, rank, world_size)
 
     def val_dataloader(self) -> DataLoader | list[Any]:
-        """Held-out target batches, every picture once over all ranks; none without ``val_target``."""
+        """Held-out target batches, every picture once over all ranks; none without ``val_target``, for a fit."""
         if self.val_target is None:
+            if self.trainer is not None and self.trainer.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING):
+                raise ConfigError(
+                    "There are no held-out pictures to measure on. Set val_target: to a data set of them."
+                )
             return []
         rank, world_size = rank_of(self.trainer)
         read = LabelledTargets(self.val_target.pixels, self.num_classes, self.val_target.describe)

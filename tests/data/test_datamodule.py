@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+from tiny import quiet_trainer
 
 from lightning_difftune import MemoryBank, MemoryBankDataModule
 from lightning_difftune.data import ArrayImages
@@ -77,6 +79,13 @@ def test_validation_reads_every_picture_once_over_all_processes():
         data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
         found.append([int(label) for batch in data.val_dataloader() for label in batch["target"]["class_labels"]])
     assert found == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8]]
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_measuring_on_no_held_out_pictures_is_refused(command, tmp_path):
+    trainer = quiet_trainer(tmp_path, 1)
+    with pytest.raises(ConfigError, match="Set val_target"):
+        getattr(trainer, command)(BoringModel(), data_of(), verbose=False)
 
 
 def test_reference_pictures_are_the_ones_asked_for():
