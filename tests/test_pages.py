@@ -423,4 +423,4 @@ def test_what_init_writes_for_a_gpu_is_what_its_module_takes(tmp_path, monkeypat
         assert main(["init", "photos", *task, "--overwrite", "--no_plan"]) == 0
         config = yaml.safe_load(Path("my.yaml").read_text())
         assert config["trainer"]["precision"] == "bf16-mixed"
-        assert config["data"]["init_args"]["num_workers"] == 3  # PyTorch warns of more workers than cores
+        assert config["data"]["init_args"]["num_workers"] == 2  # of three cores, as Lightning suggests
