@@ -213,14 +213,14 @@ class SuddenConvergence(MeasuringCallback):
         if self.threshold is not None and self.history and self.convergence_step is None:
             rank_zero_info(
                 f"No sudden convergence: '{self.monitor}' was not {'above' if self.mode == 'max' else 'below'} "
-                f"{self.threshold} in {self.patience} successive validation(s)."
+                f"{self.threshold} in {self.patience} successive validation{'s' if self.patience > 1 else ''}."
             )
         leap = self.leap
         if leap is None:
             return
         rank_zero_info(
-            f"The largest leap of '{self.monitor}' within {self.window} validation(s) is {leap.rise:.4g} for the "
-            f"better, between steps {leap.start_step:,} and {leap.end_step:,}."
+            f"The largest leap of '{self.monitor}' within {self.window} validation{'s' if self.window > 1 else ''} is "
+            f"{leap.rise:.4g} for the better, between steps {leap.start_step:,} and {leap.end_step:,}."
         )
         for logger in trainer.loggers:
             logger.log_metrics(
