@@ -30,7 +30,7 @@ class Preemption(OptimizerStepCallback):
     A run stops right after an optimizer step, the same one on all processes even if only one of them got the signal, so
     the checkpoint resumes to the bit; a validation that is running or due is finished first. Ask the scheduler for
     enough notice: ``#SBATCH --signal=SIGUSR1@120``. ``fit`` then ends with ``SIGTERMException``, for which the command
-    line has exit status 143. A run at its last step ends as always, and ``stop_asked`` says so to what comes after it.
+    line has exit status 143. A run at its last step ends as always; ``stop_asked`` is for what comes after it.
 
     In a SLURM job the signal of a ``SLURMEnvironment`` with ``auto_requeue`` (Lightning's default, SIGUSR1) also
     requeues the job. Lightning's own handlers save inside the signal handler, in the middle of a step.
@@ -43,19 +43,14 @@ class Preemption(OptimizerStepCallback):
 
     def __init__(self) -> None:
         self._training = False
-        self._asked = False
+        self.stop_asked = False
         self._requeue = False
         self._saved_step = -1
-
-    @property
-    def stop_asked(self) -> bool:
-        """Whether a signal arrived in the last run on this process."""
-        return self._asked
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Replace Lightning's signal handlers; Lightning restores the original ones at the end."""
         super().on_train_start(trainer, pl_module)
-        self._training, self._asked, self._requeue = True, False, False
+        self._training, self.stop_asked, self._requeue = True, False, False
         if threading.current_thread() is not threading.main_thread():
             return
         signal.signal(signal.SIGTERM, self._notice)
@@ -84,14 +79,16 @@ class Preemption(OptimizerStepCallback):
 
     def _stop_if_asked(self, trainer: L.Trainer) -> None:
         if trainer.world_size > 1:  # Lightning checks only the first process, and each process raises on its own
-            votes = torch.tensor([self._asked, self._requeue], dtype=torch.int32, device=trainer.strategy.root_device)
+            votes = torch.tensor(
+                [self.stop_asked, self._requeue], dtype=torch.int32, device=trainer.strategy.root_device
+            )
             distributed.all_reduce(votes, distributed.ReduceOp.MAX)
-            self._asked, self._requeue = (bool(vote) for vote in votes.tolist())
+            self.stop_asked, self._requeue = (bool(vote) for vote in votes.tolist())
         if trainer.global_step == trainer.max_steps:  # it ends anyway
             return
         if trainer.is_last_batch and trainer.num_training_batches > trainer.accumulate_grad_batches:
             return  # the epoch would be counted twice; the next step is soon enough
-        if self._asked:
+        if self.stop_asked:
             trainer._signal_connector.received_sigterm = True  # the loop checks it after the step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -114,10 +111,10 @@ class Preemption(OptimizerStepCallback):
         rank_zero_info(f"Stopped by a signal after step {trainer.global_step}; saved {path}.")
 
     def _notice(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self.stop_asked = True
 
     def _notice_requeue(self, number: int, frame: Any) -> None:
-        self._asked = self._requeue = True
+        self.stop_asked = self._requeue = True
 
 
 def checkpoint_folder(trainer: L.Trainer) -> Path:
